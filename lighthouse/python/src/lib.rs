@@ -1,0 +1,6 @@
+//! p
+use pyo3::prelude::*;
+
+/// The module.
+#[pymodule]
+mod _torchft {}

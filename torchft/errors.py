@@ -1,0 +1,71 @@
+"""Every error that this package raises on purpose, as one tree.
+
+    TorchftError
+    ├── SettingsError            an argument, flag or variable that cannot be used (also a ValueError)
+    ├── PhaseError               a call that the step's phase does not allow
+    ├── QuorumError              no quorum could be formed; says who was missing and why
+    │   └── StateLostError       the only holders of a committed step are gone
+    ├── MismatchError            this group differs from the others: shapes, world size, wire
+    ├── StepError                something went wrong inside one step: the step is discarded
+    │   ├── CollectiveError      a collective failed, or a member was lost while it ran
+    │   └── HealError            live state could not be fetched or loaded
+    └── DiscardedTooOften        more discarded steps in a row than `max_retries` allows
+
+A deadline that passes is the standard `TimeoutError`. Each message names the cause (which replica,
+step, phase or setting) and the next thing to do.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CollectiveError",
+    "DiscardedTooOften",
+    "HealError",
+    "MismatchError",
+    "PhaseError",
+    "QuorumError",
+    "SettingsError",
+    "StateLostError",
+    "StepError",
+    "TorchftError",
+]
+
+
+class TorchftError(RuntimeError):
+    """The root: catch this to catch all of ours."""
+
+
+class SettingsError(TorchftError, ValueError):
+    """An argument, flag or environment variable that cannot be used as it is."""
+
+
+class PhaseError(TorchftError):
+    """A call that does not fit the phase that the step is in."""
+
+
+class QuorumError(TorchftError):
+    """No quorum could be formed for a reason other than time."""
+
+
+class StateLostError(QuorumError):
+    """Every group that held the last committed step is gone; the message names the two ways on."""
+
+
+class MismatchError(TorchftError):
+    """This group cannot average with the others: another model, world size or wire version."""
+
+
+class StepError(TorchftError):
+    """One step failed and is discarded; the next step may succeed."""
+
+
+class CollectiveError(StepError):
+    """A collective failed, was abandoned, or lost a member while it ran."""
+
+
+class HealError(StepError):
+    """The state of a live peer could not be fetched or loaded."""
+
+
+class DiscardedTooOften(TorchftError):
+    """More steps in a row were discarded than `max_retries` allows."""

@@ -1,0 +1,76 @@
+"""Whom a strategy talks to: the joint between strategies and everything that can run them.
+
+`Peers.open` begins a round among the groups that are there now. In it a strategy averages or
+gathers tensors, and `close` is the vote. A round has its own members and its own error: a failure
+inside it is never raised into the training loop, it makes `close` return False.
+
+    round = peers.open(Place.AFTER)
+    average = round.average([delta])       # asynchronous
+    (delta,) = average.wait()              # this average, whatever other rounds do
+    if round.close():                      # the vote
+        ...                                # apply
+
+A round owns the tensors it is handed until it is closed: it may average them in place, so a
+strategy hands over scratch buffers and never its weights. All tensors carry one leading dimension
+of *nodes*: 1 in a process of its own, N in the simulator, where one process holds N nodes.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+__all__ = ["Handle", "Peers", "Place", "Round"]
+
+
+class Place(enum.Enum):
+    """Where in a training step a strategy communicates, and so what a healed group can contribute."""
+
+    BEFORE = "before the inner step"
+    """Gradients. A group that heals when the round opens computes them on the healed weights."""
+
+    AFTER = "after the inner step"
+    """Weights or deltas. A group that heals when the round opens has nothing of its own to give:
+    it takes part in every collective with zeros and is not counted."""
+
+
+class Handle(Protocol):
+    """An average or a gathering under way."""
+
+    def wait(self) -> list[Tensor]:
+        """Wait for the result. After the round's error: the tensors as they are, never a raise."""
+        ...
+
+
+class Round(Protocol):
+    """One transaction among the members that opened it."""
+
+    @property
+    def opening(self) -> bool:
+        """True when every member is new: all have just been given equal state and nobody has
+        anything to contribute. Such a round is neither used nor closed."""
+        ...
+
+    def average(self, tensors: Sequence[Tensor]) -> Handle:
+        """Mean over the participating nodes, `[rows, ...]` → `[1 or rows, ...]`, maybe in place."""
+        ...
+
+    def gather(self, tensors: Sequence[Tensor]) -> Handle:
+        """The participants' rows only, in participating order: `[rows, ...]` → `[n, ...]`."""
+        ...
+
+    def close(self) -> bool:
+        """Vote. True: committed by all ranks of this group, apply. False: discard."""
+        ...
+
+
+class Peers(Protocol):
+    """The other groups."""
+
+    def open(self, place: Place) -> Round:
+        """Begin a round. It may heal this group first: state that a strategy registered is then
+        loaded before `open` returns, so read clocks and weights only afterwards."""
+        ...
