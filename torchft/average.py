@@ -1,0 +1,125 @@
+"""A managed all-reduce: the sum travels, the division follows it, whoever waits and whether or not.
+
+Three can finish it, and exactly one does: `wait`, the completion of its future, or the vote, which
+finishes every average of its step. So an average is an average even when nobody waits for it.
+A failure is the error of the step that started it: never of a later one, never a raise.
+"""
+
+from __future__ import annotations
+
+import threading
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+from torch.distributed import Work
+from torch.futures import Future
+
+from torchft.errors import CollectiveError
+
+if TYPE_CHECKING:
+    from torchft.transaction import Transaction
+
+__all__ = ["Average", "Done"]
+
+
+class Average(Work):
+    """An all-reduce under way; afterwards `tensor` holds the result, divided by `divisor`."""
+
+    def __init__(
+        self, transaction: Transaction, work: Work, tensor: torch.Tensor, divisor: int
+    ) -> None:
+        super().__init__()
+        self._transaction = transaction
+        self._work = work
+        self._tensor = tensor
+        self._divisor = divisor
+        self._once = threading.Lock()
+        self._finished = False
+        self._future: Future[torch.Tensor] | None = None
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        """Wait, at most `timeout`, and divide. Returns True; a failure discards the step."""
+        if not self._finished:
+            try:
+                if timeout is None:
+                    self._work.wait()
+                else:
+                    self._work.wait(timeout)
+            except Exception as error:
+                self._finish(error)
+            else:
+                self._finish(None)
+        return True
+
+    def get_future(self) -> Future[torch.Tensor]:
+        """Completes by itself with the averaged tensor; after a failure, with the tensor as it is."""
+        if self._future is None:
+            devices = None if self._tensor.device.type == "cpu" else [self._tensor.device]
+            self._future = Future(devices=devices)
+            self._work.get_future().add_done_callback(self._complete)
+        return self._future
+
+    def synchronize(self) -> None:
+        """The same as `wait`."""
+        self.wait()
+
+    def block_current_stream(self) -> None:
+        """The same as `wait`: the current stream sees the averaged tensor."""
+        self.wait()
+
+    def is_completed(self) -> bool:
+        """Whether the result is there."""
+        return self._finished
+
+    def _complete(self, arrived: Future) -> None:
+        try:
+            arrived.wait()
+        except Exception as error:
+            self._finish(error)
+        else:
+            self._finish(None)
+        assert self._future is not None
+        self._future.set_result(self._tensor)
+
+    def _finish(self, error: Exception | None) -> None:
+        with self._once:
+            if self._finished:
+                return
+            if error is None and self._divisor != 1:
+                self._tensor.div_(self._divisor)
+            self._finished = True
+        # The first error is the cause; those that come of abandoning the rest add nothing.
+        if error is not None and not self._transaction.failed:
+            failed = CollectiveError(f"the all-reduce of {tuple(self._tensor.shape)} failed: {error}")
+            failed.__cause__ = error
+            self._transaction.report(failed)
+
+
+class Done(Work):
+    """A collective that has nothing to do: the tensor stays as it is."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        super().__init__()
+        self._tensor = tensor
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        """True."""
+        return True
+
+    def get_future(self) -> Future[torch.Tensor]:
+        """Already there."""
+        devices = None if self._tensor.device.type == "cpu" else [self._tensor.device]
+        future: Future[torch.Tensor] = Future(devices=devices)
+        future.set_result(self._tensor)
+        return future
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def block_current_stream(self) -> None:
+        """Nothing to wait for."""
+
+    def is_completed(self) -> bool:
+        """True."""
+        return True

@@ -1,0 +1,91 @@
+"""What must be equal in all groups before any number is mixed, and how they compare it.
+
+Each member of a new process group writes a digest of its model (names, shapes, dtypes) and of the
+settings that change the arithmetic into the rendezvous store, and reads everybody's. One that
+differs from the reference stops with an error that names the difference; the others discard the
+step and go on without it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+
+from torchft.errors import CollectiveError, MismatchError
+
+__all__ = ["Description", "compare", "describe", "exchange"]
+
+Description = dict[str, object]
+"""What is compared, in the order in which differences are named. Values that JSON can hold."""
+
+
+class _Store(Protocol):
+    def set(self, key: str, value: str) -> None: ...
+    def get(self, key: str) -> bytes: ...
+    def wait(self, keys: Sequence[str], timeout: timedelta) -> None: ...
+    def multi_get(self, keys: Sequence[str]) -> Sequence[bytes]: ...
+
+
+def describe(tensors: Iterable[tuple[str, torch.Tensor]]) -> Description:
+    """Name → shape and dtype of each tensor, e.g. `{"weight": "[3, 4] float32"}`."""
+    return {
+        name: f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+        for name, tensor in tensors
+    }
+
+
+def compare(mine: Mapping[str, object], theirs: Mapping[str, object]) -> str | None:
+    """The first difference in words; None when there is none."""
+    for name in [*theirs, *mine]:
+        here, there = mine.get(name), theirs.get(name)
+        if here == there:
+            continue
+        if isinstance(here, dict) and isinstance(there, dict):
+            return f"{name}: {compare(here, there)}"
+        return f"{name} is {_said(here)} here and {_said(there)} there"
+    return None
+
+
+def _said(value: object) -> str:
+    return "absent" if value is None else str(value)
+
+
+def exchange(
+    store: _Store,
+    mine: Description,
+    *,
+    rank: int,
+    members: Sequence[str],
+    reference: int,
+    timeout: timedelta,
+) -> None:
+    """Compare with every member, through the store of the quorum's primary.
+
+    Raises:
+        MismatchError: this group differs from the reference. It cannot take part.
+        CollectiveError: another one differs. This step is lost, the next one may be without it.
+    """
+    text = json.dumps(mine)
+    store.set(f"description/{rank}", text)
+    store.set(f"fingerprint/{rank}", hashlib.sha256(text.encode()).hexdigest())
+    keys = [f"fingerprint/{other}" for other in range(len(members))]
+    store.wait(keys, timeout)
+    prints = store.multi_get(keys)
+    right = prints[reference]
+    if prints[rank] != right:
+        difference = compare(mine, json.loads(store.get(f"description/{reference}")))
+        raise MismatchError(
+            f"{members[rank]} differs from {members[reference]}: {difference}. Start every group "
+            "with the same script, model and settings"
+        )
+    odd = [name for name, seen in zip(members, prints, strict=True) if seen != right]
+    if odd:
+        raise CollectiveError(
+            f"{', '.join(odd)} runs another model or other settings than {members[reference]}: "
+            "nothing is averaged with it"
+        )

@@ -1,0 +1,221 @@
+"""What one step will do, decided once from its quorum, without clock, socket or tensor.
+
+A step is a transaction: *begin* (a quorum forms), *communicate*, *vote*, then *apply* or *discard*.
+`Phase` says where it stands and `FOLLOWS` what may come next; `plan_step` turns a quorum into a
+`Plan`: who is counted, who heals whom and when; `objection` is this rank's vote.
+
+Who is counted, so that every group computes the same divisor from the same quorum:
+
+    member of the quorum                                   gradients (BEFORE)   weights (AFTER)
+    up to date                                             counted              counted
+    new, in its first quorum                               counted              zeros
+    heals, and does so before it computes gradients        counted              zeros
+    heals while the step runs                              zeros                zeros
+    beyond min_replica_size, with FIXED_WITH_SPARES        zeros                zeros
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torchft.errors import PhaseError
+from torchft.peers import Place
+
+__all__ = [
+    "FOLLOWS",
+    "Donor",
+    "Phase",
+    "Plan",
+    "QuorumLike",
+    "Why",
+    "WorldSizeMode",
+    "follow",
+    "objection",
+    "plan_step",
+]
+
+
+class Phase(enum.Enum):
+    """Where the manager's step stands."""
+
+    IDLE = "idle"
+    OPEN = "open"
+    VOTING = "voting"
+    CLOSED = "shut down"
+
+
+FOLLOWS: dict[Phase, frozenset[Phase]] = {
+    Phase.IDLE: frozenset({Phase.OPEN, Phase.CLOSED}),
+    # A step that is opened again was never voted on: it is dropped with all that it holds.
+    Phase.OPEN: frozenset({Phase.OPEN, Phase.VOTING, Phase.CLOSED}),
+    Phase.VOTING: frozenset({Phase.IDLE, Phase.CLOSED}),
+    Phase.CLOSED: frozenset({Phase.CLOSED}),
+}
+
+
+def follow(phase: Phase, to: Phase) -> Phase:
+    """`to`, if it may follow `phase`; PhaseError otherwise."""
+    if to in FOLLOWS[phase]:
+        return to
+    if phase is Phase.CLOSED:
+        raise PhaseError("this manager is shut down: make a new one")
+    if to is Phase.VOTING:
+        raise PhaseError("no step is open: call start_quorum (or zero_grad of the Optimizer) first")
+    raise PhaseError(f"the step is {phase.value}; it cannot become {to.value}")
+
+
+class WorldSizeMode(enum.Enum):
+    """How many of the groups in a quorum are counted."""
+
+    DYNAMIC = 0
+    """All that are there."""
+    FIXED_WITH_SPARES = 1
+    """At most `min_replica_size`; the others are spares and contribute zeros."""
+
+
+class QuorumLike(Protocol):
+    """The fields of `coordination.QuorumResult` that a plan reads."""
+
+    quorum_id: int
+    replica_rank: int
+    replica_world_size: int
+    replica_ids: list[str]
+    store_address: str
+    max_step: int
+    heal: bool
+    recover_src_manager_address: str
+    recover_src_replica_rank: int | None
+    recover_dst_replica_ranks: list[int]
+    recovering_replica_ranks: list[int]
+    fresh_replica_ranks: list[int]
+
+
+@dataclass(frozen=True)
+class Donor:
+    """The live group that this one heals from."""
+
+    replica_rank: int
+    manager_address: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step, as all groups of its quorum agree on it."""
+
+    quorum_id: int
+    members: tuple[str, ...]
+    """Replica ids in rank order."""
+    replica_rank: int
+    step: int
+    """The last step that the members have committed: the one this round adds to."""
+    store_address: str
+    reconfigure: bool
+    """The process group does not belong to this quorum id yet."""
+    counted: tuple[int, ...]
+    """Replica ranks whose contribution is counted, in order."""
+    donor: Donor | None
+    """Set when this group heals."""
+    heals_first: bool
+    """The healed state is loaded before anything is computed in this step."""
+    serves: tuple[int, ...]
+    """Replica ranks that heal from this group."""
+    opening: bool
+    """All members are new: nobody has anything to contribute yet."""
+    reference: int
+    """The replica rank whose model the others must match."""
+
+    @property
+    def participating_rank(self) -> int | None:
+        """Position among the counted, None for a group that contributes zeros."""
+        return self.counted.index(self.replica_rank) if self.participates else None
+
+    @property
+    def participates(self) -> bool:
+        """Whether this group's contribution is counted."""
+        return self.replica_rank in self.counted
+
+    @property
+    def name(self) -> str:
+        """This group's replica id."""
+        return self.members[self.replica_rank]
+
+
+def plan_step(
+    quorum: QuorumLike,
+    *,
+    place: Place,
+    sync: bool,
+    configured: int | None,
+    mode: WorldSizeMode,
+    min_replica_size: int,
+    allow_heal: bool,
+) -> Plan:
+    """The plan that every group makes of the same quorum.
+
+    `sync`: quorums are waited for before the forward pass; `configured`: the quorum id that the
+    process group was made for, None when there is none.
+    """
+    recovering = frozenset(quorum.recovering_replica_ranks)
+    fresh = frozenset(quorum.fresh_replica_ranks)
+    me, ranks = quorum.replica_rank, range(quorum.replica_world_size)
+
+    def heals_first(rank: int) -> bool:
+        return sync or rank in fresh or place is Place.AFTER
+
+    def is_counted(rank: int) -> bool:
+        if place is Place.AFTER:
+            return rank not in recovering | fresh
+        return rank not in recovering or (allow_heal and heals_first(rank))
+
+    counted = tuple(rank for rank in ranks if is_counted(rank))
+    if mode is WorldSizeMode.FIXED_WITH_SPARES:
+        counted = counted[:min_replica_size]
+    heals = quorum.heal and allow_heal and quorum.recover_src_replica_rank is not None
+    return Plan(
+        quorum_id=quorum.quorum_id,
+        members=tuple(quorum.replica_ids),
+        replica_rank=me,
+        step=quorum.max_step,
+        store_address=quorum.store_address,
+        reconfigure=quorum.quorum_id != configured,
+        counted=counted,
+        donor=_donor(quorum) if heals else None,
+        heals_first=heals_first(me),
+        serves=tuple(quorum.recover_dst_replica_ranks) if allow_heal else (),
+        opening=len(fresh) == len(ranks),
+        reference=_reference(ranks, recovering, fresh),
+    )
+
+
+def _donor(quorum: QuorumLike) -> Donor:
+    assert quorum.recover_src_replica_rank is not None
+    return Donor(quorum.recover_src_replica_rank, quorum.recover_src_manager_address)
+
+
+def _reference(ranks: Sequence[int], recovering: frozenset[int], fresh: frozenset[int]) -> int:
+    """Who is right when two groups differ: who was there before, else who is up to date."""
+    for newcomers in (recovering | fresh, recovering, frozenset[int]()):
+        for rank in ranks:
+            if rank not in newcomers:
+                return rank
+    raise ValueError("a quorum has at least one member")
+
+
+class Why(enum.Enum):
+    """Why a step was discarded, in a step record."""
+
+    ERROR = "error"
+    TOO_FEW = "too few groups are counted"
+    ANOTHER_RANK = "another rank of this group voted no"
+
+
+def objection(*, failed: bool, counted: int, min_replica_size: int) -> Why | None:
+    """What this rank has against committing; None is a yes."""
+    if failed:
+        return Why.ERROR
+    if counted < min_replica_size:
+        return Why.TOO_FEW
+    return None

@@ -1,0 +1,89 @@
+"""One step while it runs: its plan, its error, the averages in flight, and how far it has formed.
+
+Everything that belongs to a step hangs on its transaction, so nothing outlives it: an average that
+fails late reports to the step that started it, never to the one that runs by then.
+"""
+
+from __future__ import annotations
+
+import threading
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torchft.ledger import Bucket, Ledger
+from torchft.peers import Place
+from torchft.step import Plan
+
+if TYPE_CHECKING:
+    from torchft.average import Average
+
+__all__ = ["ExceptionWithTraceback", "Transaction"]
+
+
+class ExceptionWithTraceback(Exception):
+    """An error with the stack that it came from, kept for whoever asks `Manager.errored()`."""
+
+    def __init__(self, e: Exception) -> None:
+        super().__init__(e)
+        self.original_exception = e
+        self.stack_trace = "".join(traceback.format_exception(e))
+
+
+class Transaction:
+    """A step between `start_quorum` and the vote."""
+
+    def __init__(self, place: Place, on_error: Callable[[Transaction], None]) -> None:
+        self.place = place
+        self.plan: Plan | None = None
+        self.error: ExceptionWithTraceback | None = None
+        self.failure: BaseException | None = None
+        """No quorum came about: raised to the caller, since there is no step to discard."""
+        self.staged: Any = None
+        """A donor's state, fetched and not loaded yet."""
+        self.averages: list[Average] = []
+        self.extra: dict[str, Any] = {}
+        self.ledger_before: dict[str, float] = {}
+        self.sent_before = 0
+        self.received_before = 0
+        self._on_error = on_error
+        # In the order in which they are reached. The last one is set whatever happens.
+        self.decided = threading.Event()
+        self.configured = threading.Event()
+        self.ready = threading.Event()
+
+    def finish_forming(self) -> None:
+        """Free whoever waits: the quorum is there, or `failure` says why not."""
+        self.decided.set()
+        self.configured.set()
+        self.ready.set()
+
+    def wait_formed(self, ledger: Ledger) -> Plan:
+        """Wait until this group can communicate, booking the wait where it was spent.
+
+        Raises whatever kept the quorum from forming.
+        """
+        if not self.ready.is_set():
+            for bucket, reached in (
+                (Bucket.QUORUM, self.decided),
+                (Bucket.CONFIGURE, self.configured),
+                (Bucket.HEAL, self.ready),
+            ):
+                if not reached.is_set():
+                    with ledger.spending(bucket):
+                        reached.wait()
+        if self.failure is not None:
+            raise self.failure
+        assert self.plan is not None
+        return self.plan
+
+    def report(self, error: Exception, *, at_home: bool = False) -> None:
+        """The step failed. `at_home`: the others can commit it without this group."""
+        self.error = ExceptionWithTraceback(error)
+        if not at_home:
+            self._on_error(self)
+
+    @property
+    def failed(self) -> bool:
+        """Whether an error was reported."""
+        return self.error is not None
