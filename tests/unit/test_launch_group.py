@@ -1,0 +1,160 @@
+"""One replica group as a child process: it starts, is killed whole, comes back, and is ended."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from torchft.launch.group import Group, GroupError, torchrun
+from torchft.launch.processes import born_at, kill_tree, psutil, tree
+
+FAMILY = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"],
+                         start_new_session=True)
+print(child.pid, flush=True)
+{then}
+time.sleep(60)
+"""
+"""A parent and a child in a session of its own, as torchrun makes them."""
+
+MakeGroup = Callable[..., Group]
+
+
+@pytest.fixture
+def make_group(tmp_path: Path) -> Iterator[MakeGroup]:
+    made: list[Group] = []
+
+    def make(script: str) -> Group:
+        command = [sys.executable, "-S", "-c", script]
+        made.append(Group(0, command, dict(os.environ), tmp_path / "group.log"))
+        return made[-1]
+
+    yield make
+    for group in made:
+        group.stop(grace_s=0)
+
+
+def child_of(group: Group) -> int:
+    """The child's id, once the parent has told it."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        with contextlib.suppress(ValueError, IndexError):
+            return int(group.log.read_text().split()[-1])
+        time.sleep(0.01)
+    raise TimeoutError(group.log.read_text())
+
+
+def is_there(pid: int) -> bool:
+    ps = psutil()
+    return bool(ps.pid_exists(pid)) and ps.Process(pid).status() != ps.STATUS_ZOMBIE
+
+
+def test_a_kill_takes_the_children_in_other_sessions_too(make_group: MakeGroup) -> None:
+    group = make_group(FAMILY.format(then=""))
+    group.start()
+    child = child_of(group)
+    assert is_there(child)
+    life = group.kill()
+    assert not is_there(life.pid)
+    assert not is_there(child)
+    assert life.code == -signal.SIGKILL
+    assert life.killed is not None and life.ended is not None
+    assert life.spawned < life.killed <= life.ended
+
+
+def test_a_killed_group_can_start_again(make_group: MakeGroup) -> None:
+    group = make_group("import time; time.sleep(60)")
+    first = group.start()
+    group.kill()
+    second = group.start()
+    assert group.alive
+    assert first.pid != second.pid
+    assert group.lives == [first, second]
+
+
+def test_a_group_that_runs_cannot_start(make_group: MakeGroup) -> None:
+    group = make_group("import time; time.sleep(60)")
+    group.start()
+    with pytest.raises(GroupError, match="already runs as process"):
+        group.start()
+
+
+def test_a_group_that_does_not_run_cannot_be_killed(make_group: MakeGroup) -> None:
+    with pytest.raises(GroupError, match="does not run"):
+        make_group("pass").kill()
+
+
+def test_a_group_that_never_started_has_no_life(make_group: MakeGroup) -> None:
+    with pytest.raises(GroupError, match="has not been started"):
+        _ = make_group("pass").life
+
+
+def test_stop_is_polite_first(make_group: MakeGroup) -> None:
+    polite = "import signal, sys; signal.signal(15, lambda *_: sys.exit(7)); "
+    group = make_group(polite + "print(1, flush=True); signal.pause()")
+    group.start()
+    child_of(group)
+    group.stop(grace_s=20)
+    assert group.life.code == 7
+    assert group.life.killed is None
+
+
+def test_stop_ends_who_does_not_listen_and_its_children(make_group: MakeGroup) -> None:
+    group = make_group("import signal; signal.signal(15, lambda *_: 0)\n" + FAMILY.format(then=""))
+    group.start()
+    child = child_of(group)
+    group.stop(grace_s=0.05)
+    assert group.life.code == -signal.SIGKILL
+    assert not is_there(child)
+
+
+def test_stop_ends_workers_that_outlive_their_agent(make_group: MakeGroup) -> None:
+    group = make_group(FAMILY.format(then=""))  # the parent dies of SIGTERM and leaves its child
+    group.start()
+    child = child_of(group)
+    group.stop(grace_s=20)
+    assert group.life.code == -signal.SIGTERM
+    assert not is_there(child)
+
+
+def test_stop_twice_is_fine(make_group: MakeGroup) -> None:
+    group = make_group("import time; time.sleep(60)")
+    group.start()
+    group.stop(grace_s=0)
+    group.stop(grace_s=0)
+
+
+def test_what_a_group_prints_is_in_its_log(make_group: MakeGroup) -> None:
+    group = make_group("print(42)")
+    group.start()
+    assert child_of(group) == 42
+
+
+def test_the_tree_of_nobody_is_empty() -> None:
+    process = subprocess.Popen([sys.executable, "-S", "-c", "pass"])
+    process.wait()
+    assert tree(process.pid) == []
+    assert kill_tree(process.pid) == []
+
+
+def test_a_process_is_born_before_now() -> None:
+    born = born_at(os.getpid())
+    assert born is not None
+    assert born < time.monotonic()
+    assert born_at(2**30) is None
+
+
+def test_the_command_line_is_torchruns() -> None:
+    command = torchrun(["train.py", "--steps=3"], workers=2)
+    assert command[:3] == [sys.executable, "-m", "torchft.launch.agent"]
+    assert command[-2:] == ["train.py", "--steps=3"]
+    assert "--nproc-per-node=2" in command

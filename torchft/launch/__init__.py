@@ -1,0 +1,1 @@
+"""Real replica groups on this machine: start them by torchrun, kill, restart and watch them."""
