@@ -1,0 +1,113 @@
+//! What the machine asks its shell to do: answer callers, and tell people.
+
+use std::sync::Arc;
+
+use thiserror::Error;
+
+use crate::decide::{Formed, Waiting};
+use crate::member::{BadMember, Quorum, ReplicaId, Ticket};
+
+/// One thing for the shell to carry out, in the order given.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// Answer these callers with the quorum; each of them is a member.
+    Publish {
+        /// What all of them get.
+        quorum: Arc<Quorum>,
+        /// One a member.
+        tickets: Vec<Ticket>,
+        /// Why now.
+        why: Formed,
+        /// Why the quorum id is a new one; `None`: it is that of the last quorum.
+        renewed: Option<Renewal>,
+    },
+    /// Answer this caller with an error.
+    Refuse {
+        /// Whom.
+        ticket: Ticket,
+        /// Why.
+        refusal: Refusal,
+    },
+    /// Tell people.
+    Notice(Notice),
+}
+
+/// Why a quorum id is new.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Renewal {
+    /// There was no quorum before.
+    First,
+    /// The members differ from those of the last quorum.
+    Members {
+        /// New ones.
+        joined: Vec<ReplicaId>,
+        /// Members of the last quorum that are not in this one.
+        left: Vec<ReplicaId>,
+    },
+    /// These discarded their last step and ask for new communicators.
+    CommitFailures(Vec<ReplicaId>),
+    /// The names are the same, but behind these is another process.
+    NewProcess(Vec<ReplicaId>),
+    /// Members have seen a higher id than this lighthouse gave out.
+    SeenHigher(i64),
+}
+
+/// Why a caller gets an error instead of a quorum.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum Refusal {
+    /// The request makes no sense.
+    #[error(transparent)]
+    BadMember(#[from] BadMember),
+    /// The same replica asked again while this request waited.
+    #[error("replica {replica_id} has asked again: this older request is superseded")]
+    Superseded {
+        /// Who.
+        replica_id: ReplicaId,
+    },
+    /// The state that this replica was to heal to is gone.
+    #[error(transparent)]
+    StateLost(#[from] StateLost),
+    /// The caller's deadline passed.
+    #[error("no quorum for replica {replica_id} at step {step} before its deadline: {waiting}")]
+    Deadline {
+        /// Who.
+        replica_id: ReplicaId,
+        /// Where it is.
+        step: i64,
+        /// What it waited for.
+        waiting: Waiting,
+    },
+}
+
+/// A replica was told to heal to a step, has not, and nobody who had that step is left.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("state of step {lost_step} lost")]
+pub struct StateLost {
+    /// Who was to heal.
+    pub replica_id: ReplicaId,
+    /// Where it is.
+    pub step: i64,
+    /// The step that is lost.
+    pub lost_step: i64,
+    /// Those who had it.
+    pub donors: Vec<ReplicaId>,
+}
+
+/// What people should know, though nobody waits for it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Notice {
+    /// A member of the last quorum was silent for the heartbeat timeout.
+    FellSilent {
+        /// Who.
+        replica_id: ReplicaId,
+    },
+    /// Training goes on from an earlier step than the last quorum had reached.
+    Restarted {
+        /// The step that the last quorum had reached.
+        from: i64,
+        /// The highest step of the new one.
+        to: i64,
+        /// The new one.
+        quorum_id: i64,
+    },
+}
