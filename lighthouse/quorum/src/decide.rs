@@ -17,10 +17,8 @@
 //! 6. Some healthy id has not asked: wait for it until `join_timeout` after the first candidate asked.
 //! 7. A quorum forms.
 
-use std::fmt;
 use std::time::Duration;
 
-use crate::member::ReplicaId;
 use crate::rules::Rules;
 
 /// How many ids there are of a kind.
@@ -75,7 +73,7 @@ pub enum Wait {
     /// Nobody healthy asks.
     NobodyAsks,
     /// Somebody asks `shrink_only`, and no member of the last quorum asks.
-    ShrinkedToNobody,
+    ShrunkToNobody,
     /// Below `min_replicas`.
     TooFew {
         /// Candidates.
@@ -198,7 +196,7 @@ impl Census {
 
     fn nobody(&self) -> Wait {
         if self.is_shrinking() {
-            Wait::ShrinkedToNobody
+            Wait::ShrunkToNobody
         } else {
             Wait::NobodyAsks
         }
@@ -216,22 +214,5 @@ impl Census {
             return State::Lost;
         }
         State::GivenUp
-    }
-}
-
-/// Why no quorum forms yet, with the names of those it hangs on; its text is for people.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Waiting {
-    /// The reason.
-    pub why: Wait,
-    /// Healthy ids that have not asked and are waited for, sorted.
-    pub missing: Vec<ReplicaId>,
-    /// When this was true, on the machine's clock.
-    pub now: Duration,
-}
-
-impl fmt::Display for Waiting {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        todo!("{f:?}")
     }
 }

@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
-use crate::decide::{Formed, Waiting};
+use crate::decide::Formed;
 use crate::member::{BadMember, Quorum, ReplicaId, Ticket};
+use crate::waiting::Waiting;
 
 /// One thing for the shell to carry out, in the order given.
 #[derive(Clone, Debug, PartialEq, Eq)]

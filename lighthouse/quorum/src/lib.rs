@@ -21,3 +21,4 @@ pub mod member;
 pub mod rules;
 pub mod status;
 pub mod vote;
+pub mod waiting;

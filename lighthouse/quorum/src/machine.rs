@@ -3,11 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::decide::Waiting;
 use crate::effect::Effect;
 use crate::member::{Member, Quorum, Ticket};
 use crate::rules::{BadRules, Rules};
 use crate::status::Status;
+use crate::waiting::Waiting;
 
 /// The lighthouse: who heartbeats, who asks, and the last quorum.
 ///

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::decide::Waiting;
 use crate::member::{Quorum, ReplicaId};
+use crate::waiting::Waiting;
 
 /// A picture of the machine at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
