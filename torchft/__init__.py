@@ -1,0 +1,46 @@
+"""Fault-tolerant, communication-efficient replica-group training for PyTorch.
+
+Names load when they are first used, so `import torchft` is light: the lighthouse command never
+imports torch, and what needs the compiled extension asks for it only then.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torchft.data import DistributedSampler
+    from torchft.ddp import DistributedDataParallel
+    from torchft.manager import Manager
+    from torchft.optim import OptimizerWrapper as Optimizer
+    from torchft.process_group import ProcessGroupGloo
+
+__all__ = [
+    "DistributedDataParallel",
+    "DistributedSampler",
+    "Manager",
+    "Optimizer",
+    "ProcessGroupGloo",
+]
+
+_HOMES = {
+    "DistributedDataParallel": ("torchft.ddp", "DistributedDataParallel"),
+    "DistributedSampler": ("torchft.data", "DistributedSampler"),
+    "Manager": ("torchft.manager", "Manager"),
+    "Optimizer": ("torchft.optim", "OptimizerWrapper"),
+    "ProcessGroupGloo": ("torchft.process_group", "ProcessGroupGloo"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'torchft' has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    value = getattr(importlib.import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -16,6 +16,7 @@ from torch.distributed import Work
 from torch.futures import Future
 
 from torchft.errors import CollectiveError
+from torchft.ledger import Bucket
 
 if TYPE_CHECKING:
     from torchft.transaction import Transaction
@@ -42,10 +43,11 @@ class Average(Work):
         """Wait, at most `timeout`, and divide. Returns True; a failure discards the step."""
         if not self._finished:
             try:
-                if timeout is None:
-                    self._work.wait()
-                else:
-                    self._work.wait(timeout)
+                with self._transaction.ledger.spending(Bucket.COMMUNICATE):
+                    if timeout is None:
+                        self._work.wait()
+                    else:
+                        self._work.wait(timeout)
             except Exception as error:
                 self._finish(error)
             else:
@@ -53,7 +55,7 @@ class Average(Work):
         return True
 
     def get_future(self) -> Future[torch.Tensor]:
-        """Completes by itself with the averaged tensor; after a failure, with the tensor as it is."""
+        """Completes by itself with the averaged tensor; after a failure, with it as it is."""
         if self._future is None:
             devices = None if self._tensor.device.type == "cpu" else [self._tensor.device]
             self._future = Future(devices=devices)
@@ -91,7 +93,9 @@ class Average(Work):
             self._finished = True
         # The first error is the cause; those that come of abandoning the rest add nothing.
         if error is not None and not self._transaction.failed:
-            failed = CollectiveError(f"the all-reduce of {tuple(self._tensor.shape)} failed: {error}")
+            failed = CollectiveError(
+                f"the all-reduce of {tuple(self._tensor.shape)} failed: {error}"
+            )
             failed.__cause__ = error
             self._transaction.report(failed)
 

@@ -1,7 +1,7 @@
 """Every error that this package raises on purpose, as one tree.
 
     TorchftError
-    ├── SettingsError            an argument, flag or variable that cannot be used (also a ValueError)
+    ├── SettingsError            an argument, flag or variable that cannot be used
     ├── PhaseError               a call that the step's phase does not allow
     ├── QuorumError              no quorum could be formed; says who was missing and why
     │   └── StateLostError       the only holders of a committed step are gone

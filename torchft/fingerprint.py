@@ -70,7 +70,7 @@ def exchange(
         MismatchError: this group differs from the reference. It cannot take part.
         CollectiveError: another one differs. This step is lost, the next one may be without it.
     """
-    text = json.dumps(mine)
+    text = json.dumps(mine, sort_keys=True)
     store.set(f"description/{rank}", text)
     store.set(f"fingerprint/{rank}", hashlib.sha256(text.encode()).hexdigest())
     keys = [f"fingerprint/{other}" for other in range(len(members))]

@@ -27,7 +27,7 @@ __all__ = ["Handle", "Peers", "Place", "Round"]
 
 
 class Place(enum.Enum):
-    """Where in a training step a strategy communicates, and so what a healed group can contribute."""
+    """Where in a step a strategy communicates, and so what a healed group can contribute."""
 
     BEFORE = "before the inner step"
     """Gradients. A group that heals when the round opens computes them on the healed weights."""

@@ -13,6 +13,7 @@ from torchft.errors import SettingsError
 
 __all__ = [
     "CONNECT_TIMEOUT_SEC",
+    "JOB_ID",
     "LIGHTHOUSE",
     "MANAGER_PORT",
     "QUORUM_RETRIES",
@@ -41,6 +42,8 @@ QUORUM_RETRIES = "TORCHFT_QUORUM_RETRIES"
 """How often a failed quorum request is sent again before its deadline."""
 STEP_RECORDS = "TORCHFT_STEP_RECORDS"
 """File that gets one JSON line for each step of this rank."""
+JOB_ID = "JOB_ID"
+"""Name of the job, in structured log events."""
 USE_BUCKETIZATION = "TORCHFT_USE_BUCKETIZATION"
 """`True` makes DiLoCo send its pseudo-gradient in buckets."""
 

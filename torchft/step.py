@@ -19,14 +19,16 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Protocol
 
-from torchft.errors import PhaseError
+from torchft.errors import PhaseError, SettingsError
 from torchft.peers import Place
 
 __all__ = [
     "FOLLOWS",
     "Donor",
+    "Options",
     "Phase",
     "Plan",
     "QuorumLike",
@@ -74,6 +76,29 @@ class WorldSizeMode(enum.Enum):
     """All that are there."""
     FIXED_WITH_SPARES = 1
     """At most `min_replica_size`; the others are spares and contribute zeros."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a manager runs its steps."""
+
+    min_replica_size: int
+    """Fewer counted groups than this, and the step is discarded."""
+    sync: bool
+    """Quorums are waited for before the forward pass."""
+    mode: WorldSizeMode
+    timeout: timedelta
+    """Of a collective, a vote, a transfer of state."""
+    quorum_timeout: timedelta
+    connect_timeout: timedelta
+    max_retries: int | None
+    """Discarded steps in a row before it gives up; None: it never does."""
+
+    def __post_init__(self) -> None:
+        if self.min_replica_size < 1:
+            raise SettingsError(f"min_replica_size={self.min_replica_size}: give at least 1")
+        if self.max_retries is not None and self.max_retries < 0:
+            raise SettingsError(f"max_retries={self.max_retries}: give 0 or more, or None")
 
 
 class QuorumLike(Protocol):
@@ -145,25 +170,22 @@ class Plan:
 
 def plan_step(
     quorum: QuorumLike,
+    options: Options,
     *,
     place: Place,
-    sync: bool,
     configured: int | None,
-    mode: WorldSizeMode,
-    min_replica_size: int,
     allow_heal: bool,
 ) -> Plan:
     """The plan that every group makes of the same quorum.
 
-    `sync`: quorums are waited for before the forward pass; `configured`: the quorum id that the
-    process group was made for, None when there is none.
+    `configured`: the quorum id that the process group was made for, None when there is none.
     """
     recovering = frozenset(quorum.recovering_replica_ranks)
     fresh = frozenset(quorum.fresh_replica_ranks)
     me, ranks = quorum.replica_rank, range(quorum.replica_world_size)
 
     def heals_first(rank: int) -> bool:
-        return sync or rank in fresh or place is Place.AFTER
+        return options.sync or rank in fresh or place is Place.AFTER
 
     def is_counted(rank: int) -> bool:
         if place is Place.AFTER:
@@ -171,8 +193,8 @@ def plan_step(
         return rank not in recovering or (allow_heal and heals_first(rank))
 
     counted = tuple(rank for rank in ranks if is_counted(rank))
-    if mode is WorldSizeMode.FIXED_WITH_SPARES:
-        counted = counted[:min_replica_size]
+    if options.mode is WorldSizeMode.FIXED_WITH_SPARES:
+        counted = counted[: options.min_replica_size]
     heals = quorum.heal and allow_heal and quorum.recover_src_replica_rank is not None
     return Plan(
         quorum_id=quorum.quorum_id,

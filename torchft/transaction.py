@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torchft.ledger import Bucket, Ledger
-from torchft.peers import Place
 from torchft.step import Plan
 
 if TYPE_CHECKING:
@@ -33,19 +32,21 @@ class ExceptionWithTraceback(Exception):
 class Transaction:
     """A step between `start_quorum` and the vote."""
 
-    def __init__(self, place: Place, on_error: Callable[[Transaction], None]) -> None:
-        self.place = place
+    def __init__(self, ledger: Ledger, on_error: Callable[[Transaction], None]) -> None:
+        self.ledger = ledger
         self.plan: Plan | None = None
         self.error: ExceptionWithTraceback | None = None
+        self.broken = False
+        """An error that the collectives of this step do not survive."""
         self.failure: BaseException | None = None
         """No quorum came about: raised to the caller, since there is no step to discard."""
         self.staged: Any = None
         """A donor's state, fetched and not loaded yet."""
         self.averages: list[Average] = []
         self.extra: dict[str, Any] = {}
-        self.ledger_before: dict[str, float] = {}
-        self.sent_before = 0
-        self.received_before = 0
+        self.ledger_before = ledger.snapshot()
+        self.moved_before = (0, 0)
+        """Bytes sent and received when the step could begin to communicate."""
         self._on_error = on_error
         # In the order in which they are reached. The last one is set whatever happens.
         self.decided = threading.Event()
@@ -58,7 +59,7 @@ class Transaction:
         self.configured.set()
         self.ready.set()
 
-    def wait_formed(self, ledger: Ledger) -> Plan:
+    def wait_formed(self) -> Plan:
         """Wait until this group can communicate, booking the wait where it was spent.
 
         Raises whatever kept the quorum from forming.
@@ -70,7 +71,7 @@ class Transaction:
                 (Bucket.HEAL, self.ready),
             ):
                 if not reached.is_set():
-                    with ledger.spending(bucket):
+                    with self.ledger.spending(bucket):
                         reached.wait()
         if self.failure is not None:
             raise self.failure
@@ -78,9 +79,11 @@ class Transaction:
         return self.plan
 
     def report(self, error: Exception, *, at_home: bool = False) -> None:
-        """The step failed. `at_home`: the others can commit it without this group."""
+        """The step failed. `at_home`: the others can commit it without this group, which goes on
+        to take part in their collectives."""
         self.error = ExceptionWithTraceback(error)
         if not at_home:
+            self.broken = True
             self._on_error(self)
 
     @property

@@ -1,0 +1,52 @@
+# Everything a developer or a new user runs. `make demo` and `make test` set the machine up first:
+# they need Python ≥ 3.11, a Rust toolchain and make, and fetch the rest.
+
+PYTHON ?= python3
+UV ?= $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
+RUN = $(UV) run --frozen --no-sync
+# One thread per process: several processes share the cores, and more threads fight for them.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help demo test test-slow check setup format lint types rust bench clean
+
+help: ## what there is to make
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: setup ## three replica groups train, one is killed and heals
+	$(RUN) torchft demo $(ARGS)
+
+test: setup ## the Python and Rust tests
+	cargo test --quiet --release -p torchft-quorum -p torchft-server
+	$(RUN) pytest -m "not slow" $(ARGS)
+
+test-slow: setup ## the long campaigns, seeds printed
+	$(RUN) pytest -m slow -s --timeout 3600 $(ARGS)
+
+check: setup lint types test ## all that must pass before a change lands
+
+setup: $(UV)
+	@$(UV) sync --frozen --quiet
+
+.uv/bin/uv:
+	@$(PYTHON) -m venv .uv && .uv/bin/pip install --quiet uv
+
+format: setup ## rewrite the sources in the project's format
+	cargo fmt --all
+	$(RUN) ruff format .
+	$(RUN) ruff check --fix .
+
+lint: setup
+	cargo fmt --all --check
+	cargo clippy --quiet --release --workspace --all-targets -- -D warnings
+	$(RUN) ruff format --check .
+	$(RUN) ruff check .
+
+types: setup
+	$(RUN) mypy
+
+bench: setup ## the figures in docs/benchmarks.md, each with its floor
+	$(RUN) python benchmarks/run.py $(ARGS)
+
+clean: ## remove what was built
+	cargo clean
+	rm -rf .venv .uv dist torchft/*.so .pytest_cache .mypy_cache .ruff_cache

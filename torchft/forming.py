@@ -1,0 +1,179 @@
+"""How a step forms: the quorum, the process group of that quorum, and who heals from whom.
+
+This runs beside the forward pass in async mode and on the training thread otherwise. It loads
+nothing: a fetched state is staged in the transaction, for the training thread to load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from torchft import healing
+from torchft.checkpointing import CheckpointTransport
+from torchft.errors import CollectiveError, HealError, StepError, TorchftError
+from torchft.fingerprint import Description, exchange
+from torchft.ledger import Bucket, Ledger
+from torchft.peers import Place
+from torchft.process_group import ProcessGroup, create_store_client
+from torchft.replica_group import ReplicaGroup
+from torchft.step import Options, Plan, plan_step
+from torchft.step_log import StepLog
+from torchft.transaction import Transaction
+
+__all__ = ["Former", "Request"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a rank says when it asks for a quorum."""
+
+    place: Place
+    step: int
+    fresh: bool
+    """Not in a quorum yet, and wants the initial synchronisation."""
+    commit_failures: int
+    allow_heal: bool
+    shrink_only: bool
+    timeout: timedelta
+
+
+class Former:
+    """Forms one step after the other for one rank."""
+
+    def __init__(
+        self,
+        *,
+        group: ReplicaGroup,
+        pg: ProcessGroup,
+        transport: CheckpointTransport[Any],
+        options: Options,
+        ledger: Ledger,
+        log: StepLog,
+        collect_state: Callable[[], Any],
+    ) -> None:
+        self.description: Description = {}
+        """What is compared with the other groups beside the settings: the models, by key."""
+        self._group = group
+        self._pg = pg
+        self._transport = transport
+        self._options = options
+        self._ledger = ledger
+        self._log = log
+        self._collect_state = collect_state
+        self._configured: int | None = None
+
+    def form(self, transaction: Transaction, request: Request) -> None:
+        """Fill `transaction.plan`. Never raises: what kept the quorum from forming is
+        `transaction.failure`, what spoilt the step is its error."""
+        try:
+            with self._ledger.spending(Bucket.QUORUM):
+                transaction.plan = plan = self._ask(request)
+            self._log.quorum(plan, request.step)
+            transaction.decided.set()
+            if plan.reconfigure:
+                with self._ledger.spending(Bucket.CONFIGURE):
+                    self._configure(plan)
+            if transaction.failed:  # meanwhile: no peer may wait for us in the new group
+                self.abandon()
+            transaction.moved_before = self.bytes_moved()
+            transaction.configured.set()
+            with self._ledger.spending(Bucket.HEAL):
+                self._exchange_state(transaction, plan)
+        except StepError as error:
+            self._log.error(request.step, error)
+            transaction.report(error)
+        except BaseException as error:
+            transaction.failure = error
+        finally:
+            transaction.finish_forming()
+
+    def abandon(self) -> None:
+        """Free the peers that wait in this quorum's process group; the next step makes another."""
+        self._configured = None
+        self._pg.abort()
+
+    def bytes_moved(self) -> tuple[int, int]:
+        """Payload bytes (sent, received) so far, of this process group and of heals."""
+        # A collective moves as much in as out.
+        by_group = getattr(getattr(self._pg, "generation", None), "bytes_sent", 0)
+        sent = getattr(self._transport, "bytes_sent", 0)
+        received = getattr(self._transport, "bytes_received", 0)
+        return by_group + sent, by_group + received
+
+    def _ask(self, request: Request) -> Plan:
+        quorum = self._group.client._quorum(
+            group_rank=self._group.rank,
+            step=request.step,
+            checkpoint_metadata=self._transport.metadata(),
+            shrink_only=request.shrink_only,
+            init_sync=request.fresh,
+            commit_failures=request.commit_failures,
+            timeout=request.timeout,
+        )
+        return plan_step(
+            quorum,
+            self._options,
+            place=request.place,
+            configured=self._configured,
+            allow_heal=request.allow_heal,
+        )
+
+    def _configure(self, plan: Plan) -> None:
+        """Make the process group of this quorum.
+
+        Raises:
+            MismatchError: this group's model or settings differ from the others'.
+            CollectiveError: it could not be made, or another group differs.
+        """
+        self._configured = None
+        prefix = f"{plan.store_address}/torchft/{plan.quorum_id}/{self._group.rank}"
+        try:
+            exchange(
+                create_store_client(prefix, timeout=self._options.connect_timeout),
+                self._fingerprint(),
+                rank=plan.replica_rank,
+                members=plan.members,
+                reference=plan.reference,
+                timeout=self._options.timeout,
+            )
+            name = self._group.name or "0"
+            self._pg.configure(prefix, name, plan.replica_rank, len(plan.members))
+        except TorchftError:
+            raise
+        except (RuntimeError, OSError) as error:
+            raise CollectiveError(
+                f"the process group of quorum {plan.quorum_id} could not be made: {error}"
+            ) from error
+        self._configured = plan.quorum_id
+
+    def _fingerprint(self) -> Description:
+        options = self._options
+        return {
+            "group world size": self._group.world_size,
+            "use_async_quorum": not options.sync,
+            "world_size_mode": options.mode.name,
+            "min_replica_size": options.min_replica_size,
+            **self.description,
+        }
+
+    def _exchange_state(self, transaction: Transaction, plan: Plan) -> None:
+        if plan.serves:
+            healing.offer(self._transport, plan, self._collect_state(), self._options.timeout)
+        if plan.donor is None:
+            return
+        try:
+            transaction.staged = healing.fetch(
+                self._transport,
+                plan,
+                plan.donor,
+                group_rank=self._group.rank,
+                connect_timeout=self._options.connect_timeout,
+                timeout=self._options.timeout,
+            )
+        except HealError as error:
+            self._log.error(plan.step, error)
+            # A group that is not counted goes on with its zeros: the others commit without it.
+            transaction.report(error, at_home=not plan.participates)

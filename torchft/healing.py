@@ -1,0 +1,60 @@
+"""Moving live state between groups: what a donor offers, what a healing group takes.
+
+The payload is `{"user": {key: state}, "torchft": {"step": …, "batches_committed": …}}`, read under
+the lock that keeps optimizers out. A donor offers it until it votes; whoever has not fetched it by
+then heals in a later step. A fetched state is only staged here: the manager loads it on the main
+thread.
+"""
+
+from __future__ import annotations
+
+import logging
+from datetime import timedelta
+from typing import Any
+
+from torchft.checkpointing import CheckpointTransport
+from torchft.coordination import ManagerClient
+from torchft.errors import HealError
+from torchft.step import Donor, Plan
+
+__all__ = ["fetch", "offer"]
+
+_log = logging.getLogger("torchft.healing")
+
+
+def offer(transport: CheckpointTransport[Any], plan: Plan, state: Any, timeout: timedelta) -> None:
+    """Let the members in `plan.serves` fetch `state`.
+
+    A failure is theirs to notice and ours to log: it does not touch this group's step.
+    """
+    try:
+        transport.send_checkpoint(
+            dst_ranks=list(plan.serves), step=plan.step, state_dict=state, timeout=timeout
+        )
+    except Exception:
+        names = ", ".join(plan.members[rank] for rank in plan.serves)
+        _log.exception("[%s - step %d] cannot offer state to %s", plan.name, plan.step, names)
+
+
+def fetch(
+    transport: CheckpointTransport[Any],
+    plan: Plan,
+    donor: Donor,
+    *,
+    group_rank: int,
+    connect_timeout: timedelta,
+    timeout: timedelta,
+) -> Any:
+    """The state of `donor` at `plan.step`. Raises HealError when it cannot be had."""
+    name = plan.members[donor.replica_rank]
+    try:
+        client = ManagerClient(donor.manager_address, connect_timeout=connect_timeout)
+        metadata = client._checkpoint_metadata(group_rank, timeout=timeout)
+        return transport.recv_checkpoint(
+            src_rank=donor.replica_rank, metadata=metadata, step=plan.step, timeout=timeout
+        )
+    except Exception as error:
+        raise HealError(
+            f"{plan.name} cannot fetch step {plan.step} from {name} "
+            f"({donor.manager_address}): {error}. The step is discarded and another donor asked"
+        ) from error

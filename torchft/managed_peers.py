@@ -1,0 +1,86 @@
+"""The manager as `Peers`: a strategy's round is the manager's step.
+
+One round is open at a time. Opening it forms a quorum, and heals this group when it is behind;
+closing it is the vote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.distributed import Work
+
+from torchft.peers import Place
+
+if TYPE_CHECKING:
+    from torchft.manager import Manager
+
+__all__ = ["ManagedPeers", "ManagedRound"]
+
+
+class ManagedPeers:
+    """The groups that a manager meets at its lighthouse."""
+
+    def __init__(self, manager: Manager) -> None:
+        self._manager = manager
+
+    def open(self, place: Place) -> ManagedRound:
+        """Form a quorum. With `Place.AFTER` it waits for it, and heals first.
+
+        Raises whatever `Manager.start_quorum` raises: no quorum before the deadline.
+        """
+        while True:
+            self._manager.start_quorum(place=place)
+            opening = place is Place.AFTER and self._manager.is_opening()
+            # A rank of this group that failed to heal votes no: then all its ranks open again.
+            if not opening or self._manager.close_opening():
+                return ManagedRound(self._manager, opening)
+
+
+class ManagedRound:
+    """One step of the manager."""
+
+    def __init__(self, manager: Manager, opening: bool) -> None:
+        self._manager = manager
+        self._opening = opening
+
+    @property
+    def opening(self) -> bool:
+        """True: every group is new and all are equal now; there is no step to close."""
+        return self._opening
+
+    def average(self, tensors: Sequence[Tensor]) -> _Averages:
+        """Mean over the counted groups, in place; one all-reduce for each tensor."""
+        return _Averages(list(tensors), [self._manager.allreduce(tensor) for tensor in tensors])
+
+    def gather(self, tensors: Sequence[Tensor]) -> _Gathered:
+        """The counted groups' rows, `[1, …]` each → `[n, …]`, in participating order."""
+        return _Gathered([self._manager.allgather(tensor) for tensor in tensors])
+
+    def close(self) -> bool:
+        """The vote of this group's ranks."""
+        return self._manager.should_commit()
+
+
+class _Averages:
+    def __init__(self, tensors: list[Tensor], works: list[Work]) -> None:
+        self._tensors = tensors
+        self._works = works
+
+    def wait(self) -> list[Tensor]:
+        for work in self._works:
+            work.wait()
+        return self._tensors
+
+
+class _Gathered:
+    def __init__(self, gatherings: list[tuple[Work, list[Tensor]]]) -> None:
+        self._gatherings = gatherings
+
+    def wait(self) -> list[Tensor]:
+        for work, _ in self._gatherings:
+            work.wait()
+        return [torch.cat(rows) for _, rows in self._gatherings]

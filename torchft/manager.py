@@ -1,0 +1,524 @@
+"""The life of a step: begin, communicate, vote, then apply or discard.
+
+    manager.start_quorum()             # begin: who is there, who heals (in the background)
+    manager.allreduce(gradient)        # communicate: a failure is this step's, never raised
+    if manager.should_commit():        # vote: all ranks of this group, or none
+        optimizer.step()               # apply
+
+What holds:
+
+- A step is one `Transaction`; its errors, averages and bytes belong to it and end with it.
+- A heal is loaded on the main thread, before the forward pass or at the vote, and stands whatever
+  the vote says: it is the donor's commit, not ours.
+- An error abandons the step's process group at once, so that no peer waits for a rank that has
+  given up; the next quorum makes a new one.
+- The vote is among the ranks of one group. Between groups a step is equal because a collective
+  fails for all, and a group that missed it is behind and heals.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future as ThreadFuture
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch.distributed import ReduceOp, Work
+from torch.futures import Future
+
+from torchft import settings
+from torchft.average import Average, Done
+from torchft.checkpointing import CheckpointTransport, HTTPTransport
+from torchft.coordination import watch_parent
+from torchft.errors import DiscardedTooOften, HealError, SettingsError
+from torchft.fingerprint import describe
+from torchft.forming import Former, Request
+from torchft.futures import future_timeout
+from torchft.ledger import Bucket, Ledger
+from torchft.live_state import LiveState
+from torchft.peers import Place
+from torchft.process_group import ProcessGroup
+from torchft.replica_group import MANAGER_ADDR_KEY, REPLICA_ID_KEY, ReplicaGroup
+from torchft.step import Options, Phase, Plan, Why, WorldSizeMode, follow, objection
+from torchft.step_log import StepLog
+from torchft.transaction import ExceptionWithTraceback, Transaction
+
+__all__ = [
+    "MANAGER_ADDR_KEY",
+    "REPLICA_ID_KEY",
+    "ExceptionWithTraceback",
+    "Manager",
+    "WorldSizeMode",
+    "get_timeout",
+]
+
+MANAGER_PORT_ENV = settings.MANAGER_PORT
+TIMEOUT_SEC_ENV = settings.TIMEOUT_SEC
+QUORUM_TIMEOUT_SEC_ENV = settings.QUORUM_TIMEOUT_SEC
+CONNECT_TIMEOUT_SEC_ENV = settings.CONNECT_TIMEOUT_SEC
+QUORUM_RETRIES_ENV = settings.QUORUM_RETRIES
+
+T = TypeVar("T")
+
+
+def get_timeout(timeout_sec_env: str | None, default_timeout_sec: timedelta) -> timedelta:
+    """`timeout_sec_env`, whole seconds, when it is given; else the default."""
+    if timeout_sec_env is None:
+        return default_timeout_sec
+    return timedelta(seconds=int(timeout_sec_env))
+
+
+class Manager:
+    """Runs the steps of one rank of a replica group.
+
+    Args:
+        pg: spans the groups, one rank of each; reconfigured whenever the members change.
+        load_state_dict, state_dict: load and read what a healing group needs (model, optimizer).
+        min_replica_size: fewer counted groups than this, and a step is discarded.
+        use_async_quorum: form the quorum during the forward pass; a group that falls behind then
+            heals while it contributes zeros. False: `start_quorum` waits, and heals first.
+        timeout: deadline of a collective, a vote, a transfer of state.
+        quorum_timeout: deadline of a quorum.
+        connect_timeout: deadline of each connection.
+        rank, world_size: inside the group; default RANK and WORLD_SIZE.
+        store_addr, store_port: the group's TCPStore, already serving; default MASTER_ADDR and
+            MASTER_PORT.
+        lighthouse_addr: `http://host:port`, used on rank 0; default TORCHFT_LIGHTHOUSE.
+        replica_id: the group's name; a fresh suffix is added for each start.
+        port, hostname: where rank 0's manager server listens, and the name that others reach it by.
+        init_sync: at step 0, start every group from one group's state.
+        max_retries: more discarded steps in a row than this raise DiscardedTooOften; None: never.
+        quorum_retries: how often a failed quorum request is sent again within its deadline.
+
+    Raises:
+        SettingsError: an argument or variable that cannot be used.
+        TimeoutError: the store or the lighthouse cannot be reached in `connect_timeout`.
+    """
+
+    def __init__(
+        self,
+        pg: ProcessGroup,
+        load_state_dict: Callable[[Any], None] | None,
+        state_dict: Callable[[], Any] | None,
+        min_replica_size: int,
+        use_async_quorum: bool = True,
+        timeout: timedelta = timedelta(seconds=60),
+        quorum_timeout: timedelta = timedelta(seconds=60),
+        connect_timeout: timedelta = timedelta(seconds=60),
+        rank: int | None = None,
+        world_size: int | None = None,
+        world_size_mode: WorldSizeMode = WorldSizeMode.DYNAMIC,
+        store_addr: str | None = None,
+        store_port: int | None = None,
+        lighthouse_addr: str | None = None,
+        replica_id: str | None = None,
+        port: int | None = None,
+        hostname: str | None = None,
+        heartbeat_interval: timedelta = timedelta(milliseconds=100),
+        checkpoint_transport: CheckpointTransport[Any] | None = None,
+        init_sync: bool = True,
+        max_retries: int | None = None,
+        quorum_retries: int = 0,
+    ) -> None:
+        if (load_state_dict is None) != (state_dict is None):
+            raise SettingsError("give load_state_dict and state_dict together, or neither")
+        self.ledger = Ledger()
+        """Where the time of this rank goes."""
+        self._options = options = Options(
+            min_replica_size=min_replica_size,
+            sync=not use_async_quorum,
+            mode=world_size_mode,
+            timeout=settings.timeout(settings.TIMEOUT_SEC, timeout),
+            quorum_timeout=settings.timeout(settings.QUORUM_TIMEOUT_SEC, quorum_timeout),
+            connect_timeout=settings.timeout(settings.CONNECT_TIMEOUT_SEC, connect_timeout),
+            max_retries=max_retries,
+        )
+        with self.ledger.spending(Bucket.START):
+            self._transport: CheckpointTransport[Any] = checkpoint_transport or HTTPTransport(
+                timeout=options.timeout, num_chunks=0
+            )
+            self._group = ReplicaGroup.join(
+                name=replica_id or "",
+                rank=rank,
+                world_size=world_size,
+                store_addr=store_addr,
+                store_port=store_port,
+                lighthouse_addr=lighthouse_addr,
+                hostname=hostname,
+                port=port,
+                heartbeat_interval=heartbeat_interval,
+                connect_timeout=options.connect_timeout,
+                quorum_retries=settings.integer(settings.QUORUM_RETRIES, quorum_retries),
+            )
+        self._state = LiveState(options.timeout)
+        if load_state_dict is not None and state_dict is not None:
+            self.register_state_dict_fn("default", load_state_dict, state_dict)
+        self._pg = pg
+        self._log = StepLog(self._group, self.ledger)
+        self._former = Former(
+            group=self._group,
+            pg=pg,
+            transport=self._transport,
+            options=options,
+            ledger=self.ledger,
+            log=self._log,
+            collect_state=lambda: self._state.collect(self.state_dict),
+        )
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="torchft_quorum")
+        self._forming: ThreadFuture[None] | None = None
+        self._transaction: Transaction | None = None
+        self._phase = Phase.IDLE
+        self._step = 0
+        self._batches_committed = 0
+        self._commit_failures = 0
+        # Names that scripts written for existing versions read.
+        self._use_async_quorum = use_async_quorum
+        self._replica_world_size_mode = world_size_mode
+        self._init_sync = init_sync
+        self._max_retries = max_retries
+        self._quorum_retries = quorum_retries
+        self._replica_id = self._group.name
+        # Not in a quorum yet: this group wants the initial synchronisation.
+        self._fresh = init_sync
+        if settings.under_torchrun():
+            watch_parent()
+
+    # ------------------------------------------------------------------ what is healed
+
+    def register_state_dict_fn(
+        self,
+        key: str,
+        load_state_dict: Callable[[Any], None],
+        state_dict: Callable[[], Any],
+    ) -> None:
+        """Add state that a healing group needs. It is loaded in the order of registration."""
+        self._state.register(key, load_state_dict, state_dict)
+
+    def set_state_dict_fns(
+        self, load_state_dict: Callable[[Any], None], state_dict: Callable[[], Any]
+    ) -> None:
+        """Deprecated: use `register_state_dict_fn`."""
+        self.register_state_dict_fn("set_state_dict_fns", load_state_dict, state_dict)
+
+    def describe_model(self, key: str, tensors: list[tuple[str, torch.Tensor]]) -> None:
+        """Have `tensors` (names, shapes, dtypes) compared with the other groups before averages."""
+        self._former.description[key] = describe(tensors)
+
+    def allow_state_dict_read(self) -> None:
+        """The parameters are whole again: donors may read them."""
+        self._state.allow_read()
+
+    def disallow_state_dict_read(self) -> None:
+        """Parameters are about to change. TimeoutError when readers hold on beyond `timeout`."""
+        self._state.disallow_read()
+
+    def state_dict(self) -> dict[str, int]:
+        """To be saved with a checkpoint of the model: `step` and `batches_committed`."""
+        return {"step": self._step, "batches_committed": self._batches_committed}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on from a checkpoint of the model."""
+        self._step = state_dict["step"]
+        self._batches_committed = state_dict["batches_committed"]
+
+    # ------------------------------------------------------------------ begin
+
+    def start_quorum(
+        self,
+        allow_heal: bool = True,
+        shrink_only: bool = False,
+        timeout: timedelta | None = None,
+        place: Place = Place.BEFORE,
+    ) -> None:
+        """Begin a step. In async mode it returns at once, and the quorum forms meanwhile.
+
+        It waits in sync mode, with `place=AFTER`, and in the first quorum of a process: a new
+        group heals before it computes anything.
+
+        Raises:
+            TimeoutError, QuorumError: no quorum, now or (async mode) in the step before.
+        """
+        if self._forming is not None:
+            self._forming.result()
+        self._phase = follow(self._phase, Phase.OPEN)
+        self._transaction = transaction = Transaction(self.ledger, self._abandon)
+        request = Request(
+            place=place,
+            step=self._step,
+            fresh=self._fresh,
+            commit_failures=self._commit_failures,
+            allow_heal=allow_heal,
+            shrink_only=shrink_only,
+            timeout=timeout or self._options.quorum_timeout,
+        )
+        if self._options.sync or place is Place.AFTER or self._fresh:
+            self._former.form(transaction, request)
+            self.wait_quorum()
+            self._load_staged(transaction)
+        else:
+            self._forming = self._executor.submit(self._former.form, transaction, request)
+
+    def wait_quorum(self) -> None:
+        """Wait until the quorum stands and this group can communicate; raises why it does not."""
+        assert self._transaction is not None, "call start_quorum before wait_quorum"
+        self._transaction.wait_formed()
+
+    def _load_staged(self, transaction: Transaction) -> None:
+        """The heal: a commit of the donor's step, on the main thread, whatever the vote says."""
+        staged, transaction.staged = transaction.staged, None
+        plan = transaction.plan
+        if staged is None or plan is None or plan.donor is None:
+            return
+        before = self._step
+        with self.ledger.spending(Bucket.HEAL):
+            try:
+                self._state.load(staged["user"])
+            except HealError as error:
+                self._log.error(before, error)
+                transaction.report(error, at_home=not plan.participates)
+                return
+            self.load_state_dict(staged["torchft"])
+        donor = plan.members[plan.donor.replica_rank]
+        self._log.say(logging.INFO, before, "healed from %s, now at step %d", donor, self._step)
+
+    # ------------------------------------------------------------------ communicate
+
+    def allreduce(
+        self,
+        tensor: torch.Tensor,
+        should_quantize: bool = False,
+        reduce_op: ReduceOp.RedOpType = ReduceOp.AVG,
+    ) -> Work:
+        """Reduce `tensor` over the counted groups, in place; AVG divides by their number.
+
+        A group that is not counted sends zeros. After an error of this step the tensor stays as it
+        is. Errors discard the step; only a quorum that never formed is raised.
+
+        Raises:
+            ValueError: AVG of a tensor that is neither floating-point nor complex.
+        """
+        if should_quantize:
+            raise SettingsError("should_quantize=True is not available yet: pass False")
+        average = reduce_op == ReduceOp.AVG
+        if average and not (tensor.is_floating_point() or tensor.is_complex()):
+            raise ValueError(f"AVG needs a floating-point tensor, not {tensor.dtype}: use SUM")
+        transaction = self._begun("allreduce")
+        plan = transaction.wait_formed()
+        if transaction.broken:
+            return Done(tensor)
+        if not plan.participates:
+            tensor.zero_()
+        try:
+            work = self._pg.allreduce([tensor], ReduceOp.SUM if average else reduce_op)
+        except Exception as error:
+            self.report_error(error)
+            return Done(tensor)
+        managed = Average(transaction, work, tensor, len(plan.counted) if average else 1)
+        transaction.averages.append(managed)
+        return managed
+
+    def allgather(self, tensor: torch.Tensor) -> tuple[Work, list[torch.Tensor]]:
+        """Gather `tensor` from the counted groups: the work, and their tensors in counted order.
+
+        After an error of this step, what is gathered is this group's own tensor.
+        """
+        transaction = self._begun("allgather")
+        plan = transaction.wait_formed()
+        rows = [torch.empty_like(tensor) for _ in plan.members]
+        if not transaction.broken:
+            try:
+                work = self._pg.allgather([rows], [tensor])
+            except Exception as error:
+                self.report_error(error)
+            else:
+                gathered = Average(transaction, work, tensor, divisor=1)
+                transaction.averages.append(gathered)
+                return gathered, [rows[rank] for rank in plan.counted]
+        return Done(tensor), [tensor] * len(plan.counted)
+
+    def report_error(self, e: Exception) -> None:
+        """Discard the step that runs now, because of `e`."""
+        transaction = self._begun("report_error")
+        self._log.error(self._step, e)
+        transaction.report(e)
+
+    def errored(self) -> ExceptionWithTraceback | None:
+        """The error of the step that runs now."""
+        return self._transaction.error if self._transaction else None
+
+    def wrap_future(
+        self, fut: Future[T], default: T, timeout: timedelta | None = None
+    ) -> Future[T]:
+        """`fut`, with a deadline; a failure is reported and completes with `default` instead."""
+        transaction = self._begun("wrap_future")
+
+        def or_default(done: Future[T]) -> T:
+            try:
+                return done.value()
+            except Exception as error:
+                transaction.report(error)
+                return default
+
+        return future_timeout(fut, timeout or self._options.timeout).then(or_default)
+
+    def _begun(self, what: str) -> Transaction:
+        assert self._transaction is not None, f"call start_quorum before {what}"
+        return self._transaction
+
+    def _abandon(self, transaction: Transaction) -> None:
+        """An error: free the peers that wait for us in this step's process group."""
+        if transaction is self._transaction:
+            self._former.abandon()
+
+    # ------------------------------------------------------------------ vote
+
+    def should_commit(self, timeout: timedelta | None = None) -> bool:
+        """Vote, once per step, on every rank. True: apply the step. False: discard it.
+
+        Raises:
+            PhaseError: no step is open.
+            TimeoutError: a rank of this group does not vote in `timeout`.
+            DiscardedTooOften: more discarded steps in a row than `max_retries`.
+        """
+        self._phase = follow(self._phase, Phase.VOTING)
+        transaction = self._begun("should_commit")
+        timeout = timeout or self._options.timeout
+        try:
+            plan = transaction.wait_formed()
+            self._finish_averages(transaction, timeout)
+            self._load_staged(transaction)
+            why = objection(
+                failed=transaction.failed,
+                counted=len(plan.counted),
+                min_replica_size=self._options.min_replica_size,
+            )
+            committed = self._vote(plan, why is None, timeout)
+        finally:
+            self._phase = follow(self._phase, Phase.IDLE)
+        if committed:
+            self._fresh = False
+            self._step += 1
+            self._batches_committed += len(plan.counted)
+            self._commit_failures = 0
+        else:
+            self._commit_failures += 1
+        self._say_closed(transaction, plan, committed, why)
+        return committed
+
+    def is_opening(self) -> bool:
+        """Whether every group of this quorum is new, so that nobody has anything to contribute."""
+        return self._begun("is_opening").wait_formed().opening
+
+    def close_opening(self) -> bool:
+        """End a round in which nobody had anything to contribute: equal state, no step.
+
+        False when a rank of this group failed to heal: open again.
+        """
+        self._phase = follow(self._phase, Phase.VOTING)
+        transaction = self._begun("close_opening")
+        why = Why.ERROR if transaction.failed else None
+        try:
+            plan = transaction.wait_formed()
+            healed = self._vote(plan, why is None, self._options.timeout)
+        finally:
+            self._phase = follow(self._phase, Phase.IDLE)
+        if healed:
+            self._fresh, self._commit_failures = False, 0
+        else:
+            self._commit_failures += 1
+            self._say_closed(transaction, plan, healed, why)
+        return healed
+
+    def _finish_averages(self, transaction: Transaction, timeout: timedelta) -> None:
+        with self.ledger.spending(Bucket.COMMUNICATE):
+            for average in transaction.averages:
+                average.wait(timeout)
+            if torch.cuda.is_available() and torch.cuda.is_initialized():
+                torch.cuda.current_stream().synchronize()
+        error = self._pg.errored()
+        if error is not None and not transaction.failed:
+            self.report_error(error)
+
+    def _vote(self, plan: Plan, yes: bool, timeout: timedelta) -> bool:
+        with self.ledger.spending(Bucket.VOTE):
+            committed = self._group.client.should_commit(
+                self._group.rank, plan.step, yes, timeout=timeout
+            )
+        with self.ledger.spending(Bucket.HEAL):
+            self._transport.disallow_checkpoint()
+        return committed
+
+    def _say_closed(
+        self, transaction: Transaction, plan: Plan, committed: bool, why: Why | None
+    ) -> None:
+        """Record the step; after too many discarded ones, DiscardedTooOften."""
+        reason = None if committed else (why or Why.ANOTHER_RANK).value
+        if reason is not None and transaction.error is not None:
+            reason = f"{reason}: {transaction.error.original_exception}"
+        sent, received = self._former.bytes_moved()
+        sent_before, received_before = transaction.moved_before
+        self._log.closed(
+            transaction,
+            plan,
+            committed=committed,
+            why=reason,
+            sent=sent - sent_before,
+            received=received - received_before,
+        )
+        if committed:
+            return
+        failures, most = self._commit_failures, self._options.max_retries
+        self._log.say(
+            logging.WARNING, plan.step, "step discarded, %d in a row: %s", failures, reason
+        )
+        if most is not None and failures > most:
+            raise DiscardedTooOften(
+                f"{self._group.replica_id} discarded {failures} steps in a row at step "
+                f"{plan.step}, more than max_retries={most}; the last one because of: {reason}"
+            )
+
+    # ------------------------------------------------------------------ who, where
+
+    def current_step(self) -> int:
+        """The last committed step, from 0."""
+        return self._step
+
+    def batches_committed(self) -> int:
+        """How many groups' batches the committed steps hold."""
+        return self._batches_committed
+
+    def num_participants(self) -> int:
+        """How many groups are counted in this step; waits for the quorum. 0 before the first."""
+        if self._transaction is None:
+            return 0
+        return len(self._transaction.wait_formed().counted)
+
+    def participating_rank(self) -> int | None:
+        """This group's position among the counted; waits for the quorum. None: it is not."""
+        if self._transaction is None:
+            return None
+        return self._transaction.wait_formed().participating_rank
+
+    def is_participating(self) -> bool:
+        """Whether this group is counted in this step, as far as is known; does not wait."""
+        plan = self._transaction.plan if self._transaction else None
+        return plan is not None and plan.participates
+
+    def note(self, **extra: Any) -> None:
+        """Add values that JSON can hold, such as a loss, to the record of the step that runs."""
+        self._begun("note").extra.update(extra)
+
+    def shutdown(self, wait: bool = True) -> None:
+        """Free the server, the transport and the threads. Calling it again does nothing."""
+        if self._phase is Phase.CLOSED:
+            return
+        self._phase = follow(self._phase, Phase.CLOSED)
+        # The server first: a quorum that is still waited for then ends at once.
+        self._group.leave()
+        self._transport.shutdown(wait=wait)
+        self._executor.shutdown(wait=wait, cancel_futures=True)
+        self._pg.shutdown()
+        self._log.close()
