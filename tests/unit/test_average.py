@@ -1,0 +1,98 @@
+"""A managed all-reduce: finished once, by whoever comes first, and failing only its own step."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+import torch
+from torch.distributed import Work
+from torch.futures import Future
+
+from torchft.average import Average, Done
+from torchft.errors import CollectiveError
+from torchft.ledger import Ledger
+from torchft.transaction import Transaction
+
+
+class Sum(Work):
+    """A sum that ends when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.future: Future[list[torch.Tensor]] = Future()
+        self.timeouts: list[timedelta | None] = []
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        self.timeouts.append(timeout)
+        self.future.wait()
+        return True
+
+    def get_future(self) -> Future[list[torch.Tensor]]:
+        return self.future
+
+
+@pytest.fixture
+def transaction() -> Transaction:
+    return Transaction(Ledger(), on_error=lambda _: None)
+
+
+def test_wait_gives_the_mean(transaction: Transaction) -> None:
+    tensor, work = torch.tensor([6.0]), Sum()
+    work.future.set_result([tensor])
+    Average(transaction, work, tensor, 3).wait()
+    assert tensor.item() == 2.0
+
+
+def test_an_average_is_divided_once_whoever_waits_and_how_often(transaction: Transaction) -> None:
+    tensor, work = torch.tensor([8.0]), Sum()
+    average = Average(transaction, work, tensor, 2)
+    future = average.get_future()
+    work.future.set_result([tensor])
+    average.wait()
+    average.wait()
+    assert future.wait().item() == 4.0
+    assert tensor.item() == 4.0
+
+
+def test_the_future_completes_without_anybody_waiting(transaction: Transaction) -> None:
+    tensor, work = torch.tensor([8.0]), Sum()
+    future = Average(transaction, work, tensor, 2).get_future()
+    work.future.set_result([tensor])
+    assert future.done()
+    assert future.value().item() == 4.0
+
+
+def test_a_failure_is_the_error_of_its_own_step(transaction: Transaction) -> None:
+    later = Transaction(Ledger(), on_error=lambda _: None)
+    work = Sum()
+    average = Average(transaction, work, torch.tensor([1.0]), 2)
+    future = average.get_future()
+    work.future.set_exception(RuntimeError("connection reset"))
+    assert future.done() and average.wait()
+    assert transaction.error is not None
+    assert isinstance(transaction.error.original_exception, CollectiveError)
+    assert "connection reset" in str(transaction.error.original_exception)
+    assert later.error is None
+
+
+def test_the_first_error_of_a_step_is_kept(transaction: Transaction) -> None:
+    for reason in ("the cause", "what came of it"):
+        work = Sum()
+        work.future.set_exception(RuntimeError(reason))
+        Average(transaction, work, torch.tensor([1.0]), 2).wait()
+    assert "the cause" in str(transaction.error.original_exception)  # type: ignore[union-attr]
+
+
+def test_wait_passes_its_timeout_on(transaction: Transaction) -> None:
+    work = Sum()
+    work.future.set_result([])
+    Average(transaction, work, torch.tensor([1.0]), 1).wait(timedelta(seconds=3))
+    assert work.timeouts == [timedelta(seconds=3)]
+
+
+def test_done_leaves_the_tensor_alone() -> None:
+    tensor = torch.tensor([5.0])
+    done = Done(tensor)
+    assert done.wait() and done.is_completed()
+    assert done.get_future().wait() is tensor
