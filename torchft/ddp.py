@@ -1,0 +1,108 @@
+"""Gradients averaged over the replica groups that are there, whoever comes and goes.
+
+`DistributedDataParallel` is torch's own, which packs gradients into buckets during the backward
+pass, with the manager's all-reduce in place of a fixed process group's. The average of a bucket
+completes by itself, so communication overlaps the rest of the backward pass.
+`PureDistributedDataParallel` does the same without torch's: one all-reduce per parameter at the end
+of each backward pass.
+
+Neither sends initial weights: a group that is new gets them by healing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.distributed import GradBucket
+from torch.futures import Future
+from torch.nn import parallel
+
+from torchft.errors import SettingsError
+from torchft.process_group import ProcessGroupDummy
+
+if TYPE_CHECKING:
+    from torchft.manager import Manager
+
+__all__ = ["DistributedDataParallel", "PureDistributedDataParallel"]
+
+
+class DistributedDataParallel(parallel.DistributedDataParallel):
+    """torch's DistributedDataParallel among replica groups. `kwargs` are torch's.
+
+    Raises:
+        SettingsError: a keyword that cannot hold while groups come and go.
+    """
+
+    def __init__(self, manager: Manager, module: nn.Module, **kwargs: Any) -> None:
+        _refuse(kwargs)
+        kwargs["find_unused_parameters"] = True
+        manager.describe_model("DistributedDataParallel", list(module.named_parameters()))
+        super().__init__(module, process_group=ProcessGroupDummy(0, 1), **kwargs)
+        self.register_comm_hook(manager, self._average)
+
+    @staticmethod
+    def _average(state: Manager, bucket: GradBucket) -> Future[Tensor]:
+        """A bucket's average. torch requires these argument names."""
+        return state.allreduce(bucket.buffer()).get_future()
+
+
+def _refuse(kwargs: dict[str, Any]) -> None:
+    if "process_group" in kwargs:
+        raise SettingsError("the process group is the manager's: leave process_group out")
+    if kwargs.get("find_unused_parameters") is False:
+        # Otherwise torch rebuilds its buckets after the first step of a process, so that a group
+        # that was restarted would average other buckets than those that kept running.
+        raise SettingsError("find_unused_parameters must stay True: it keeps the buckets fixed")
+
+
+class PureDistributedDataParallel(nn.Module):
+    """Averages each parameter's gradient when a backward pass ends; one all-reduce per parameter.
+
+    A parameter that got no gradient here sends zeros, since another group may have used it. Weights
+    that several calls of backward accumulate into are averaged each time: the sum of averages is
+    the average of sums.
+    """
+
+    def __init__(self, manager: Manager, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self._manager = manager
+        self._queued_in = -1
+        manager.describe_model("PureDistributedDataParallel", list(module.named_parameters()))
+        for parameter in self._trained():
+            parameter.register_post_accumulate_grad_hook(self._when_backward_ends)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's."""
+        return self.module(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's, without a prefix."""
+        return self.module.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Into the module."""
+        return self.module.load_state_dict(*args, **kwargs)
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+    def _when_backward_ends(self, _: Tensor) -> None:
+        backward = torch._C._current_graph_task_id()
+        if self._queued_in != backward:
+            self._queued_in = backward
+            Variable._execution_engine.queue_callback(self._average)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """In the order of the parameters, which is the same in every group."""
+        works = []
+        for parameter in self._trained():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            works.append(self._manager.allreduce(parameter.grad))
+        for work in works:
+            work.wait()

@@ -1,0 +1,291 @@
+"""Front doors of LocalSGD and DiLoCo: a context around an ordinary training loop.
+
+    with DiLoCo(manager, [model], inner, outer, sync_every=500):
+        for batch in batches:
+            loss(model(batch)).backward()
+            inner.step()                  # every 500th also synchronises with the other groups
+            inner.zero_grad()
+
+What is averaged, when and how it is applied is a recipe in `torchft.strategies`. Here are the
+hooks: while the inner optimizer steps, nobody may read the parameters; after it the recipe may be
+due. Entering meets the other groups, so that all start from the same weights.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from torchft import settings
+from torchft.errors import SettingsError
+from torchft.ledger import Bucket
+from torchft.managed_peers import ManagedPeers
+from torchft.strategies import diloco, local_sgd
+from torchft.strategies.local import ModelLocal, local_part
+from torchft.strategies.parts.outer import ModelOuter
+from torchft.strategies.strategy import Recipe, Strategy
+
+if TYPE_CHECKING:
+    from torchft.manager import Manager
+
+__all__ = ["DiLoCo", "LocalSGD", "extract_local_tensor"]
+
+_MIB = 2**20
+
+
+def extract_local_tensor(t: Tensor) -> Tensor:
+    """A copy of `t` without its graph; of a DTensor, the part that lies here."""
+    return local_part(t).clone()
+
+
+class _Door:
+    """Runs a strategy from the hooks of an inner optimizer."""
+
+    def __init__(
+        self,
+        manager: Manager,
+        local: ModelLocal,
+        recipe: Recipe,
+        optimizer: Optimizer,
+        *,
+        bucket_bytes: int | None = None,
+    ) -> None:
+        self._manager = manager
+        self._optimizer = optimizer
+        self._hooks: list[RemovableHandle] = []
+        self._entered = False
+        self._stepping: Any = None
+        self._strategy = Strategy(
+            local,
+            ManagedPeers(manager),
+            [recipe],
+            bucket_bytes=bucket_bytes,
+            applying=self._applying,
+        )
+
+    def __enter__(self) -> Self:
+        if not self._entered:
+            self._first_enter()
+            self._entered = True
+        self._hooks = [
+            self._optimizer.register_step_pre_hook(self._before_inner_step),
+            self._optimizer.register_step_post_hook(self._after_inner_step),
+        ]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._inner_step_ended()
+        if kind is None:
+            self._strategy.finish()
+
+    def _first_enter(self) -> None:
+        self._take_backup()
+        # 0 participants: this process has not met the others in a quorum yet.
+        if self._manager._init_sync and self._manager.num_participants() == 0:
+            self._strategy.join()
+
+    def _take_backup(self) -> None:
+        raise NotImplementedError
+
+    def _before_inner_step(self, *_: object) -> None:
+        self._inner_step_ended()  # a step that raised has not come to its post-hook
+        self._stepping = self._applying()
+        self._stepping.__enter__()
+
+    def _after_inner_step(self, *_: object) -> None:
+        self._inner_step_ended()
+        self._strategy.after()
+
+    def _inner_step_ended(self) -> None:
+        stepping, self._stepping = self._stepping, None
+        if stepping is not None:
+            stepping.__exit__(None, None, None)
+
+    @contextmanager
+    def _applying(self) -> Iterator[None]:
+        """While parameters and state are half written, no donor reads them."""
+        with self._manager.ledger.spending(Bucket.OPTIMIZER):
+            self._manager.disallow_state_dict_read()
+            try:
+                yield
+            finally:
+                self._manager.allow_state_dict_read()
+
+
+class LocalSGD(_Door):
+    """Average the weights of `model` with the other groups every `sync_every` steps of `optimizer`.
+
+    A round that is discarded brings back the last average, from a backup on `backup_device` (the
+    CPU by default; 4 bytes per fp32 parameter). With `backup=False` the local weights stand.
+
+    Raises:
+        SettingsError: `sync_every` below 1, or nothing to train.
+    """
+
+    def __init__(
+        self,
+        manager: Manager,
+        model: nn.Module,
+        optimizer: Optimizer,
+        sync_every: int,
+        *,
+        backup: bool = True,
+        backup_device: torch.device | None = None,
+        pin_memory: bool = True,
+    ) -> None:
+        self._recipe = local_sgd.LocalSGD(
+            sync_every,
+            backup=backup,
+            backup_device=backup_device or "cpu",
+            pin_memory=pin_memory,
+        )
+        local = ModelLocal([model])
+        super().__init__(manager, local, self._recipe, optimizer)
+        manager.describe_model(
+            "LocalSGD", list(zip(local.names, map(local_part, local.parameters), strict=True))
+        )
+        manager.register_state_dict_fn(
+            "LocalSGD", self._recipe.load_state_dict, self._recipe.state_dict
+        )
+
+    def sync(self) -> None:
+        """Average now, and count the steps to the next average from here."""
+        clock = self._strategy.clock
+        clock.steps += -clock.steps % self._recipe.every
+        self._strategy.synchronise()
+
+    @property
+    def _local_step(self) -> int:
+        """Inner steps since the last average."""
+        return self._strategy.clock.steps % self._recipe.every
+
+    def _take_backup(self) -> None:
+        if self._recipe.backup is not None:
+            self._recipe.backup.take()
+
+
+class DiLoCo(_Door):
+    """Step `outer_optimizer` with the mean of what the groups moved in `sync_every` inner steps.
+
+    With n fragments, one of them synchronises every `sync_every / n` inner steps. A parameter that
+    several fragments share belongs to the first; frozen parameters are not sent.
+
+    Args:
+        manager: with `use_async_quorum=False`.
+        model_fragments: modules that together hold what is trained; `[model]` for plain DiLoCo.
+        inner_optimizer: what the training loop steps.
+        outer_optimizer: over the same parameters; one for all, or one per fragment.
+        sync_every: inner steps between two synchronisations of the same fragment.
+        backup_device: where the last synchronised weights are kept; None is the CPU.
+        pin_memory: pin that backup when the parameters are on a GPU.
+        use_bucketization: send at most `bucket_cap_mb` MiB (1024 by default) in one collective.
+        should_quantize: not available yet.
+        fragment_sync_delay: inner steps that are taken while the average travels.
+        fragment_update_alpha: the share of the local weights that is kept: 0 none, 1 all.
+
+    Raises:
+        SettingsError: also a ValueError; an argument that does not fit, and what would.
+        AssertionError: a list of outer optimizers of another length than the fragments.
+    """
+
+    def __init__(
+        self,
+        manager: Manager,
+        model_fragments: list[nn.Module],
+        inner_optimizer: Optimizer,
+        outer_optimizer: Optimizer | list[Optimizer],
+        sync_every: int,
+        backup_device: torch.device | None = None,
+        pin_memory: bool = True,
+        use_bucketization: bool = False,
+        bucket_cap_mb: int | None = None,
+        should_quantize: bool = False,
+        fragment_sync_delay: int = 0,
+        fragment_update_alpha: float = 0.0,
+    ) -> None:
+        _refuse(manager, model_fragments, bucket_cap_mb, should_quantize)
+        outers = outer_optimizer if isinstance(outer_optimizer, list) else [outer_optimizer]
+        if isinstance(outer_optimizer, list):
+            assert len(outers) == len(model_fragments), (
+                f"{len(outers)} outer optimizers for {len(model_fragments)} fragments"
+            )
+        diloco.check_schedule(
+            sync_every, len(model_fragments), fragment_sync_delay, fragment_update_alpha
+        )
+        local = ModelLocal(model_fragments)
+        _warn_of_strangers(local, inner_optimizer)
+        self._recipe = diloco.DiLoCo(
+            ModelOuter(local, outers, keep_weights=fragment_update_alpha > 0),
+            sync_every,
+            fragments=len(model_fragments),
+            delay=fragment_sync_delay,
+            mix=fragment_update_alpha,
+            backup_device=backup_device or "cpu",
+            pin_memory=pin_memory,
+        )
+        use_bucketization = use_bucketization or settings.text(settings.USE_BUCKETIZATION) == "True"
+        bucket_bytes = (bucket_cap_mb or 1024) * _MIB if use_bucketization else None
+        super().__init__(manager, local, self._recipe, inner_optimizer, bucket_bytes=bucket_bytes)
+        self._register(local)
+
+    def _register(self, local: ModelLocal) -> None:
+        for fragment in self._recipe.fragments:
+            key, run = f"StreamingDiLoCoFragment_{fragment.index}", fragment.parameters
+            names = local.names[run.start : run.stop]
+            self._manager.describe_model(
+                key, list(zip(names, map(local_part, local.of(fragment)), strict=True))
+            )
+            self._manager.register_state_dict_fn(
+                key,
+                partial(self._recipe.load_fragment_state, fragment),
+                partial(self._recipe.fragment_state, fragment),
+            )
+
+    def _take_backup(self) -> None:
+        for backup in self._recipe.backups:
+            backup.take()
+        # A step of the manager is a round here, also after a checkpoint was loaded.
+        self._recipe.rounds = self._manager.current_step()
+
+
+def _refuse(
+    manager: Manager, fragments: object, bucket_cap_mb: int | None, should_quantize: bool
+) -> None:
+    if isinstance(fragments, nn.Module):
+        raise SettingsError("model_fragments is a list of modules: for one fragment pass [model]")
+    if manager._use_async_quorum:
+        raise SettingsError("DiLoCo needs a manager with use_async_quorum=False")
+    if should_quantize:
+        raise SettingsError("should_quantize=True is not available yet: leave it out")
+    if bucket_cap_mb is not None and bucket_cap_mb <= 0:
+        raise SettingsError(f"bucket_cap_mb={bucket_cap_mb} must be above 0")
+
+
+def _warn_of_strangers(local: ModelLocal, optimizer: Optimizer) -> None:
+    """Parameters that train here and are in no fragment drift apart between the groups."""
+    known = {id(p) for p in local.parameters}
+    strangers = [p for group in optimizer.param_groups for p in group["params"]]
+    strangers = [p for p in strangers if p.requires_grad and id(p) not in known]
+    if strangers:
+        warnings.warn(
+            f"{len(strangers)} parameters of the inner optimizer are in no fragment, the first of "
+            f"shape {tuple(strangers[0].shape)}: they are never synchronised",
+            stacklevel=3,
+        )

@@ -1,0 +1,114 @@
+"""An optimizer whose step is a transaction: it is taken only when the group's ranks commit it.
+
+    optimizer = Optimizer(manager, torch.optim.AdamW(model.parameters()))
+    optimizer.zero_grad()        # begins: the quorum forms while the forward pass runs
+    loss.backward()              # DistributedDataParallel averages the gradients
+    optimizer.step()             # votes; steps, or skips this batch
+
+Everything else is the wrapped optimizer's own: groups, state, state dict, and hooks, which run
+around the steps that are taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from torchft.ledger import Bucket
+
+if TYPE_CHECKING:
+    from torchft.manager import Manager
+
+__all__ = ["OptimizerWrapper"]
+
+
+class OptimizerWrapper(Optimizer):
+    """`optim`, with a quorum before each step and a vote in it."""
+
+    # Optimizer.__init__ is not called: it would make groups, state and hooks beside the inner ones.
+    def __init__(self, manager: Manager, optim: Optimizer) -> None:
+        self.manager = manager
+        self.optim = optim
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Begin a step, then clear the gradients.
+
+        Raises:
+            TimeoutError, QuorumError: see `Manager.start_quorum`.
+        """
+        self.manager.start_quorum()
+        self.optim.zero_grad(set_to_none)
+
+    def step(self, closure: Callable[[], float] | None = None) -> bool:  # type: ignore[override]
+        """Vote, and step when the vote is yes. Returns whether the step was taken.
+
+        Raises:
+            AssertionError: a closure was given. It would compute gradients after the vote.
+        """
+        assert closure is None, "a step that is voted on cannot re-evaluate the loss in a closure"
+        if not self.manager.should_commit():
+            return False
+        with self.manager.ledger.spending(Bucket.OPTIMIZER):
+            self.optim.step()
+        return True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """To the wrapped optimizer."""
+        self.optim.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's."""
+        return self.optim.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Into the wrapped optimizer."""
+        self.optim.load_state_dict(state_dict)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The wrapped optimizer's."""
+        return self.optim.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The wrapped optimizer's."""
+        return self.optim.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The wrapped optimizer's."""
+        return self.optim.defaults
+
+    def register_step_pre_hook(self, hook: Any) -> RemovableHandle:
+        """Runs before each step that is taken, with the wrapped optimizer."""
+        return self.optim.register_step_pre_hook(hook)
+
+    def register_step_post_hook(self, hook: Any) -> RemovableHandle:
+        """Runs after each step that is taken, with the wrapped optimizer."""
+        return self.optim.register_step_post_hook(hook)
+
+    def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
+        """On the wrapped optimizer."""
+        return self.optim.register_state_dict_pre_hook(hook, prepend)
+
+    def register_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
+        """On the wrapped optimizer."""
+        return self.optim.register_state_dict_post_hook(hook, prepend)
+
+    def register_load_state_dict_pre_hook(
+        self, hook: Any, prepend: bool = False
+    ) -> RemovableHandle:
+        """On the wrapped optimizer."""
+        return self.optim.register_load_state_dict_pre_hook(hook, prepend)
+
+    def register_load_state_dict_post_hook(
+        self, hook: Any, prepend: bool = False
+    ) -> RemovableHandle:
+        """On the wrapped optimizer."""
+        return self.optim.register_load_state_dict_post_hook(hook, prepend)
+
+    def __repr__(self) -> str:
+        return f"OptimizerWrapper({self.optim!r})"

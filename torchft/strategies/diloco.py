@@ -1,0 +1,166 @@
+"""DiLoCo: train alone for H inner steps, then step an outer optimizer with the mean of the deltas.
+
+    δ ← backup - w                       what this node moved since the last synchronisation
+    backup ← outer(backup, mean of δ)    SGD with Nesterov momentum, as a rule
+    w ← backup
+
+With an outer learning rate of 1 and no momentum this is LocalSGD. Example: both nodes start at 1.0
+and reach 0.6 and 0.8; the mean delta is 0.3, and an outer rate of 0.7 gives 1 - 0.21 = 0.79.
+(Douillard et al., arXiv 2311.08105.)
+
+With n fragments one of them synchronises every S = H/n inner steps, in turn, so that the peak of
+what travels is 1/n of the model. With `delay` the average travels while training goes on, and
+`mix` keeps a share of what was learned meanwhile: w ← mix · w + (1 - mix) · backup. (Streaming
+DiLoCo: Douillard et al., arXiv 2501.18512.)
+
+After a no, the fragment's weights go back to its backup, which like the outer optimizer stands
+untouched; the same fragment is tried again S steps later. The inner optimizer's state stands.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchft.errors import SettingsError
+from torchft.strategies.local import Fragment
+from torchft.strategies.parts.backup import Backup
+from torchft.strategies.parts.outer import FlatOuter, Outer, OuterFactory
+from torchft.strategies.strategy import Recipe
+
+__all__ = ["DiLoCo"]
+
+
+class DiLoCo(Recipe):
+    """`outer` is an optimizer factory, or an `Outer` part that holds optimizers already."""
+
+    def __init__(
+        self,
+        outer: OuterFactory | Outer,
+        every: int,
+        *,
+        fragments: int = 1,
+        delay: int = 0,
+        mix: float = 0.0,
+        backup_device: torch.device | str | None = "cpu",
+        pin_memory: bool = True,
+    ) -> None:
+        check_schedule(every, fragments, delay, mix)
+        self.outer: Outer = FlatOuter(outer) if callable(outer) else outer
+        self.period = every // fragments
+        self.fragments: list[Fragment] = []
+        self.backups: list[Backup] = []
+        self.rounds = 0
+        self.delay, self.mix = delay, mix
+        self._parts = fragments
+        self._device, self._pin = backup_device, pin_memory
+        self._healed = False
+
+    def setup(self) -> None:
+        """Remember the weights that all start from."""
+        self.fragments = list(self.local.split(self._parts))
+        self.backups = [
+            Backup(self.local, f, device=self._device, pin_memory=self._pin) for f in self.fragments
+        ]
+        self.outer.bind(self.fragments, self.backups)
+
+    def due(self) -> bool:
+        """After every S-th step, or `delay` steps earlier."""
+        return self.clock.steps % self.period == -self.delay % self.period
+
+    def fragment(self) -> Fragment:
+        """In turn; one that failed is tried again."""
+        return self.fragments[self.rounds % len(self.fragments)]
+
+    def opened(self) -> None:
+        """Healed: start from the global weights, not from the donor's local ones."""
+        if self._healed:
+            self._healed = False
+            for backup in self.backups:
+                backup.restore()
+
+    def contribution(self, fragment: Fragment) -> tuple[list[Tensor], None]:
+        """The delta."""
+        return self.local.delta(fragment, self.backups[fragment.index].flats), None
+
+    def apply(self, fragment: Fragment, received: list[Tensor]) -> list[Tensor]:
+        """The outer step."""
+        self.outer.step(fragment, received)
+        self.rounds += 1
+        return self.backups[fragment.index].flats
+
+    def adopt(self, fragment: Fragment, news: list[Tensor], draft: None) -> None:
+        """Go on from the new global weights, or from a mixture."""
+        if not self.mix:
+            if not self.outer.leaves_news:
+                self.local.set_weights(fragment, news)
+            return
+        mine = self.local.weights(fragment)
+        mixed = [
+            torch.lerp(new.to(w.device), w, self.mix) for new, w in zip(news, mine, strict=True)
+        ]
+        self.local.set_weights(fragment, mixed)
+        self.local.release(mine, reusable=True)
+
+    def discard(self, fragment: Fragment, draft: None) -> None:
+        """Go back to the last synchronisation."""
+        self.backups[fragment.index].restore()
+
+    def fragment_state(self, fragment: Fragment) -> dict[str, Any]:
+        """All that groups share of one fragment, and the clocks that all fragments share."""
+        return {
+            "outer_optimizer": self.outer.state_dict(fragment),
+            "original_parameters": self.backups[fragment.index].views(),
+            "committed_rounds": self.rounds,
+            "inner_steps": self.clock.steps,
+        }
+
+    def load_fragment_state(self, fragment: Fragment, state: dict[str, Any]) -> None:
+        """Take over a donor's; the weights follow when the round has opened."""
+        self.backups[fragment.index].load(state["original_parameters"])
+        self.outer.load_state_dict(fragment, state["outer_optimizer"])
+        self.rounds = state["committed_rounds"]
+        self.clock.steps = state["inner_steps"]
+        self._healed = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of every fragment."""
+        return {str(f.index): self.fragment_state(f) for f in self.fragments}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Into every fragment."""
+        for fragment in self.fragments:
+            self.load_fragment_state(fragment, state[str(fragment.index)])
+
+
+def check_schedule(every: int, fragments: int, delay: int, mix: float) -> None:
+    """Refuse a schedule that does not fit the fragments, and say what would.
+
+    Raises:
+        SettingsError: also a ValueError.
+    """
+    if fragments < 1:
+        raise SettingsError("there is no fragment to synchronise")
+    if every < fragments:
+        raise SettingsError(
+            f"sync_every={every} is less than the {fragments} fragments, one of which synchronises "
+            f"at a time: use {fragments} or a multiple of it"
+        )
+    if every % fragments:
+        below = every - every % fragments
+        raise SettingsError(
+            f"sync_every={every} is no multiple of the {fragments} fragments: "
+            f"{below} or {below + fragments} would fit"
+        )
+    if not 0 <= delay < every // fragments:
+        raise SettingsError(
+            f"fragment_sync_delay={delay} does not fit between two synchronisations, which are "
+            f"{every // fragments} inner steps apart: use 0 to {every // fragments - 1}"
+        )
+    if not 0.0 <= mix <= 1.0:
+        raise SettingsError(
+            f"fragment_update_alpha={mix} is not a share: use 0 (take the global weights) to 1 "
+            "(keep the local ones)"
+        )

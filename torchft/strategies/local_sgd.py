@@ -1,0 +1,87 @@
+"""Train alone for H inner steps, then average the weights. (Stich, arXiv 1805.09767.)
+
+    w ← mean over the nodes of w        after every H-th inner step
+
+Two nodes at 1.0 that reach 0.6 and 0.8 both go on from 0.7. It sends 1/H of what all-reduce does.
+After a no the weights go back to the last average, which costs a backup of 4 bytes a parameter;
+without a backup they stand as they are. The state of the inner optimizer stays local, always.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchft.errors import SettingsError
+from torchft.strategies.local import Fragment
+from torchft.strategies.parts.backup import Backup
+from torchft.strategies.strategy import Recipe
+
+__all__ = ["LocalSGD"]
+
+
+class LocalSGD(Recipe):
+    """Average the weights every `every` inner steps; with one island, this is FedAvg."""
+
+    def __init__(
+        self,
+        every: int,
+        *,
+        backup: bool = True,
+        backup_device: torch.device | str | None = "cpu",
+        pin_memory: bool = True,
+    ) -> None:
+        if every < 1:
+            raise SettingsError(f"sync_every={every}: weights are averaged every 1 or more steps")
+        self.every = every
+        self.backup: Backup | None = None
+        self._wants_backup = backup
+        self._device, self._pin = backup_device, pin_memory
+        self._healed = False
+
+    def setup(self) -> None:
+        """Remember the weights that all start from."""
+        if self._wants_backup:
+            whole = self.local.whole
+            self.backup = Backup(self.local, whole, device=self._device, pin_memory=self._pin)
+
+    def due(self) -> bool:
+        """After every H-th step."""
+        return self.clock.steps % self.every == 0
+
+    def opened(self) -> None:
+        """Healed: start from the last average, not from the donor's local weights."""
+        if self._healed and self.backup is not None:
+            self.backup.restore()
+        self._healed = False
+
+    def contribution(self, fragment: Fragment) -> tuple[list[Tensor], None]:
+        """The weights."""
+        return self.local.weights(fragment), None
+
+    def adopt(self, fragment: Fragment, news: list[Tensor], draft: None) -> None:
+        """The mean weights are this node's weights, and the next thing to go back to."""
+        self.local.set_weights(fragment, news)
+        if self.backup is not None:
+            self.backup.copy_(news)
+
+    def discard(self, fragment: Fragment, draft: None) -> None:
+        """Go back to the last average."""
+        if self.backup is not None:
+            self.backup.restore()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last average and the clock."""
+        state: dict[str, Any] = {"inner_steps": self.clock.steps}
+        if self.backup is not None:
+            state["original_parameters"] = self.backup.views()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a donor's last average."""
+        if self.backup is not None:
+            self.backup.load(state["original_parameters"])
+        self.clock.steps = state["inner_steps"]
+        self._healed = True

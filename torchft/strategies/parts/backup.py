@@ -1,0 +1,82 @@
+"""The weights of the last synchronisation: what a no brings back and what a delta is measured from.
+
+One flat tensor per dtype, on a device of choice. On the CPU, beside parameters on a GPU, it is
+pinned so that it travels without blocking. `[1, n]`: all nodes share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from torchft.errors import HealError
+from torchft.strategies.local import Fragment, Local
+
+__all__ = ["Backup"]
+
+
+class Backup:
+    """A copy of one fragment's weights; `device` None keeps it beside the parameters."""
+
+    def __init__(
+        self,
+        local: Local,
+        fragment: Fragment,
+        *,
+        device: torch.device | str | None = None,
+        pin_memory: bool = True,
+    ) -> None:
+        self._local = local
+        self._fragment = fragment
+        at = None if device is None else torch.device(device)
+        weights = local.weights(fragment)
+        self.flats = [_empty_beside(w[:1], at, pin_memory=pin_memory) for w in weights]
+        self.copy_(weights)
+        local.release(weights, reusable=True)
+
+    def take(self) -> None:
+        """The parameters as they are now become the last synchronisation."""
+        weights = self._local.weights(self._fragment)
+        self.copy_(weights)
+        self._local.release(weights, reusable=True)
+
+    def restore(self) -> None:
+        """The parameters go back to the last synchronisation."""
+        self._local.set_weights(self._fragment, self.flats)
+
+    @torch.no_grad()
+    def copy_(self, values: Sequence[Tensor]) -> None:
+        """The first row of `values` becomes the last synchronisation."""
+        for flat, value in zip(self.flats, values, strict=True):
+            flat.copy_(value[:1])
+
+    def views(self) -> dict[str, Tensor]:
+        """Parameter name → its part of the backup, sharing storage."""
+        return self._local.named_views(self._fragment, self.flats)
+
+    @torch.no_grad()
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Take over a donor's backup, whole or not at all.
+
+        Raises:
+            HealError: it is of another model.
+        """
+        views = self.views()
+        for name, view in views.items():
+            value = values.get(name)
+            if value is None or value.shape != view.shape:
+                seen = "nothing" if value is None else f"shape {tuple(value.shape)}"
+                raise HealError(
+                    f"the donor has {seen} for parameter {name} of shape {tuple(view.shape)}: "
+                    "every group must train the same model"
+                )
+        for name, view in views.items():
+            view.copy_(values[name])
+
+
+def _empty_beside(weights: Tensor, device: torch.device | None, *, pin_memory: bool) -> Tensor:
+    at = weights.device if device is None else device
+    pinned = pin_memory and weights.device.type == "cuda" and at.type == "cpu"
+    return torch.empty(weights.shape, dtype=weights.dtype, device=at, pin_memory=pinned)

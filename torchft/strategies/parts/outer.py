@@ -1,0 +1,160 @@
+"""The outer step: an optimizer that takes the averaged delta of a fragment as its gradient.
+
+Two kinds. `FlatOuter` makes an optimizer of its own over the flat backup: the same kernel over the
+same layout in every runtime. `ModelOuter` uses optimizers that somebody made over the model's own
+parameters, and borrows those parameters for the length of the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torchft.errors import SettingsError
+from torchft.strategies.local import Fragment, ModelLocal, like_parameter
+from torchft.strategies.parts.backup import Backup
+
+__all__ = ["FlatOuter", "ModelOuter", "Outer", "OuterFactory"]
+
+OuterFactory = Callable[[list[nn.Parameter]], Optimizer]
+"""For example `functools.partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)`."""
+
+
+class Outer(Protocol):
+    """Advances backups."""
+
+    leaves_news: bool
+    """After a step the model's weights are the new backup already."""
+
+    def bind(self, fragments: Sequence[Fragment], backups: Sequence[Backup]) -> None:
+        """Called once, before any step."""
+        ...
+
+    def step(self, fragment: Fragment, average: Sequence[Tensor]) -> None:
+        """Advance the backup of `fragment` with the averaged delta `[1, n]`."""
+        ...
+
+    def state_dict(self, fragment: Fragment) -> dict[str, Any]:
+        """The optimizer state of `fragment`; empty when an earlier fragment's has it."""
+        ...
+
+    def load_state_dict(self, fragment: Fragment, state: dict[str, Any]) -> None:
+        """The inverse."""
+        ...
+
+
+class FlatOuter:
+    """One optimizer of `factory` per fragment, whose parameters are the flat backups themselves."""
+
+    leaves_news = False
+
+    def __init__(self, factory: OuterFactory) -> None:
+        self._factory = factory
+        self._parameters: list[list[nn.Parameter]] = []
+        self._optimizers: list[Optimizer] = []
+
+    def bind(self, fragments: Sequence[Fragment], backups: Sequence[Backup]) -> None:
+        """Make the optimizers."""
+        self._parameters = [[nn.Parameter(flat) for flat in b.flats] for b in backups]
+        self._optimizers = [self._factory(parameters) for parameters in self._parameters]
+
+    def step(self, fragment: Fragment, average: Sequence[Tensor]) -> None:
+        """Step in place, on the backup's device."""
+        parameters = self._parameters[fragment.index]
+        for parameter, mean in zip(parameters, average, strict=True):
+            parameter.grad = mean.to(parameter.device)
+        self._optimizers[fragment.index].step()
+        for parameter in parameters:
+            parameter.grad = None
+
+    def state_dict(self, fragment: Fragment) -> dict[str, Any]:
+        """The fragment's own optimizer."""
+        return self._optimizers[fragment.index].state_dict()
+
+    def load_state_dict(self, fragment: Fragment, state: dict[str, Any]) -> None:
+        """Into the fragment's own optimizer."""
+        self._optimizers[fragment.index].load_state_dict(state)
+
+
+class ModelOuter:
+    """Optimizers over the model's parameters: one per fragment, or a single one for all of them.
+
+    The parameters are lent: they become the backup, get the average as gradient, are stepped and
+    read back. The backup changes last, so an optimizer that raises leaves the last synchronisation
+    whole. `keep_weights` puts the local weights back afterwards, for a recipe that mixes them.
+    """
+
+    def __init__(
+        self, local: ModelLocal, optimizers: Sequence[Optimizer], *, keep_weights: bool = False
+    ) -> None:
+        self._local = local
+        self._optimizers = list(optimizers)
+        self._backups: list[Backup] = []
+        self._keep_weights = keep_weights
+        self.leaves_news = not keep_weights
+
+    def bind(self, fragments: Sequence[Fragment], backups: Sequence[Backup]) -> None:
+        """Check that every parameter that is sent will also be stepped.
+
+        Raises:
+            SettingsError: one of them is in no outer optimizer's groups.
+        """
+        self._backups = list(backups)
+        for fragment in fragments:
+            known = {id(p) for g in self._optimizer(fragment).param_groups for p in g["params"]}
+            run = fragment.parameters
+            for name, parameter in zip(
+                self._local.names[run.start : run.stop], self._local.of(fragment), strict=True
+            ):
+                if id(parameter) not in known:
+                    raise SettingsError(
+                        f"parameter {name} of fragment {fragment.index} is not in its outer "
+                        "optimizer, so it would never move: make that optimizer over all "
+                        "parameters of the fragment"
+                    )
+
+    def _optimizer(self, fragment: Fragment) -> Optimizer:
+        return self._optimizers[fragment.index if len(self._optimizers) > 1 else 0]
+
+    def step(self, fragment: Fragment, average: Sequence[Tensor]) -> None:
+        """Step the lent parameters and read them back."""
+        backup, local = self._backups[fragment.index], self._local
+        mine = local.weights(fragment) if self._keep_weights else None
+        backup.restore()
+        with self._lent_grads(fragment, average):
+            self._optimizer(fragment).step()
+        local.read_weights(fragment, backup.flats)
+        if mine is not None:
+            local.set_weights(fragment, mine)
+            local.release(mine, reusable=True)
+
+    @contextmanager
+    def _lent_grads(self, fragment: Fragment, average: Sequence[Tensor]) -> Iterator[None]:
+        """The average as the only gradients of the optimizer; the local ones come back."""
+        groups = self._optimizer(fragment).param_groups
+        mine = [(p, p.grad) for group in groups for p in group["params"]]
+        try:
+            for parameter, _ in mine:
+                parameter.grad = None
+            views = self._local.layout(fragment).views(average)
+            for parameter, view in zip(self._local.of(fragment), views, strict=True):
+                parameter.grad = like_parameter(view, parameter)
+            yield
+        finally:
+            for parameter, grad in mine:
+                parameter.grad = grad
+
+    def state_dict(self, fragment: Fragment) -> dict[str, Any]:
+        """The fragment's optimizer; an optimizer that all share goes with the first fragment."""
+        if len(self._optimizers) == 1 and fragment.index > 0:
+            return {}
+        return self._optimizer(fragment).state_dict()
+
+    def load_state_dict(self, fragment: Fragment, state: dict[str, Any]) -> None:
+        """Take over a donor's optimizer state."""
+        if state:
+            self._optimizer(fragment).load_state_dict(state)
