@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import math
 import random
-import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,18 +19,12 @@ import torch
 from torch import Tensor
 
 from torchft.errors import SettingsError
+from torchft.launch.text import CorpusError, name_of, read_text
 
 __all__ = ["ByteCorpus", "CorpusError", "Order"]
 
-STDLIB_BYTES = 4 << 20
-"""How much of the standard library is read: enough for hours at this model's size."""
-
 HELD_OUT = 0.1
 """The part of the bytes, at the end, that is never trained on."""
-
-
-class CorpusError(SettingsError):
-    """The text cannot be used: a file is unreadable, or there is too little of it."""
 
 
 class ByteCorpus:
@@ -61,10 +54,7 @@ class ByteCorpus:
         Raises:
             CorpusError: a path is missing or unreadable, or there is no text in what was read.
         """
-        if not paths:
-            return cls(_standard_library(), source="the Python standard library")
-        text = b"\n".join(_read(file) for path in paths for file in _files_below(path))
-        return cls(text, source=", ".join(map(str, paths)))
+        return cls(read_text(paths), source=name_of(paths))
 
     def windows(self, context: int) -> int:
         """How many different training windows of `context` bytes and their targets there are.
@@ -141,47 +131,3 @@ class Order:
         while math.gcd(stride, self.windows) != 1:
             stride += 2
         return start, stride
-
-
-def _standard_library() -> bytes:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    parts: list[bytes] = []
-    size = 0
-    # The top folder only: packages such as `test` and `site-packages` would drown the rest.
-    for file in sorted(root.glob("*.py")):
-        if size >= STDLIB_BYTES:
-            break
-        parts.append(_read(file))
-        size += len(parts[-1])
-    if not parts:
-        raise CorpusError(
-            f"this Python has no library sources in {root}: name text files with --corpus PATH"
-        )
-    return b"\n".join(parts)[:STDLIB_BYTES]
-
-
-def _files_below(path: Path) -> Iterator[Path]:
-    if not path.is_dir():
-        yield path
-        return
-    found = False
-    for file in sorted(path.rglob("*")):
-        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        if file.is_file() and not hidden and _is_text(file):
-            found = True
-            yield file
-    if not found:
-        raise CorpusError(f"there is no text file below {path}")
-
-
-def _is_text(file: Path) -> bool:
-    """A zero byte early on means that it is something else: the test that git and grep use."""
-    return b"\0" not in _read(file, at_most=1024)
-
-
-def _read(file: Path, at_most: int = -1) -> bytes:
-    try:
-        with open(file, "rb") as stream:
-            return stream.read(at_most)
-    except OSError as error:
-        raise CorpusError(f"cannot read {file}: {error.strerror}; check --corpus") from error

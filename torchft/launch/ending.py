@@ -1,0 +1,49 @@
+"""The last word of a worker: what it holds when its training is over, as one JSON file.
+
+Step records tell of steps. That a run is over, and with which state, is told here: the file is
+there only when the worker got to its end, and it is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+__all__ = ["Ending", "read_endings"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """One rank of one group, after its last step."""
+
+    group: int
+    group_rank: int
+    pid: int
+    replica_id: str
+    step: int
+    """Committed steps."""
+    digest: str
+    """Of the committed global state: equal on all ranks of all groups, or something is wrong."""
+    held_out_loss: float
+    """Nats per byte on text that was never trained on."""
+    t_monotonic: float
+    """When `ledger` was read, `time.monotonic()` in seconds."""
+    ledger: Mapping[str, float]
+    """Seconds by bucket since the process was created."""
+
+    def write(self, folder: Path) -> Path:
+        """Write the file of this rank, replacing that of an earlier life. Raises OSError."""
+        path = folder / f"group_{self.group}.rank_{self.group_rank}.end.json"
+        draft = path.with_suffix(".draft")
+        draft.write_text(json.dumps(asdict(self)))
+        os.replace(draft, path)
+        return path
+
+
+def read_endings(folder: Path) -> list[Ending]:
+    """All that are there, by group and rank."""
+    endings = [Ending(**json.loads(path.read_text())) for path in folder.glob("*.end.json")]
+    return sorted(endings, key=lambda ending: (ending.group, ending.group_rank))
