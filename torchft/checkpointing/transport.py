@@ -1,0 +1,71 @@
+"""What every checkpoint transport promises: live state from a healthy peer to one that heals.
+
+A donor opens a *window* with `send_checkpoint` and closes it with `disallow_checkpoint`. Between
+the two its state is being read and must not change. A healing peer calls `recv_checkpoint` with
+the metadata that the donor published; it may ask before the window opens and then waits.
+
+A transport moves whole states only: what `recv_checkpoint` returns is complete and checked, or it
+raises.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from datetime import timedelta
+from typing import Generic, TypeVar
+
+__all__ = ["CheckpointTransport"]
+
+T = TypeVar("T")
+
+
+class CheckpointTransport(ABC, Generic[T]):
+    """Moves a state dict of type `T` between replica groups."""
+
+    bytes_sent: int = 0
+    """Bytes of state that this end has handed to the wire, headers included."""
+    bytes_received: int = 0
+    """Bytes of state that this end has read from the wire, headers included."""
+
+    @abstractmethod
+    def metadata(self) -> str:
+        """What a healing peer must know to reach this donor. It travels through the quorum."""
+
+    @abstractmethod
+    def send_checkpoint(
+        self, dst_ranks: list[int], step: int, state_dict: T, timeout: timedelta
+    ) -> None:
+        """Offer `state_dict` as the state of `step` to the replica ranks `dst_ranks`.
+
+        It may return before anything has been sent. The state must not change until
+        `disallow_checkpoint` has returned.
+
+        Raises:
+            TypeError: a value cannot travel; the message names its place in the state dict.
+        """
+
+    @abstractmethod
+    def disallow_checkpoint(self) -> None:
+        """End the window: once this has returned nobody reads the state, so it may change.
+
+        It never raises: by the time it is called the group has decided its step.
+        """
+
+    def wait_sent(self, timeout: timedelta) -> bool:
+        """Wait until every peer named in `send_checkpoint` has the state. False: it took longer.
+
+        Only needed where no collective that follows waits for the healing peers anyway.
+        """
+        return True
+
+    @abstractmethod
+    def recv_checkpoint(self, src_rank: int, metadata: str, step: int, timeout: timedelta) -> T:
+        """The state of `step` from replica rank `src_rank`, on the CPU.
+
+        Raises:
+            HealError: the donor is gone, offers another step, or sent something unreadable.
+            TimeoutError: the state was not complete within `timeout`.
+        """
+
+    def shutdown(self, wait: bool = True) -> None:
+        """Let go of ports and threads, and wait for them if `wait`. Calling it twice is fine."""

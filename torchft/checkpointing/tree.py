@@ -1,0 +1,222 @@
+"""A state dict as plain JSON and a list of leaves, and back.
+
+JSON's own values stand for themselves; everything else is a list that begins with its tag:
+
+    {"w": tensor, 3: (1, None)}   →   ["dict", ["w", ["tensor", 0]], [3, ["tuple", 1, null]]]
+
+Types are kept exactly: a tuple comes back as a tuple, a numpy scalar as that scalar. A type that
+is not listed here is refused by name and place before anything is sent, because guessing would
+heal a group into a slightly different state. Tensors come back on the CPU and without gradients.
+Positions that hold the very same tensor memory (tied weights) share it again afterwards.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from torchft.checkpointing.layout import DTYPES, LayoutError, Leaf
+from torchft.checkpointing.memory import SourceLeaf
+
+__all__ = ["decode", "encode"]
+
+MAX_DEPTH = 100
+_MAX_INT_BITS = 4096
+_TORCH_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+Json = Any
+Path = tuple[object, ...]
+
+
+def encode(state: object) -> tuple[Json, list[SourceLeaf]]:
+    """The tree of `state` and its leaves in order. What lies on an accelerator is copied.
+
+    Raises:
+        TypeError: a value cannot travel; the message names its place.
+    """
+    encoder = _Encoder()
+    return encoder.value(state, ()), encoder.leaves
+
+
+def decode(tree: Json, leaves: Sequence[Tensor]) -> Any:
+    """The state of which `encode` made `tree`; it views the memory of `leaves`.
+
+    Raises:
+        LayoutError: the tree is not one that `encode` makes.
+    """
+    try:
+        return _Decoder(leaves).value(tree)
+    except LayoutError:
+        raise
+    except (TypeError, ValueError, LookupError, RuntimeError, AttributeError) as error:
+        raise LayoutError(f"the header's tree is malformed: {str(error)[:200]}") from None
+
+
+class _Encoder:
+    def __init__(self) -> None:
+        self.leaves: list[SourceLeaf] = []
+        # Where a tensor's memory already is a leaf: tied weights travel once.
+        self._index: dict[tuple[object, ...], int] = {}
+        self._writers: dict[type, Callable[[Any, Path], Json]] = {
+            dict: lambda value, path: self._pairs("dict", value, path),
+            OrderedDict: self._ordered_dict,
+            Counter: lambda value, path: self._pairs("counter", value, path),
+            list: lambda value, path: self._items("list", value, path),
+            tuple: lambda value, path: self._items("tuple", value, path),
+            set: lambda value, path: self._items("set", value, path),
+            torch.Size: lambda value, path: self._items("size", value, path),
+            int: self._int,
+            complex: lambda value, path: ["complex", value.real, value.imag],
+            bytes: lambda value, path: ["bytes", self._add(np.frombuffer(value, np.uint8), path)],
+            torch.dtype: lambda value, path: ["dtype", self._dtype(value, path)],
+            torch.device: lambda value, path: ["device", str(value)],
+            Tensor: lambda value, path: ["tensor", self._tensor(value, path)],
+            nn.Parameter: lambda value, path: [
+                "parameter",
+                self._tensor(value, path),
+                value.requires_grad,
+            ],
+            np.ndarray: lambda value, path: ["array", self._add(value, path)],
+        }
+
+    def value(self, value: object, path: Path) -> Json:
+        kind = type(value)
+        if value is None or kind in (bool, float, str):
+            return value
+        if len(path) > MAX_DEPTH:
+            raise _refusal(path, f"nested deeper than {MAX_DEPTH} levels: does it contain itself?")
+        writer = self._writers.get(kind)
+        if writer is not None:
+            return writer(value, path)
+        if isinstance(value, np.generic):
+            return ["scalar", self._add(np.asarray(value), path)]
+        raise _refusal(path, _why_not(value))
+
+    def _pairs(self, tag: str, value: dict[Any, Any], path: Path) -> Json:
+        return [
+            tag,
+            *([self._key(key, path), self.value(v, (*path, key))] for key, v in value.items()),
+        ]
+
+    def _key(self, key: object, path: Path) -> Json:
+        if isinstance(key, (str, int, float, bool, tuple, type(None))):
+            return self.value(key, (*path, key))
+        raise _refusal(path, f"the key {key!r} is a {_name(key)}; keys are strings or numbers")
+
+    def _ordered_dict(self, value: OrderedDict[Any, Any], path: Path) -> Json:
+        # nn.Module.state_dict() keeps the versions of its modules' state in this attribute.
+        metadata = self.value(getattr(value, "_metadata", None), (*path, "_metadata"))
+        tag, *pairs = self._pairs("ordered", value, path)
+        return [tag, metadata, *pairs]
+
+    def _items(self, tag: str, value: Iterable[object], path: Path) -> Json:
+        return [tag, *(self.value(item, (*path, i)) for i, item in enumerate(value))]
+
+    def _int(self, value: int, path: Path) -> Json:
+        if value.bit_length() > _MAX_INT_BITS:
+            raise _refusal(path, f"an integer of {value.bit_length()} bits is too large")
+        return value
+
+    def _dtype(self, dtype: torch.dtype, path: Path) -> str:
+        if dtype not in _TORCH_DTYPE_NAMES:
+            raise _refusal(
+                path, f"{dtype} is not among the dtypes that travel: {', '.join(DTYPES)}"
+            )
+        return _TORCH_DTYPE_NAMES[dtype]
+
+    def _tensor(self, tensor: Tensor, path: Path) -> int:
+        if tensor.layout != torch.strided or tensor.device.type == "meta":
+            what = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}"
+            raise _refusal(path, f"a tensor {what} has no plain bytes")
+        leaf = Leaf(self._dtype(tensor.dtype, path), tuple(tensor.shape))
+        # Conjugated and negated views have the memory of their base, but not its values.
+        lazily = (tensor.is_conj(), tensor.is_neg())
+        place = (tensor.data_ptr(), tensor.device, tensor.dtype, *tensor.shape, *tensor.stride())
+        if leaf.nbytes and (*place, *lazily) in self._index:
+            return self._index[(*place, *lazily)]
+        self._index[(*place, *lazily)] = len(self.leaves)
+        self.leaves.append(SourceLeaf(leaf, tensor.detach().cpu()))
+        return len(self.leaves) - 1
+
+    def _add(self, array: np.ndarray[Any, Any], path: Path) -> int:
+        if array.dtype.name not in DTYPES:
+            raise _refusal(path, f"numpy data of dtype {array.dtype} cannot travel")
+        native = array.astype(array.dtype.newbyteorder("="), copy=False)
+        self.leaves.append(SourceLeaf(Leaf(array.dtype.name, array.shape), native))
+        return len(self.leaves) - 1
+
+
+class _Decoder:
+    def __init__(self, leaves: Sequence[Tensor]) -> None:
+        self._leaves = leaves
+        self._read_as_bytes: set[int] = set()
+        self._readers: dict[str, Callable[..., Any]] = {
+            "dict": self._pairs,
+            "ordered": self._ordered_dict,
+            "counter": lambda *pairs: Counter(self._pairs(*pairs)),
+            "list": lambda *items: [self.value(item) for item in items],
+            "tuple": lambda *items: tuple(self.value(item) for item in items),
+            "set": lambda *items: {self.value(item) for item in items},
+            "size": lambda *items: torch.Size(items),
+            "complex": complex,
+            "bytes": self._bytes,
+            "dtype": lambda name: DTYPES[name],
+            "device": lambda name: torch.device(name),
+            "tensor": self._tensor,
+            "parameter": lambda i, grad: nn.Parameter(self._tensor(i), requires_grad=bool(grad)),
+            "array": lambda index: self._tensor(index).numpy(),
+            "scalar": lambda index: self._tensor(index).numpy()[()],
+        }
+
+    def value(self, tree: Json) -> Any:
+        if tree is None or type(tree) in (bool, int, float, str):
+            return tree
+        match tree:
+            case [str(tag), *fields] if tag in self._readers:
+                return self._readers[tag](*fields)
+        raise LayoutError(f"the header's tree holds {str(tree)[:80]}")
+
+    def _pairs(self, *pairs: Json) -> dict[Any, Any]:
+        return {self.value(key): self.value(value) for key, value in pairs}
+
+    def _ordered_dict(self, metadata: Json, *pairs: Json) -> OrderedDict[Any, Any]:
+        ordered = OrderedDict(self._pairs(*pairs))
+        if metadata is not None:
+            ordered._metadata = self.value(metadata)  # type: ignore[attr-defined]
+        return ordered
+
+    def _tensor(self, index: object) -> Tensor:
+        if type(index) is not int or not 0 <= index < len(self._leaves):
+            raise LayoutError(f"the header's tree names the leaf {str(index)[:40]}")
+        return self._leaves[index]
+
+    def _bytes(self, index: int) -> bytes:
+        leaf = self._tensor(index)
+        # This is a copy: a leaf that many places name would take memory that no size declared.
+        if index in self._read_as_bytes or leaf.dtype != torch.uint8:
+            raise LayoutError(f"leaf {index} is no byte string of its own")
+        self._read_as_bytes.add(index)
+        return leaf.numpy().tobytes()
+
+
+def _why_not(value: object) -> str:
+    if isinstance(value, Tensor):
+        hint = "give its local part, `.to_local()`" if _name(value) == "DTensor" else "unwrap it"
+        return f"a {_name(value)} is a tensor subclass, which cannot travel as it is: {hint}"
+    return (
+        f"a {_name(value)} cannot travel to a healing group, because nothing is pickled: leave it "
+        "out of the state dict, or turn it into tensors, numbers, strings and containers of them"
+    )
+
+
+def _refusal(path: Path, why: str) -> TypeError:
+    return TypeError(f"state_dict{''.join(f'[{key!r}]' for key in path[:20])}: {why}")
+
+
+def _name(value: object) -> str:
+    return type(value).__qualname__
