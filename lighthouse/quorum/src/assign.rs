@@ -1,10 +1,20 @@
 //! Which rank a group has in a quorum, which store its ranks meet at, and who heals from whom.
 //!
-//! Everybody computes this alone from the same quorum, so it depends on nothing else.
+//! Every group computes this alone from the same quorum, so that all of them agree without talking:
+//!
+//! - A replica's rank is its position in the quorum.
+//! - Those at the highest step are *ahead*; all others heal.
+//! - At step 0 nobody is ahead of anybody, but initial weights may differ: there the *fresh*, which
+//!   ask for the initial synchronisation, heal too, all but the primary. The primary is a member
+//!   that is not fresh, if there is one: a newcomer never overwrites the weights of those who have
+//!   trained.
+//! - The `i`-th that heals gets it from the `(i + group_rank)`-th that does not, so that the ranks
+//!   of a group load different donors.
+//! - Ranks of equal group rank meet at the store of the `group_rank`-th that is ahead.
 
 use thiserror::Error;
 
-use crate::member::{Quorum, ReplicaId};
+use crate::member::{Member, Quorum, ReplicaId};
 
 /// What one rank of one group is told of a quorum. Replica ranks are positions in the quorum.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,5 +74,84 @@ pub fn assign(
     group_rank: i64,
     init_sync: bool,
 ) -> Result<Assignment, NotInQuorum> {
-    todo!("{quorum:?} {replica_id} {group_rank} {init_sync}")
+    let own = quorum
+        .replica_ids()
+        .position(|id| id.as_str() == replica_id);
+    let own = own.ok_or_else(|| NotInQuorum {
+        replica_id: replica_id.into(),
+        quorum_id: quorum.id,
+    })?;
+    let roles = Roles::of(quorum, group_rank, init_sync);
+    let donor = |(i, _): (usize, &usize)| *around(&roles.donors, group_rank + i as i64);
+    let pairs = roles.healing.iter().enumerate();
+    let pairs = pairs.map(|pair| (*pair.1, donor(pair)));
+    let source = pairs.clone().find(|(to, _)| *to == own);
+    let fresh = indices(quorum, |_, m| m.is_fresh());
+    let failures = quorum.members.iter().map(|m| m.commit_failures);
+    let first = *around(&roles.ahead, group_rank);
+    Ok(Assignment {
+        quorum_id: quorum.id,
+        replica_rank: own as i64,
+        replica_world_size: quorum.members.len() as i64,
+        replica_ids: quorum.replica_ids().cloned().collect(),
+        max_step: quorum.max_step(),
+        max_replica_rank: position(&roles.ahead, own),
+        max_world_size: roles.ahead.len() as i64,
+        store_address: quorum.members[first].store_address.clone(),
+        source: source.map(|(_, donor)| Source {
+            replica_rank: donor as i64,
+            manager_address: quorum.members[donor].address.clone(),
+        }),
+        recover_dst_replica_ranks: ranks(pairs.filter(|(_, from)| *from == own).map(|(to, _)| to)),
+        recovering_replica_ranks: ranks(roles.healing.iter().copied()),
+        fresh_replica_ranks: ranks(fresh.into_iter()),
+        commit_failures: failures.max().unwrap_or(0),
+    })
+}
+
+/// Who is where in a quorum, as indices into its members; all lists are sorted.
+struct Roles {
+    /// At the highest step. Never empty.
+    ahead: Vec<usize>,
+    /// Those that heal.
+    healing: Vec<usize>,
+    /// All others. Never empty.
+    donors: Vec<usize>,
+}
+
+impl Roles {
+    fn of(quorum: &Quorum, group_rank: i64, init_sync: bool) -> Self {
+        let max_step = quorum.max_step();
+        let ahead = indices(quorum, |_, m| m.step == max_step);
+        let is_forced = |m: &Member| max_step == 0 && m.init_sync.unwrap_or(init_sync);
+        let settled = indices(quorum, |_, m| m.step == max_step && !is_forced(m));
+        let pool = if settled.is_empty() { &ahead } else { &settled };
+        let primary = *around(pool, group_rank);
+        let heals = |i: usize, m: &Member| m.step < max_step || (is_forced(m) && i != primary);
+        let healing = indices(quorum, heals);
+        let donors = indices(quorum, |i, m| !heals(i, m));
+        Self {
+            ahead,
+            healing,
+            donors,
+        }
+    }
+}
+
+fn indices(quorum: &Quorum, is: impl Fn(usize, &Member) -> bool) -> Vec<usize> {
+    let all = quorum.members.iter().enumerate();
+    all.filter(|(i, m)| is(*i, m)).map(|(i, _)| i).collect()
+}
+
+/// The `i`-th of a list that is not empty, counting around it.
+fn around(list: &[usize], i: i64) -> &usize {
+    &list[i.rem_euclid(list.len() as i64) as usize]
+}
+
+fn position(list: &[usize], of: usize) -> Option<i64> {
+    list.binary_search(&of).ok().map(|i| i as i64)
+}
+
+fn ranks(indices: impl Iterator<Item = usize>) -> Vec<i64> {
+    indices.map(|i| i as i64).collect()
 }

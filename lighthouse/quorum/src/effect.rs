@@ -1,12 +1,14 @@
 //! What the machine asks its shell to do: answer callers, and tell people.
 
+use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use thiserror::Error;
 
 use crate::decide::Formed;
 use crate::member::{BadMember, Quorum, ReplicaId, Ticket};
-use crate::waiting::Waiting;
+use crate::waiting::{Names, Waiting};
 
 /// One thing for the shell to carry out, in the order given.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,12 +71,17 @@ pub enum Refusal {
     #[error(transparent)]
     StateLost(#[from] StateLost),
     /// The caller's deadline passed.
-    #[error("no quorum for replica {replica_id} at step {step} before its deadline: {waiting}")]
+    #[error(
+        "no quorum for replica {replica_id} at step {step} before its deadline: {}{waiting}",
+        own_silence(silent_for)
+    )]
     Deadline {
         /// Who.
         replica_id: ReplicaId,
         /// Where it is.
         step: i64,
+        /// How long it was not heard itself, if that was too long for it to count.
+        silent_for: Option<Duration>,
         /// What it waited for.
         waiting: Waiting,
     },
@@ -82,7 +89,13 @@ pub enum Refusal {
 
 /// A replica was told to heal to a step, has not, and nobody who had that step is left.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
-#[error("state of step {lost_step} lost")]
+#[error(
+    "the state of step {lost_step} is lost: replica {replica_id} is at step {step} and was to heal \
+     from {}, of which none is left; either restart every replica group from a checkpoint of step \
+     {lost_step} or later, or stop this process, so that new processes start afresh from the step \
+     that they load",
+    Names(donors)
+)]
 pub struct StateLost {
     /// Who was to heal.
     pub replica_id: ReplicaId,
@@ -111,4 +124,55 @@ pub enum Notice {
         /// The new one.
         quorum_id: i64,
     },
+}
+
+impl fmt::Display for Notice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::FellSilent { replica_id } => {
+                write!(
+                    f,
+                    "replica {replica_id} of the last quorum has fallen silent"
+                )
+            }
+            Self::Restarted {
+                from,
+                to,
+                quorum_id,
+            } => write!(
+                f,
+                "quorum {quorum_id} goes on from step {to}, though the last one had reached step \
+                 {from}: nobody is left who has that step, or its owners went back on purpose"
+            ),
+        }
+    }
+}
+
+impl fmt::Display for Renewal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::First => f.write_str("the first quorum"),
+            Self::Members { joined, left } => {
+                write!(
+                    f,
+                    "members changed: +[{}] -[{}]",
+                    Names(joined),
+                    Names(left)
+                )
+            }
+            Self::CommitFailures(ids) => write!(f, "commit failures in [{}]", Names(ids)),
+            Self::NewProcess(ids) => write!(f, "new processes behind [{}]", Names(ids)),
+            Self::SeenHigher(id) => write!(f, "a member has seen quorum id {id}"),
+        }
+    }
+}
+
+fn own_silence(silent_for: &Option<Duration>) -> String {
+    match silent_for {
+        None => String::new(),
+        Some(age) => format!(
+            "it does not count, since it has sent no heartbeat for {} ms; besides, ",
+            age.as_millis()
+        ),
+    }
 }

@@ -1,0 +1,106 @@
+//! Why a rank that asks for a quorum gets an error instead, and what came of asking the lighthouse.
+
+use thiserror::Error;
+
+use crate::assign::NotInQuorum;
+use crate::member::ReplicaId;
+
+/// Why a rank gets an error instead of a quorum.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum GatherRefusal {
+    /// There is no such rank.
+    #[error("group rank {group_rank} of replica {replica_id} is not one of its {world_size} ranks")]
+    UnknownRank {
+        /// The group.
+        replica_id: ReplicaId,
+        /// What was asked for.
+        group_rank: i64,
+        /// How many ranks there are.
+        world_size: u64,
+    },
+    /// The same rank asked again.
+    #[error("group rank {group_rank} has asked again: this older request is superseded")]
+    Superseded {
+        /// Which.
+        group_rank: i64,
+    },
+    /// Another rank of the group stopped waiting, so the group cannot ask as one.
+    #[error(
+        "group rank {group_rank} of replica {replica_id} stopped waiting for a quorum at step {step}, \
+         so the group cannot ask as one: look at that rank's log, and ask again"
+    )]
+    RankLeft {
+        /// The group.
+        replica_id: ReplicaId,
+        /// Which rank left.
+        group_rank: i64,
+        /// Where it was.
+        step: i64,
+    },
+    /// The caller's deadline passed.
+    #[error(
+        "no quorum for replica {replica_id} at step {step} before the deadline: {}",
+        hung_on(missing, last_failure)
+    )]
+    Deadline {
+        /// The group.
+        replica_id: ReplicaId,
+        /// Where the caller is.
+        step: i64,
+        /// Local ranks that have not asked; empty: the lighthouse has not answered.
+        missing: Vec<i64>,
+        /// What went wrong with the last try at the lighthouse, if anything did.
+        last_failure: Option<Failure>,
+    },
+    /// The lighthouse did not give a quorum.
+    #[error(
+        "no quorum for replica {replica_id} at step {step}: the lighthouse was asked {attempts} \
+         times and said last: {failure}"
+    )]
+    Lighthouse {
+        /// The group.
+        replica_id: ReplicaId,
+        /// Where the group is.
+        step: i64,
+        /// How often it was asked.
+        attempts: u32,
+        /// What it said last.
+        failure: Failure,
+    },
+    /// The lighthouse answered with a quorum of others.
+    #[error(transparent)]
+    NotInQuorum(#[from] NotInQuorum),
+}
+
+/// Why a request to the lighthouse brought no quorum.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("{message}")]
+pub struct Failure {
+    /// What kind of failure.
+    pub kind: FailureKind,
+    /// What the lighthouse or the network said.
+    pub message: String,
+}
+
+/// Kinds of failure, by what may help.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FailureKind {
+    /// It was not reached, or the connection broke: sent again until the callers' deadline.
+    Unreachable,
+    /// It answered with an error that may pass: sent again up to `quorum_retries` times.
+    Failed,
+    /// It refused the request, and would again.
+    Refused,
+    /// It refused because the state to heal to is lost.
+    StateLost,
+    /// The deadline passed there; the message says what was waited for.
+    Deadline,
+}
+
+fn hung_on(missing: &[i64], last_failure: &Option<Failure>) -> String {
+    match (missing, last_failure) {
+        ([], None) => "the lighthouse has not answered".into(),
+        ([], Some(failure)) => format!("the lighthouse failed last with: {failure}"),
+        (ranks, _) => format!("its group ranks {ranks:?} have not asked; look at their logs"),
+    }
+}
