@@ -508,8 +508,8 @@ class Manager:
         return plan is not None and plan.participates
 
     def note(self, **extra: Any) -> None:
-        """Add values that JSON can hold, such as a loss, to the record of the step that runs."""
-        self._begun("note").extra.update(extra)
+        """Add values that JSON can hold, such as a loss, to the next step record to be written."""
+        self._log.notes.update(extra)
 
     def shutdown(self, wait: bool = True) -> None:
         """Free the server, the transport and the threads. Calling it again does nothing."""

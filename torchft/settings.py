@@ -21,6 +21,7 @@ __all__ = [
     "STEP_RECORDS",
     "TIMEOUT_SEC",
     "USE_BUCKETIZATION",
+    "for_child",
     "integer",
     "required",
     "text",
@@ -80,6 +81,12 @@ def timeout(name: str, default: timedelta) -> timedelta:
     if seconds <= 0:
         raise SettingsError(f"{name}={seconds} is no timeout: give a number of seconds above 0")
     return timedelta(seconds=seconds)
+
+
+def for_child(**changes: str | None) -> dict[str, str]:
+    """This process's whole environment with changes, for a child; None takes a variable out."""
+    environment = {**os.environ, **changes}
+    return {name: value for name, value in environment.items() if value is not None}
 
 
 def under_torchrun() -> bool:

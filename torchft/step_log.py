@@ -35,6 +35,8 @@ class StepLog:
         self._quorum_id: int | None = None
         path = settings.text(settings.STEP_RECORDS)
         self._records = StepRecords(path) if path else None
+        self.notes: dict[str, Any] = {}
+        """The user's, for the next record. Noted also between steps, as LocalSGD's loop has to."""
 
     def say(self, level: int, step: int, message: str, *values: object) -> None:
         """One line, such as `[group_0/0 - step 12] healed from …`."""
@@ -69,6 +71,7 @@ class StepLog:
         if _commits.isEnabledFor(logging.INFO):
             word = "committed" if committed else "discarded"
             _commits.info(word, extra={**self._labels(plan.step), "commit_result": committed})
+        notes, self.notes = self.notes, {}
         if self._records is None:
             return
         now = self._ledger.snapshot()
@@ -87,7 +90,7 @@ class StepLog:
                 bytes_received=received,
                 seconds=spent_between(transaction.ledger_before, now),
                 ledger=now,
-                extra=transaction.extra,
+                extra=notes,
             )
         )
 

@@ -43,7 +43,6 @@ class Transaction:
         self.staged: Any = None
         """A donor's state, fetched and not loaded yet."""
         self.averages: list[Average] = []
-        self.extra: dict[str, Any] = {}
         self.ledger_before = ledger.snapshot()
         self.moved_before = (0, 0)
         """Bytes sent and received when the step could begin to communicate."""
