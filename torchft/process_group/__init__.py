@@ -1,0 +1,35 @@
+"""Process groups whose members come and go.
+
+base        what every one of them can be asked
+generation  one set of members, from its making to its end; sockets and reaper end it
+rendezvous  how members find each other
+wrapper     passes on to another group, or to today's generation
+gloo        over TCP
+dummy       of one member
+faults      swallows faults, or makes them on purpose
+managed     the manager as a process group
+"""
+
+from torchft.process_group.base import ProcessGroup
+from torchft.process_group.dummy import ProcessGroupDummy
+from torchft.process_group.faults import (
+    ErrorSwallowingProcessGroupWrapper,
+    FakeProcessGroupWrapper,
+)
+from torchft.process_group.generation import Generation
+from torchft.process_group.gloo import ProcessGroupGloo
+from torchft.process_group.managed import ManagedProcessGroup
+from torchft.process_group.rendezvous import create_store_client
+from torchft.process_group.wrapper import ProcessGroupWrapper
+
+__all__ = [
+    "ErrorSwallowingProcessGroupWrapper",
+    "FakeProcessGroupWrapper",
+    "Generation",
+    "ManagedProcessGroup",
+    "ProcessGroup",
+    "ProcessGroupDummy",
+    "ProcessGroupGloo",
+    "ProcessGroupWrapper",
+    "create_store_client",
+]

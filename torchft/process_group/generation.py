@@ -1,0 +1,253 @@
+"""A process group that never changes: made for one quorum, used, retired.
+
+Whoever communicates holds the generation that it began with: a newer one does not end it. Two
+things do. `retire` abandons it: its connections are cut, so that pending operations end with an
+error at once, here and at every peer, and further ones are refused. And a generation that nobody
+holds any more is retired likewise. In both cases the reaper gets the group itself, so that its
+end, which may have to wait for work, never happens on the thread that trains.
+
+Each generation counts the bytes that its operations hand to the wire, by gloo's algorithms: a ring
+for all-reduce (2(n-1)/n of the tensor from each of n members) and all-gather (n-1 times one's own),
+pairwise all-to-all. A broadcast is counted once, n-1 times at its root. Headers are not counted.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, NoReturn
+
+from torch import Tensor
+from torch.distributed import ReduceOp, Store, Work
+from torch.distributed.distributed_c10d import (
+    AllgatherOptions,
+    AllreduceCoalescedOptions,
+    AllreduceOptions,
+    AllToAllOptions,
+    BarrierOptions,
+    BroadcastOptions,
+    ReduceScatterOptions,
+)
+
+from torchft.errors import CollectiveError
+from torchft.process_group import reaper, sockets
+from torchft.process_group.rendezvous import Member
+
+__all__ = ["Generation"]
+
+_living: weakref.WeakSet[Generation] = weakref.WeakSet()
+
+
+class Generation:
+    """One backend among fixed members. Made by a process group's `configure`."""
+
+    def __init__(
+        self,
+        backend: Any,
+        *,
+        name: str,
+        rank: int,
+        members: Sequence[Member],
+        store: Store,
+        own: Sequence[sockets.OwnSocket] = (),
+    ) -> None:
+        self.name = name
+        """The store address it was made at: unique among all generations."""
+        self.rank = rank
+        self.members = tuple(members)
+        """In the order of their ranks."""
+        self.store = store
+        """Where its members met. Served by one of them, so it ends with that one."""
+        self.error: CollectiveError | None = None
+        """Why it was retired."""
+        self.bytes_sent = 0
+        """Payload that this member has handed to the wire."""
+        self._size = len(self.members)
+        self._counting = threading.Lock()
+        self._backend = backend
+        self._release = weakref.finalize(self, _release, [backend], tuple(own), os.getpid())
+        self._release.atexit = False  # _retire_all does it, in time for the reaper's end
+        _living.add(self)
+
+    def retire(self, reason: str) -> None:
+        """Abandon it. Pending operations end with an error; never blocks; a second call is idle."""
+        if self.error is None:
+            self.error = CollectiveError(f"process group {self.name} was abandoned: {reason}")
+            self._backend = _Gone(self.error)
+            self._release()
+
+    @property
+    def retired(self) -> bool:
+        """Whether its operations are refused."""
+        return self.error is not None
+
+    def size(self) -> int:
+        """How many members it has."""
+        return self._size
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        """Deadline of each operation that begins from now on."""
+        if self.error is None:
+            set_backend_timeout(self._backend, timeout)
+
+    # Operations. Each returns torch's own Work, whose `wait(timeout)` raises RuntimeError when the
+    # operation failed or was abandoned; CollectiveError when this generation is retired already.
+
+    def allreduce(
+        self, tensors: list[Tensor], opts: AllreduceOptions | ReduceOp | ReduceOp.RedOpType
+    ) -> Work:
+        """Reduce in place; `tensors` holds one tensor."""
+        work = self._backend.allreduce(tensors, opts)
+        size = self._size
+        self._count(sum(tensor.nbytes for tensor in tensors) * 2 * (size - 1) // size)
+        return work
+
+    def allreduce_coalesced(
+        self, tensors: list[Tensor], opts: AllreduceCoalescedOptions | None = None
+    ) -> Work:
+        """Reduce several tensors of one dtype in place, as one operation."""
+        work = self._backend.allreduce_coalesced(tensors, opts or AllreduceCoalescedOptions())
+        self._count(_bytes(tensors) * 2 * (self._size - 1) // self._size)
+        return work
+
+    def allgather(
+        self,
+        output_tensors: list[list[Tensor]],
+        input_tensor: list[Tensor],
+        opts: AllgatherOptions | None = None,
+    ) -> Work:
+        """`[x]` of each member → `[[x of rank 0, x of rank 1, …]]` at every one."""
+        work = self._backend.allgather(output_tensors, input_tensor, opts or AllgatherOptions())
+        self._count(_bytes(input_tensor) * (self._size - 1))
+        return work
+
+    def allgather_into_tensor_coalesced(
+        self,
+        output_tensors: list[Tensor],
+        input_tensors: list[Tensor],
+        opts: AllgatherOptions | None = None,
+    ) -> Work:
+        """Each `[k, …]` of every member → one `[n * k, …]`."""
+        work = self._backend.allgather_into_tensor_coalesced(
+            output_tensors, input_tensors, opts or AllgatherOptions()
+        )
+        self._count(_bytes(input_tensors) * (self._size - 1))
+        return work
+
+    def alltoall_base(
+        self,
+        output_buffer: Tensor,
+        input_buffer: Tensor,
+        output_split_sizes: list[int],
+        input_split_sizes: list[int],
+        opts: AllToAllOptions | None = None,
+    ) -> Work:
+        """Row block i of `input_buffer` goes to rank i. Empty split sizes: equal blocks."""
+        work = self._backend.alltoall_base(
+            output_buffer,
+            input_buffer,
+            output_split_sizes,
+            input_split_sizes,
+            opts or AllToAllOptions(),
+        )
+        self._count(_leaving(input_buffer, input_split_sizes, self.rank, self._size))
+        return work
+
+    def barrier(self, opts: BarrierOptions | None = None) -> Work:
+        """Ends when every member has called it."""
+        return self._backend.barrier(opts or BarrierOptions())
+
+    def broadcast(self, tensor_list: list[Tensor], opts: BroadcastOptions | None = None) -> Work:
+        """The tensor of `opts.rootRank` (default 0) to all, in place."""
+        opts = opts or BroadcastOptions()
+        work = self._backend.broadcast(tensor_list, opts)
+        if opts.rootRank == self.rank:
+            self._count(_bytes(tensor_list) * (self._size - 1))
+        return work
+
+    def send(self, tensors: list[Tensor], dst_rank: int, tag: int) -> Work:
+        """One tensor to `dst_rank`, which receives it under the same tag."""
+        work = self._backend.send(tensors, dst_rank, tag)
+        self._count(_bytes(tensors))
+        return work
+
+    def recv(self, tensors: list[Tensor], src_rank: int, tag: int) -> Work:
+        """One tensor from `src_rank`, into the one given."""
+        return self._backend.recv(tensors, src_rank, tag)
+
+    def reduce_scatter(
+        self,
+        output_tensors: list[Tensor],
+        input_tensors: list[list[Tensor]],
+        opts: ReduceScatterOptions | None = None,
+    ) -> Work:
+        """Reduce `[[x0, x1, …]]` and keep the one of one's own rank."""
+        work = self._backend.reduce_scatter(
+            output_tensors, input_tensors, opts or ReduceScatterOptions()
+        )
+        self._count(_bytes(output_tensors) * (self._size - 1))
+        return work
+
+    def reduce_scatter_tensor_coalesced(
+        self,
+        output_tensors: list[Tensor],
+        input_tensors: list[Tensor],
+        opts: ReduceScatterOptions | None = None,
+    ) -> Work:
+        """Reduce each `[n * k, …]` and keep one's own `[k, …]`."""
+        work = self._backend.reduce_scatter_tensor_coalesced(
+            output_tensors, input_tensors, opts or ReduceScatterOptions()
+        )
+        self._count(_bytes(output_tensors) * (self._size - 1))
+        return work
+
+    def _count(self, sent: int) -> None:
+        with self._counting:  # DDP's hooks communicate from autograd's threads
+            self.bytes_sent += sent
+
+
+class _Gone:
+    """Stands in for the backend of a retired generation: whatever is asked of it is refused."""
+
+    def __init__(self, error: CollectiveError) -> None:
+        self._error = error
+
+    def __getattr__(self, operation: str) -> NoReturn:
+        raise CollectiveError(f"{operation}: {self._error}")
+
+
+def set_backend_timeout(backend: Any, timeout: timedelta) -> None:
+    """torch made the method public some time after 2.7."""
+    setter = getattr(backend, "set_timeout", None) or backend._set_default_timeout
+    setter(timeout)
+
+
+def _release(backend: list[object], own: tuple[sockets.OwnSocket, ...], pid: int) -> None:
+    if os.getpid() != pid:
+        # A forked child shares the connections with its parent, which still uses them.
+        reaper.leak(backend.pop())
+        return
+    sockets.cut(own)
+    reaper.bury(backend)
+
+
+@atexit.register
+def _retire_all() -> None:
+    for generation in list(_living):
+        generation.retire("the process ends")
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _leaving(buffer: Tensor, splits: Sequence[int], rank: int, size: int) -> int:
+    """Bytes of an all-to-all's input that are not for oneself."""
+    if not splits:
+        return buffer.nbytes * (size - 1) // size
+    total = sum(splits)
+    return buffer.nbytes * (total - splits[rank]) // total if total else 0

@@ -1,0 +1,71 @@
+"""The manager as a process group: for code that wants to all-reduce, not to know about steps."""
+# mypy: disable-error-code="override"
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.distributed import Work
+from torch.distributed.distributed_c10d import AllreduceOptions
+
+from torchft.errors import SettingsError
+from torchft.process_group.base import AnyAllreduceOptions, ProcessGroup
+from torchft.process_group.wrapper import ProcessGroupWrapper
+
+__all__ = ["ManagedProcessGroup"]
+
+
+class _Manager(Protocol):
+    """What is needed of `torchft.Manager`."""
+
+    _pg: ProcessGroup
+
+    def allreduce(self, tensor: Tensor, *, reduce_op: Any) -> Work: ...
+
+    def errored(self) -> Any: ...
+
+    def num_participants(self) -> int: ...
+
+
+class ManagedProcessGroup(ProcessGroupWrapper):
+    """All-reduces go through the manager, which owns their failures; its size is the step's.
+
+    Other collectives go to the manager's process group as they are, unmanaged.
+    """
+
+    def __init__(self, manager: _Manager) -> None:
+        super().__init__(pg=manager._pg)
+        self._manager = manager
+
+    def allreduce(self, tensors: list[Tensor], opts: AnyAllreduceOptions) -> Work:
+        """All-reduce exactly one tensor; SettingsError for more."""
+        if len(tensors) != 1:
+            raise SettingsError(f"a managed all-reduce takes one tensor, not {len(tensors)}")
+        op = opts.reduceOp if isinstance(opts, AllreduceOptions) else opts
+        return self._manager.allreduce(tensors[0], reduce_op=op)
+
+    def size(self) -> int:
+        """How many groups are counted in this step; waits for its quorum."""
+        return self._manager.num_participants()
+
+    def getBackendName(self) -> str:
+        """`torchft-managed-` and the name of the group inside."""
+        return f"torchft-managed-{super().getBackendName()}"
+
+    def errored(self) -> Exception | None:
+        """The error of the manager's step."""
+        return self._manager.errored()
+
+    def configure(self, store_addr: str, replica_id: str, rank: int, world_size: int) -> None:
+        """NotImplementedError: the manager does that."""
+        raise self._lacks("configure: its manager configures it")
+
+    def abort(self, errored: bool = True) -> None:
+        """Abandon what is pending in the manager's group."""
+        self._manager._pg.abort()
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        """Deadline of the manager's group."""
+        self._manager._pg.set_timeout(timeout)
