@@ -6,6 +6,7 @@
     ├── QuorumError              no quorum could be formed; says who was missing and why
     │   └── StateLostError       the only holders of a committed step are gone
     ├── MismatchError            this group differs from the others: shapes, world size, wire
+    ├── UnreachableError         no connection within the connect timeout (also a TimeoutError)
     ├── StepError                something went wrong inside one step: the step is discarded
     │   ├── CollectiveError      a collective failed, or a member was lost while it ran
     │   └── HealError            live state could not be fetched or loaded
@@ -28,6 +29,7 @@ __all__ = [
     "StateLostError",
     "StepError",
     "TorchftError",
+    "UnreachableError",
 ]
 
 
@@ -53,6 +55,10 @@ class StateLostError(QuorumError):
 
 class MismatchError(TorchftError):
     """This group cannot average with the others: another model, world size or wire version."""
+
+
+class UnreachableError(TorchftError, TimeoutError):
+    """No connection could be made within the connect timeout; names the address."""
 
 
 class StepError(TorchftError):

@@ -1,0 +1,144 @@
+//! Addresses: what a user may write, and what a server tells others to dial.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
+
+use thiserror::Error;
+use tokio::{net::lookup_host, time::timeout};
+use tonic::transport::Uri;
+
+const LOOK_UP: Duration = Duration::from_secs(1);
+
+/// An address that cannot be used, with the form that can.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum AddressError {
+    /// Not `http://host:port`.
+    #[error("{whose} address {given:?} is not of the form http://host:port, e.g. {example}")]
+    NotHttp {
+        /// Whose address it is, e.g. `lighthouse`.
+        whose: &'static str,
+        /// What was given.
+        given: String,
+        /// An address of the right form.
+        example: &'static str,
+    },
+    /// A bind address is not `host:port`.
+    #[error(
+        "bind address {given:?} is not of the form host:port, e.g. [::]:29510 or 0.0.0.0:29510"
+    )]
+    NotBindable {
+        /// What was given.
+        given: String,
+    },
+}
+
+/// Checks that `given` is `http://host:port`, and returns it without a trailing slash.
+///
+/// # Errors
+/// [`AddressError::NotHttp`], with the value and the form that is wanted.
+pub fn dialable(whose: &'static str, given: &str) -> Result<String, AddressError> {
+    let trimmed = given.trim().trim_end_matches('/');
+    let uri = trimmed.parse::<Uri>().ok();
+    let is_http = uri.is_some_and(|uri| {
+        uri.scheme_str() == Some("http")
+            && uri.host().is_some_and(|h| !h.is_empty())
+            && uri.port_u16().is_some_and(|p| p > 0)
+            && matches!(uri.path(), "" | "/")
+    });
+    if is_http {
+        Ok(trimmed.to_owned())
+    } else {
+        Err(AddressError::NotHttp {
+            whose,
+            given: given.to_owned(),
+            example: "http://localhost:29510",
+        })
+    }
+}
+
+/// Splits a bind address into host (without brackets) and port.
+///
+/// # Errors
+/// [`AddressError::NotBindable`].
+pub fn bindable(given: &str) -> Result<(String, u16), AddressError> {
+    let wrong = || AddressError::NotBindable {
+        given: given.to_owned(),
+    };
+    let (host, port) = given.rsplit_once(':').ok_or_else(wrong)?;
+    let port = port.parse().map_err(|_| wrong())?;
+    let bracketed = host.strip_prefix('[').and_then(|h| h.strip_suffix(']'));
+    let host = bracketed.unwrap_or(host);
+    if host.is_empty() || host.contains('/') || (bracketed.is_none() && host.contains(':')) {
+        return Err(wrong());
+    }
+    Ok((host.to_owned(), port))
+}
+
+/// The URL that others dial: the host that was bound, unless that is a wildcard, then `fallback`.
+#[must_use]
+pub fn advertised(bind_host: &str, fallback: &str, port: u16) -> String {
+    let is_wildcard = bind_host
+        .parse::<IpAddr>()
+        .is_ok_and(|ip| ip.is_unspecified());
+    url(if is_wildcard { fallback } else { bind_host }, port)
+}
+
+/// `http://host:port`, with an IPv6 literal in brackets.
+#[must_use]
+pub fn url(host: &str, port: u16) -> String {
+    match host.parse::<IpAddr>() {
+        Ok(ip) => format!("http://{}", SocketAddr::new(ip, port)),
+        Err(_) => format!("http://{host}:{port}"),
+    }
+}
+
+/// Whether this machine can turn `host` into an address, within a second.
+pub async fn resolves(host: &str) -> bool {
+    match timeout(LOOK_UP, lookup_host((host, 0))).await {
+        Ok(Ok(mut found)) => found.next().is_some(),
+        Ok(Err(_)) | Err(_) => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lighthouse_address_needs_scheme_host_and_port() {
+        assert_eq!(
+            dialable("lighthouse", "http://a:1/").as_deref(),
+            Ok("http://a:1")
+        );
+        for wrong in [
+            "a:1",
+            "http://a",
+            "https://a:1",
+            "http://:1",
+            "http://a:0",
+            "http://a:1/x",
+            "",
+        ] {
+            let error = dialable("lighthouse", wrong).expect_err(wrong).to_string();
+            assert!(error.contains(&format!("{wrong:?}")) && error.contains("http://host:port"));
+        }
+    }
+
+    #[test]
+    fn a_bind_address_needs_host_and_port() {
+        assert_eq!(bindable("[::]:29510"), Ok(("::".into(), 29510)));
+        assert_eq!(bindable("127.0.0.1:0"), Ok(("127.0.0.1".into(), 0)));
+        for wrong in ["29510", ":29510", "::1:2", "http://a:1", "a:70000"] {
+            assert!(bindable(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_wildcard_is_not_advertised() {
+        assert_eq!(advertised("::", "node1", 7), "http://node1:7");
+        assert_eq!(advertised("0.0.0.0", "::1", 7), "http://[::1]:7");
+        assert_eq!(advertised("127.0.0.1", "node1", 7), "http://127.0.0.1:7");
+    }
+}

@@ -1,0 +1,147 @@
+//! What a call to a lighthouse or manager can end in, and how that travels in a gRPC status.
+//!
+//! The kind of a refusal travels in the metadata key `torchft-refusal`, so that a manager can hand
+//! the lighthouse's refusal on to its ranks unchanged; a peer that does not know the key still has
+//! the code and the words.
+
+use std::error::Error as _;
+
+use thiserror::Error;
+use tonic::{Code, Status, metadata::MetadataValue};
+
+use crate::address::AddressError;
+
+const KIND: &str = "torchft-refusal";
+
+/// How a call failed.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum CallError {
+    /// The deadline passed; says who was waited for and why.
+    #[error("status: Cancelled, message: \"Timeout expired: {0}\"")]
+    Deadline(String),
+    /// No connection could be made within the connect timeout.
+    #[error("{0}")]
+    Unreachable(String),
+    /// The connection failed, or the server is on its way down: trying again may help.
+    #[error("status: Unavailable, message: \"{0}\"")]
+    Unavailable(String),
+    /// The only holders of a committed step are gone.
+    #[error("{0}")]
+    StateLost(String),
+    /// The two sides, or the ranks of a group, do not fit together.
+    #[error("{0}")]
+    Mismatch(String),
+    /// The quorum or the vote was refused for a reason other than time.
+    #[error("{0}")]
+    Refused(String),
+    /// An address that cannot be dialled.
+    #[error("{0}")]
+    Address(#[from] AddressError),
+    /// Anything else that the server answered.
+    #[error("status: {code:?}, message: \"{message}\"")]
+    Failed {
+        /// The gRPC code.
+        code: Code,
+        /// The server's words.
+        message: String,
+    },
+}
+
+impl CallError {
+    /// Reads a status that came out of a call; `silence` is said of a deadline without an answer.
+    #[must_use]
+    pub fn from_status(status: &Status, peer: &str, silence: impl FnOnce() -> String) -> Self {
+        let words = status.message().to_owned();
+        if words == "Timeout expired" {
+            return Self::Deadline(silence());
+        }
+        if status.source().is_some() {
+            return Self::Unavailable(format!("{peer}: {}", innermost(status)));
+        }
+        if let Some(refusal) = refusal(status, &words) {
+            return refusal;
+        }
+        match status.code() {
+            Code::DeadlineExceeded | Code::Cancelled => Self::Deadline(words),
+            Code::Unavailable => Self::Unavailable(format!("{peer}: {words}")),
+            code => Self::Failed {
+                code,
+                message: words,
+            },
+        }
+    }
+
+    /// The words without the decoration of [`std::fmt::Display`], to be handed on.
+    #[must_use]
+    pub fn words(&self) -> String {
+        match self {
+            Self::Deadline(words) | Self::Unavailable(words) => words.clone(),
+            Self::Failed { message, .. } => message.clone(),
+            other => other.to_string(),
+        }
+    }
+
+    fn code_and_kind(&self) -> (Code, Option<&'static str>) {
+        match self {
+            Self::Deadline(_) | Self::Unreachable(_) => (Code::DeadlineExceeded, None),
+            Self::Unavailable(_) => (Code::Unavailable, None),
+            Self::StateLost(_) => (Code::FailedPrecondition, Some("state-lost")),
+            Self::Mismatch(_) => (Code::FailedPrecondition, Some("mismatch")),
+            Self::Refused(_) => (Code::FailedPrecondition, Some("quorum")),
+            Self::Address(_) => (Code::InvalidArgument, None),
+            Self::Failed { code, .. } => (*code, None),
+        }
+    }
+}
+
+impl From<CallError> for Status {
+    fn from(error: CallError) -> Self {
+        let (code, kind) = error.code_and_kind();
+        let mut status = Status::new(code, error.words());
+        if let Some(kind) = kind {
+            let value = MetadataValue::from_static(kind);
+            status.metadata_mut().insert(KIND, value);
+        }
+        status
+    }
+}
+
+fn refusal(status: &Status, words: &str) -> Option<CallError> {
+    let words = words.to_owned();
+    match status.metadata().get(KIND)?.to_str().ok()? {
+        "state-lost" => Some(CallError::StateLost(words)),
+        "mismatch" => Some(CallError::Mismatch(words)),
+        _ => Some(CallError::Refused(words)),
+    }
+}
+
+/// The words of the cause at the bottom, e.g. `Connection refused (os error 111)`.
+pub(crate) fn innermost(error: &dyn std::error::Error) -> String {
+    let mut cause = error;
+    while let Some(deeper) = cause.source() {
+        cause = deeper;
+    }
+    cause.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kind_survives_the_wire() {
+        for error in [
+            CallError::Deadline("a".into()),
+            CallError::StateLost("b".into()),
+            CallError::Mismatch("c".into()),
+            CallError::Refused("d".into()),
+            CallError::Failed {
+                code: Code::NotFound,
+                message: "e".into(),
+            },
+        ] {
+            let status = Status::from(error.clone());
+            assert_eq!(CallError::from_status(&status, "", String::new), error);
+        }
+    }
+}

@@ -1,0 +1,160 @@
+//! A connection to one server: made within a deadline, kept alive, made anew when it falls silent.
+
+use std::{
+    collections::hash_map::RandomState,
+    future::Future,
+    hash::BuildHasher,
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
+
+use tokio::time::{Instant, sleep, timeout_at};
+use tonic::{
+    Request, Response, Status,
+    metadata::MetadataValue,
+    transport::{Channel, Endpoint},
+};
+
+use crate::{address, error::CallError, error::innermost, version};
+
+const KEEPALIVE: Duration = Duration::from_secs(60);
+const KEEPALIVE_ACK: Duration = Duration::from_secs(20);
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+const JITTER_MS: u64 = 100;
+/// A quorum of 512 replica groups is about 60 KiB: let it come in one window and few frames.
+const WINDOW: u32 = 4 << 20;
+const FRAME: u32 = 1 << 20;
+
+/// One server that calls are made to.
+#[derive(Debug)]
+pub struct Link {
+    /// What it is and where, for messages: `lighthouse http://host:port`.
+    name: String,
+    endpoint: Endpoint,
+    /// Replaced when the server did not answer at all: a connection to a host that vanished would
+    /// stay silent until TCP gives up.
+    channel: Mutex<Channel>,
+}
+
+impl Link {
+    /// Connects, trying again with growing pauses until `within` has passed.
+    ///
+    /// # Errors
+    /// [`CallError::Address`] for a wrong form, [`CallError::Unreachable`] when the time is up.
+    pub async fn connect(
+        what: &'static str,
+        address: &str,
+        within: Duration,
+    ) -> Result<Self, CallError> {
+        let address = address::dialable(what, address)?;
+        let name = format!("{what} {address}");
+        let endpoint = endpoint(address)?;
+        let channel = Mutex::new(dial(&name, &endpoint, within).await?);
+        Ok(Self {
+            name,
+            endpoint,
+            channel,
+        })
+    }
+
+    /// What it is and where, for messages.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Makes one call that ends within `within`; the server is told that time.
+    ///
+    /// # Errors
+    /// What the server answered, or that it did not answer in time.
+    pub async fn call<Q, R, F>(
+        &self,
+        what: &str,
+        message: Q,
+        within: Duration,
+        rpc: impl FnOnce(Channel, Request<Q>) -> F,
+    ) -> Result<R, CallError>
+    where
+        F: Future<Output = Result<Response<R>, Status>>,
+    {
+        let end = Instant::now() + within;
+        let silence = || format!("no answer to {what} from {} within {within:?}", self.name);
+        let call = rpc(self.channel(), request(message, within));
+        let response = match timeout_at(end, call).await {
+            Ok(Ok(response)) => response,
+            Ok(Err(status)) => return Err(CallError::from_status(&status, &self.name, silence)),
+            Err(_elapsed) => {
+                self.make_anew();
+                return Err(CallError::Deadline(silence()));
+            }
+        };
+        self.check_version(&response)?;
+        Ok(response.into_inner())
+    }
+
+    fn check_version<R>(&self, response: &Response<R>) -> Result<(), CallError> {
+        let theirs = response.metadata().get(version::KEY);
+        let theirs = theirs.map(|v| v.to_str().unwrap_or("unreadable"));
+        version::check(theirs).map_err(|why| CallError::Mismatch(format!("{}: {why}", self.name)))
+    }
+
+    fn channel(&self) -> Channel {
+        self.channel
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    fn make_anew(&self) {
+        let fresh = self.endpoint.connect_lazy();
+        *self.channel.lock().unwrap_or_else(PoisonError::into_inner) = fresh;
+    }
+}
+
+fn endpoint(address: String) -> Result<Endpoint, CallError> {
+    let endpoint = Endpoint::from_shared(address).map_err(|e| CallError::Refused(e.to_string()))?;
+    Ok(endpoint
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(KEEPALIVE)
+        .keep_alive_timeout(KEEPALIVE_ACK)
+        .keep_alive_while_idle(true)
+        .initial_stream_window_size(WINDOW)
+        .initial_connection_window_size(WINDOW)
+        .max_frame_size(FRAME))
+}
+
+async fn dial(name: &str, endpoint: &Endpoint, within: Duration) -> Result<Channel, CallError> {
+    let end = Instant::now() + within;
+    let mut pause = FIRST_PAUSE;
+    let mut why = "it did not answer".to_owned();
+    loop {
+        match timeout_at(end, endpoint.connect()).await {
+            Ok(Ok(channel)) => return Ok(channel),
+            Ok(Err(error)) => why = innermost(&error),
+            Err(_elapsed) => {}
+        }
+        let wait = pause + jitter();
+        if Instant::now() + wait >= end {
+            return Err(CallError::Unreachable(format!(
+                "could not connect to {name} within {within:?}: {why}. \
+                 Is it running, and does this address reach it from here?"
+            )));
+        }
+        sleep(wait).await;
+        pause = (pause * 3 / 2).min(LONGEST_PAUSE);
+    }
+}
+
+fn request<Q>(message: Q, within: Duration) -> Request<Q> {
+    let mut request = Request::new(message);
+    request.set_timeout(within);
+    let ours = MetadataValue::from_static(version::OURS);
+    request.metadata_mut().insert(version::KEY, ours);
+    request
+}
+
+/// Keeps groups that lost the same server from returning to it in one instant.
+fn jitter() -> Duration {
+    Duration::from_millis(RandomState::new().hash_one(0) % JITTER_MS)
+}

@@ -1,0 +1,61 @@
+//! One port: gRPC and HTTP side by side, from bound to gone.
+
+use std::time::Duration;
+
+use axum::{Router, middleware, serve::ListenerExt};
+use tokio::{runtime::Handle, sync::watch, task::JoinHandle, time::timeout};
+
+use crate::{listen::Bound, version};
+
+/// How long replies under way may take once the port is closed.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// A served port. Dropping it without [`Served::stop`] leaves it served.
+#[derive(Debug)]
+pub struct Served {
+    stop: watch::Sender<bool>,
+    task: JoinHandle<()>,
+}
+
+impl Served {
+    /// Serves `router` on `bound`, in `runtime`.
+    ///
+    /// # Errors
+    /// The system's, when the listener cannot be handed to the runtime.
+    pub fn start(bound: Bound, router: Router, runtime: &Handle) -> std::io::Result<Self> {
+        let _entered = runtime.enter();
+        let listener = bound.into_listener()?.tap_io(|stream| {
+            if let Err(error) = stream.set_nodelay(true) {
+                tracing::debug!("no TCP_NODELAY: {error}");
+            }
+        });
+        let router = router.layer(middleware::from_fn(version::gate));
+        let (stop, stopped) = watch::channel(false);
+        let task = runtime.spawn(async move {
+            let serving = axum::serve(listener, router)
+                .with_graceful_shutdown(until_set(stopped.clone()))
+                .into_future();
+            tokio::select! {
+                ended = serving => if let Err(error) = ended {
+                    tracing::error!("the server ended: {error}");
+                },
+                () = async { until_set(stopped).await; tokio::time::sleep(LAST_WORDS).await } => {}
+            }
+        });
+        Ok(Self { stop, task })
+    }
+
+    /// Closes the port, then waits for the replies under way, for one second at most.
+    pub async fn stop(self) {
+        self.stop.send_replace(true);
+        let patience = LAST_WORDS + Duration::from_millis(100);
+        if timeout(patience, self.task).await.is_err() {
+            tracing::warn!("connections were still open {patience:?} after the end");
+        }
+    }
+}
+
+async fn until_set(mut flag: watch::Receiver<bool>) {
+    // An error means the sender is gone, which ends the server as well.
+    let _ = flag.wait_for(|set| *set).await;
+}
