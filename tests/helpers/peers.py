@@ -1,0 +1,256 @@
+"""N nodes as threads of one process: the smallest `Peers` there can be, with failures on a script.
+
+    script = Script(nodes=3, no={2}, lost={1: 3}, joins={1: 5})
+    results = World(script).run(train)        # train(node) once per node, each in a thread
+
+Rounds are numbered from 1; round 0 is the opening one, when the script has it. Nothing here waits
+for time to pass: a node waits for the others of its round, and a deadline only ends a broken test.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchft.peers import Place
+
+__all__ = ["Lost", "Node", "Script", "World", "mean"]
+
+DEADLINE_S = 30.0
+
+
+class Lost(BaseException):
+    """This node's process is killed: nothing in it may catch that."""
+
+
+@dataclass(frozen=True)
+class Script:
+    """What happens, by round."""
+
+    nodes: int
+    no: Collection[int] = ()
+    """Rounds that are voted down."""
+    lost: Mapping[int, int] = field(default_factory=dict)
+    """Node → the round that it opens and does not close."""
+    joins: Mapping[int, int] = field(default_factory=dict)
+    """Node → the round that it comes in with, at first or again after it was lost."""
+    opening: bool = False
+    """All begin with a round in which nobody has anything to contribute."""
+
+    def members(self, number: int) -> list[int]:
+        """Who opens round `number`, in order."""
+        return [node for node in range(self.nodes) if self._is_there(node, number)]
+
+    def _is_there(self, node: int, number: int) -> bool:
+        comes, goes = self.joins.get(node), self.lost.get(node)
+        if comes is not None and number >= comes:
+            return True
+        if goes is not None:
+            return number <= goes
+        return comes is None
+
+    def newcomers(self, number: int) -> list[int]:
+        """Who heals when round `number` opens."""
+        return [node for node, comes in self.joins.items() if comes == number]
+
+    def failed(self, number: int) -> bool:
+        """A member is lost while the round is open."""
+        return number in self.lost.values()
+
+    def goes(self, number: int) -> bool:
+        """The round commits."""
+        return number not in self.no and not self.failed(number)
+
+    def first_round(self, node: int) -> int:
+        """Where a node that is there from the start begins."""
+        return 0 if self.opening else 1
+
+
+def mean(tensors: Sequence[Tensor]) -> Tensor:
+    """Added one by one in order, then divided: the same bits wherever it is done."""
+    total = tensors[0].clone()
+    for tensor in tensors[1:]:
+        total += tensor
+    return total / len(tensors)
+
+
+class World:
+    """Where the nodes of a script meet."""
+
+    def __init__(self, script: Script) -> None:
+        self.script = script
+        self._board: dict[tuple[Any, ...], dict[int, Any]] = {}
+        self._changed = threading.Condition()
+        self._errors: list[BaseException] = []
+
+    def run(self, train: Callable[[Node], Any]) -> dict[int, Any]:
+        """Run `train` for every node and return what each of the living returned.
+
+        A node that is lost and joins again is two threads; the second one's result counts.
+        """
+        results: dict[int, Any] = {}
+        lives = [(n, self.script.first_round(n)) for n in self.script.members(1)]
+        lives += [(n, comes) for n, comes in self.script.joins.items()]
+
+        def live(rank: int, number: int) -> None:
+            try:
+                results[rank] = train(Node(self, rank, number))
+            except Lost:
+                pass
+            except BaseException as error:
+                with self._changed:
+                    self._errors.append(error)
+                    self._changed.notify_all()
+
+        threads = [threading.Thread(target=live, args=life, daemon=True) for life in lives]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(DEADLINE_S)
+        if self._errors:
+            raise self._errors[0]
+        assert not any(t.is_alive() for t in threads), "a node is stuck"
+        return results
+
+    def post(self, key: tuple[Any, ...], rank: int, value: Any) -> None:
+        """Say something to the others."""
+        with self._changed:
+            self._board.setdefault(key, {})[rank] = value
+            self._changed.notify_all()
+
+    def collect(self, key: tuple[Any, ...], ranks: Sequence[int]) -> list[Any]:
+        """What all of `ranks` said, in that order."""
+        with self._changed:
+            there = self._changed.wait_for(
+                lambda: self._errors or self._board.get(key, {}).keys() >= set(ranks), DEADLINE_S
+            )
+            assert not self._errors, "another node failed"
+            assert there, f"{key}: {self._board.get(key, {}).keys()} came, of {ranks}"
+            return [self._board[key][rank] for rank in ranks]
+
+
+class Node:
+    """One node: its `Peers`."""
+
+    def __init__(self, world: World, rank: int, number: int) -> None:
+        self.world = world
+        self.script = world.script
+        self.rank = rank
+        self.next_round = number
+        self.joins = number == self.script.joins.get(rank)
+        """It comes when the others are there already, and heals."""
+        self.open_rounds: list[InProcessRound] = []
+        self.watch: Callable[[], Any] | None = None
+        """Taken when a round has opened and again before it closes: both must be equal."""
+        self._state: list[tuple[Callable[[Any], None], Callable[[], Any]]] = []
+
+    def register(self, load: Callable[[Any], None], save: Callable[[], Any]) -> None:
+        """State that a newcomer gets."""
+        self._state.append((load, save))
+
+    def open(self, place: Place) -> InProcessRound:
+        """Meet the members of the next round; newcomers load the first old member's state."""
+        number, self.next_round = self.next_round, self.next_round + 1
+        members = self.script.members(max(number, 1))
+        newcomers = self.script.newcomers(number) if number else members[1:]
+        donor = next(m for m in members if m not in newcomers)
+        key = ("open", number)
+        mine = self._save() if self.rank == donor else None
+        self.world.post(key, self.rank, mine)
+        state = self.world.collect(key, members)[members.index(donor)]
+        if self.rank in newcomers:
+            for (load, _), values in zip(self._state, state, strict=True):
+                load(copy.deepcopy(values))
+        counted = members if place is Place.BEFORE else [m for m in members if m not in newcomers]
+        opened = InProcessRound(self, number, members, counted)
+        if not opened.opening:
+            self.open_rounds.append(opened)
+        if self.watch is not None:
+            opened.seen = self.watch()
+        return opened
+
+    def _save(self) -> list[Any]:
+        return [copy.deepcopy(save()) for _, save in self._state]
+
+
+class InProcessRound:
+    """One round of one node."""
+
+    def __init__(self, node: Node, number: int, members: list[int], counted: list[int]) -> None:
+        self.opening = number == 0
+        self.number = number
+        self.members = members
+        self.counted = counted
+        self.seen: Any = None
+        self._node = node
+        self._collectives = 0
+
+    def average(self, tensors: Sequence[Tensor]) -> _Average:
+        """Post this node's tensors; a newcomer's are zeros that do not count."""
+        return _Average(self, self._post(tensors), list(tensors))
+
+    def gather(self, tensors: Sequence[Tensor]) -> _Gathering:
+        """Post this node's rows."""
+        return _Gathering(self, self._post(tensors), list(tensors))
+
+    def _post(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+        assert not self.opening, "an opening round is not used"
+        if self.lost:
+            raise Lost
+        self._collectives += 1
+        key = ("collective", self.number, self._collectives)
+        # Copies: the others read them while this node's own are already the average.
+        self._node.world.post(key, self._node.rank, [t.detach().clone() for t in tensors])
+        return key
+
+    @property
+    def lost(self) -> bool:
+        """This node ends here."""
+        dies = self._node.script.lost.get(self._node.rank) == self.number
+        return dies and not self._node.joins
+
+    @property
+    def failed(self) -> bool:
+        """A member is lost."""
+        return self._node.script.failed(self.number)
+
+    def rows(self, key: tuple[Any, ...]) -> list[list[Tensor]]:
+        """What the counted sent."""
+        return self._node.world.collect(key, self.counted)
+
+    def close(self) -> bool:
+        """The vote, in the order of opening."""
+        assert self._node.open_rounds.pop(0) is self, "rounds close in the order they opened"
+        if self._node.watch is not None:
+            assert self._node.watch() == self.seen, "something was written before the round closed"
+        return self._node.script.goes(self.number)
+
+
+class _Average:
+    def __init__(self, over: InProcessRound, key: tuple[Any, ...], tensors: list[Tensor]) -> None:
+        self._round, self._key, self._tensors = over, key, tensors
+
+    def wait(self) -> list[Tensor]:
+        if self._round.failed:
+            # An abandoned collective leaves anything at all behind.
+            return [tensor.fill_(torch.nan) for tensor in self._tensors]
+        rows = self._round.rows(self._key)
+        for tensor, column in zip(self._tensors, zip(*rows, strict=True), strict=True):
+            tensor.copy_(mean(column))
+        return self._tensors
+
+
+class _Gathering:
+    def __init__(self, over: InProcessRound, key: tuple[Any, ...], tensors: list[Tensor]) -> None:
+        self._round, self._key, self._tensors = over, key, tensors
+
+    def wait(self) -> list[Tensor]:
+        if self._round.failed:
+            return self._tensors
+        return [torch.cat(column) for column in zip(*self._round.rows(self._key), strict=True)]
