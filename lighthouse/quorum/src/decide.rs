@@ -17,6 +17,7 @@
 //! 6. Some healthy id has not asked: wait for it until `join_timeout` after the first candidate asked.
 //! 7. A quorum forms.
 
+use std::fmt;
 use std::time::Duration;
 
 use crate::rules::Rules;
@@ -117,6 +118,21 @@ pub enum Formed {
         /// Healthy ids that were not waited for any longer.
         absent: usize,
     },
+}
+
+impl fmt::Display for Formed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Fast => f.write_str("all members of the last quorum ask"),
+            Self::AllJoined => f.write_str("all healthy replicas ask"),
+            Self::JoinTimeout { absent } => {
+                write!(
+                    f,
+                    "the join timeout passed, {absent} healthy replicas do not ask"
+                )
+            }
+        }
+    }
 }
 
 /// Decides.

@@ -3,6 +3,8 @@
 //! - The group is as far as its slowest rank: the request has the *lowest* step. It asks
 //!   `shrink_only`, `init_sync` and with as many discarded steps as any rank does.
 //! - Its deadline is that of the least patient caller, and so is that of every retry.
+//! - Ranks at different steps become equal by healing; if nobody is ahead of the slowest, all are
+//!   refused.
 //! - A caller that leaves breaks the round: the request is cancelled, all other callers are refused
 //!   at once, and a late answer is dropped.
 //! - A request that failed for good is answered to all callers at once, with its reason.
@@ -331,6 +333,9 @@ impl Gather {
     fn deal(&mut self, quorum: &Quorum) -> Vec<GatherEffect> {
         self.flight = None;
         self.last_quorum_id = self.last_quorum_id.max(quorum.id);
+        if let Some(apart) = self.ranks_apart(quorum) {
+            return self.refuse_all(&apart);
+        }
         let replica_id = self.group.replica_id.as_str();
         let asks = std::mem::take(&mut self.asks).into_iter();
         asks.map(|(rank, Asked { ticket, ask })| {
@@ -343,6 +348,22 @@ impl Gather {
             }
         })
         .collect()
+    }
+
+    /// Ranks at different steps hold different states. A heal makes them equal; without one, the
+    /// faster would give its state away as that of the slower.
+    fn ranks_apart(&self, quorum: &Quorum) -> Option<GatherRefusal> {
+        let step = quorum.max_step();
+        let own = quorum.member(self.group.replica_id.as_str())?;
+        let steps = self
+            .asks
+            .iter()
+            .map(|(rank, asked)| (*rank, asked.ask.step));
+        let apart = own.step == step && steps.clone().any(|(_, at)| at != step);
+        apart.then(|| GatherRefusal::RanksApart {
+            replica_id: self.group.replica_id.clone(),
+            ranks: steps.collect(),
+        })
     }
 
     fn retry_or_refuse(&mut self, failure: Failure, now: Duration) -> Vec<GatherEffect> {

@@ -3,7 +3,7 @@
 use thiserror::Error;
 
 use crate::assign::NotInQuorum;
-use crate::member::ReplicaId;
+use crate::member::{RankSteps, ReplicaId};
 
 /// Why a rank gets an error instead of a quorum.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -54,8 +54,7 @@ pub enum GatherRefusal {
     },
     /// The lighthouse did not give a quorum.
     #[error(
-        "no quorum for replica {replica_id} at step {step}: the lighthouse was asked {attempts} \
-         times and said last: {failure}"
+        "no quorum for replica {replica_id} at step {step} (requests to the lighthouse: {attempts}): {failure}"
     )]
     Lighthouse {
         /// The group.
@@ -66,6 +65,19 @@ pub enum GatherRefusal {
         attempts: u32,
         /// What it said last.
         failure: Failure,
+    },
+    /// Ranks of the group are at different steps, and no other group is ahead of the slowest: there
+    /// is nobody to heal from.
+    #[error(
+        "the ranks of replica {replica_id} are at different steps ({}), and no other group is \
+         ahead of the slowest: restart the group from a checkpoint",
+        RankSteps(ranks)
+    )]
+    RanksApart {
+        /// The group.
+        replica_id: ReplicaId,
+        /// Rank and step of each, by rank.
+        ranks: Vec<(i64, i64)>,
     },
     /// The lighthouse answered with a quorum of others.
     #[error(transparent)]

@@ -178,3 +178,16 @@ impl Quorum {
         self.members.iter().map(|m| &m.replica_id)
     }
 }
+
+/// `rank 0 at step 5, rank 1 at step 6`
+pub(crate) struct RankSteps<'a>(pub(crate) &'a [(i64, i64)]);
+
+impl fmt::Display for RankSteps<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, (rank, step)) in self.0.iter().enumerate() {
+            let comma = if i == 0 { "" } else { ", " };
+            write!(f, "{comma}rank {rank} at step {step}")?;
+        }
+        Ok(())
+    }
+}

@@ -13,7 +13,7 @@ use std::fmt;
 
 use thiserror::Error;
 
-use crate::member::Ticket;
+use crate::member::{RankSteps, Ticket};
 
 /// What one rank votes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,7 +86,7 @@ pub enum VoteRefusal {
     #[error(
         "ranks of this group vote on different steps ({}): they hold different states, so restart \
          the group, and it heals from the others",
-        Votes(votes)
+        RankSteps(votes)
     )]
     StepsDiffer {
         /// Rank and step of each vote that is in, by rank.
@@ -273,19 +273,6 @@ fn effect(ticket: Ticket, answer: Answer) -> VoteEffect {
     match answer {
         Ok(outcome) => VoteEffect::Answer { ticket, outcome },
         Err(refusal) => VoteEffect::Refuse { ticket, refusal },
-    }
-}
-
-/// `rank 0 at step 5, rank 1 at step 6`
-struct Votes<'a>(&'a [(i64, i64)]);
-
-impl fmt::Display for Votes<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (i, (rank, step)) in self.0.iter().enumerate() {
-            let comma = if i == 0 { "" } else { ", " };
-            write!(f, "{comma}rank {rank} at step {step}")?;
-        }
-        Ok(())
     }
 }
 

@@ -58,8 +58,7 @@ impl Waiting {
             }
             Wait::UpToDate { missing, floor } => write!(
                 f,
-                "nobody who asks has reached step {floor} of the last quorum, and {missing} of its \
-                 members may have: they are waited for as long as they heartbeat"
+                "nobody who asks has reached step {floor} of the last quorum; {missing} of its members may have, and are waited for as long as they heartbeat"
             ),
         }
     }
