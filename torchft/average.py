@@ -57,8 +57,7 @@ class Average(Work):
     def get_future(self) -> Future[torch.Tensor]:
         """Completes by itself with the averaged tensor; after a failure, with it as it is."""
         if self._future is None:
-            devices = None if self._tensor.device.type == "cpu" else [self._tensor.device]
-            self._future = Future(devices=devices)
+            self._future = _future_on(self._tensor)
             self._work.get_future().add_done_callback(self._complete)
         return self._future
 
@@ -113,8 +112,7 @@ class Done(Work):
 
     def get_future(self) -> Future[torch.Tensor]:
         """Already there."""
-        devices = None if self._tensor.device.type == "cpu" else [self._tensor.device]
-        future: Future[torch.Tensor] = Future(devices=devices)
+        future = _future_on(self._tensor)
         future.set_result(self._tensor)
         return future
 
@@ -127,3 +125,8 @@ class Done(Work):
     def is_completed(self) -> bool:
         """True."""
         return True
+
+
+def _future_on(tensor: torch.Tensor) -> Future[torch.Tensor]:
+    """A future that orders streams when its value lies on a GPU."""
+    return Future() if tensor.device.type == "cpu" else Future(devices=[tensor.device])

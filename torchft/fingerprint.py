@@ -12,9 +12,9 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
-from typing import Protocol
 
 import torch
+from torch.distributed import Store
 
 from torchft.errors import CollectiveError, MismatchError
 
@@ -22,13 +22,6 @@ __all__ = ["Description", "compare", "describe", "exchange"]
 
 Description = dict[str, object]
 """What is compared, in the order in which differences are named. Values that JSON can hold."""
-
-
-class _Store(Protocol):
-    def set(self, key: str, value: str) -> None: ...
-    def get(self, key: str) -> bytes: ...
-    def wait(self, keys: Sequence[str], timeout: timedelta) -> None: ...
-    def multi_get(self, keys: Sequence[str]) -> Sequence[bytes]: ...
 
 
 def describe(tensors: Iterable[tuple[str, torch.Tensor]]) -> Description:
@@ -56,7 +49,7 @@ def _said(value: object) -> str:
 
 
 def exchange(
-    store: _Store,
+    store: Store,
     mine: Description,
     *,
     rank: int,

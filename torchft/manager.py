@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch.distributed import ReduceOp, Work
+from torch.distributed.distributed_c10d import AllgatherOptions
 from torch.futures import Future
 
 from torchft import settings
@@ -330,7 +331,7 @@ class Manager:
         rows = [torch.empty_like(tensor) for _ in plan.members]
         if not transaction.broken:
             try:
-                work = self._pg.allgather([rows], [tensor])
+                work = self._pg.allgather([rows], [tensor], AllgatherOptions())
             except Exception as error:
                 self.report_error(error)
             else:
