@@ -89,7 +89,9 @@ class Download:
             thread.start()
         try:
             self._read_part(stream, 0, length, raw, head)
-        except BaseException as error:
+            for thread in others:
+                thread.join()
+        except BaseException as error:  # An interrupt too must end the other parts.
             self._fail(error)
         for thread in others:
             thread.join()

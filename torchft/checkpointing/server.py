@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from torchft.checkpointing.snapshot import Snapshot
 from torchft.checkpointing.stream import Deadline, Stream
-from torchft.checkpointing.window import Refused, Window
+from torchft.checkpointing.window import Refused, Window, WrongStep
 
 __all__ = ["MAX_PARTS", "SnapshotServer"]
 
@@ -93,7 +93,7 @@ class SnapshotServer:
             _wake(self._listener)
             self._listener.close()
         if wait:
-            self._acceptor.join()
+            self._acceptor.join(_REQUEST_TIMEOUT_S)
             self._end_connections()
 
     def _end_connections(self) -> None:
@@ -148,8 +148,10 @@ class SnapshotServer:
                 self._send_part(stream, snapshot, request)
         except (_BadRequest, ValueError) as error:
             self._say(stream, 404, str(error))
+        except WrongStep as refusal:
+            self._say(stream, 400, f"invalid checkpoint requested: {refusal}")
         except Refused as refusal:
-            self._say(stream, 400 if "but got step" in str(refusal) else 503, str(refusal))
+            self._say(stream, 503, str(refusal))
 
     def _send_part(self, stream: Stream, snapshot: Snapshot, request: _Request) -> None:
         part = snapshot.part(request.part, request.parts)

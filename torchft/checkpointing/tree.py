@@ -219,4 +219,4 @@ def _refusal(path: Path, why: str) -> TypeError:
 
 
 def _name(value: object) -> str:
-    return type(value).__qualname__
+    return type(value).__name__

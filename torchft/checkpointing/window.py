@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 
 from torchft.errors import StepError
 
-__all__ = ["Refused", "Window"]
+__all__ = ["Refused", "Window", "WrongStep"]
 
 T = TypeVar("T")
 
@@ -26,6 +26,10 @@ _CUT_GRACE_S = 1.0  # A cut reader needs microseconds to notice.
 
 class Refused(StepError):
     """The window does not offer what a reader wants; the message says why."""
+
+
+class WrongStep(Refused):
+    """The window offers another step; the message names both."""
 
 
 class _Lease:
@@ -66,7 +70,8 @@ class Window(Generic[T]):
         """The offer for `step`. `cut` is called from another thread if the reader must end.
 
         Raises:
-            Refused: another step is offered, or nothing was within `timeout_s`.
+            WrongStep: another step is offered.
+            Refused: nothing was offered within `timeout_s`.
         """
         lease = _Lease(cut)
         with self._changed:
@@ -116,5 +121,5 @@ class Window(Generic[T]):
         if self._step is None or self._offer is None:
             raise Refused(f"the donor offered no state within {timeout_s:g} s")
         if self._step != step:
-            raise Refused(f"invalid checkpoint requested: serving {self._step} but got step={step}")
+            raise WrongStep(f"serving {self._step} but got step={step}")
         return self._offer
