@@ -57,11 +57,9 @@ DIFFERENT: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("a", "b"), itertools.combinations(DIFFERENT, 2), ids=lambda value: repr(value)[:30]
-)
-def test_different_states_differ(a: Any, b: Any) -> None:
-    assert digest(a) != digest(b)
+def test_different_states_differ() -> None:
+    for a, b in itertools.combinations(DIFFERENT, 2):
+        assert digest(a) != digest(b), f"{a!r} and {b!r}"
 
 
 def test_a_digest_means_the_same_in_every_version() -> None:
@@ -106,5 +104,5 @@ def test_a_tensor_subclass_is_refused() -> None:
     class Sharded(Tensor):
         pass
 
-    with pytest.raises(TypeError, match="Sharded.*local"):
+    with pytest.raises(TypeError, match=r"Sharded.*local"):
         digest(torch.zeros(2).as_subclass(Sharded))
