@@ -138,7 +138,7 @@ class ProcessGroupWrapper(ProcessGroup):
     # ------------------------------------------------------------------ operations
 
     def allreduce(self, tensors: list[Tensor], opts: AnyAllreduceOptions) -> Work:
-        return self.parent.allreduce(tensors, opts)
+        return (self._generation or self.parent).allreduce(tensors, opts)
 
     def allreduce_coalesced(
         self, tensors: list[Tensor], opts: AllreduceCoalescedOptions | None = None
