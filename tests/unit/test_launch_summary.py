@@ -16,7 +16,6 @@ def ending(group: int, *, rank: int = 0, digest: str = "d" * 64) -> Ending:
         group=group,
         group_rank=rank,
         pid=7,
-        replica_id=f"group_{group}:x",
         step=200,
         digest=digest,
         held_out_loss=2.5,

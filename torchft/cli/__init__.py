@@ -1,1 +1,1 @@
-"""The commands; each module is one, and importing this package loads none of them."""
+"""The commands: what was typed, what it means, do it."""

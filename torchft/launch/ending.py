@@ -22,7 +22,6 @@ class Ending:
     group: int
     group_rank: int
     pid: int
-    replica_id: str
     step: int
     """Committed steps."""
     digest: str

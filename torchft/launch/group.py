@@ -21,7 +21,7 @@ from torchft.launch.processes import kill_all, kill_tree, tree
 
 __all__ = ["Group", "GroupError", "Life", "torchrun"]
 
-MAX_RESTARTS = 3
+MAX_RESTARTS = 1
 """How often an agent restarts its workers after one of them ended in error."""
 
 STOP_GRACE_S = 3.0

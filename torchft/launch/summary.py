@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from torchft.launch.accounts import Account
 from torchft.launch.ending import Ending
@@ -64,6 +65,8 @@ class Summary:
     kill: KillResult | None
     trouble: str | None = None
     """Why the run was given up, if it was."""
+    folder: Path | None = None
+    """Where the logs are. Of a good run they may be gone."""
 
     @property
     def digests(self) -> list[str]:
@@ -106,7 +109,7 @@ class Summary:
 def text_of(summary: Summary) -> str:
     """The summary as lines of plain text."""
     parts = [_headline(summary), *_steps(summary), *_kill(summary), "", *_ledgers(summary), ""]
-    parts += [*_digests(summary), *summary.remarks]
+    parts += [*_digests(summary), *summary.remarks, *_trouble(summary)]
     return "\n".join(parts)
 
 
@@ -167,8 +170,13 @@ def _digests(summary: Summary) -> list[str]:
         told = ", ".join(f"rank {e.group_rank} {e.digest[:16]}" for e in group.endings)
         codes = ", ".join(map(str, group.codes))
         lines.append(f"  group {group.number}: {told or 'none'}; exit codes {codes}")
-    if summary.trouble is not None:
-        lines.append(f"given up: {summary.trouble}")
+    return lines
+
+
+def _trouble(summary: Summary) -> list[str]:
+    lines = [] if summary.trouble is None else [f"given up: {summary.trouble}"]
+    if not summary.good and summary.folder is not None:
+        lines.append(f"logs and step records: {summary.folder}")
     return lines
 
 

@@ -1,0 +1,144 @@
+"""`torchft demo`: replica groups train, one is killed, one heals."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from torchft.cli.numbers import at_least, seconds
+from torchft.launch.demo_options import DEFAULT_STEPS, STRATEGIES, DemoOptions
+
+__all__ = ["add_command"]
+
+ABOUT = """\
+Replica groups train a small byte-level transformer, each under a torchrun of its own, and share a
+lighthouse inside this command. In the middle of the run every process of one group is killed; the
+others go on; the group is started again and heals from them. At the end all hold the same weights.
+
+The exit code is 0 only if every group ended by itself and all digests are equal.
+"""
+
+EXAMPLES = """\
+examples:
+  torchft demo                                   3 groups, DDP, one kill
+  torchft demo --strategy diloco --seed 7        another strategy, another moment and victim
+  torchft demo --replicas 2 --workers-per-replica 2
+  torchft demo --no-kill --keep runs/quiet       keep logs and step records
+"""
+
+
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `demo` to the commands of `torchft`."""
+    parser = commands.add_parser(
+        "demo",
+        help="train in replica groups here, kill one, see it heal",
+        description=ABOUT,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
+    _add_run_flags(parser)
+    _add_kill_flags(parser)
+
+
+def _add_run_flags(parser: argparse.ArgumentParser) -> None:
+    steps = ", ".join(f"{steps} for {name}" for name, steps in DEFAULT_STEPS.items())
+    add = parser.add_argument
+    add("--replicas", type=at_least(1), default=3, metavar="N", help="replica groups (3)")
+    add(
+        "--workers-per-replica",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="ranks in each group, which average their gradients among themselves (1)",
+    )
+    add(
+        "--strategy",
+        choices=STRATEGIES,
+        default="ddp",
+        help="what the groups exchange: gradients in each step (ddp), weights (local_sgd) or an "
+        "outer step (diloco) every few steps",
+    )
+    add(
+        "--steps",
+        type=at_least(1),
+        metavar="N",
+        help=f"steps to commit, more if a group is still away then ({steps})",
+    )
+    add(
+        "--sync-every",
+        type=at_least(1),
+        default=5,
+        metavar="N",
+        help="local_sgd and diloco: inner steps in one step (5)",
+    )
+    add(
+        "--corpus",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="text to learn, a file or a folder; may be repeated (the standard library's sources)",
+    )
+    add("--keep", type=Path, metavar="FOLDER", help="a new folder for logs and step records")
+    add(
+        "--timeout",
+        type=seconds,
+        default=300.0,
+        metavar="SECONDS",
+        help="give up a run that is not over by then (300)",
+    )
+
+
+def _add_kill_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--no-kill", action="store_true", help="let everybody live")
+    add(
+        "--seed",
+        type=at_least(0),
+        metavar="N",
+        help="decides weights, batches, who is killed and when (taken from the clock, and printed)",
+    )
+    add(
+        "--heartbeat-timeout-ms",
+        type=at_least(300),
+        default=1500,
+        metavar="MS",
+        help="silence after which a group counts as dead (1500)",
+    )
+
+
+def run(typed: argparse.Namespace) -> int:
+    """Do what was typed; returns the exit code."""
+    from torchft.launch.demo import run_demo
+    from torchft.launch.summary import text_of
+    from torchft.launch.view import choose_view
+
+    summary = run_demo(options_of(typed), choose_view())
+    print(f"\n{text_of(summary)}")
+    return 0 if summary.good else 1
+
+
+def options_of(typed: argparse.Namespace) -> DemoOptions:
+    """What was typed means this. Raises SettingsError for what does not go together."""
+    return DemoOptions(
+        replicas=typed.replicas,
+        workers=typed.workers_per_replica,
+        strategy=typed.strategy,
+        steps=typed.steps,
+        sync_every=typed.sync_every,
+        kill=not typed.no_kill,
+        seed=new_seed() if typed.seed is None else typed.seed,
+        keep=typed.keep,
+        corpus=tuple(typed.corpus),
+        heartbeat_timeout_ms=typed.heartbeat_timeout_ms,
+        timeout_s=typed.timeout,
+    )
+
+
+def new_seed() -> int:
+    """Another one each time; small enough to be typed again."""
+    import secrets
+
+    return secrets.randbelow(10_000)

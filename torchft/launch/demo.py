@@ -1,0 +1,159 @@
+"""The demo: replica groups train, one is killed, one heals, all end with equal digests.
+
+Everything is real: a lighthouse (inside this process), a torchrun agent for each group, workers of
+their own, SIGKILL. What happens when is decided in `story` and carried out in `run`. Whatever ends
+the run, no process of it is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from torchft import settings
+from torchft.errors import SettingsError
+from torchft.launch.demo_options import DemoOptions
+from torchft.launch.ending import read_endings
+from torchft.launch.group import Group, torchrun
+from torchft.launch.outcome import group_result, kill_result
+from torchft.launch.processes import psutil
+from torchft.launch.run import Run
+from torchft.launch.stopping import StopSignals
+from torchft.launch.story import Director
+from torchft.launch.summary import Summary
+from torchft.launch.text import read_text
+from torchft.launch.train_options import TrainOptions
+from torchft.launch.view import View
+from torchft.launch.watch import GroupWatch, Watch
+
+__all__ = ["run_demo"]
+
+
+def run_demo(options: DemoOptions, view: View) -> Summary:
+    """Run it from start to end.
+
+    Raises:
+        CorpusError: the text cannot be read; before anything is started.
+        MissingExtra: psutil is not installed.
+        OSError: the folder for logs cannot be made.
+    """
+    psutil()
+    read_text(options.corpus)
+    folder = _folder(options.keep)
+    with StopSignals() as stop, _lighthouse(options) as address, view:
+        run = make_run(options, view, folder, address)
+        run.tell(_plan(options))
+        try:
+            run.play(stop)
+        finally:
+            run.end()
+    summary = summarise(options, run, folder)
+    if options.keep is None and summary.good:
+        shutil.rmtree(folder)
+    return summary
+
+
+def make_run(options: DemoOptions, view: View, folder: Path, lighthouse: str) -> Run:
+    """Everything that is needed, nothing started yet."""
+    numbers = range(options.replicas)
+    return Run(
+        [make_group(number, options, folder, lighthouse) for number in numbers],
+        Watch([GroupWatch(number, records_of(folder, number)) for number in numbers]),
+        Director(options.story),
+        view,
+        target=options.target,
+        timeout_s=options.timeout_s,
+    )
+
+
+def _plan(options: DemoOptions) -> str:
+    story = options.story
+    kill = "nobody is killed"
+    if story is not None:
+        kill = f"seed {options.seed} kills group {story.victim} soon after its step {story.at_step}"
+    return f"{options.replicas} groups train by {options.strategy} to step {options.target}; {kill}"
+
+
+def summarise(options: DemoOptions, run: Run, folder: Path) -> Summary:
+    """What a run that has ended came to."""
+    endings = read_endings(folder)
+    story = options.story
+    return Summary(
+        groups=[
+            group_result(group, watch, [e for e in endings if e.group == group.number])
+            for group, watch in zip(run.groups, run.watch.groups, strict=True)
+        ],
+        workers=options.workers,
+        seed=options.seed,
+        strategy=options.strategy,
+        wall_s=run.elapsed_s,
+        kill=kill_result(run.groups[story.victim], run.watch, run.killed_id) if story else None,
+        trouble=run.trouble,
+        folder=folder,
+    )
+
+
+def _folder(keep: Path | None) -> Path:
+    """Where logs and records go: new or empty, so that no older run is read."""
+    if keep is None:
+        return Path(tempfile.mkdtemp(prefix="torchft_demo_"))
+    keep.mkdir(parents=True, exist_ok=True)
+    if any(keep.iterdir()):
+        raise SettingsError(f"--keep {keep}: the folder holds files already; name another one")
+    return keep.resolve()
+
+
+@contextlib.contextmanager
+def _lighthouse(options: DemoOptions) -> Iterator[str]:
+    from torchft.coordination import LighthouseServer  # the extension, only now
+
+    server = LighthouseServer(
+        bind="127.0.0.1:0",
+        min_replicas=options.min_groups,
+        join_timeout_ms=10_000,
+        heartbeat_timeout_ms=options.heartbeat_timeout_ms,
+    )
+    try:
+        # By number: the machine's own name need not resolve for a demo.
+        yield f"http://127.0.0.1:{urlsplit(server.address()).port}"
+    finally:
+        server.shutdown()
+
+
+def records_of(folder: Path, number: int) -> Path:
+    """The step records of a group."""
+    return folder / f"group_{number}.records.jsonl"
+
+
+def make_group(number: int, options: DemoOptions, folder: Path, lighthouse: str) -> Group:
+    """One replica group, not started yet."""
+    train = TrainOptions(
+        group=number,
+        groups=options.replicas,
+        strategy=options.strategy,
+        steps=options.target,
+        sync_every=options.sync_every,
+        seed=options.seed,
+        min_groups=options.min_groups,
+        timeout_s=20.0,
+        quorum_timeout_s=60.0,
+        folder=folder,
+        corpus=tuple(path.resolve() for path in options.corpus),
+    )
+    command = ["-m", "torchft.launch.train", *train.to_arguments()]
+    environment = settings.for_child(
+        REPLICA_GROUP_ID=str(number),
+        NUM_REPLICA_GROUPS=str(options.replicas),
+        TORCHFT_LIGHTHOUSE=lighthouse,
+        TORCHFT_STEP_RECORDS=str(records_of(folder, number)),
+        TORCHFT_MANAGER_PORT=None,  # one number cannot serve several groups
+        OMP_NUM_THREADS="1",
+        PYTHONUNBUFFERED="1",
+        CUDA_VISIBLE_DEVICES="",  # the model is too small to gain from a device
+    )
+    log = folder / f"group_{number}.log"
+    return Group(number, torchrun(command, workers=options.workers), environment, log)

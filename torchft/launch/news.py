@@ -1,0 +1,43 @@
+"""What is worth a line: who is in the quorum now, who heals, which step was discarded and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torchft.launch.watch import group_of
+from torchft.records import StepRecord
+
+__all__ = ["News"]
+
+
+class News:
+    """Tells each thing once, whichever group reports it first."""
+
+    def __init__(self, groups: int) -> None:
+        self._groups = groups
+        self._quorum_id = 0
+        self._full = False
+
+    def of(self, records: Iterable[StepRecord]) -> Iterator[str]:
+        """The news in these records, in their order."""
+        for record in records:
+            yield from self._quorum(record)
+            if not record.committed:
+                yield f"{group_of(record.replica_id)} discards step {record.step}: {record.why}"
+            yield from self._membership(record)
+
+    def _quorum(self, record: StepRecord) -> Iterator[str]:
+        if record.quorum_id <= self._quorum_id:  # ids only rise: this one is told
+            return
+        self._quorum_id = record.quorum_id
+        names = ", ".join(map(group_of, record.members))
+        healing = len(record.members) - record.participants
+        heals = f"; {healing} of them heals" if healing == 1 else ""
+        heals = f"; {healing} of them heal" if healing > 1 else heals
+        yield f"step {record.step}: a quorum of {names}{heals}"
+
+    def _membership(self, record: StepRecord) -> Iterator[str]:
+        full = record.participants == self._groups
+        if full and not self._full:
+            yield f"step {record.step}: all {self._groups} groups take part"
+        self._full = full

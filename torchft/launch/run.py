@@ -1,0 +1,159 @@
+"""A demo run while it goes on: looks at its groups, asks the director, carries out what it says."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from torchft.launch.group import Group
+from torchft.launch.news import News
+from torchft.launch.processes import tree
+from torchft.launch.stopping import StopSignals
+from torchft.launch.story import Director, Kill, Part, Restart, Scene
+from torchft.launch.view import Frame, Row, View
+from torchft.launch.watch import GroupWatch, Watch
+
+__all__ = ["Run", "state_of"]
+
+LOOK_EVERY_S = 0.02
+"""How often the run is looked at."""
+
+
+class Run:
+    """Groups that are watched, their director, and the view that shows them."""
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        watch: Watch,
+        director: Director,
+        view: View,
+        *,
+        target: int,
+        timeout_s: float,
+    ) -> None:
+        self.groups = groups
+        self.watch = watch
+        self.trouble: str | None = None
+        """Why the run was given up, if it was."""
+        self.killed_id = ""
+        """The replica id of the life that was killed."""
+        self._director = director
+        self._view = view
+        self._target = target
+        self._timeout_s = timeout_s
+        self._began = time.monotonic()
+        self._news = News(len(groups))
+        self._ended: set[int] = set()
+
+    def play(self, stop: StopSignals) -> None:
+        """From the first spawn until all have ended, or the run has to be given up."""
+        for group in self.groups:
+            group.start()
+        while not self._over(stop):
+            self._look()
+            self._act()
+            self._view.show(self._frame())
+            time.sleep(LOOK_EVERY_S)
+        self._look()
+
+    def end(self) -> None:
+        """End what still runs."""
+        for group in self.groups:
+            group.ask_to_stop()  # all at once, so that their graces pass together
+        for group in self.groups:
+            group.stop()
+
+    @property
+    def elapsed_s(self) -> float:
+        """Since the beginning."""
+        return time.monotonic() - self._began
+
+    def tell(self, news: str) -> None:
+        """Show a line of news."""
+        self._view.tell(self.elapsed_s, news)
+
+    def _over(self, stop: StopSignals) -> bool:
+        if stop.received is not None:
+            self.trouble = f"stopped by signal {stop.received}"
+        elif self.elapsed_s > self._timeout_s:
+            self.trouble = f"not over after {self._timeout_s:g} s"
+        if self.trouble is not None:
+            return True
+        goes_on = self._director.part is Part.DOWN  # the victim is to come back
+        return not goes_on and all(group.poll() is not None for group in self.groups)
+
+    def _look(self) -> None:
+        for news in self._news.of(self.watch.poll()):
+            self.tell(news)
+        for group in self.groups:
+            self._look_for_end(group)
+
+    def _look_for_end(self, group: Group) -> None:
+        code = group.poll()
+        if code is None or group.number in self._ended or group.life.killed is not None:
+            return
+        self._ended.add(group.number)
+        self.tell(f"group {group.number} ended with exit code {code}")
+        if code != 0 and self.trouble is None:
+            self.trouble = f"group {group.number} ended with exit code {code}"
+
+    def _act(self) -> None:
+        match self._director.decide(self._scene()):
+            case Kill(group=number):
+                self._kill(self.groups[number])
+            case Restart(group=number):
+                self.groups[number].start()
+                self.tell(f"group {number} is started again")
+
+    def _kill(self, group: Group) -> None:
+        last = self.watch.groups[group.number].last
+        if not group.alive or last is None:
+            self.trouble = f"group {group.number} was gone before it could be killed"
+            return
+        self.killed_id = last.replica_id
+        many = len(tree(group.life.pid))
+        group.kill()
+        self.tell(f"group {group.number} is killed: SIGKILL to its {many} processes")
+
+    def _scene(self) -> Scene:
+        story = self._director.story
+        victim = story.victim if story is not None else 0
+        killed = self.groups[victim].life.killed
+        return Scene(
+            now=time.monotonic(),
+            victim_step=self.watch.groups[victim].step,
+            all_took_part=self.watch.first_full() is not None,
+            went_on=killed is not None
+            and self.watch.first_without(self.killed_id, killed) is not None,
+        )
+
+    def _frame(self) -> Frame:
+        rows = [row_of(*pair) for pair in zip(self.groups, self.watch.groups, strict=True)]
+        return Frame(elapsed_s=self.elapsed_s, target=self._target, rows=rows)
+
+
+def row_of(group: Group, watch: GroupWatch) -> Row:
+    """One line of the live view."""
+    last = watch.last
+    return Row(
+        number=group.number,
+        state=state_of(group, watch),
+        step=watch.step,
+        loss=watch.loss,
+        members=len(last.members) if last else 0,
+        participants=last.participants if last else 0,
+        discarded=len(watch.discarded),
+    )
+
+
+def state_of(group: Group, watch: GroupWatch) -> str:
+    """One word for what the group does now."""
+    if group.poll() is not None:
+        return "dead" if group.life.code else "ended"
+    records = watch.of_life(group.life.spawned)
+    if not records:
+        return "starting"
+    # A group that heals is in the quorum and is not counted until it has healed.
+    counted = any(record.participants == len(record.members) for record in records)
+    return "training" if counted else "healing"

@@ -1,0 +1,216 @@
+"""The training script of the demo: one rank of one replica group, started by torchrun.
+
+How a run ends. Every group must end with the same step, though some may be down or behind just
+then. So a group ends when it has committed a step, the last wanted one or a later one, in which
+*all* groups took part: they all read that from the same quorum. A group that missed that very step
+heals from the others in the settling round after it, and what it heals includes `finished`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from torchft import Manager, Optimizer, ProcessGroupGloo, settings
+from torchft.ddp import DistributedDataParallel
+from torchft.digest import digest
+from torchft.launch.bytes_lm import ByteTransformer, next_byte_loss
+from torchft.launch.corpus import ByteCorpus, Order
+from torchft.launch.ending import Ending
+from torchft.launch.train_options import TrainOptions
+from torchft.ledger import Bucket
+from torchft.local_sgd import DiLoCo, LocalSGD
+
+__all__ = ["main"]
+
+ROWS = 8
+"""Windows in a batch."""
+
+HELD_OUT_ROWS = 64
+"""Windows that the last loss is measured on."""
+
+
+class Trainee:
+    """A model, its data and its manager: what the loops below have in common."""
+
+    def __init__(self, options: TrainOptions) -> None:
+        self.options = options
+        self.rank = settings.integer("RANK", 0)
+        self.ranks = settings.integer("WORLD_SIZE", 1)
+        torch.manual_seed(options.seed)
+        self.model = ByteTransformer()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=2e-3)
+        self.corpus = ByteCorpus.load(options.corpus)
+        self.context = self.model.shape.context
+        self.order = Order(
+            windows=self.corpus.windows(self.context),
+            shards=options.groups * self.ranks,
+            rows=ROWS,
+            seed=options.seed,
+        )
+        self.batches = 0
+        self.finished = False
+        if self.ranks > 1:
+            distributed.init_process_group("gloo", timeout=timedelta(seconds=options.timeout_s))
+
+    @cached_property
+    def manager(self) -> Manager:
+        """Made on first use: from then on the others may wait for this group."""
+        options = self.options
+        manager = Manager(
+            pg=ProcessGroupGloo(timeout=timedelta(seconds=options.timeout_s)),
+            load_state_dict=self._load_end,
+            state_dict=self._end_state,
+            min_replica_size=options.min_groups,
+            use_async_quorum=options.strategy == "ddp",
+            timeout=timedelta(seconds=options.timeout_s),
+            quorum_timeout=timedelta(seconds=options.quorum_timeout_s),
+            replica_id=f"group_{options.group}",
+            hostname="127.0.0.1",
+        )
+        manager.register_state_dict_fn(
+            "inner_optimizer", self.optimizer.load_state_dict, self.optimizer.state_dict
+        )
+        return manager
+
+    def _end_state(self) -> dict[str, Any]:
+        return {"finished": self.finished}
+
+    def _load_end(self, state: dict[str, Any]) -> None:
+        self.finished = state["finished"]
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """The next one of this rank's shard."""
+        with self.manager.ledger.spending(Bucket.DATA):
+            shard = self.options.group * self.ranks + self.rank
+            starts = self.order.batch(self.batches, shard=shard)
+            self.batches += 1
+            return self.corpus.batch(starts, context=self.context)
+
+    def compute(self, model: torch.nn.Module) -> None:
+        """Forward and backward on the next batch: the gradients are there afterwards."""
+        inputs, targets = self.batch()
+        with self.manager.ledger.spending(Bucket.COMPUTE):
+            loss = next_byte_loss(model, inputs, targets)
+            loss.backward()
+            self.manager.note(loss=loss.item(), pid=os.getpid())
+        if self.ranks > 1:
+            with self.manager.ledger.spending(Bucket.COMMUNICATE):
+                average_inside(self.model.parameters())
+
+    def look_at_the_end(self) -> None:
+        """Call after a committed step: was it one that all groups can end with?"""
+        late = self.manager.current_step() >= self.options.steps
+        self.finished |= late and self.manager.num_participants() == self.options.groups
+
+    def tell(self, state: dict[str, Any]) -> None:
+        """Settle, then write the last word of this rank. `state` is what all must hold alike."""
+        getattr(self.manager, "settle", bool)()
+        ledger = self.manager.ledger
+        with ledger.spending(Bucket.SETTLE):
+            value = digest(state)
+            loss = self._held_out_loss()
+            Ending(
+                group=self.options.group,
+                group_rank=self.rank,
+                pid=os.getpid(),
+                step=self.manager.current_step(),
+                digest=value,
+                held_out_loss=loss,
+                t_monotonic=time.monotonic(),
+                ledger=ledger.snapshot(),
+            ).write(self.options.folder)
+
+    @torch.no_grad()
+    def _held_out_loss(self) -> float:
+        inputs, targets = self.corpus.held_out_batch(HELD_OUT_ROWS, context=self.context)
+        return next_byte_loss(self.model, inputs, targets).item()
+
+
+def average_inside(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Mean of the gradients over the ranks of this group, in place, as one flat tensor."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def train_ddp(trainee: Trainee) -> dict[str, Any]:
+    """Gradients averaged in every step."""
+    manager = trainee.manager
+    manager.register_state_dict_fn("model", trainee.model.load_state_dict, trainee.model.state_dict)
+    model = DistributedDataParallel(manager, trainee.model)
+    optimizer = Optimizer(manager, trainee.optimizer)
+    while not trainee.finished:
+        optimizer.zero_grad()
+        trainee.compute(model)
+        with manager.ledger.spending(Bucket.OPTIMIZER):
+            committed = optimizer.step()
+        if committed:
+            trainee.look_at_the_end()
+    return {"model": trainee.model.state_dict(), "optimizer": trainee.optimizer.state_dict()}
+
+
+def train_local_sgd(trainee: Trainee) -> dict[str, Any]:
+    """Weights averaged every few steps."""
+    manager, every = trainee.manager, trainee.options.sync_every
+    with LocalSGD(manager, trainee.model, trainee.optimizer, sync_every=every):
+        _train_alone(trainee)
+    return {"model": trainee.model.state_dict()}
+
+
+def train_diloco(trainee: Trainee) -> dict[str, Any]:
+    """An outer optimizer applied every few steps to the mean of what the groups moved."""
+    manager, every = trainee.manager, trainee.options.sync_every
+    outer = torch.optim.SGD(trainee.model.parameters(), lr=0.7, momentum=0.9, nesterov=True)
+    with DiLoCo(manager, [trainee.model], trainee.optimizer, outer, sync_every=every):
+        _train_alone(trainee)
+    return {"model": trainee.model.state_dict(), "outer": outer.state_dict()}
+
+
+def _train_alone(trainee: Trainee) -> None:
+    """Inner steps; a hook on the optimizer synchronises when it is time."""
+    manager, optimizer = trainee.manager, trainee.optimizer
+    while not trainee.finished:
+        before = manager.batches_committed()
+        optimizer.zero_grad()
+        trainee.compute(trainee.model)
+        with manager.ledger.spending(Bucket.OPTIMIZER):
+            optimizer.step()
+        if manager.batches_committed() != before:
+            trainee.look_at_the_end()
+
+
+LOOPS: dict[str, Callable[[Trainee], dict[str, Any]]] = {
+    "ddp": train_ddp,
+    "diloco": train_diloco,
+    "local_sgd": train_local_sgd,
+}
+"""Each trains until the end and returns the state that all groups must hold alike."""
+
+
+def main(arguments: list[str]) -> None:
+    """Train as one rank."""
+    # SystemExit, so that `finally` runs: the manager leaves its quorum and frees its port.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    torch.set_num_threads(1)
+    trainee = Trainee(TrainOptions.from_arguments(arguments))
+    try:
+        trainee.tell(LOOPS[trainee.options.strategy](trainee))
+    finally:
+        trainee.manager.shutdown()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
