@@ -9,7 +9,7 @@ of each backward pass.
 Neither sends initial weights: a group that is new gets them by healing.
 """
 
-from __future__ import annotations
+# No postponed annotations in this file: torch reads those of the hook.
 
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,7 @@ class DistributedDataParallel(parallel.DistributedDataParallel):
         SettingsError: a keyword that cannot hold while groups come and go.
     """
 
-    def __init__(self, manager: Manager, module: nn.Module, **kwargs: Any) -> None:
+    def __init__(self, manager: "Manager", module: nn.Module, **kwargs: Any) -> None:
         _refuse(kwargs)
         kwargs["find_unused_parameters"] = True
         manager.describe_model("DistributedDataParallel", list(module.named_parameters()))
@@ -44,8 +44,8 @@ class DistributedDataParallel(parallel.DistributedDataParallel):
         self.register_comm_hook(manager, self._average)
 
     @staticmethod
-    def _average(state: Manager, bucket: GradBucket) -> Future[Tensor]:
-        """A bucket's average. torch requires these argument names."""
+    def _average(state: "Manager", bucket: GradBucket) -> Future[Tensor]:
+        """A bucket's average. torch insists on these names and annotations."""
         return state.allreduce(bucket.buffer()).get_future()
 
 
@@ -66,7 +66,7 @@ class PureDistributedDataParallel(nn.Module):
     the average of sums.
     """
 
-    def __init__(self, manager: Manager, module: nn.Module) -> None:
+    def __init__(self, manager: "Manager", module: nn.Module) -> None:
         super().__init__()
         self.module = module
         self._manager = manager

@@ -95,6 +95,10 @@ class Ranks:
         """Stop it as it is: its sockets stay open and say nothing."""
         os.kill(self.processes[rank].pid, signal.SIGSTOP)
 
+    def wake(self, rank: int) -> None:
+        """Let a silenced one go on."""
+        os.kill(self.processes[rank].pid, signal.SIGCONT)
+
     def kill(self, rank: int) -> None:
         """End it at once."""
         self.processes[rank].kill()

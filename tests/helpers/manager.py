@@ -1,0 +1,109 @@
+"""A manager over in-process peers: what the doors use of one, with failures on the script.
+
+It stands under the real `ManagedPeers`, and heals, counts and votes as the node's script says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from helpers.peers import InProcessRound, Node
+from torch import Tensor
+from torch.distributed import Work
+
+from torchft.errors import PhaseError
+from torchft.ledger import Ledger
+from torchft.peers import Place
+from torchft.work import _DummyWork
+
+__all__ = ["InProcessManager"]
+
+
+class InProcessManager:
+    """The members of `torchft.manager.Manager` that doors use."""
+
+    def __init__(self, node: Node, *, use_async_quorum: bool = False) -> None:
+        self.ledger = Ledger()
+        self.described: dict[str, list[str]] = {}
+        self.keys: list[str] = []
+        self.readable = True
+        self.reductions: list[int] = []
+        """Elements of each all-reduce."""
+        self.collected_while_unreadable = False
+        self._node = node
+        self._round: InProcessRound | None = None
+        self._met = False
+        self._open = False
+        self._step = 0
+        self._use_async_quorum = use_async_quorum
+        self._init_sync = node.joins or node.script.opening
+        node.register(self.load_state_dict, self.state_dict)
+
+    def state_dict(self) -> dict[str, int]:
+        self.collected_while_unreadable |= not self.readable
+        return {"step": self._step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._step = state["step"]
+
+    def current_step(self) -> int:
+        return self._step
+
+    def num_participants(self) -> int:
+        return len(self._round.counted) if self._round else 0
+
+    def register_state_dict_fn(
+        self, key: str, load: Callable[[Any], None], save: Callable[[], Any]
+    ) -> None:
+        assert key not in self.keys, f"state {key!r} is registered already"
+        self.keys.append(key)
+        self._node.register(load, save)
+
+    def describe_model(self, key: str, tensors: list[tuple[str, Tensor]]) -> None:
+        self.described[key] = [name for name, _ in tensors]
+
+    def disallow_state_dict_read(self) -> None:
+        self.readable = False
+
+    def allow_state_dict_read(self) -> None:
+        self.readable = True
+
+    def start_quorum(
+        self,
+        allow_heal: bool = True,
+        shrink_only: bool = False,
+        timeout: timedelta | None = None,
+        place: Place = Place.BEFORE,
+    ) -> None:
+        self._node.open_rounds.clear()  # a round that was never voted on is dropped
+        self._round = self._node.open(place)
+        self._open = True
+
+    def is_opening(self) -> bool:
+        assert self._round is not None
+        return self._round.opening
+
+    def close_opening(self) -> bool:
+        self._open = False
+        return True
+
+    def allreduce(self, tensor: Tensor) -> Work:
+        assert self._round is not None, "call start_quorum first"
+        self.reductions.append(tensor.numel())
+        self._round.average([tensor[None]]).wait()
+        return _DummyWork(tensor)
+
+    def allgather(self, tensor: Tensor) -> tuple[Work, list[Tensor]]:
+        assert self._round is not None, "call start_quorum first"
+        (rows,) = self._round.gather([tensor]).wait()
+        return _DummyWork(None), list(rows.split(tensor.shape[0]))
+
+    def should_commit(self, timeout: timedelta | None = None) -> bool:
+        if not self._open or self._round is None:
+            raise PhaseError("no step is open")
+        self._open = False
+        committed = self._round.close()
+        self._step += committed
+        return committed

@@ -1,0 +1,392 @@
+"""The doors of LocalSGD and DiLoCo: hooks, opening, state for healing, and what they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers.manager import InProcessManager
+from helpers.peers import Node, Script, World
+from helpers.reference import INNER, OUTER, Kind, reference
+from helpers.tiny import Tiny, backward, digest
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from torchft.local_sgd import DiLoCo, LocalSGD, extract_local_tensor
+
+STEPS = 12
+
+
+class Group:
+    """A replica group's script, as a user writes it."""
+
+    def __init__(self, node: Node, *, seed: int = 0) -> None:
+        self.node = node
+        self.model = Tiny(seed)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.inner = INNER(self.trained)
+        node.register(self.load, self.save)
+        self.manager = InProcessManager(node)
+
+    def save(self) -> Any:
+        return {"model": self.model.state_dict(), "inner": self.inner.state_dict()}
+
+    def load(self, state: Any) -> None:
+        self.model.load_state_dict(state["model"])
+        self.inner.load_state_dict(state["inner"])
+
+    @property
+    def weights(self) -> list[Tensor]:
+        return [p.detach().clone() for p in self.trained]
+
+    def step(self, number: int) -> None:
+        backward(self.model, self.node.rank, number)
+        self.inner.step()
+        self.inner.zero_grad()
+
+    def run(self, door: Any, steps: int = STEPS) -> Group:
+        with door:
+            while door._strategy.clock.steps < steps:
+                self.step(door._strategy.clock.steps + 1)
+        return self
+
+
+def local_sgd(group: Group, **options: Any) -> LocalSGD:
+    return LocalSGD(group.manager, group.model, group.inner, 3, **options)
+
+
+def diloco(group: Group, **options: Any) -> DiLoCo:
+    outer = OUTER(group.trained)
+    return DiLoCo(group.manager, [group.model], group.inner, outer, 4, **options)
+
+
+def streaming(group: Group, **options: Any) -> DiLoCo:
+    fragments = [group.model.first, group.model.second]
+    outer = [OUTER([p for p in f.parameters() if p.requires_grad]) for f in fragments]
+    return DiLoCo(group.manager, fragments, group.inner, outer, 4, **options)
+
+
+def one_outer_for_all(group: Group, **options: Any) -> DiLoCo:
+    fragments = [group.model.first, group.model.second]
+    return DiLoCo(group.manager, fragments, group.inner, OUTER(group.trained), 4, **options)
+
+
+DOORS: dict[str, tuple[Kind, Callable[[Group], Any]]] = {
+    "LocalSGD": (Kind("local_sgd", every=3), local_sgd),
+    "LocalSGD without backup": (
+        Kind("local_sgd", every=3, backup=False),
+        lambda g: local_sgd(g, backup=False),
+    ),
+    "DiLoCo": (Kind("diloco", every=4), diloco),
+    "DiLoCo, 2 fragments": (Kind("diloco", every=4, fragments=2), streaming),
+    "DiLoCo, 2 fragments, 1 outer": (Kind("diloco", every=4, fragments=2), one_outer_for_all),
+    "DiLoCo, delayed, mixed": (
+        Kind("diloco", every=4, delay=1, mix=0.5),
+        lambda g: diloco(g, fragment_sync_delay=1, fragment_update_alpha=0.5),
+    ),
+}
+SCRIPTS = {
+    "1 group": Script(1),
+    "2 groups": Script(2),
+    "3 groups": Script(3),
+    "a no": Script(2, no={2}),
+    "a loss": Script(3, lost={0: 2}),
+    "a group joins": Script(3, joins={2: 2}),
+    "a group joins in a round that is discarded": Script(3, joins={2: 2}, no={2}),
+}
+
+every_door = pytest.mark.parametrize("door", DOORS.values(), ids=DOORS.keys())
+
+
+@every_door
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS.keys())
+def test_numbers_equal_a_plain_reference(
+    door: tuple[Kind, Callable[[Group], Any]], script: Script
+) -> None:
+    kind, make = door
+
+    def story(node: Node) -> Group:
+        group = Group(node)
+        return group.run(make(group))
+
+    results = World(script).run(story)
+    for node, weights in reference(kind, script, STEPS).items():
+        assert_close(results[node].weights, weights, rtol=0, atol=2e-6)
+    assert len({group.manager.current_step() for group in results.values()}) == 1
+
+
+@every_door
+def test_entering_gives_all_new_groups_the_first_ones_weights(
+    door: tuple[Kind, Callable[[Group], Any]],
+) -> None:
+    kind, make = door
+
+    def story(node: Node) -> Group:
+        group = Group(node, seed=node.rank)
+        return group.run(make(group))
+
+    results = World(Script(3, opening=True)).run(story)
+    for node, weights in reference(kind, Script(3), STEPS).items():
+        assert_close(results[node].weights, weights, rtol=0, atol=2e-6)
+
+
+def alone(**script: Any) -> Group:
+    return Group(Node(World(Script(1, **script)), 0, 0 if script.get("opening") else 1))
+
+
+class TestTheContext:
+    """Hooks come and go with it."""
+
+    def test_after_leaving_steps_are_plain_again(self) -> None:
+        group = alone()
+        group.run(local_sgd(group), steps=3)
+        for step in range(4, 10):
+            group.step(step)
+        assert group.manager.current_step() == 1
+
+    def test_entering_again_goes_on_where_it_was(self) -> None:
+        group = alone(opening=True)
+        door = local_sgd(group)
+        group.run(door, steps=2)
+        group.run(door, steps=3)
+        assert group.manager.current_step() == 1
+
+    def test_nobody_reads_parameters_while_the_optimizer_steps(self) -> None:
+        group = alone()
+        readable: list[bool] = []
+        with diloco(group):
+            group.inner.register_step_pre_hook(lambda *_: readable.append(group.manager.readable))
+            for step in range(1, 9):
+                group.step(step)
+                assert group.manager.readable
+        assert readable == [False] * 8
+        assert not group.manager.collected_while_unreadable
+
+    def test_a_step_that_raises_leaves_the_parameters_readable(self) -> None:
+        group = alone()
+        with pytest.raises(RuntimeError, match="broken"), local_sgd(group):
+
+            def broken(*_: object) -> None:
+                raise RuntimeError("broken")
+
+            group.inner.register_step_pre_hook(broken)
+            group.step(1)
+        assert group.manager.readable
+
+    def test_an_error_in_the_loop_is_not_swallowed(self) -> None:
+        group = alone()
+        with pytest.raises(KeyError), diloco(group):
+            raise KeyError
+
+    def test_a_round_in_flight_is_closed_on_leaving(self) -> None:
+        group = alone()
+        group.run(diloco(group, fragment_sync_delay=1), steps=3)
+        assert group.manager.current_step() == 1
+
+    def test_sync_averages_now_and_counts_from_there(self) -> None:
+        group = alone()
+        door = local_sgd(group)
+        with door:
+            group.step(1)
+            door.sync()
+            assert group.manager.current_step() == 1
+            assert door._local_step == 0
+            for step in (2, 3):
+                group.step(step)
+            assert (group.manager.current_step(), door._local_step) == (1, 2)
+            group.step(4)
+            assert (group.manager.current_step(), door._local_step) == (2, 0)
+
+    def test_time_in_the_optimizer_is_booked_there(self) -> None:
+        group = alone()
+        group.run(diloco(group))
+        assert group.manager.ledger.snapshot()["optimizer"] > 0.0
+        assert group.manager.ledger._current == "other"
+
+
+class TestWhatIsHealed:
+    """The state that a joining group gets."""
+
+    def test_diloco_keys_and_what_they_hold(self) -> None:
+        group = alone()
+        door = streaming(group)
+        group.run(door, steps=2)
+        assert group.manager.keys == ["StreamingDiLoCoFragment_0", "StreamingDiLoCoFragment_1"]
+        state = door._recipe.fragment_state(door._recipe.fragments[0])
+        assert {"outer_optimizer", "original_parameters"} <= state.keys()
+        named = {n: p.detach() for n, p in group.model.first.named_parameters()}
+        assert_close(state["original_parameters"], named)
+        assert len(state["outer_optimizer"]["state"]) == len(named)
+
+    def test_an_outer_optimizer_that_all_fragments_share_travels_once(self) -> None:
+        group = alone()
+        door = one_outer_for_all(group)
+        group.run(door, steps=4)
+        first, second = (door._recipe.fragment_state(f) for f in door._recipe.fragments)
+        assert first["outer_optimizer"]["state"]
+        assert second["outer_optimizer"] == {}
+
+    def test_the_backup_lies_on_the_cpu_in_one_piece(self) -> None:
+        door = diloco(alone())
+        (flat,) = door._recipe.backups[0].flats
+        assert flat.device.type == "cpu"
+        views = door._recipe.backups[0].views().values()
+        assert {v.untyped_storage().data_ptr() for v in views} == {flat.data_ptr()}
+
+    def test_the_fragment_after_a_checkpoint_follows_the_managers_step(self) -> None:
+        group = alone()
+        group.manager.load_state_dict({"step": 3})
+        with streaming(group) as door:
+            assert door._recipe.fragment().index == 1
+
+
+class TestBuckets:
+    """Defect 7.1 b: all buckets but the last were lost, and ragged tensors never packed."""
+
+    def run(self, monkeypatch: pytest.MonkeyPatch, **options: Any) -> dict[int, Group]:
+        monkeypatch.setattr("torchft.local_sgd._MIB", 40)  # 10 elements a bucket
+
+        def story(node: Node) -> Group:
+            group = Group(node)
+            return group.run(diloco(group, **options))
+
+        return World(Script(2)).run(story)
+
+    def test_7_1_b_every_bucket_of_a_ragged_model_is_averaged(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        groups = self.run(monkeypatch, use_bucketization=True, bucket_cap_mb=1)
+        expected = reference(Kind("diloco", every=4), Script(2), STEPS)
+        for node, group in groups.items():
+            assert_close(group.weights, expected[node], rtol=0, atol=2e-6)
+            assert max(group.manager.reductions) == 10
+            elements = sum(p.numel() for p in group.trained)
+            assert sum(group.manager.reductions) == elements * STEPS // 4
+
+    def test_by_environment_variable(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TORCHFT_USE_BUCKETIZATION", "True")
+        assert len(self.run(monkeypatch, bucket_cap_mb=1)[0].manager.reductions) > STEPS
+
+    def test_without_buckets_one_collective_carries_all(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert len(self.run(monkeypatch)[0].manager.reductions) == STEPS // 4
+
+
+def test_7_1_m_a_failed_local_sgd_round_is_discarded_as_promised() -> None:
+    """Defect 7.1 m: the documents promised a roll-back, the code kept the local weights."""
+    group = alone(no={1})
+    start = group.weights
+    group.run(local_sgd(group), steps=3)
+    assert_close(group.weights, start, rtol=0, atol=0)
+
+
+def test_7_1_m_diloco_keeps_the_inner_state_as_documented() -> None:
+    group = alone(no={1})
+    inner: list[str] = []
+    door = diloco(group)
+    group.inner.register_step_post_hook(lambda *_: inner.append(digest(group.inner.state_dict())))
+    group.run(door, steps=4)
+    assert digest(group.inner.state_dict()) == inner[-1]
+
+
+class TestRefusals:
+    """Each says what would fit, before anything runs."""
+
+    @pytest.mark.parametrize(
+        ("every", "options", "says"),
+        [
+            (1, {}, "less than the 2 fragments.*use 2 or a multiple"),
+            (5, {}, "4 or 6 would fit"),
+            (4, {"fragment_sync_delay": 2}, "use 0 to 1"),
+            (4, {"fragment_sync_delay": -1}, "use 0 to 1"),
+            (4, {"fragment_update_alpha": 1.5}, "is not a share"),
+            (4, {"fragment_update_alpha": -0.1}, "is not a share"),
+            (4, {"bucket_cap_mb": 0}, "must be above 0"),
+            (4, {"should_quantize": True}, "not available yet"),
+        ],
+    )
+    def test_schedules_and_options(self, every: int, options: dict[str, Any], says: str) -> None:
+        group = alone()
+        fragments = [group.model.first, group.model.second]
+        with pytest.raises(ValueError, match=says):
+            DiLoCo(group.manager, fragments, group.inner, OUTER(group.trained), every, **options)
+
+    def test_an_asynchronous_quorum(self) -> None:
+        group = alone()
+        group.manager._use_async_quorum = True
+        with pytest.raises(ValueError, match="use_async_quorum=False"):
+            diloco(group)
+
+    def test_another_number_of_outer_optimizers(self) -> None:
+        group = alone()
+        with pytest.raises(AssertionError, match="1 outer optimizers for 2 fragments"):
+            DiLoCo(
+                group.manager,
+                [group.model.first, group.model.second],
+                group.inner,
+                [OUTER(group.trained)],
+                4,
+            )
+
+    def test_a_bare_module(self) -> None:
+        group = alone()
+        with pytest.raises(ValueError, match="pass \\[model\\]"):
+            DiLoCo(group.manager, group.model, group.inner, OUTER(group.trained), 4)
+
+    def test_an_outer_optimizer_that_misses_a_parameter(self) -> None:
+        group = alone()
+        with pytest.raises(ValueError, match="not in its outer optimizer"):
+            DiLoCo(group.manager, [group.model], group.inner, OUTER(group.trained[:2]), 4)
+
+    def test_a_fragment_of_its_own_nothing(self) -> None:
+        group = alone()
+        tied = [group.model.first, group.model.first]
+        with pytest.raises(ValueError, match="fragment 1 has no parameter of its own"):
+            DiLoCo(group.manager, tied, group.inner, OUTER(group.trained), 4)
+
+    def test_nothing_to_train(self) -> None:
+        group = alone()
+        frozen = nn.Linear(2, 2).requires_grad_(False)
+        with pytest.raises(ValueError, match="no parameter"):
+            LocalSGD(group.manager, frozen, group.inner, 2)
+
+    def test_a_complex_parameter(self) -> None:
+        group = alone()
+        model = nn.ParameterList([torch.zeros(2, dtype=torch.complex64)])
+        with pytest.raises(ValueError, match="cannot be averaged"):
+            LocalSGD(group.manager, model, group.inner, 2)
+
+    def test_sync_every_0(self) -> None:
+        group = alone()
+        with pytest.raises(ValueError, match="sync_every=0"):
+            LocalSGD(group.manager, group.model, group.inner, 0)
+
+    def test_an_unknown_keyword(self) -> None:
+        with pytest.raises(TypeError):
+            diloco(alone(), bucket_cap=3)
+
+    def test_parameters_that_no_fragment_holds_are_named(self) -> None:
+        group = alone()
+        outer = OUTER(group.model.first.parameters())
+        with pytest.warns(UserWarning, match="3 parameters of the inner optimizer are in no fra"):
+            DiLoCo(group.manager, [group.model.first], group.inner, outer, 4)
+
+
+def test_frozen_parameters_are_not_sent_and_tied_ones_once() -> None:
+    group = alone()
+    group.run(diloco(group), steps=4)
+    tied = group.model.first[2].weight
+    assert group.model.second[0].weight is tied
+    assert group.manager.reductions == [sum(p.numel() for p in group.trained)]
+    assert all(p.requires_grad for p in group.trained)
+
+
+def test_the_local_tensor_is_a_copy_without_a_graph() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    local = extract_local_tensor(weight)
+    assert not local.requires_grad
+    local.zero_()
+    assert weight.sum().item() == 2.0
