@@ -25,15 +25,21 @@ __all__ = ["Checksum", "SourceLeaf", "fresh_memory", "tensors_in"]
 
 @dataclass(frozen=True)
 class SourceLeaf:
-    """A leaf of the state that is being sent, on the CPU."""
+    """A leaf of a state that is being sent, where it lies."""
 
     leaf: Leaf
     source: Tensor | np.ndarray[Any, Any]
 
+    def on_cpu(self) -> SourceLeaf:
+        """Itself, or a copy if it lies on an accelerator."""
+        if isinstance(self.source, Tensor) and self.source.device.type != "cpu":
+            return SourceLeaf(self.leaf, self.source.cpu())
+        return self
+
     def bytes(self) -> memoryview:
-        """Its bytes in row-major order: a view, or a copy if it was not contiguous."""
+        """Its bytes in row-major order: a view, or a copy if it was not contiguous on the CPU."""
         if isinstance(self.source, Tensor):
-            plain = self.source.resolve_conj().resolve_neg().contiguous()
+            plain = self.source.cpu().resolve_conj().resolve_neg().contiguous()
             return plain.reshape(-1).view(torch.uint8).numpy().data
         return np.ascontiguousarray(self.source).reshape(-1).view(np.uint8).data
 

@@ -36,7 +36,8 @@ class Snapshot:
     """
 
     def __init__(self, state: object, step: int) -> None:
-        tree, self._sources = encode(state)
+        tree, sources = encode(state)
+        self._sources = [source.on_cpu() for source in sources]
         self._leaves = tuple(source.leaf for source in self._sources)
         self._head = encode_head(Head(step, uuid.uuid4().hex, tree, self._leaves))
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torchft.checkpointing.layout import DTYPES, LayoutError, Leaf
 from torchft.checkpointing.memory import SourceLeaf
 
-__all__ = ["decode", "encode"]
+__all__ = ["decode", "encode", "same_places"]
 
 MAX_DEPTH = 100
 _MAX_INT_BITS = 4096
@@ -34,7 +34,7 @@ Path = tuple[object, ...]
 
 
 def encode(state: object) -> tuple[Json, list[SourceLeaf]]:
-    """The tree of `state` and its leaves in order. What lies on an accelerator is copied.
+    """The tree of `state` and its leaves in order, which show the memory of `state`.
 
     Raises:
         TypeError: a value cannot travel; the message names its place.
@@ -55,6 +55,32 @@ def decode(tree: Json, leaves: Sequence[Tensor]) -> Any:
         raise
     except (TypeError, ValueError, LookupError, RuntimeError, AttributeError) as error:
         raise LayoutError(f"the header's tree is malformed: {str(error)[:200]}") from None
+
+
+def same_places(tree: Json, template: Json) -> dict[int, int]:
+    """Which tensor of `template` is in the place of which of `tree`, by index.
+
+    Dicts are compared by key, sequences by position; what only one of them has is left out.
+    """
+    found: dict[int, int] = {}
+    _compare(tree, template, found)
+    return found
+
+
+def _compare(tree: Json, template: Json, found: dict[int, int]) -> None:
+    match tree, template:
+        case ["tensor" | "parameter", int(index), *_], ["tensor" | "parameter", int(other), *_]:
+            found.setdefault(index, other)
+        case ["dict" | "ordered" as kind, *pairs], ["dict" | "ordered" as other_kind, *others]:
+            first = 1 if kind == "ordered" else 0
+            known = {
+                str(key): value for key, value in others[1 if other_kind == "ordered" else 0 :]
+            }
+            for key, value in pairs[first:]:
+                _compare(value, known.get(str(key)), found)
+        case ["list" | "tuple", *items], ["list" | "tuple", *others]:
+            for item, other in zip(items, others, strict=False):
+                _compare(item, other, found)
 
 
 class _Encoder:
@@ -140,7 +166,7 @@ class _Encoder:
         if leaf.nbytes and (*place, *lazily) in self._index:
             return self._index[(*place, *lazily)]
         self._index[(*place, *lazily)] = len(self.leaves)
-        self.leaves.append(SourceLeaf(leaf, tensor.detach().cpu()))
+        self.leaves.append(SourceLeaf(leaf, tensor.detach()))
         return len(self.leaves) - 1
 
     def _add(self, array: np.ndarray[Any, Any], path: Path) -> int:

@@ -1,0 +1,275 @@
+"""Healing through the process group: no further port, and straight into memory that is there.
+
+The header is that of the HTTP transport (`layout.py`), nothing is unpickled. Messages by tag:
+
+    1      length of prefix and header, int64
+    2      prefix and header
+    3 + i  bytes of leaf i, unless it has none
+    3 + n  checksum over the n leaves
+
+The donor sends while it forms the quorum, to one peer after the other, and is done when all have
+the state. With `state_dict` the healing group receives into the tensors that it already has,
+wherever one has the same place, dtype and shape, so that healing takes no further memory.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+from uuid import uuid4
+
+import torch
+from torch import Tensor
+from torch.distributed import Work
+
+from torchft.checkpointing.layout import (
+    DTYPES,
+    MAX_HEADER_BYTES,
+    PREFIX,
+    TRAILER,
+    Head,
+    LayoutError,
+    Leaf,
+    decode_head,
+    decode_prefix,
+    encode_head,
+)
+from torchft.checkpointing.memory import Checksum, SourceLeaf
+from torchft.checkpointing.stream import Deadline
+from torchft.checkpointing.transport import CheckpointTransport
+from torchft.checkpointing.tree import decode, encode, same_places
+from torchft.errors import HealError
+from torchft.process_group import ProcessGroup
+
+__all__ = ["PGTransport"]
+
+T = TypeVar("T")
+
+_LENGTH, _HEAD, _FIRST_LEAF = 1, 2, 3
+_LENGTH_FORMAT = struct.Struct("<q")
+_IN_FLIGHT = 8
+"""Messages that are under way at a time: each one alone waits for the peer's answer."""
+
+
+class PGTransport(CheckpointTransport[T]):
+    """Sends and receives state dicts over `pg`, which must be configured for the quorum.
+
+    Args:
+        pg: a process group with `send` and `recv` for CPU tensors, such as gloo.
+        timeout: bounds each transfer, together with the timeout of the call: the shorter counts.
+        device: where received tensors go that have no place in `state_dict`.
+        state_dict: gives the tensors to receive into. They are overwritten as the state arrives,
+            so when a heal fails they hold parts of both states until the next heal.
+    """
+
+    def __init__(
+        self,
+        pg: ProcessGroup,
+        timeout: timedelta,
+        device: torch.device,
+        state_dict: Callable[[], T] | None = None,
+    ) -> None:
+        self._pg = pg
+        self._timeout = timeout
+        self._device = device
+        self._state_dict = state_dict
+        self.bytes_sent = 0
+        self.bytes_received = 0
+
+    def metadata(self) -> str:
+        """`<n/a>`: members of a process group know where their peers are."""
+        return "<n/a>"
+
+    def send_checkpoint(
+        self, dst_ranks: list[int], step: int, state_dict: T, timeout: timedelta
+    ) -> None:
+        """Send `state_dict` to each rank and return when all have it.
+
+        Raises:
+            TypeError: a value cannot travel; the message names its place.
+            HealError: a peer was lost. The others have been served all the same.
+            TimeoutError: a peer did not take it in time.
+        """
+        tree, sources = encode(state_dict)
+        head = encode_head(Head(step, uuid4().hex, tree, tuple(s.leaf for s in sources)))
+        failure: Exception | None = None
+        for rank in dst_ranks:
+            deadline = self._deadline(timeout)
+            try:
+                with _named(f"sending step {step} to replica rank {rank}", deadline):
+                    self._send(rank, head, sources, deadline)
+            except (HealError, TimeoutError) as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+    def disallow_checkpoint(self) -> None:
+        """Nothing is offered any more once `send_checkpoint` has returned."""
+
+    def recv_checkpoint(self, src_rank: int, metadata: str, step: int, timeout: timedelta) -> T:
+        """Receive the state of `step` from replica rank `src_rank`."""
+        deadline = self._deadline(timeout)
+        with _named(f"healing to step {step} from replica rank {src_rank}", deadline):
+            head = self._recv_head(src_rank, step, deadline)
+            leaves = self._recv_leaves(src_rank, head, deadline)
+            state: Any = decode(head.tree, leaves)
+        return state
+
+    def _deadline(self, timeout: timedelta) -> Deadline:
+        return Deadline(min(timeout, self._timeout).total_seconds())
+
+    def _send(self, rank: int, head: bytes, sources: list[SourceLeaf], deadline: Deadline) -> None:
+        pipeline = _Pipeline(deadline)
+
+        def send(data: memoryview | bytearray, tag: int) -> None:
+            # Torch has no read-only tensors; byte strings are, and small.
+            writable = bytearray(data) if memoryview(data).readonly else data
+            message = torch.frombuffer(writable, dtype=torch.uint8)
+            pipeline.add(self._pg.send([message], rank, tag), lambda: self._count_sent(message))
+
+        send(bytearray(_LENGTH_FORMAT.pack(len(head))), _LENGTH)
+        send(bytearray(head), _HEAD)
+        checksum = Checksum()
+        for index, source in enumerate(sources):
+            if source.leaf.nbytes:
+                data = source.bytes()
+                checksum.add(data)
+                checksum.end_block()
+                send(data, _FIRST_LEAF + index)
+        send(bytearray(TRAILER.pack(checksum.value)), _FIRST_LEAF + len(sources))
+        pipeline.finish()
+
+    def _count_sent(self, message: Tensor) -> None:
+        self.bytes_sent += message.nbytes
+
+    def _recv_head(self, rank: int, step: int, deadline: Deadline) -> Head:
+        (nbytes,) = _LENGTH_FORMAT.unpack(self._recv(_LENGTH_FORMAT.size, rank, _LENGTH, deadline))
+        if not PREFIX.size <= nbytes <= PREFIX.size + MAX_HEADER_BYTES:
+            raise LayoutError(f"a header of {nbytes} bytes is out of range")
+        raw = self._recv(nbytes, rank, _HEAD, deadline)
+        if decode_prefix(raw[: PREFIX.size]) != nbytes - PREFIX.size:
+            raise LayoutError("the header says another length than the message before it")
+        head = decode_head(raw[: PREFIX.size], raw[PREFIX.size :])
+        if head.step != step:
+            raise HealError(f"the donor is serving {head.step} but got step={step}")
+        return head
+
+    def _recv(self, nbytes: int, rank: int, tag: int, deadline: Deadline) -> bytes:
+        message = torch.empty(nbytes, dtype=torch.uint8)
+        _wait(self._pg.recv([message], rank, tag), deadline)
+        self.bytes_received += nbytes
+        return message.numpy().tobytes()
+
+    def _recv_leaves(self, rank: int, head: Head, deadline: Deadline) -> list[Tensor]:
+        places = self._places(head)
+        leaves: dict[int, Tensor] = {}
+        checksum = Checksum()
+        pipeline = _Pipeline(deadline)
+        for index, leaf in enumerate(head.leaves):
+            place = places.get(index)
+            buffer = place if place is not None and place.device.type == "cpu" else _fresh(leaf)
+            message = buffer.view(-1).view(torch.uint8)
+
+            def arrived(
+                index: int = index,
+                place: Tensor | None = place,
+                buffer: Tensor = buffer,
+                message: Tensor = message,
+            ) -> None:
+                checksum.add(message.numpy().data)
+                checksum.end_block()
+                self.bytes_received += message.nbytes
+                leaves[index] = self._settled(buffer, place)
+
+            if leaf.nbytes:
+                pipeline.add(self._pg.recv([message], rank, _FIRST_LEAF + index), arrived)
+            else:
+                leaves[index] = self._settled(buffer, place)
+        pipeline.finish()
+        tag = _FIRST_LEAF + len(head.leaves)
+        if TRAILER.unpack(self._recv(TRAILER.size, rank, tag, deadline))[0] != checksum.value:
+            raise HealError("the state's checksum does not match: it was damaged or it changed")
+        return [leaves[index] for index in range(len(head.leaves))]
+
+    def _settled(self, buffer: Tensor, place: Tensor | None) -> Tensor:
+        if place is None:
+            return buffer.to(self._device)
+        return place if place is buffer else place.copy_(buffer)
+
+    def _places(self, head: Head) -> dict[int, Tensor]:
+        """Tensors of our own state that the donor's leaves fit into, by index of the leaf."""
+        if self._state_dict is None:
+            return {}
+        template, sources = encode(self._state_dict())
+        places: dict[int, Tensor] = {}
+        for index, other in same_places(head.tree, template).items():
+            if 0 <= index < len(head.leaves):
+                place = _place(sources[other], head.leaves[index])
+                if place is not None:
+                    places[index] = place
+        return places
+
+
+class _Pipeline:
+    """At most so many messages at a time; each is ended, in order, before the deadline."""
+
+    def __init__(self, deadline: Deadline) -> None:
+        self._deadline = deadline
+        self._pending: deque[tuple[Work, Callable[[], None]]] = deque()
+
+    def add(self, work: Work, ended: Callable[[], None]) -> None:
+        """`ended` is called once `work` is done; until then it keeps the message alive."""
+        self._pending.append((work, ended))
+        if len(self._pending) >= _IN_FLIGHT:
+            self._end_first()
+
+    def finish(self) -> None:
+        while self._pending:
+            self._end_first()
+
+    def _end_first(self) -> None:
+        work, ended = self._pending[0]
+        _wait(work, self._deadline)
+        ended()
+        self._pending.popleft()
+
+
+def _wait(work: Work, deadline: Deadline) -> None:
+    # Gloo counts whole milliseconds: one more, so that its timeout is never before ours.
+    work.wait(timedelta(milliseconds=int(deadline.remaining() * 1000) + 1))
+
+
+def _fresh(leaf: Leaf) -> Tensor:
+    try:
+        return torch.empty(leaf.shape, dtype=DTYPES[leaf.dtype])
+    except RuntimeError as error:
+        raise LayoutError(f"no tensor of shape {leaf.shape}: {str(error)[:200]}") from None
+
+
+def _place(ours: SourceLeaf, leaf: Leaf) -> Tensor | None:
+    """Our own tensor, if the donor's leaf can be received into its memory."""
+    tensor = ours.source
+    if not isinstance(tensor, Tensor) or ours.leaf != leaf or not tensor.is_contiguous():
+        return None
+    return None if tensor.is_conj() or tensor.is_neg() else tensor
+
+
+@contextmanager
+def _named(what: str, deadline: Deadline) -> Iterator[None]:
+    """Say in every error what was tried. A process group reports time and loss alike."""
+    try:
+        yield
+    except TypeError:
+        raise
+    except HealError as error:
+        raise HealError(f"{what}: {error}") from error
+    except (RuntimeError, TimeoutError) as error:
+        try:
+            deadline.remaining()
+        except TimeoutError as late:
+            raise TimeoutError(f"{what}: {late}") from error
+        raise HealError(f"{what}: {error}: the peer was lost; this step is discarded") from error
