@@ -4,6 +4,8 @@
 //! came of it below a `----`. To add one: write the commands, run `UPDATE=1 cargo test -p
 //! torchft-quorum --test transcripts`, read every line of the diff, commit.
 
+#![allow(clippy::unwrap_used)]
+
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 

@@ -1,0 +1,265 @@
+//! Random schedules of a lighthouse, held against its invariants (see the crate's documentation).
+
+use std::time::Duration;
+
+use audit::Audit;
+use proptest::prelude::*;
+use torchft_quorum::effect::Effect;
+use torchft_quorum::machine::Machine;
+use torchft_quorum::member::{Member, ReplicaId, Ticket};
+use torchft_quorum::rules::Rules;
+
+mod audit;
+
+const HEARTBEAT_TIMEOUT: Duration = Duration::from_millis(1000);
+const GROUPS: usize = 5;
+
+/// One event. Groups are numbers; a group that starts anew has a new id.
+#[derive(Clone, Debug)]
+enum Event {
+    Heartbeat(usize),
+    /// How the group's step differs from that of its last quorum, and what it wishes.
+    Join {
+        group: usize,
+        ahead: i64,
+        shrink_only: bool,
+        failed: bool,
+        init_sync: Option<bool>,
+        knows_last: bool,
+    },
+    Leave(usize),
+    GiveUp(usize),
+    Pass(u64),
+    /// Everybody heartbeats while time passes.
+    PassAlive(u64),
+    StartAnew {
+        group: usize,
+        step: i64,
+    },
+    Restart,
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    let group = 0..GROUPS;
+    let ahead = prop_oneof![6 => Just(1i64), 2 => Just(0), 1 => -3i64..4];
+    let wishes = (
+        prop::bool::weighted(0.05),
+        prop::bool::weighted(0.2),
+        prop::option::of(any::<bool>()),
+        any::<bool>(),
+    );
+    prop_oneof![
+        8 => group.clone().prop_map(Event::Heartbeat),
+        24 => (group.clone(), ahead, wishes).prop_map(
+            |(group, ahead, (shrink_only, failed, init_sync, knows_last))| Event::Join {
+                group, ahead, shrink_only, failed, init_sync, knows_last,
+            }
+        ),
+        2 => any::<usize>().prop_map(Event::Leave),
+        2 => any::<usize>().prop_map(Event::GiveUp),
+        4 => (0u64..700).prop_map(Event::Pass),
+        4 => (0u64..3000).prop_map(Event::PassAlive),
+        2 => (group, 0i64..4).prop_map(|(group, step)| Event::StartAnew { group, step }),
+        1 => Just(Event::Restart),
+    ]
+}
+
+fn rules() -> impl Strategy<Value = Rules> {
+    (1..=3usize, prop_oneof![Just(0u64), 1..5000u64]).prop_map(|(min_replicas, join_ms)| Rules {
+        min_replicas,
+        join_timeout: Duration::from_millis(join_ms),
+        heartbeat_timeout: HEARTBEAT_TIMEOUT,
+    })
+}
+
+/// The machine, the groups that call it, and the audit that looks on.
+struct Schedule {
+    machine: Machine,
+    audit: Audit,
+    now: Duration,
+    ids: Vec<ReplicaId>,
+    steps: Vec<i64>,
+    tickets: u64,
+    starts: u64,
+}
+
+impl Schedule {
+    fn new(rules: Rules) -> Self {
+        Self {
+            machine: Machine::new(rules, 0).expect("good rules"),
+            audit: Audit::new(rules, 0),
+            now: Duration::ZERO,
+            ids: (0..GROUPS).map(|i| format!("g{i}:0").into()).collect(),
+            steps: vec![0; GROUPS],
+            tickets: 0,
+            starts: 0,
+        }
+    }
+
+    fn run(&mut self, event: Event) {
+        match event {
+            Event::Heartbeat(group) => self.heartbeat(group),
+            Event::Join { .. } => self.join(&event),
+            Event::Leave(i) => self.leave(i),
+            Event::GiveUp(i) => self.give_up(i),
+            Event::Pass(ms) => self.pass(Duration::from_millis(ms)),
+            Event::PassAlive(ms) => self.pass_alive(ms),
+            Event::StartAnew { group, step } => {
+                self.starts += 1;
+                self.ids[group] = format!("g{group}:{}", self.starts).into();
+                self.steps[group] = step;
+            }
+            Event::Restart => {
+                let rules = *self.machine.rules();
+                let epoch = self.audit.highest_id() + 1000;
+                self.machine = Machine::new(rules, epoch).expect("good rules");
+                self.audit.restart(epoch);
+            }
+        }
+    }
+
+    fn heartbeat(&mut self, group: usize) {
+        let id = self.ids[group].clone();
+        self.audit.heartbeat(&id, self.now);
+        let effects = self.machine.heartbeat(id.as_str(), self.now);
+        self.check(&effects);
+    }
+
+    fn join(&mut self, event: &Event) {
+        let Event::Join {
+            group,
+            ahead,
+            shrink_only,
+            failed,
+            init_sync,
+            knows_last,
+        } = *event
+        else {
+            return;
+        };
+        let id = self.ids[group].clone();
+        let own = self.steps[group];
+        // One that failed has neither healed nor taken a step.
+        let healed = self.audit.step_of(&id).unwrap_or(own) + ahead;
+        let step = if failed { own } else { healed };
+        let member = Member {
+            shrink_only,
+            commit_failures: i64::from(failed),
+            init_sync,
+            ..Member::new(id, step.max(0))
+        };
+        self.steps[group] = member.step;
+        self.tickets += 1;
+        let ticket = Ticket(self.tickets);
+        let seen = if knows_last {
+            self.audit.highest_id()
+        } else {
+            0
+        };
+        self.audit.join(ticket, &member, self.now);
+        let effects = self.machine.join(ticket, member, seen, self.now);
+        self.check(&effects);
+    }
+
+    /// One who hangs up gets no answer.
+    fn leave(&mut self, i: usize) {
+        if let Some(ticket) = self.audit.any_ticket(i) {
+            self.audit.leave(ticket);
+            let effects = self.machine.leave(ticket, self.now);
+            self.check(&effects);
+        }
+    }
+
+    /// One whose deadline has passed gets one, of whatever kind.
+    fn give_up(&mut self, i: usize) {
+        if let Some(ticket) = self.audit.any_ticket(i) {
+            let effects = self.machine.give_up(ticket, self.now);
+            self.check(&effects);
+            assert!(!self.audit.waits(ticket));
+        }
+    }
+
+    /// Time passes; the machine has nothing to do before it asks to be woken.
+    fn pass(&mut self, time: Duration) {
+        let end = self.now + time;
+        while let Some(at) = self.machine.next_wake().filter(|at| *at <= end) {
+            let before = at.saturating_sub(Duration::from_nanos(1)).max(self.now);
+            if before < at {
+                let early = self.machine.tick(before);
+                assert_eq!(early, [], "had something to do before its alarm");
+            }
+            self.now = at;
+            let effects = self.machine.tick(at);
+            self.check(&effects);
+        }
+        self.now = end;
+        let effects = self.machine.tick(end);
+        self.check(&effects);
+    }
+
+    fn pass_alive(&mut self, ms: u64) {
+        for _ in 0..ms / 400 {
+            (0..GROUPS).for_each(|group| self.heartbeat(group));
+            self.pass(Duration::from_millis(400));
+        }
+    }
+
+    fn check(&mut self, effects: &[Effect]) {
+        self.audit.check(effects, self.now);
+    }
+
+    /// Everybody goes: requests first, then heartbeats.
+    fn drain(&mut self) {
+        while self.audit.any_ticket(0).is_some() {
+            self.leave(0);
+        }
+        for _ in 0..3 {
+            self.pass(HEARTBEAT_TIMEOUT * 11);
+        }
+        let last = self.machine.last_quorum().map_or(0, |q| q.members.len());
+        assert_eq!(self.machine.status(self.now).replicas.len(), last);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..Default::default() })]
+
+    #[test]
+    fn any_schedule_keeps_the_invariants(
+        rules in rules(),
+        events in prop::collection::vec(event(), 1..120),
+    ) {
+        let mut schedule = Schedule::new(rules);
+        for event in events {
+            schedule.run(event);
+        }
+        schedule.drain();
+    }
+
+    /// Without anything unusual, groups that go on asking get one quorum a round.
+    #[test]
+    fn a_quiet_run_forms_a_quorum_each_round(
+        groups in 1..GROUPS,
+        orders in prop::collection::vec(any::<prop::sample::Index>(), 1..40),
+    ) {
+        let rules = Rules {
+            min_replicas: groups,
+            join_timeout: Duration::from_secs(60),
+            heartbeat_timeout: HEARTBEAT_TIMEOUT,
+        };
+        let mut schedule = Schedule::new(rules);
+        let rounds = orders.len();
+        for order in orders {
+            let first = order.index(groups);
+            for i in 0..groups {
+                let group = (first + i) % groups;
+                schedule.run(Event::Join {
+                    group, ahead: 1, shrink_only: false, failed: false,
+                    init_sync: Some(false), knows_last: true,
+                });
+            }
+        }
+        prop_assert_eq!(schedule.audit.quorums, rounds);
+        prop_assert_eq!(schedule.machine.last_quorum().map(|q| q.id), Some(1));
+    }
+}
