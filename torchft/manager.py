@@ -389,7 +389,7 @@ class Manager:
         timeout = timeout or self._options.timeout
         try:
             plan = transaction.wait_formed()
-            self._finish_averages(transaction, timeout)
+            self._finish_averages(transaction, plan, timeout)
             self._load_staged(transaction)
             why = objection(
                 failed=transaction.failed,
@@ -420,9 +420,10 @@ class Manager:
         """
         self._phase = follow(self._phase, Phase.VOTING)
         transaction = self._begun("close_opening")
-        why = Why.ERROR if transaction.failed else None
         try:
             plan = transaction.wait_formed()
+            self._finish_averages(transaction, plan, self._options.timeout)
+            why = Why.ERROR if transaction.failed else None
             healed = self._vote(plan, why is None, self._options.timeout)
         finally:
             self._phase = follow(self._phase, Phase.IDLE)
@@ -433,7 +434,10 @@ class Manager:
             self._say_closed(transaction, plan, healed, why)
         return healed
 
-    def _finish_averages(self, transaction: Transaction, timeout: timedelta) -> None:
+    def _finish_averages(self, transaction: Transaction, plan: Plan, timeout: timedelta) -> None:
+        if plan.anyone_heals and not transaction.averages:
+            # Nothing was averaged, so nothing has shown that who heals has got its state.
+            self.allreduce(torch.zeros(1))
         with self.ledger.spending(Bucket.COMMUNICATE):
             for average in transaction.averages:
                 average.wait(timeout)

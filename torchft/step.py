@@ -147,6 +147,8 @@ class Plan:
     """The healed state is loaded before anything is computed in this step."""
     serves: tuple[int, ...]
     """Replica ranks that heal from this group."""
+    anyone_heals: bool
+    """Some member heals: donors must not close the step before it has what it needs."""
     opening: bool
     """All members are new: nobody has anything to contribute yet."""
     reference: int
@@ -207,6 +209,7 @@ def plan_step(
         donor=_donor(quorum) if heals else None,
         heals_first=heals_first(me),
         serves=tuple(quorum.recover_dst_replica_ranks) if allow_heal else (),
+        anyone_heals=bool(recovering) and allow_heal,
         opening=len(fresh) == len(ranks),
         reference=_reference(ranks, recovering, fresh),
     )

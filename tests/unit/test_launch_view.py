@@ -7,9 +7,9 @@ import io
 from torchft.launch.view import Frame, PlainView, Row, choose_view
 
 
-def frame(elapsed_s: float) -> Frame:
+def frame(elapsed_s: float, step: int = 7) -> Frame:
     training = Row(
-        number=0, state="training", step=7, loss=4.25, members=1, participants=1, discarded=0
+        number=0, state="training", step=step, loss=4.25, members=1, participants=1, discarded=0
     )
     dead = Row(number=1, state="dead", step=7, loss=4.3, members=2, participants=2, discarded=0)
     return Frame(elapsed_s=elapsed_s, target=100, rows=[training, dead])
@@ -25,11 +25,11 @@ def test_news_are_lines_at_once() -> None:
 def test_frames_are_lines_once_in_a_while() -> None:
     out = io.StringIO()
     view = PlainView(out, every_s=2.0)
-    for elapsed_s in (1.0, 1.5, 2.9, 3.0):
-        view.show(frame(elapsed_s))
+    for elapsed_s, step in ((1.0, 7), (1.5, 8), (3.0, 7), (3.1, 9)):
+        view.show(frame(elapsed_s, step))
     first, second = out.getvalue().splitlines()
     assert first == "   1.0 s  0 training step 7 loss 4.250 of 1; 1 dead"
-    assert second.startswith("   3.0 s")
+    assert second.startswith("   3.1 s  0 training step 9"), "nothing had changed at 3.0"
 
 
 def test_a_pipe_gets_plain_lines() -> None:

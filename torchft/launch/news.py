@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from torchft.launch.watch import group_of
 from torchft.records import StepRecord
 
-__all__ = ["News"]
+__all__ = ["News", "short"]
 
 
 class News:
@@ -17,14 +17,25 @@ class News:
         self._groups = groups
         self._quorum_id = 0
         self._full = False
+        self._known: set[str] = set()
 
     def of(self, records: Iterable[StepRecord]) -> Iterator[str]:
         """The news in these records, in their order."""
         for record in records:
             yield from self._quorum(record)
+            yield from self._newcomer(record)
             if not record.committed:
-                yield f"{group_of(record.replica_id)} discards step {record.step}: {record.why}"
+                why = short(record.why or "")
+                yield f"{group_of(record.replica_id)} discards step {record.step}: {why}"
             yield from self._membership(record)
+
+    def _newcomer(self, record: StepRecord) -> Iterator[str]:
+        if record.replica_id in self._known:
+            return
+        self._known.add(record.replica_id)
+        if record.step > 0:  # a process knows no step but from its peers
+            spent = record.seconds.get("heal", 0.0)
+            yield f"{group_of(record.replica_id)} has healed to step {record.step} in {spent:.2f} s"
 
     def _quorum(self, record: StepRecord) -> Iterator[str]:
         if record.quorum_id <= self._quorum_id:  # ids only rise: this one is told
@@ -41,3 +52,9 @@ class News:
         if full and not self._full:
             yield f"step {record.step}: all {self._groups} groups take part"
         self._full = full
+
+
+def short(why: str, limit: int = 160) -> str:
+    """The beginning of a reason that may be a page."""
+    line = " ".join(why.split())
+    return line if len(line) <= limit else f"{line[: limit - 1]}…"

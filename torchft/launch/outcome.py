@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torchft.launch.accounts import Account, WorkerTrace, account
 from torchft.launch.ending import Ending
 from torchft.launch.group import Group, Life
+from torchft.launch.news import short
 from torchft.launch.summary import GroupResult, KillResult
 from torchft.launch.watch import GroupWatch, Watch
 
@@ -19,7 +20,7 @@ def group_result(group: Group, watch: GroupWatch, endings: Sequence[Ending]) -> 
         number=group.number,
         codes=[life.code for life in group.lives],
         committed=watch.committed,
-        discarded=[record.why or "" for record in watch.discarded],
+        discarded=[short(record.why or "") for record in watch.discarded],
         bytes_sent=watch.bytes_sent,
         endings=endings,
         account=_account(group, watch, endings),

@@ -19,6 +19,10 @@ LOOK_EVERY_S = 0.02
 """How often the run is looked at."""
 
 
+HEALED_FOR_S = 2.0
+"""How long a group that came back is said to have healed: it does so too quickly to be seen."""
+
+
 class Run:
     """Groups that are watched, their director, and the view that shows them."""
 
@@ -154,6 +158,7 @@ def state_of(group: Group, watch: GroupWatch) -> str:
     records = watch.of_life(group.life.spawned)
     if not records:
         return "starting"
-    # A group that heals is in the quorum and is not counted until it has healed.
-    counted = any(record.participants == len(record.members) for record in records)
-    return "training" if counted else "healing"
+    first = records[0]
+    came_back = first.step > 0 and first.replica_id != watch.records[0].replica_id
+    just_now = time.monotonic() - first.t_monotonic < HEALED_FOR_S
+    return "healed" if came_back and just_now else "training"

@@ -35,6 +35,9 @@ __all__ = ["main"]
 ROWS = 8
 """Windows in a batch."""
 
+NICE = 10
+"""How much a training worker steps back for one that starts, on a machine with few cores."""
+
 HELD_OUT_ROWS = 64
 """Windows that the last loss is measured on."""
 
@@ -77,6 +80,9 @@ class Trainee:
             replica_id=f"group_{options.group}",
             hostname="127.0.0.1",
         )
+        # A group that starts needs the cores more than one that trains. On Linux this is for this
+        # thread and those it starts from here on: heartbeats keep their priority.
+        os.nice(NICE)
         manager.register_state_dict_fn(
             "inner_optimizer", self.optimizer.load_state_dict, self.optimizer.state_dict
         )
@@ -153,7 +159,8 @@ def train_ddp(trainee: Trainee) -> dict[str, Any]:
     model = DistributedDataParallel(manager, trainee.model)
     optimizer = Optimizer(manager, trainee.optimizer)
     while not trainee.finished:
-        optimizer.zero_grad()
+        with manager.ledger.spending(Bucket.OPTIMIZER):
+            optimizer.zero_grad()
         trainee.compute(model)
         with manager.ledger.spending(Bucket.OPTIMIZER):
             committed = optimizer.step()
@@ -184,7 +191,8 @@ def _train_alone(trainee: Trainee) -> None:
     manager, optimizer = trainee.manager, trainee.optimizer
     while not trainee.finished:
         before = manager.batches_committed()
-        optimizer.zero_grad()
+        with manager.ledger.spending(Bucket.OPTIMIZER):
+            optimizer.zero_grad()
         trainee.compute(trainee.model)
         with manager.ledger.spending(Bucket.OPTIMIZER):
             optimizer.step()

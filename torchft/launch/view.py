@@ -17,7 +17,7 @@ from typing import Any, Protocol, TextIO
 __all__ = ["Frame", "PlainView", "RichView", "Row", "View", "choose_view"]
 
 PLAIN_EVERY_S = 2.0
-"""How often the plain view tells a frame."""
+"""How often the plain view tells a frame that differs from the one before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class Row:
 
     number: int
     state: str
-    """starting, training, healing, dead, ended …"""
+    """starting, training, dead, healed, ended."""
     step: int
     loss: float | None
     members: int
@@ -65,6 +65,7 @@ class PlainView:
         self._out = out
         self._every_s = every_s
         self._next_s = 0.0
+        self._told = ""
 
     def __enter__(self) -> PlainView:
         return self
@@ -76,9 +77,11 @@ class PlainView:
         self._line(elapsed_s, news)
 
     def show(self, frame: Frame) -> None:
-        if frame.elapsed_s >= self._next_s:
+        text = "; ".join(map(_in_words, frame.rows))
+        if frame.elapsed_s >= self._next_s and text != self._told:
             self._next_s = frame.elapsed_s + self._every_s
-            self._line(frame.elapsed_s, "; ".join(map(_in_words, frame.rows)))
+            self._told = text
+            self._line(frame.elapsed_s, text)
 
     def _line(self, elapsed_s: float, text: str) -> None:
         print(f"{elapsed_s:6.1f} s  {text}", file=self._out, flush=True)
@@ -118,7 +121,7 @@ class RichView:
             self._live.update(_table(frame), refresh=True)
 
 
-COLOURS = {"training": "green", "healing": "yellow", "dead": "red", "starting": "cyan"}
+COLOURS = {"training": "green", "healed": "yellow", "dead": "red", "starting": "cyan"}
 
 
 def _table(frame: Frame) -> Any:
@@ -138,7 +141,7 @@ def _table(frame: Frame) -> Any:
 
 
 def _in_words(row: Row) -> str:
-    if row.state in ("starting", "dead"):
+    if row.state in ("starting", "dead", "ended"):
         return f"{row.number} {row.state}"
     return f"{row.number} {row.state} step {row.step} loss {_loss(row.loss)} of {row.members}"
 

@@ -1,7 +1,7 @@
 //! `torchft_lighthouse`: what was typed, what it means, do it.
 
 use clap::Parser;
-use pyo3::prelude::*;
+use pyo3::{exceptions::PyKeyboardInterrupt, prelude::*};
 use torchft_server::{
     lighthouse, log,
     options::{LighthouseOptions, Typed},
@@ -32,7 +32,7 @@ pub fn lighthouse_main(py: Python<'_>, argv: Option<Vec<String>>) -> PyResult<i3
     let runtime = runtime::handle()?;
     let options = LighthouseOptions::from(typed);
     match py.detach(|| runtime.block_on(lighthouse::run(options, &host_name))) {
-        Ok(()) => Ok(0),
+        Ok(()) => forget_interrupt(py).map(|()| 0),
         Err(error) => {
             eprintln!("torchft_lighthouse: {error}");
             Ok(1)
@@ -44,4 +44,12 @@ fn explain(message: &clap::Error) -> i32 {
     // Help and version go to stdout and are no error; clap knows which is which.
     let _ = message.print();
     message.exit_code()
+}
+
+/// Python's own handler has noted the SIGINT that ended us; it is no error here.
+fn forget_interrupt(py: Python<'_>) -> PyResult<()> {
+    match py.check_signals() {
+        Err(error) if error.is_instance_of::<PyKeyboardInterrupt>(py) => Ok(()),
+        noted => noted,
+    }
 }

@@ -9,15 +9,17 @@ use pyo3::{exceptions::PyRuntimeError, prelude::*};
 
 /// `T`, usable in one process only.
 pub struct OneProcess<T> {
+    name: &'static str,
     pid: u32,
     inner: ManuallyDrop<T>,
 }
 
 impl<T> OneProcess<T> {
-    pub fn new(inner: T) -> Self {
+    /// `name` is what a person calls it.
+    pub fn new(name: &'static str, inner: T) -> Self {
         let inner = ManuallyDrop::new(inner);
         let pid = process::id();
-        Self { pid, inner }
+        Self { name, pid, inner }
     }
 
     /// The handle, or an error after a fork.
@@ -25,13 +27,10 @@ impl<T> OneProcess<T> {
         if self.is_ours() {
             return Ok(&self.inner);
         }
-        let what = std::any::type_name::<T>()
-            .rsplit("::")
-            .next()
-            .unwrap_or("handle");
         Err(PyRuntimeError::new_err(format!(
-            "this {what} was made in process {} and cannot be used after a fork in process {}: \
+            "this {} was made in process {} and cannot be used after a fork, in process {}: \
              make a new one here",
+            self.name,
             self.pid,
             process::id()
         )))

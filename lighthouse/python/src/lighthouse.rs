@@ -48,11 +48,13 @@ impl LighthouseServer {
             heartbeat_timeout_ms,
         )
         .map_err(|error| errors::settings(py, error))?;
-        let runtime = runtime::handle()?;
         let host_name = host::name(py)?;
-        let started = py.detach(|| Lighthouse::start(options, &host_name, &runtime));
+        let started = runtime::wait(py, Lighthouse::start(options, &host_name))?;
         let lighthouse = started.map_err(|error| errors::settings(py, error))?;
-        Ok(Self(OneProcess::new(Server(Arc::new(lighthouse)))))
+        Ok(Self(OneProcess::new(
+            "LighthouseServer",
+            Server(Arc::new(lighthouse)),
+        )))
     }
 
     /// The address that managers and clients dial.
@@ -96,7 +98,7 @@ impl LighthouseClient {
     fn new(py: Python<'_>, addr: &str, connect_timeout: Duration) -> PyResult<Self> {
         let client = runtime::wait(py, Client::connect(addr, connect_timeout))?;
         let client = client.map_err(|error| errors::raise(py, &error))?;
-        Ok(Self(OneProcess::new(client)))
+        Ok(Self(OneProcess::new("LighthouseClient", client)))
     }
 
     /// Asks for a quorum as the replica group `replica_id`, and waits for it.

@@ -74,7 +74,10 @@ impl ManagerServer {
             StartError::Lighthouse(error) => errors::raise(py, &error),
             error => errors::settings(py, error),
         })?;
-        Ok(Self(OneProcess::new(Server(Arc::new(manager)))))
+        Ok(Self(OneProcess::new(
+            "ManagerServer",
+            Server(Arc::new(manager)),
+        )))
     }
 
     /// The address that ranks and peers dial, `http://host:port`.
@@ -114,7 +117,7 @@ impl ManagerClient {
     fn new(py: Python<'_>, addr: &str, connect_timeout: Duration) -> PyResult<Self> {
         let client = runtime::wait(py, Client::connect(addr, connect_timeout))?;
         let client = client.map_err(|error| errors::raise(py, &error))?;
-        Ok(Self(OneProcess::new(client)))
+        Ok(Self(OneProcess::new("ManagerClient", client)))
     }
 
     /// Asks for a quorum, together with all other ranks of the group.

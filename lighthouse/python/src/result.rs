@@ -8,7 +8,6 @@ use torchft_server::wire;
 /// Args:
 ///     None: it starts as a quorum of one, and every field can be set (tests do).
 #[pyclass(get_all, set_all, module = "torchft._torchft")]
-#[derive(Clone, Debug)]
 pub struct QuorumResult {
     quorum_id: i64,
     replica_rank: i64,
@@ -58,7 +57,17 @@ impl QuorumResult {
     }
 
     fn __repr__(&self) -> String {
-        format!("{self:?}")
+        format!(
+            "QuorumResult(quorum_id={}, replica_rank={}, replica_world_size={}, max_step={}, \
+             heal={}, replica_ids={:?}, recovering_replica_ranks={:?})",
+            self.quorum_id,
+            self.replica_rank,
+            self.replica_world_size,
+            self.max_step,
+            if self.heal { "True" } else { "False" },
+            self.replica_ids,
+            self.recovering_replica_ranks,
+        )
     }
 }
 

@@ -1,4 +1,5 @@
-//! One tokio runtime a process, made on first use, ended at interpreter exit.
+//! One tokio runtime a process, made on first use, ended at interpreter exit: calls that still wait
+//! then (in daemon threads) return with an error, while the interpreter can still take them back.
 //!
 //! After a fork the parent's runtime has no threads in the child: the child makes its own on first
 //! use, and never touches or frees the parent's. No lock is held across a fork.
@@ -10,15 +11,17 @@ use std::{
     ptr::null_mut,
     sync::{
         Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicPtr, Ordering},
+        atomic::{AtomicPtr, AtomicUsize, Ordering},
     },
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
 use pyo3::{exceptions::PyRuntimeError, prelude::*};
 use tokio::{
     runtime::{Builder, Handle, Runtime},
-    time::timeout,
+    sync::watch,
+    time::sleep,
 };
 
 /// How often a blocked call looks for signals.
@@ -32,7 +35,10 @@ struct Entry {
     handle: Handle,
     /// Taken at exit.
     runtime: Mutex<Option<Runtime>>,
-    ended: AtomicBool,
+    /// True from the interpreter's exit on.
+    ended: watch::Sender<bool>,
+    /// Calls under way in [`wait`].
+    waiting: AtomicUsize,
 }
 
 /// The runtime of the process that last made one; never freed, since others may be reading it.
@@ -40,32 +46,57 @@ static CURRENT: AtomicPtr<Entry> = AtomicPtr::new(null_mut());
 
 /// The handle of this process's runtime.
 pub fn handle() -> PyResult<Handle> {
-    let entry = match current() {
-        Some(entry) => entry,
-        None => make()?,
-    };
-    if entry.ended.load(Ordering::Acquire) {
-        return Err(PyRuntimeError::new_err("the interpreter is exiting"));
-    }
-    Ok(entry.handle.clone())
+    Ok(entry()?.handle.clone())
 }
 
 /// Drives `future` to its end without the GIL, looking for signals; a signal's exception drops it.
 pub fn wait<T: Send>(py: Python<'_>, future: impl Future<Output = T> + Send) -> PyResult<T> {
-    let handle = handle()?;
+    let entry = entry()?;
+    let _counted = Counted::new(&entry.waiting);
+    let mut ended = entry.ended.subscribe();
     let mut future = pin!(future);
     loop {
-        let turn = py.detach(|| handle.block_on(async { timeout(SIGNALS, future.as_mut()).await }));
-        match turn {
-            Ok(done) => return Ok(done),
-            Err(_elapsed) => py.check_signals()?,
+        let turn = async {
+            tokio::select! {
+                biased;
+                done = future.as_mut() => Turn::Done(done),
+                _ = ended.wait_for(|ended| *ended) => Turn::Ended,
+                () = sleep(SIGNALS) => Turn::LookForSignals,
+            }
+        };
+        match py.detach(|| entry.handle.block_on(turn)) {
+            Turn::Done(value) => return Ok(value),
+            Turn::Ended => return Err(exiting()),
+            Turn::LookForSignals => py.check_signals()?,
         }
+    }
+}
+
+enum Turn<T> {
+    Done(T),
+    Ended,
+    LookForSignals,
+}
+
+/// Counts one for as long as it lives.
+struct Counted<'c>(&'c AtomicUsize);
+
+impl<'c> Counted<'c> {
+    fn new(count: &'c AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::AcqRel);
+        Self(count)
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
 /// Starts `future` if this process's runtime is there; at exit there is nothing left to do.
 pub fn spawn(future: impl Future<Output = ()> + Send + 'static) {
-    if let Some(entry) = current().filter(|entry| !entry.ended.load(Ordering::Acquire)) {
+    if let Some(entry) = current().filter(|entry| !*entry.ended.borrow()) {
         entry.handle.spawn(future);
     }
 }
@@ -73,7 +104,11 @@ pub fn spawn(future: impl Future<Output = ()> + Send + 'static) {
 /// Ends this process's runtime, and with it every server, port and connection of the extension.
 pub fn end() {
     let Some(entry) = current() else { return };
-    entry.ended.store(true, Ordering::Release);
+    entry.ended.send_replace(true);
+    let begun = Instant::now();
+    while entry.waiting.load(Ordering::Acquire) > 0 && begun.elapsed() < END {
+        thread::sleep(Duration::from_millis(1));
+    }
     let runtime = entry
         .runtime
         .lock()
@@ -82,6 +117,21 @@ pub fn end() {
     if let Some(runtime) = runtime {
         runtime.shutdown_timeout(END);
     }
+}
+
+fn entry() -> PyResult<&'static Entry> {
+    let entry = match current() {
+        Some(entry) => entry,
+        None => make()?,
+    };
+    if *entry.ended.borrow() {
+        return Err(exiting());
+    }
+    Ok(entry)
+}
+
+fn exiting() -> PyErr {
+    PyRuntimeError::new_err("the interpreter is exiting")
 }
 
 fn current() -> Option<&'static Entry> {
@@ -104,7 +154,8 @@ fn make() -> PyResult<&'static Entry> {
         pid: process::id(),
         handle: runtime.handle().clone(),
         runtime: Mutex::new(Some(runtime)),
-        ended: AtomicBool::new(false),
+        ended: watch::Sender::new(false),
+        waiting: AtomicUsize::new(0),
     }));
     let swap = CURRENT.compare_exchange(before, entry, Ordering::AcqRel, Ordering::Acquire);
     match (swap, current()) {

@@ -76,13 +76,25 @@ pub fn bindable(given: &str) -> Result<(String, u16), AddressError> {
     Ok((host.to_owned(), port))
 }
 
-/// The URL that others dial: the host that was bound, unless that is a wildcard, then `fallback`.
-#[must_use]
-pub fn advertised(bind_host: &str, fallback: &str, port: u16) -> String {
-    let is_wildcard = bind_host
-        .parse::<IpAddr>()
-        .is_ok_and(|ip| ip.is_unspecified());
-    url(if is_wildcard { fallback } else { bind_host }, port)
+/// The URL that others dial: the host that was bound; for a wildcard this machine's name; if even
+/// that does not resolve, the loopback address, said in the log.
+pub async fn advertised(bind_host: &str, host_name: &str, port: u16) -> String {
+    if !is_wildcard(bind_host) {
+        return url(bind_host, port);
+    }
+    if resolves(host_name).await {
+        return url(host_name, port);
+    }
+    tracing::warn!(
+        host_name,
+        "this machine's name does not resolve: advertising 127.0.0.1, which reaches only this \
+         machine; bind to the address that others are to dial"
+    );
+    url("127.0.0.1", port)
+}
+
+fn is_wildcard(host: &str) -> bool {
+    host.parse::<IpAddr>().is_ok_and(|ip| ip.is_unspecified())
 }
 
 /// `http://host:port`, with an IPv6 literal in brackets.
@@ -135,10 +147,14 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_wildcard_is_not_advertised() {
-        assert_eq!(advertised("::", "node1", 7), "http://node1:7");
-        assert_eq!(advertised("0.0.0.0", "::1", 7), "http://[::1]:7");
-        assert_eq!(advertised("127.0.0.1", "node1", 7), "http://127.0.0.1:7");
+    #[tokio::test]
+    async fn a_wildcard_is_not_advertised() {
+        assert_eq!(advertised("::", "localhost", 7).await, "http://localhost:7");
+        assert_eq!(advertised("0.0.0.0", "::1", 7).await, "http://[::1]:7");
+        assert_eq!(advertised("127.0.0.1", "x", 7).await, "http://127.0.0.1:7");
+        assert_eq!(
+            advertised("::", "no such name", 7).await,
+            "http://127.0.0.1:7"
+        );
     }
 }

@@ -2,8 +2,16 @@
 
 use std::time::Duration;
 
-use axum::{Router, middleware, serve::ListenerExt};
+use axum::{
+    Router,
+    extract::Request,
+    http::{StatusCode, header},
+    middleware,
+    response::{IntoResponse, Response},
+    serve::ListenerExt,
+};
 use tokio::{runtime::Handle, sync::watch, task::JoinHandle, time::timeout};
+use tonic::Status;
 
 use crate::{listen::Bound, version};
 
@@ -29,7 +37,9 @@ impl Served {
                 tracing::debug!("no TCP_NODELAY: {error}");
             }
         });
-        let router = router.layer(middleware::from_fn(version::gate));
+        let router = router
+            .fallback(unknown)
+            .layer(middleware::from_fn(version::gate));
         let (stop, stopped) = watch::channel(false);
         let task = runtime.spawn(async move {
             let serving = axum::serve(listener, router)
@@ -53,6 +63,16 @@ impl Served {
             tracing::warn!("connections were still open {patience:?} after the end");
         }
     }
+}
+
+/// A call that no service has is told so in gRPC's way, anything else in HTTP's.
+async fn unknown(request: Request) -> Response {
+    let kind = request.headers().get(header::CONTENT_TYPE);
+    if kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc")) {
+        let path = request.uri().path();
+        return Status::unimplemented(format!("there is no method {path}")).into_http();
+    }
+    StatusCode::NOT_FOUND.into_response()
 }
 
 async fn until_set(mut flag: watch::Receiver<bool>) {

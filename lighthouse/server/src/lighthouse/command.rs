@@ -1,9 +1,6 @@
 //! The lighthouse as a command: serves until SIGTERM or SIGINT.
 
-use tokio::{
-    runtime::Handle,
-    signal::unix::{Signal, SignalKind, signal},
-};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::{Lighthouse, StartError};
 use crate::options::LighthouseOptions;
@@ -15,7 +12,7 @@ use crate::options::LighthouseOptions;
 pub async fn run(options: LighthouseOptions, host_name: &str) -> Result<(), StartError> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let lighthouse = Lighthouse::start(options, host_name, &Handle::current())?;
+    let lighthouse = Lighthouse::start(options, host_name).await?;
     let name = first(&mut terminate, &mut interrupt).await;
     tracing::info!("{name}: closing");
     lighthouse.stop().await;

@@ -54,25 +54,21 @@ pub struct Lighthouse {
 }
 
 impl Lighthouse {
-    /// Binds the port and serves it in `runtime`. `host_name` is advertised when the port is bound
-    /// on a wildcard.
+    /// Binds the port and serves it in the running runtime. `host_name` is this machine's, which
+    /// is advertised when the port is bound on a wildcard.
     ///
     /// # Errors
     /// [`StartError`].
-    pub fn start(
-        options: LighthouseOptions,
-        host_name: &str,
-        runtime: &Handle,
-    ) -> Result<Self, StartError> {
+    pub async fn start(options: LighthouseOptions, host_name: &str) -> Result<Self, StartError> {
         let machine = Machine::new(rules(&options), clock::wall_ms())?;
         let bound = Bound::bind(&options.bind)?;
-        let address = address::advertised(&bound.host, host_name, bound.port);
+        let address = address::advertised(&bound.host, host_name, bound.port).await;
         let desk = Arc::new(Desk::new(machine));
         let grpc = LighthouseServiceServer::new(Service(desk.clone()));
         let router = Routes::new(grpc).prepare().into_axum_router();
         let router = pages::router(desk.clone()).merge(router);
-        let served = Served::start(bound, router, runtime)?;
-        let clockwork = runtime.spawn(desk.clone().watch_the_clock()).abort_handle();
+        let served = Served::start(bound, router, &Handle::current())?;
+        let clockwork = tokio::spawn(desk.clone().watch_the_clock()).abort_handle();
         tracing::info!(%address, min_replicas = options.min_replicas,
             join_timeout = ?options.join_timeout, heartbeat_timeout = ?options.heartbeat_timeout,
             "the lighthouse listens");

@@ -17,6 +17,7 @@ pub fn of_gather(refusal: &GatherRefusal) -> CallError {
         GatherRefusal::Superseded { .. } => failed(Code::Aborted, words),
         GatherRefusal::NotInQuorum(_) => failed(Code::NotFound, words),
         GatherRefusal::RankLeft { .. } => CallError::Refused(words),
+        GatherRefusal::RanksApart { .. } => CallError::Mismatch(words),
         GatherRefusal::Lighthouse { failure, .. } => match failure.kind {
             FailureKind::Deadline => CallError::Deadline(words),
             FailureKind::StateLost => CallError::StateLost(words),
