@@ -15,7 +15,7 @@ use std::time::Duration;
 use crate::decide::{Decision, Formed, Wait, decide};
 use crate::effect::{Effect, Notice, Refusal, Renewal, StateLost};
 use crate::member::{Member, Quorum, ReplicaId, Ticket};
-use crate::roster::Roster;
+use crate::roster::{Peer, Roster};
 use crate::rules::{BadRules, Rules};
 use crate::status::{ReplicaStatus, Status};
 use crate::waiting::Waiting;
@@ -77,6 +77,13 @@ impl Machine {
         self.highest_id = self.highest_id.max(last_quorum_id);
         let replica_id = member.replica_id.clone();
         self.roster.hear(replica_id.as_str(), self.now);
+        let was = self
+            .last
+            .as_ref()
+            .and_then(|q| q.member(replica_id.as_str()));
+        if was.is_some_and(|was| member.lives_elsewhere(was)) {
+            self.roster.replace(&replica_id);
+        }
         if let Some(older) = self.roster.ask(ticket, member, self.now) {
             effects.push(refuse(older, Refusal::Superseded { replica_id }));
         }
@@ -156,7 +163,7 @@ impl Machine {
     /// What a person may want to see.
     pub fn status(&self, now: Duration) -> Status {
         let timeout = self.rules.heartbeat_timeout;
-        let replica = |(id, peer): (&ReplicaId, &crate::roster::Peer)| {
+        let replica = |(id, peer): (&ReplicaId, &Peer)| {
             let heartbeat_age = now.saturating_sub(peer.heard);
             ReplicaStatus {
                 replica_id: id.clone(),
@@ -305,9 +312,11 @@ impl Member {
     /// Whether another process asks under the same name: it lives elsewhere, or it starts at step
     /// 0 and has not been in a quorum. (A manager may go on saying `init_sync` in later steps.)
     fn is_not(&self, was: &Member) -> bool {
-        self.address != was.address
-            || self.store_address != was.store_address
-            || (self.is_fresh() && self.step == 0)
+        self.lives_elsewhere(was) || (self.is_fresh() && self.step == 0)
+    }
+
+    fn lives_elsewhere(&self, was: &Member) -> bool {
+        self.address != was.address || self.store_address != was.store_address
     }
 }
 

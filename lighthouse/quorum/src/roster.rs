@@ -127,6 +127,11 @@ impl Roster {
         self.change(&id, |peer| peer.healthy = true);
     }
 
+    /// Behind this name is another process than in the last quorum: it has no part in that.
+    pub(crate) fn replace(&mut self, id: &ReplicaId) {
+        self.change(id, |peer| peer.old = None);
+    }
+
     /// A member asks; returns the ticket of its older request, if one still waited.
     pub(crate) fn ask(&mut self, ticket: Ticket, member: Member, now: Duration) -> Option<Ticket> {
         let id = member.replica_id.clone();

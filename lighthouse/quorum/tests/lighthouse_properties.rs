@@ -35,6 +35,7 @@ enum Event {
     StartAnew {
         group: usize,
         step: i64,
+        renamed: bool,
     },
     Restart,
 }
@@ -59,7 +60,8 @@ fn event() -> impl Strategy<Value = Event> {
         2 => any::<usize>().prop_map(Event::GiveUp),
         4 => (0u64..700).prop_map(Event::Pass),
         4 => (0u64..3000).prop_map(Event::PassAlive),
-        2 => (group, 0i64..4).prop_map(|(group, step)| Event::StartAnew { group, step }),
+        2 => (group, 0i64..4, any::<bool>())
+            .prop_map(|(group, step, renamed)| Event::StartAnew { group, step, renamed }),
         1 => Just(Event::Restart),
     ]
 }
@@ -78,6 +80,7 @@ struct Schedule {
     audit: Audit,
     now: Duration,
     ids: Vec<ReplicaId>,
+    addresses: Vec<String>,
     steps: Vec<i64>,
     tickets: u64,
     starts: u64,
@@ -90,6 +93,7 @@ impl Schedule {
             audit: Audit::new(rules, 0),
             now: Duration::ZERO,
             ids: (0..GROUPS).map(|i| format!("g{i}:0").into()).collect(),
+            addresses: vec![String::new(); GROUPS],
             steps: vec![0; GROUPS],
             tickets: 0,
             starts: 0,
@@ -104,10 +108,17 @@ impl Schedule {
             Event::GiveUp(i) => self.give_up(i),
             Event::Pass(ms) => self.pass(Duration::from_millis(ms)),
             Event::PassAlive(ms) => self.pass_alive(ms),
-            Event::StartAnew { group, step } => {
+            Event::StartAnew {
+                group,
+                step,
+                renamed,
+            } => {
                 self.starts += 1;
-                self.ids[group] = format!("g{group}:{}", self.starts).into();
+                self.addresses[group] = format!("http://{}", self.starts);
                 self.steps[group] = step;
+                if renamed {
+                    self.ids[group] = format!("g{group}:{}", self.starts).into();
+                }
             }
             Event::Restart => {
                 let rules = *self.machine.rules();
@@ -139,13 +150,18 @@ impl Schedule {
         };
         let id = self.ids[group].clone();
         let own = self.steps[group];
-        // One that failed has neither healed nor taken a step.
-        let healed = self.audit.step_of(&id).unwrap_or(own) + ahead;
+        // One that failed has neither healed nor taken a step; a new process is where it starts.
+        let healed = self
+            .audit
+            .step_of(&id, &self.addresses[group])
+            .unwrap_or(own)
+            + ahead;
         let step = if failed { own } else { healed };
         let member = Member {
             shrink_only,
             commit_failures: i64::from(failed),
             init_sync,
+            address: self.addresses[group].clone(),
             ..Member::new(id, step.max(0))
         };
         self.steps[group] = member.step;
@@ -217,7 +233,7 @@ impl Schedule {
             self.pass(HEARTBEAT_TIMEOUT * 11);
         }
         let last = self.machine.last_quorum().map_or(0, |q| q.members.len());
-        assert_eq!(self.machine.status(self.now).replicas.len(), last);
+        assert!(self.machine.status(self.now).replicas.len() <= last);
     }
 }
 

@@ -20,6 +20,8 @@ pub struct Audit {
     since: BTreeMap<Ticket, Duration>,
     answered: BTreeSet<Ticket>,
     last: Option<Arc<Quorum>>,
+    /// Names of the last quorum behind which another process has asked since.
+    replaced: BTreeSet<ReplicaId>,
     highest_id: i64,
     warned: Option<i64>,
     pub quorums: usize,
@@ -34,6 +36,7 @@ impl Audit {
             since: BTreeMap::new(),
             answered: BTreeSet::new(),
             last: None,
+            replaced: BTreeSet::new(),
             highest_id: epoch,
             warned: None,
             quorums: 0,
@@ -46,6 +49,7 @@ impl Audit {
         self.asking.clear();
         self.since.clear();
         self.last = None;
+        self.replaced.clear();
         self.highest_id = self.highest_id.max(epoch);
     }
 
@@ -55,6 +59,11 @@ impl Audit {
 
     pub fn join(&mut self, ticket: Ticket, member: &Member, now: Duration) {
         self.heartbeat(&member.replica_id, now);
+        let last = self.last.as_ref();
+        let was = last.and_then(|last| last.member(member.replica_id.as_str()));
+        if was.is_some_and(|was| was.address != member.address) {
+            self.replaced.insert(member.replica_id.clone());
+        }
         self.asking.insert(ticket, member.clone());
         self.since.insert(ticket, now);
     }
@@ -80,10 +89,12 @@ impl Audit {
         self.highest_id
     }
 
-    /// Where this id stands after the last quorum, if it was in it: healed to its highest step.
-    pub fn step_of(&self, id: &ReplicaId) -> Option<i64> {
+    /// Where this process is when it has healed: at the highest step of the last quorum, if it was
+    /// in it.
+    pub fn step_of(&self, id: &ReplicaId, address: &str) -> Option<i64> {
         let last = self.last.as_ref()?;
-        last.member(id.as_str()).map(|_| last.max_step())
+        let was = last.member(id.as_str())?;
+        (was.address == address).then_some(last.max_step())
     }
 
     pub fn check(&mut self, effects: &[Effect], now: Duration) {
@@ -141,6 +152,7 @@ impl Audit {
             *since = now;
         }
         self.last = Some(quorum.clone());
+        self.replaced.clear();
         self.quorums += 1;
     }
 
@@ -154,6 +166,7 @@ impl Audit {
             Formed::Fast => {
                 let last = self.last.as_ref().expect("a last quorum that is whole");
                 assert!(last.replica_ids().all(inside));
+                assert!(self.replaced.is_empty());
             }
             Formed::AllJoined => assert!(left_out == 0 || shrinking),
             Formed::JoinTimeout { absent } => {
@@ -174,6 +187,7 @@ impl Audit {
             let last = self.last.as_ref().expect("an id before the epoch");
             assert_eq!(quorum.id, last.id, "an id came again");
             assert!(quorum.replica_ids().eq(last.replica_ids()));
+            assert!(self.replaced.is_empty());
             assert!(quorum.members.iter().all(|m| m.commit_failures == 0));
         }
         self.highest_id = self.highest_id.max(quorum.id);
@@ -190,14 +204,18 @@ impl Audit {
         }
         assert_eq!(warned, Some(quorum.id), "went back without a warning");
         let inside = |id: &ReplicaId| quorum.member(id.as_str()).is_some();
-        let outside = last.replica_ids().filter(|id| !inside(id));
+        let is_old = |id: &ReplicaId| !self.replaced.contains(id);
+        let outside = last.replica_ids().filter(|id| is_old(id) && !inside(id));
         let mut outside = outside.filter(|id| self.is_healthy(id, now));
         assert_eq!(
             outside.next(),
             None,
             "did not wait for one that may have the step"
         );
-        let old = || last.members.iter().filter(|m| inside(&m.replica_id));
+        let old = || {
+            let old = last.members.iter();
+            old.filter(|m| is_old(&m.replica_id) && inside(&m.replica_id))
+        };
         assert!(old().count() == 0 || old().any(|m| m.step == floor));
     }
 
@@ -207,6 +225,7 @@ impl Audit {
         if asking.any(|m| m.shrink_only && self.is_healthy(&m.replica_id, now)) {
             let mut ids = quorum.replica_ids();
             assert!(ids.all(|id| last.member(id.as_str()).is_some()));
+            assert!(quorum.replica_ids().all(|id| !self.replaced.contains(id)));
         }
     }
 
@@ -234,8 +253,11 @@ impl Audit {
             was.is_some_and(|m| m.step < lost.lost_step),
             "was not to heal"
         );
+        assert!(!self.replaced.contains(&lost.replica_id));
         assert!(!lost.donors.is_empty());
-        assert!(lost.donors.iter().all(|id| !self.is_healthy(id, now)));
+        let is_old = |id: &&ReplicaId| !self.replaced.contains(*id);
+        let mut donors = lost.donors.iter().filter(is_old);
+        assert!(donors.all(|id| !self.is_healthy(id, now)));
     }
 
     /// One answer a ticket.
