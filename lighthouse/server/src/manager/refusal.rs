@@ -19,7 +19,8 @@ pub fn of_gather(refusal: &GatherRefusal) -> CallError {
         GatherRefusal::RankLeft { .. } => CallError::Refused(words),
         GatherRefusal::RanksApart { .. } => CallError::Mismatch(words),
         GatherRefusal::Lighthouse { failure, .. } => match failure.kind {
-            FailureKind::Deadline => CallError::Deadline(words),
+            // An absent lighthouse is tried again until the deadline, so only that ends the wait.
+            FailureKind::Deadline | FailureKind::Unreachable => CallError::Deadline(words),
             FailureKind::StateLost => CallError::StateLost(words),
             _ => CallError::Refused(words),
         },

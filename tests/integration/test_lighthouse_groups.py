@@ -1,0 +1,216 @@
+"""Groups, their ranks and the lighthouse together: over the network as well as in one process."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from helpers.coordination import Child, ask, at_once, free_port, group, lighthouse, seconds, until
+
+from torchft.coordination import LighthouseClient, ManagerClient, ManagerServer
+from torchft.errors import QuorumError
+
+GROUP = """
+import sys
+from datetime import timedelta as T
+from torchft.coordination import ManagerServer
+
+lighthouse, name, world_size = sys.argv[1:]
+manager = ManagerServer(name, lighthouse, "127.0.0.1", "127.0.0.1:0", "store", int(world_size),
+                        T(milliseconds=50), T(seconds=20), 0)
+print(manager.address())
+sys.stdin.read()
+while True:
+    import time; time.sleep(1)
+"""
+
+ASKS = """
+import sys
+from datetime import timedelta as T
+from torchft.coordination import ManagerClient
+
+address, rank = sys.argv[1:]
+client = ManagerClient(address, T(seconds=20))
+print("asking")
+client._quorum(int(rank), 0, "", False, False, 0, T(seconds=60))
+"""
+
+
+def client_of(manager: ManagerServer) -> ManagerClient:
+    return ManagerClient(manager.address(), connect_timeout=seconds(20))
+
+
+def asks_at(lighthouse_addr: str, name: str) -> int | None:
+    """The step at which the lighthouse has a request of `name`; None if it has none."""
+    with urllib.request.urlopen(f"{lighthouse_addr}/status.json", timeout=10) as reply:
+        replicas = json.load(reply)["replicas"]
+    found = [r["asks_at_step"] for r in replicas if r["replica_id"] == name]
+    return found[0] if found else None
+
+
+def test_two_ranks_are_asked_together_and_both_votes_count() -> None:
+    with lighthouse() as server, group(server.address(), world_size=2) as manager:
+        client = client_of(manager)
+        told = at_once(lambda: ask(client, 0, step=3), lambda: ask(client, 1, step=3))
+        assert [t.max_step for t in told] == [3, 3]
+        assert client._checkpoint_metadata(1, timeout=seconds(5)) == "state of rank 1"
+
+        def vote(*yes: bool) -> list[bool]:
+            calls = [
+                lambda r=r, y=y: client.should_commit(r, 3, y, timeout=seconds(20))
+                for r, y in enumerate(yes)
+            ]
+            return at_once(*calls)
+
+        assert vote(True, True) == [True, True]
+        at_once(lambda: ask(client, 0, step=4), lambda: ask(client, 1, step=4))
+        assert vote(True, False) == [False, False]
+
+
+def test_a_manager_in_another_process_is_asked_over_the_network() -> None:
+    with lighthouse() as server, Child(GROUP, server.address(), "far:1", "1") as child:
+        client = ManagerClient(child.line(), connect_timeout=seconds(20))
+        assert ask(client, step=2, timeout=20).replica_ids == ["far:1"]
+        assert client.should_commit(0, 2, True, timeout=seconds(20))
+        assert client._checkpoint_metadata(0, timeout=seconds(20)) == "state of rank 0"
+
+
+def test_a_behind_group_heals_from_the_one_ahead() -> None:
+    with (
+        lighthouse(2) as server,
+        group(server.address(), "a:1") as a,
+        group(server.address(), "b:1") as b,
+    ):
+        ahead, behind = at_once(
+            lambda: ask(client_of(a), step=5), lambda: ask(client_of(b), step=2)
+        )
+        assert behind.heal and behind.recover_src_manager_address == a.address()
+        assert behind.max_replica_rank is None and behind.max_step == 5
+        assert not ahead.heal and ahead.recover_dst_replica_ranks == [1]
+        assert ahead.recovering_replica_ranks == behind.recovering_replica_ranks == [1]
+
+
+def test_a_group_whose_caller_vanished_no_longer_asks_at_the_lighthouse() -> None:
+    with lighthouse(2) as server, group(server.address(), "a:1") as manager:
+        with Child(ASKS, manager.address(), "0") as child:
+            assert child.line() == "asking"
+            until(lambda: asks_at(server.address(), "a:1") == 0, "the request arrives")
+        until(lambda: asks_at(server.address(), "a:1") is None, "the request is withdrawn")
+
+
+def test_a_client_that_vanished_no_longer_asks_at_the_lighthouse() -> None:
+    asks = ASKS.replace("ManagerClient", "LighthouseClient").replace(
+        'client._quorum(int(rank), 0, "", False, False, 0, T(seconds=60))',
+        "client.quorum('z:1', T(seconds=60))",
+    )
+    with lighthouse(2) as server:
+        with Child(asks, server.address(), "0") as child:
+            assert child.line() == "asking"
+            until(lambda: asks_at(server.address(), "z:1") == 0, "the request arrives")
+        until(lambda: asks_at(server.address(), "z:1") is None, "the request is withdrawn")
+
+
+def has_asked(client: ManagerClient, rank: int) -> bool:
+    try:
+        client._checkpoint_metadata(rank, timeout=seconds(5))
+    except RuntimeError:
+        return False
+    return True
+
+
+def test_a_rank_that_vanished_is_named_at_once_to_the_ranks_that_wait() -> None:
+    with lighthouse() as server, group(server.address(), "a:1", world_size=3) as manager:
+        client = client_of(manager)
+        with ThreadPoolExecutor(1) as threads, Child(ASKS, manager.address(), "1") as child:
+            waiting = threads.submit(ask, client, 0)
+            until(lambda: has_asked(client, 0) and has_asked(client, 1), "both ask")
+            child.process.kill()
+            error = waiting.exception()
+        assert isinstance(error, QuorumError)
+        assert "group rank 1 of replica a:1" in str(error)
+
+
+def test_a_killed_manager_ends_its_process_with_code_1_and_a_log_line() -> None:
+    grpc = pytest.importorskip("grpc")
+    with lighthouse() as server, Child(GROUP, server.address(), "a:1", "1") as child:
+        with grpc.insecure_channel(child.line().removeprefix("http://")) as channel:
+            kill = channel.unary_unary("/torchft.ManagerService/Kill")
+            kill(b"\n\x04test", timeout=20)
+        assert child.end() == 1
+        assert 'it was told to end: "test"' in child.stderr
+
+
+def test_a_restarted_lighthouse_is_survived_and_quorum_ids_go_on_rising() -> None:
+    bind = f"127.0.0.1:{free_port()}"
+    with lighthouse(bind=bind) as server, group(server.address(), "a:1") as manager:
+        client = client_of(manager)
+        before = ask(client, step=1).quorum_id
+        server.shutdown()
+        with ThreadPoolExecutor(1) as threads:
+            waiting = threads.submit(ask, client, step=2, timeout=20)
+            with lighthouse(bind=bind) as again:
+                after = waiting.result()
+                assert after.quorum_id > before
+                until(lambda: healthy(again.address()) == ["a:1"], "the heartbeat is back")
+
+
+def healthy(lighthouse_addr: str) -> list[str]:
+    with urllib.request.urlopen(f"{lighthouse_addr}/status.json", timeout=10) as reply:
+        return [r["replica_id"] for r in json.load(reply)["replicas"] if r["healthy"]]
+
+
+def test_a_lighthouse_that_goes_while_it_is_waited_for_is_asked_again() -> None:
+    bind = f"127.0.0.1:{free_port()}"
+    with (
+        lighthouse(2, bind=bind) as server,
+        group(server.address(), "a:1") as manager,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        waiting = threads.submit(ask, client_of(manager), step=2, timeout=20)
+        until(lambda: asks_at(server.address(), "a:1") == 2, "the request arrives")
+        server.shutdown()
+        with lighthouse(1, bind=bind):
+            assert waiting.result().replica_ids == ["a:1"]
+
+
+def test_a_lighthouse_that_stays_away_is_named_at_the_deadline() -> None:
+    with lighthouse() as server, group(server.address(), "a:1") as manager:
+        server.shutdown()
+        began = time.monotonic()
+        with pytest.raises(TimeoutError, match=f"lighthouse {server.address()}.*refused"):
+            ask(client_of(manager), timeout=1)
+        assert time.monotonic() - began < 1.5
+
+
+def test_data_travels_as_json_to_every_member() -> None:
+    data = {"text": "ä", "list": [1, 2.5, None], "nested": {"yes": True}}
+    with lighthouse(2) as server:
+        clients = [LighthouseClient(server.address(), connect_timeout=seconds(5)) for _ in "ab"]
+        one, two = at_once(
+            lambda: clients[0].quorum("a:1", timeout=seconds(20), data=data, world_size=3),
+            lambda: clients[1].quorum("b:1", timeout=seconds(20), step=7),
+        )
+        assert one.quorum_id == two.quorum_id
+        for quorum in (one, two):
+            assert [m.data for m in quorum.participants] == [data, None]
+            assert [m.step for m in quorum.participants] == [0, 7]
+            assert [m.world_size for m in quorum.participants] == [3, 0]
+            assert abs(quorum.created.seconds - time.time()) < 60
+
+
+def test_a_quorum_of_two_forms_although_the_first_asked_long_before() -> None:
+    with (
+        lighthouse(2) as server,
+        group(server.address(), "a:1") as a,
+        group(server.address(), "b:1") as b,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        waiting = threads.submit(ask, client_of(a))
+        until(lambda: asks_at(server.address(), "a:1") == 0, "the first asks")
+        began = time.monotonic()
+        ask(client_of(b))
+        waiting.result()
+        assert time.monotonic() - began < 1, "decided at once, not on a tick"
