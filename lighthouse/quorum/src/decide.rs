@@ -126,10 +126,7 @@ impl fmt::Display for Formed {
             Self::Fast => f.write_str("all members of the last quorum ask"),
             Self::AllJoined => f.write_str("all healthy replicas ask"),
             Self::JoinTimeout { absent } => {
-                write!(
-                    f,
-                    "the join timeout passed, {absent} healthy replicas do not ask"
-                )
+                write!(f, "the join timeout passed ({absent} healthy do not ask)")
             }
         }
     }

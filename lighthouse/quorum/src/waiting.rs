@@ -49,16 +49,17 @@ impl Waiting {
                     "{have} of {healthy} healthy replicas ask, not more than half"
                 )
             }
-            Wait::Stragglers { missing, until } => {
+            Wait::Stragglers { until, .. } => {
                 let left = until.saturating_sub(self.now).as_millis();
                 write!(
                     f,
-                    "{missing} healthy replicas have {left} ms left to ask (join_timeout)"
+                    "the healthy who do not ask have {left} ms left (join_timeout)"
                 )
             }
-            Wait::UpToDate { missing, floor } => write!(
+            Wait::UpToDate { floor, .. } => write!(
                 f,
-                "nobody who asks has reached step {floor} of the last quorum; {missing} of its members may have, and are waited for as long as they heartbeat"
+                "nobody who asks has reached step {floor} of the last quorum; its members that \
+                 heartbeat may have, so they are waited for"
             ),
         }
     }
