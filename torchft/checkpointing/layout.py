@@ -25,7 +25,7 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,7 @@ __all__ = [
     "Head",
     "LayoutError",
     "Leaf",
+    "blocks_of",
     "blocks_of_part",
     "decode_head",
     "decode_prefix",
@@ -180,10 +181,9 @@ def _checked_leaf(described: object) -> Leaf:
 
 def blocks_of_part(leaves: Sequence[Leaf], part: int, parts: int) -> list[Block]:
     """The blocks of one of `parts` parts, in the order in which they travel."""
-    indices: Sequence[int] = range(len(leaves))
-    if parts > 1:
-        indices = _balanced([leaf.nbytes for leaf in leaves], parts)[part]
-    return list(_blocks(leaves, indices))
+    if parts == 1:
+        return list(blocks_of(leaves, range(len(leaves))))
+    return list(blocks_of(leaves, _balanced([leaf.nbytes for leaf in leaves], parts)[part]))
 
 
 def part_bytes(head_bytes: int, blocks: Sequence[Block]) -> int:
@@ -202,7 +202,8 @@ def _balanced(sizes: Sequence[int], parts: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def _blocks(leaves: Sequence[Leaf], indices: Sequence[int]) -> Iterator[Block]:
+def blocks_of(leaves: Sequence[Leaf], indices: Iterable[int]) -> Iterator[Block]:
+    """The leaves at `indices` in blocks, in that order."""
     members: list[int] = []
     offsets: list[int] = []
     end = 0

@@ -27,18 +27,18 @@ from torch import Tensor
 from torch.distributed import Work
 
 from torchft.checkpointing.layout import (
-    DTYPES,
     MAX_HEADER_BYTES,
     PREFIX,
     TRAILER,
     Head,
     LayoutError,
     Leaf,
+    blocks_of,
     decode_head,
     decode_prefix,
     encode_head,
 )
-from torchft.checkpointing.memory import Checksum, SourceLeaf
+from torchft.checkpointing.memory import Checksum, SourceLeaf, fresh_memory, tensors_in
 from torchft.checkpointing.stream import Deadline
 from torchft.checkpointing.transport import CheckpointTransport
 from torchft.checkpointing.tree import decode, encode, same_places
@@ -169,26 +169,21 @@ class PGTransport(CheckpointTransport[T]):
         leaves: dict[int, Tensor] = {}
         checksum = Checksum()
         pipeline = _Pipeline(deadline)
-        for index, leaf in enumerate(head.leaves):
-            place = places.get(index)
-            buffer = place if place is not None and place.device.type == "cpu" else _fresh(leaf)
-            message = buffer.view(-1).view(torch.uint8)
+        for index, buffer in _buffers(head.leaves, places):
+            message = buffer.reshape(-1).view(torch.uint8)
 
             def arrived(
-                index: int = index,
-                place: Tensor | None = place,
-                buffer: Tensor = buffer,
-                message: Tensor = message,
+                index: int = index, buffer: Tensor = buffer, message: Tensor = message
             ) -> None:
                 checksum.add(message.numpy().data)
                 checksum.end_block()
                 self.bytes_received += message.nbytes
-                leaves[index] = self._settled(buffer, place)
+                leaves[index] = self._settled(buffer, places.get(index))
 
-            if leaf.nbytes:
+            if message.nbytes:
                 pipeline.add(self._pg.recv([message], rank, _FIRST_LEAF + index), arrived)
             else:
-                leaves[index] = self._settled(buffer, place)
+                leaves[index] = self._settled(buffer, places.get(index))
         pipeline.finish()
         tag = _FIRST_LEAF + len(head.leaves)
         if TRAILER.unpack(self._recv(TRAILER.size, rank, tag, deadline))[0] != checksum.value:
@@ -243,11 +238,16 @@ def _wait(work: Work, deadline: Deadline) -> None:
     work.wait(timedelta(milliseconds=int(deadline.remaining() * 1000) + 1))
 
 
-def _fresh(leaf: Leaf) -> Tensor:
-    try:
-        return torch.empty(leaf.shape, dtype=DTYPES[leaf.dtype])
-    except RuntimeError as error:
-        raise LayoutError(f"no tensor of shape {leaf.shape}: {str(error)[:200]}") from None
+def _buffers(leaves: tuple[Leaf, ...], places: dict[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """For each leaf in turn the CPU memory to receive into: its place, or else new memory."""
+    direct = {index: place for index, place in places.items() if place.device.type == "cpu"}
+    blocks = blocks_of(leaves, (i for i in range(len(leaves)) if i not in direct))
+    new: dict[int, Tensor] = {}
+    for index in range(len(leaves)):
+        if index not in direct and index not in new:
+            block = next(blocks)
+            new.update(tensors_in(fresh_memory(block.nbytes), block, leaves))
+        yield index, direct[index] if index in direct else new.pop(index)
 
 
 def _place(ours: SourceLeaf, leaf: Leaf) -> Tensor | None:
