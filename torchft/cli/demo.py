@@ -15,7 +15,8 @@ Replica groups train a small byte-level transformer, each under a torchrun of it
 lighthouse inside this command. In the middle of the run every process of one group is killed; the
 others go on; the group is started again and heals from them. At the end all hold the same weights.
 
-The exit code is 0 only if every group ended by itself and all digests are equal.
+The exit code is 0 only if every group ended by itself and all digests are equal; 128 + n after
+signal n.
 """
 
 EXAMPLES = """\
@@ -117,6 +118,8 @@ def run(typed: argparse.Namespace) -> int:
 
     summary = run_demo(options_of(typed), choose_view())
     print(f"\n{text_of(summary)}")
+    if summary.stopped_by is not None:
+        return 128 + summary.stopped_by
     return 0 if summary.good else 1
 
 

@@ -1,4 +1,4 @@
-"""`torchft`: the commands for people. Exit codes: 0 good, 1 not good, 2 wrong usage, 130 Ctrl-C."""
+"""`torchft`: the commands for people. Exit codes: 0 good, 1 not good, 2 wrong usage."""
 
 from __future__ import annotations
 

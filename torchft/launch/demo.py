@@ -93,6 +93,7 @@ def summarise(options: DemoOptions, run: Run, folder: Path) -> Summary:
         wall_s=run.elapsed_s,
         kill=kill_result(run.groups[story.victim], run.watch, run.killed_id) if story else None,
         trouble=run.trouble,
+        stopped_by=run.stopped_by,
         folder=folder,
     )
 

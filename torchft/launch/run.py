@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Sequence
 
@@ -42,6 +43,8 @@ class Run:
         """Why the run was given up, if it was."""
         self.killed_id = ""
         """The replica id of the life that was killed."""
+        self.stopped_by: int | None = None
+        """The number of the signal that ended the run, if one did."""
         self._director = director
         self._view = view
         self._target = target
@@ -79,7 +82,8 @@ class Run:
 
     def _over(self, stop: StopSignals) -> bool:
         if stop.received is not None:
-            self.trouble = f"stopped by signal {stop.received}"
+            self.stopped_by = stop.received
+            self.trouble = f"stopped by {signal.Signals(stop.received).name}"
         elif self.elapsed_s > self._timeout_s:
             self.trouble = f"not over after {self._timeout_s:g} s"
         if self.trouble is not None:

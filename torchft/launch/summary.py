@@ -65,6 +65,8 @@ class Summary:
     kill: KillResult | None
     trouble: str | None = None
     """Why the run was given up, if it was."""
+    stopped_by: int | None = None
+    """The number of the signal that ended it, if one did."""
     folder: Path | None = None
     """Where the logs are. Of a good run they may be gone."""
 

@@ -1,0 +1,130 @@
+"""The command line of `torchft`: what it takes, and what it says to what it does not take."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from torchft.cli.demo import options_of
+from torchft.cli.main import main, parser
+from torchft.launch.demo_options import DemoOptions
+
+
+def options(*typed: str) -> DemoOptions:
+    return options_of(parser().parse_args(["demo", *typed]))
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *typed: str) -> str:
+    """What is said on the way out with code 2."""
+    try:
+        code = main(typed)
+    except SystemExit as end:
+        code = end.code  # type: ignore[assignment]
+    assert code == 2
+    return capsys.readouterr().err
+
+
+def test_a_demo_without_flags_kills_one_of_three() -> None:
+    default = options()
+    assert (default.replicas, default.workers, default.strategy) == (3, 1, "ddp")
+    assert default.story is not None
+
+
+def test_every_flag_reaches_its_option(tmp_path: Path) -> None:
+    asked = options(
+        *("--replicas=4", "--workers-per-replica=2", "--strategy=diloco", "--steps=50"),
+        *("--sync-every=7", "--no-kill", "--seed=9", f"--keep={tmp_path}"),
+        *("--corpus=a.txt", "--corpus=b", "--heartbeat-timeout-ms=700", "--timeout=60"),
+    )
+    assert asked == DemoOptions(
+        replicas=4,
+        workers=2,
+        strategy="diloco",
+        steps=50,
+        sync_every=7,
+        kill=False,
+        seed=9,
+        keep=tmp_path,
+        corpus=(Path("a.txt"), Path("b")),
+        heartbeat_timeout_ms=700,
+        timeout_s=60.0,
+    )
+
+
+def test_without_a_seed_each_run_has_another() -> None:
+    assert len({options().seed for _ in range(20)}) > 1
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["--replicas=0"], "--replicas: 0 is too small: it must be at least 1"),
+        (["--replicas=x"], "--replicas: 'x' is not a whole number"),
+        (["--workers-per-replica=0"], "must be at least 1"),
+        (["--steps=0"], "--steps: 0 is too small"),
+        (["--sync-every=0"], "--sync-every: 0 is too small"),
+        (["--seed=-1"], "--seed: -1 is too small: it must be at least 0"),
+        (["--heartbeat-timeout-ms=10"], "it must be at least 300"),
+        (["--timeout=0"], "0 s is no length of time"),
+        (["--timeout=soon"], "'soon' is not a number of seconds"),
+        (["--strategy=magic"], "invalid choice: 'magic'"),
+        (["--repl=3"], "unrecognized arguments: --repl=3"),
+        (["--replicas=1"], "1 group cannot lose one and go on: give --replicas 2 or more"),
+        (["--steps=2"], "a run of 2 steps has no middle"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_words(
+    capsys: pytest.CaptureFixture[str], typed: list[str], said: str
+) -> None:
+    assert said in refusal(capsys, "demo", *typed)
+
+
+def test_an_unreadable_corpus_ends_before_anything_starts(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    missing = tmp_path / "absent.txt"
+    said = refusal(capsys, "demo", f"--corpus={missing}")
+    assert f"cannot read {missing}: No such file or directory; check --corpus" in said
+
+
+def test_logs_never_mix_with_those_of_another_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "old.log").touch()
+    assert "holds files already" in refusal(capsys, "demo", f"--keep={tmp_path}")
+
+
+def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "invalid choice: 'train'" in refusal(capsys, "train")
+
+
+def test_no_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "COMMAND" in refusal(capsys)
+
+
+@pytest.mark.parametrize(
+    ("typed", "taught"),
+    [
+        (["--help"], ["demo", "doctor", "--version"]),
+        (["demo", "--help"], ["examples:", "--no-kill", "--seed", "exit code is 0 only if"]),
+        (["doctor", "--help"], ["--lighthouse", "--json", "exit code is 1 if"]),
+        (["--version"], ["torchft "]),
+    ],
+)
+def test_help_teaches(
+    capsys: pytest.CaptureFixture[str], typed: list[str], taught: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(typed)
+    assert end.value.code == 0
+    said = capsys.readouterr().out
+    assert [words for words in taught if words not in said] == []
+
+
+def test_the_launcher_imports_no_torch() -> None:
+    heavy = "import sys, torchft.cli.main, torchft.launch.demo; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
