@@ -52,6 +52,11 @@ class ManagedRound:
         """True: every group is new and all are equal now; there is no step to close."""
         return self._opening
 
+    @property
+    def failed(self) -> bool:
+        """An error of this step is known already."""
+        return self._manager.errored() is not None
+
     def average(self, tensors: Sequence[Tensor]) -> _Averages:
         """Mean over the counted groups, in place; one all-reduce for each tensor."""
         return _Averages(list(tensors), [self._manager.allreduce(tensor) for tensor in tensors])
@@ -59,6 +64,10 @@ class ManagedRound:
     def gather(self, tensors: Sequence[Tensor]) -> _Gathered:
         """The counted groups' rows, `[1, …]` each → `[n, …]`, in participating order."""
         return _Gathered([self._manager.allgather(tensor) for tensor in tensors])
+
+    def fail(self, error: Exception) -> None:
+        """Discard the step, and free the groups that wait for this one in it."""
+        self._manager.report_error(error)
 
     def close(self) -> bool:
         """The vote of this group's ranks."""

@@ -54,12 +54,22 @@ class Round(Protocol):
         anything to contribute. Such a round is neither used nor closed."""
         ...
 
+    @property
+    def failed(self) -> bool:
+        """True when this group could not heal, or has another error already. It takes part for the
+        others' sake, and its own close will be a no."""
+        ...
+
     def average(self, tensors: Sequence[Tensor]) -> Handle:
         """Mean over the participating nodes, `[rows, ...]` → `[1 or rows, ...]`, maybe in place."""
         ...
 
     def gather(self, tensors: Sequence[Tensor]) -> Handle:
         """The participants' rows only, in participating order: `[rows, ...]` → `[n, ...]`."""
+        ...
+
+    def fail(self, error: Exception) -> None:
+        """Give the round up: whoever waits in it is freed, and every close will be a no."""
         ...
 
     def close(self) -> bool:

@@ -100,6 +100,14 @@ class InProcessManager:
         (rows,) = self._round.gather([tensor]).wait()
         return _DummyWork(None), list(rows.split(tensor.shape[0]))
 
+    def report_error(self, e: Exception) -> None:
+        assert self._round is not None, "call start_quorum first"
+        self._round.fail(e)
+
+    def errored(self) -> Exception | None:
+        failed = self._round is not None and self._round.failed
+        return RuntimeError("the round failed") if failed else None
+
     def should_commit(self, timeout: timedelta | None = None) -> bool:
         if not self._open or self._round is None:
             raise PhaseError("no step is open")

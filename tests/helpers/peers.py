@@ -40,6 +40,8 @@ class Script:
     """Node → the round that it opens and does not close."""
     joins: Mapping[int, int] = field(default_factory=dict)
     """Node → the round that it comes in with, at first or again after it was lost."""
+    unhealed: Mapping[int, int] = field(default_factory=dict)
+    """Node → the round in which its heal fails; it heals in the next one."""
     opening: bool = False
     """All begin with a round in which nobody has anything to contribute."""
 
@@ -57,7 +59,8 @@ class Script:
 
     def newcomers(self, number: int) -> list[int]:
         """Who heals when round `number` opens."""
-        return [node for node, comes in self.joins.items() if comes == number]
+        again = [node for node, failed in self.unhealed.items() if failed + 1 == number]
+        return again + [node for node, comes in self.joins.items() if comes == number]
 
     def failed(self, number: int) -> bool:
         """A member is lost while the round is open."""
@@ -88,6 +91,8 @@ class World:
         self._board: dict[tuple[Any, ...], dict[int, Any]] = {}
         self._changed = threading.Condition()
         self._errors: list[BaseException] = []
+        self.given_up: set[int] = set()
+        """Rounds that a member gave up."""
 
     def run(self, train: Callable[[Node], Any]) -> dict[int, Any]:
         """Run `train` for every node and return what each of the living returned.
@@ -124,14 +129,32 @@ class World:
             self._board.setdefault(key, {})[rank] = value
             self._changed.notify_all()
 
+    def give_up(self, number: int) -> None:
+        """A member of round `number` will not go on with it."""
+        with self._changed:
+            self.given_up.add(number)
+            self._changed.notify_all()
+
+    def is_whole(self, key: tuple[Any, ...], number: int, ranks: Sequence[int]) -> bool:
+        """Wait until all of `ranks` have spoken, or one has given the round up."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._errors or number in self.given_up or self._spoke(key) >= set(ranks),
+                DEADLINE_S,
+            )
+            return number not in self.given_up
+
+    def _spoke(self, key: tuple[Any, ...]) -> set[int]:
+        return set(self._board.get(key, {}))
+
     def collect(self, key: tuple[Any, ...], ranks: Sequence[int]) -> list[Any]:
         """What all of `ranks` said, in that order."""
         with self._changed:
             there = self._changed.wait_for(
-                lambda: self._errors or self._board.get(key, {}).keys() >= set(ranks), DEADLINE_S
+                lambda: self._errors or self._spoke(key) >= set(ranks), DEADLINE_S
             )
             assert not self._errors, "another node failed"
-            assert there, f"{key}: {self._board.get(key, {}).keys()} came, of {ranks}"
+            assert there, f"{key}: {self._spoke(key)} came, of {ranks}"
             return [self._board[key][rank] for rank in ranks]
 
 
@@ -164,11 +187,13 @@ class Node:
         mine = self._save() if self.rank == donor else None
         self.world.post(key, self.rank, mine)
         state = self.world.collect(key, members)[members.index(donor)]
-        if self.rank in newcomers:
+        unhealed = self.script.unhealed.get(self.rank) == number
+        if self.rank in newcomers and not unhealed:
             for (load, _), values in zip(self._state, state, strict=True):
                 load(copy.deepcopy(values))
         counted = members if place is Place.BEFORE else [m for m in members if m not in newcomers]
         opened = InProcessRound(self, number, members, counted)
+        opened.failed = unhealed
         if not opened.opening:
             self.open_rounds.append(opened)
         if self.watch is not None:
@@ -188,6 +213,7 @@ class InProcessRound:
         self.members = members
         self.counted = counted
         self.seen: Any = None
+        self.failed = False
         self._node = node
         self._collectives = 0
 
@@ -215,10 +241,16 @@ class InProcessRound:
         dies = self._node.script.lost.get(self._node.rank) == self.number
         return dies and not self._node.joins
 
-    @property
-    def failed(self) -> bool:
-        """A member is lost."""
-        return self._node.script.failed(self.number)
+    def fail(self, error: Exception) -> None:
+        """Free the others."""
+        self.failed = True
+        self._node.world.give_up(self.number)
+
+    def is_spoilt(self, key: tuple[Any, ...]) -> bool:
+        """A member is lost, or gave the round up."""
+        if self._node.script.failed(self.number) or self.number in self._node.world.given_up:
+            return True
+        return not self._node.world.is_whole(key, self.number, self.members)
 
     def rows(self, key: tuple[Any, ...]) -> list[list[Tensor]]:
         """What the counted sent."""
@@ -229,7 +261,8 @@ class InProcessRound:
         assert self._node.open_rounds.pop(0) is self, "rounds close in the order they opened"
         if self._node.watch is not None:
             assert self._node.watch() == self.seen, "something was written before the round closed"
-        return self._node.script.goes(self.number)
+        given_up = self.number in self._node.world.given_up
+        return self._node.script.goes(self.number) and not given_up and not self.failed
 
 
 class _Average:
@@ -237,7 +270,7 @@ class _Average:
         self._round, self._key, self._tensors = over, key, tensors
 
     def wait(self) -> list[Tensor]:
-        if self._round.failed:
+        if self._round.is_spoilt(self._key):
             # An abandoned collective leaves anything at all behind.
             return [tensor.fill_(torch.nan) for tensor in self._tensors]
         rows = self._round.rows(self._key)
@@ -251,6 +284,6 @@ class _Gathering:
         self._round, self._key, self._tensors = over, key, tensors
 
     def wait(self) -> list[Tensor]:
-        if self._round.failed:
+        if self._round.is_spoilt(self._key):
             return self._tensors
         return [torch.cat(column) for column in zip(*self._round.rows(self._key), strict=True)]

@@ -165,6 +165,19 @@ def test_the_round_that_heals_a_node_is_discarded_and_the_heal_stands(row: Row) 
 
 
 @every_row
+def test_a_node_that_cannot_heal_spoils_nothing_and_heals_in_the_next_round(row: Row) -> None:
+    if row.kind.name == "all_reduce":
+        pytest.skip("a manager's matter: gradients are not sent by whoever could not heal")
+    script = Script(3, joins={2: 2}, unhealed={2: 2})
+    # Fragments differ in size: nobody gets an average when a member does not know which is sent.
+    expected = Script(3, joins={2: 2}, unhealed={2: 2}, no={2} if row.kind.fragments > 1 else ())
+    results = train(row, script)
+    for node, weights in reference(row.kind, expected, STEPS).items():
+        assert_close(results[node].weights, weights, rtol=0, atol=2e-6)
+    assert len({digest(r.strategy.state_dict()) for r in results.values()}) == 1
+
+
+@every_row
 def test_an_opening_round_gives_all_the_first_ones_weights(row: Row) -> None:
     if row.kind.name == "all_reduce":
         pytest.skip("gradients need no opening round: the first round heals before the forward")
@@ -328,14 +341,17 @@ class TestErrorsInARound:
 
         self.assert_as_at_the_start(self.run(no_quorum, "DiLoCo"))
 
-    def test_the_contribution_fails(self) -> None:
+    def test_the_contribution_fails_and_frees_the_others(self) -> None:
         def no_delta(one: Training) -> None:
             def broken(*_: Any) -> Any:
                 raise RuntimeError("broken, out of memory")
 
             one.local.delta = broken  # type: ignore[method-assign]
 
-        self.assert_as_at_the_start(self.run(no_delta, "DiLoCo"))
+        one = self.run(no_delta, "DiLoCo")
+        self.assert_as_at_the_start(one)
+        assert one.node.world.given_up == {1}
+        assert one.node.open_rounds == []
 
     def test_the_outer_optimizer_raises_halfway(self) -> None:
         def halfway(one: Training) -> None:

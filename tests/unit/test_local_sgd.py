@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -97,6 +98,8 @@ SCRIPTS = {
     "a group joins in a round that is discarded": Script(3, joins={2: 2}, no={2}),
 }
 
+SCRIPTS["a group joins and heals at the second try"] = Script(3, joins={2: 2}, unhealed={2: 2})
+
 every_door = pytest.mark.parametrize("door", DOORS.values(), ids=DOORS.keys())
 
 
@@ -112,6 +115,9 @@ def test_numbers_equal_a_plain_reference(
         return group.run(make(group))
 
     results = World(script).run(story)
+    if script.unhealed and (kind.fragments > 1 or kind.delay):
+        # Without an agreed clock nobody knows what is sent now: the round is given up.
+        script = replace(script, no={2})
     for node, weights in reference(kind, script, STEPS).items():
         assert_close(results[node].weights, weights, rtol=0, atol=2e-6)
     assert len({group.manager.current_step() for group in results.values()}) == 1
@@ -343,7 +349,7 @@ class TestRefusals:
 
     def test_a_fragment_of_its_own_nothing(self) -> None:
         group = alone()
-        tied = [group.model.first, group.model.first]
+        tied = [group.model, group.model.first]
         with pytest.raises(ValueError, match="fragment 1 has no parameter of its own"):
             DiLoCo(group.manager, tied, group.inner, OUTER(group.trained), 4)
 

@@ -54,6 +54,7 @@ class DiLoCo(Recipe):
         self.backups: list[Backup] = []
         self.rounds = 0
         self.delay, self.mix = delay, mix
+        self.varies = fragments > 1
         self._parts = fragments
         self._device, self._pin = backup_device, pin_memory
         self._healed = False

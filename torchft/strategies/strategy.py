@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from torchft.errors import PhaseError, SettingsError
+from torchft.errors import HealError, PhaseError, SettingsError
 from torchft.peers import Handle, Peers, Place, Round
 from torchft.strategies.local import Fragment, Local
 from torchft.strategies.parts import buckets
@@ -59,6 +59,9 @@ class Recipe:
     by: ClassVar[By] = By.AVERAGE
     delay: int = 0
     """Inner steps between a round's opening and its close."""
+
+    varies: bool = False
+    """Rounds differ in what they send, so that only an agreed clock says what is sent now."""
 
     local: Local
     clock: Clock
@@ -161,22 +164,34 @@ class Strategy:
         """Meet the others before the first inner step.
 
         Where all are new, all have equal weights afterwards. Otherwise this group heals here and
-        takes part, with nothing of its own, in the round that the others just opened.
+        takes part, with nothing of its own, in the round that the others just opened; when it
+        could not heal, in the next one too.
+
+        Raises:
+            PhaseError: the others have another strategy or schedule.
         """
         recipes = self._at(Place.AFTER)
-        if not recipes:
-            return
+        while recipes and not self._join(recipes):
+            pass
+
+    def _join(self, recipes: Sequence[Recipe]) -> bool:
         peers_round = self._open(recipes)
         if peers_round.opening:
-            return
-        due = [recipe for recipe in recipes if recipe.due()]
-        if not due:
-            raise PhaseError(
-                f"the others opened a round at inner step {self.clock.steps}, where none is due "
-                "here: give every group the same strategy and settings"
-            )
-        self._send(due[0], peers_round)
-        self._close_due(due[0])
+            return True
+        healed = not peers_round.failed
+        due = next((recipe for recipe in recipes if recipe.due()), None)
+        if due is not None:
+            self._send(due, peers_round)
+            self._close_due(due)
+            return healed
+        error = PhaseError(
+            f"the others opened a round at inner step {self.clock.steps}, where none is due here: "
+            "give every group the same strategy and settings"
+        )
+        self._give_up(peers_round, error)
+        if healed:
+            raise error
+        return False
 
     def begin(self) -> None:
         """Before the forward pass: open the rounds that average gradients."""
@@ -262,14 +277,23 @@ class Strategy:
 
     def _send(self, recipe: Recipe, peers_round: Round) -> None:
         fragment = recipe.fragment()
+        if peers_round.failed and recipe.varies:
+            # Whoever could not heal does not know what the others send now. Tensors of other
+            # sizes would spoil their average, so nobody gets one.
+            peers_round.fail(HealError("a joining group could not heal: the round is given up"))
         try:
             sent, draft = recipe.contribution(fragment)
             handle = self._start(recipe, peers_round, sent)
-        except BaseException:
+        except Exception as error:
             self._discard(recipe, fragment, None)
+            self._give_up(peers_round, error)
             raise
         closes = self.clock.steps + recipe.delay
         self._flight.append(_InFlight(recipe, fragment, peers_round, sent, handle, draft, closes))
+
+    def _give_up(self, peers_round: Round, error: Exception) -> None:
+        peers_round.fail(error)
+        peers_round.close()
 
     def _start(self, recipe: Recipe, peers_round: Round, sent: list[Tensor]) -> Handle:
         if recipe.by is By.GATHER:

@@ -1,0 +1,227 @@
+"""The doors among real groups: right numbers, a kill in mid-run, a heal, equal digests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.peers import Script
+from helpers.reference import INNER, OUTER, Kind, reference
+from helpers.tiny import Tiny, backward, digest
+from torch import Tensor
+from torch.testing import assert_close
+from world import KILLED, Group, World
+
+from torchft.ddp import DistributedDataParallel, PureDistributedDataParallel
+from torchft.local_sgd import DiLoCo, LocalSGD
+from torchft.manager import Manager
+from torchft.optim import OptimizerWrapper
+
+STEPS = 12
+
+
+class Training:
+    """A replica group's script."""
+
+    def __init__(self, group: Group, *, seed: int = 0, **options: Any) -> None:
+        self.group = group
+        self.model = Tiny(seed)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.inner = INNER(self.trained)
+        self.manager: Manager = group.manager(
+            use_async_quorum=False, state_dict=self.save, load_state_dict=self.load, **options
+        )
+        # From here on its heartbeat tells the lighthouse to wait for it.
+        group.world.happen(f"{group.name} is up")
+
+    def save(self) -> Any:
+        return {"model": self.model.state_dict(), "inner": self.inner.state_dict()}
+
+    def load(self, state: Any) -> None:
+        self.model.load_state_dict(state["model"])
+        self.inner.load_state_dict(state["inner"])
+
+    @property
+    def weights(self) -> list[Tensor]:
+        return [p.detach().clone() for p in self.trained]
+
+    def step(self, number: int) -> None:
+        backward(self.model, self.group.number, number)
+        self.inner.step()
+        self.inner.zero_grad()
+
+
+def local_sgd(t: Training) -> LocalSGD:
+    return LocalSGD(t.manager, t.model, t.inner, 3)
+
+
+def diloco(t: Training) -> DiLoCo:
+    return DiLoCo(t.manager, [t.model], t.inner, OUTER(t.trained), 4)
+
+
+def bucketised(t: Training) -> DiLoCo:
+    return DiLoCo(t.manager, [t.model], t.inner, OUTER(t.trained), 4, use_bucketization=True)
+
+
+def streaming(t: Training) -> DiLoCo:
+    fragments = [t.model.first, t.model.second]
+    outers = [OUTER([p for p in f.parameters() if p.requires_grad]) for f in fragments]
+    return DiLoCo(t.manager, fragments, t.inner, outers, 4)
+
+
+def delayed(t: Training) -> DiLoCo:
+    return DiLoCo(
+        t.manager,
+        [t.model],
+        t.inner,
+        OUTER(t.trained),
+        4,
+        fragment_sync_delay=1,
+        fragment_update_alpha=0.5,
+    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """A door and what it computes."""
+
+    make: Callable[[Training], Any]
+    kind: Kind
+
+
+ROWS = {
+    "LocalSGD": Row(local_sgd, Kind("local_sgd", every=3)),
+    "DiLoCo": Row(diloco, Kind("diloco", every=4)),
+    "DiLoCo in buckets": Row(bucketised, Kind("diloco", every=4)),
+    "DiLoCo, 2 fragments": Row(streaming, Kind("diloco", every=4, fragments=2)),
+    "DiLoCo, delayed, mixed": Row(delayed, Kind("diloco", every=4, delay=1, mix=0.5)),
+}
+every_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
+
+
+@every_row
+def test_groups_with_different_weights_start_equal_and_train_to_the_right_numbers(
+    tmp_path: Path, row: Row
+) -> None:
+    def story(group: Group) -> Any:
+        # Whichever is the first to be sorted gives the weights: its seed is the reference's.
+        training = Training(group, seed=group.number, min_replica_size=2)
+        with row.make(training):
+            for number in range(1, STEPS + 1):
+                training.step(number)
+        return training.weights, training.manager.current_step()
+
+    world = World(tmp_path, min_replicas=2)
+    results = world.run(story, story)
+    expected = reference(row.kind, Script(2), STEPS)
+    assert results[0][1] == results[1][1] == STEPS // (row.kind.every // row.kind.fragments)
+    for node, (weights, _) in enumerate(results):
+        assert_close(weights, expected[node], rtol=0, atol=2e-6)
+
+
+@every_row
+def test_a_group_is_killed_in_an_outer_step_another_comes_and_all_end_equal(
+    tmp_path: Path, row: Row
+) -> None:
+    rounds = 8
+
+    def until(training: Training, door: Any, step: int) -> None:
+        while training.manager.current_step() < step:
+            training.step(door._strategy.clock.steps + 1)
+
+    def all_are_up(group: Group) -> None:
+        for name in ("group_0", "group_1", "group_2"):
+            group.world.wait(f"{name} is up")
+
+    def end(training: Training, door: Any) -> Any:
+        until(training, door, rounds)
+        state = list(door._recipe.state_dict().values())
+        return digest(state), training.manager.num_participants()
+
+    def survivor(group: Group) -> Any:
+        training = Training(group)
+        all_are_up(group)
+        with row.make(training) as door:
+            until(training, door, 5)
+            group.world.wait("group_3 is up")
+            return end(training, door)
+
+    def victim(group: Group) -> None:
+        training = Training(group)
+        all_are_up(group)
+        with row.make(training) as door:
+            until(training, door, 2)
+            peers = door._strategy._peers
+            opened = peers.open
+
+            def open_and_die(place: Any) -> None:
+                opened(place)
+                group.world.happen("killed")
+                group.dies()
+
+            peers.open = open_and_die
+            until(training, door, rounds)
+
+    def newcomer(group: Group) -> Any:
+        group.world.wait("killed")
+        training = Training(group, seed=9)
+        with row.make(training) as door:
+            return end(training, door)
+
+    world = World(tmp_path, min_replicas=2)
+    one, two, killed, new = world.run(survivor, survivor, victim, newcomer)
+    assert killed == KILLED
+    assert one == two == new
+    assert one[1] == 3
+
+
+@pytest.mark.parametrize("door", [DistributedDataParallel, PureDistributedDataParallel])
+@pytest.mark.parametrize("asynchronous", [True, False], ids=["async", "sync"])
+def test_ddp_trains_to_the_right_numbers(
+    tmp_path: Path, door: Callable[..., Any], asynchronous: bool
+) -> None:
+    def story(group: Group) -> list[Tensor]:
+        model = Tiny(seed=group.number)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        # Without weight decay: a parameter that nobody uses stands, whoever averages.
+        inner = torch.optim.SGD(trained, lr=0.1, momentum=0.9)
+        manager = group.manager(
+            use_async_quorum=asynchronous,
+            min_replica_size=2,
+            state_dict=lambda: {"model": model.state_dict(), "inner": inner.state_dict()},
+            load_state_dict=lambda s: (
+                model.load_state_dict(s["model"]),
+                inner.load_state_dict(s["inner"]),
+            ),
+        )
+        wrapped, optimizer = door(manager, model), OptimizerWrapper(manager, inner)
+        for number in range(1, 6):
+            optimizer.zero_grad()
+            backward(wrapped, group.number, number)
+            assert optimizer.step()
+        return [p.detach().clone() for p in trained]
+
+    world = World(tmp_path, min_replicas=2)
+    one, two = world.run(story, story)
+    assert_close(one, two, rtol=0, atol=0)
+    assert_close(one, plain_sgd(groups=2, steps=5), rtol=0, atol=2e-6)
+
+
+def plain_sgd(*, groups: int, steps: int) -> list[Tensor]:
+    """The same without torchft: the loss is the mean of the groups' losses."""
+    model = Tiny(seed=0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    inner = torch.optim.SGD(trained, lr=0.1, momentum=0.9)
+    for number in range(1, steps + 1):
+        inner.zero_grad()
+        for group in range(groups):
+            backward(model, group, number)
+        for p in trained:
+            if p.grad is not None:
+                p.grad /= groups
+        inner.step()
+    return [p.detach().clone() for p in trained]
