@@ -1,0 +1,146 @@
+"""The demo as people run it: real torchrun agents, real kills, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from torchft.launch.processes import kill_all, psutil, tree
+from torchft.records import read_step_records
+
+pytestmark = pytest.mark.timeout(400)
+
+Command = subprocess.Popen[str]
+Demo = Callable[..., Command]
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Iterator[Demo]:
+    """Starts demos that keep their logs in `tmp_path / "run"`, and ends what is left of them."""
+    started: list[Command] = []
+
+    def start(*flags: str) -> Command:
+        command = [sys.executable, "-m", "torchft.cli.main", "demo", f"--keep={tmp_path / 'run'}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        started.append(
+            subprocess.Popen([*command, *flags], env=environment, stdout=subprocess.PIPE, text=True)
+        )
+        return started[-1]
+
+    yield start
+    for command in started:
+        kill_all(tree(command.pid))
+        command.communicate()
+
+
+def descendants(command: Command) -> list[Any]:
+    return tree(command.pid)[1:]
+
+
+def wait_for(what: Callable[[], bool], *, within_s: float, why: str) -> None:
+    deadline = time.monotonic() + within_s
+    while not what():
+        assert time.monotonic() < deadline, f"not within {within_s} s: {why}"
+        time.sleep(0.02)
+
+
+def is_gone(process: Any) -> bool:
+    ps = psutil()
+    try:
+        return not process.is_running() or process.status() == ps.STATUS_ZOMBIE
+    except ps.NoSuchProcess:
+        return True
+
+
+def workers(command: Command) -> list[Any]:
+    """Those that train; their agents are their parents."""
+    return [p for p in descendants(command) if p.parent().pid != command.pid]
+
+
+def said_all(command: Command) -> str:
+    said, _ = command.communicate(timeout=350)
+    return said
+
+
+def test_a_group_is_killed_and_heals_and_all_end_alike(demo: Demo) -> None:
+    command = demo("--replicas=2", "--steps=40", "--seed=3")
+    said = said_all(command)
+    assert command.returncode == 0, said
+    assert "is killed: SIGKILL to its 2 processes" in said
+    assert "has healed to step" in said
+    assert "digests: equal in all groups" in said
+    assert "has no name" not in said, "every second is in a bucket with a name"
+    assert "miss its wall time" not in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_demo_that_is_told_to_stop_leaves_nothing_behind(
+    demo: Demo, number: signal.Signals
+) -> None:
+    command = demo("--replicas=2")
+    wait_for(lambda: len(descendants(command)) >= 2, within_s=60, why="the groups start")
+    processes = descendants(command)
+    command.send_signal(number)
+    said = said_all(command)
+    assert command.returncode == 128 + number
+    assert f"given up: stopped by {number.name}" in said
+    assert [process for process in processes if not is_gone(process)] == []
+
+
+def test_a_demo_that_is_killed_leaves_nothing_behind(demo: Demo, tmp_path: Path) -> None:
+    command = demo("--replicas=1", "--no-kill", "--steps=100000")
+    records = tmp_path / "run" / "group_0.records.jsonl"
+    wait_for(records.exists, within_s=120, why="the group trains")
+    processes = descendants(command)
+    assert len(processes) == 2
+    command.kill()
+    wait_for(lambda: all(map(is_gone, processes)), within_s=20, why="agent and worker end")
+
+
+def test_a_worker_whose_agent_is_killed_ends_within_a_second(demo: Demo, tmp_path: Path) -> None:
+    command = demo("--replicas=1", "--no-kill", "--steps=100000")
+    records = tmp_path / "run" / "group_0.records.jsonl"
+    wait_for(records.exists, within_s=120, why="the group trains")
+    (worker,) = workers(command)
+    worker.parent().kill()
+    wait_for(lambda: is_gone(worker), within_s=1.5, why="a second, and the time to look")
+
+
+def test_a_killed_rank_takes_its_group_down_and_it_comes_back_whole(
+    demo: Demo, tmp_path: Path
+) -> None:
+    command = demo("--replicas=2", "--workers-per-replica=2", "--no-kill", "--steps=150")
+    records = tmp_path / "run" / "group_1.records.jsonl"
+    wait_for(
+        lambda: records.exists() and bool(read_step_records(records)), within_s=200, why="it trains"
+    )
+    pid = next(r.extra["pid"] for r in read_step_records(records) if r.group_rank == 1)
+    os.kill(pid, signal.SIGKILL)
+    said = said_all(command)
+    assert command.returncode == 0, said
+    lives = {record.replica_id for record in read_step_records(records)}
+    assert len(lives) == 2, "torchrun restarted the group's workers, both of them"
+    assert "digests: equal in all groups" in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_twenty_seeds_end_alike_and_some_step_is_discarded(demo: Demo, tmp_path: Path) -> None:
+    discarded = 0
+    for seed in range(20):
+        strategy = ("ddp", "local_sgd", "diloco")[seed % 3]
+        folder = tmp_path / f"seed_{seed}"
+        command = demo(f"--seed={seed}", f"--strategy={strategy}", f"--keep={folder}")
+        said = said_all(command)
+        assert command.returncode == 0, said
+        for records in folder.glob("*.records.jsonl"):
+            discarded += sum(not record.committed for record in read_step_records(records))
+    assert discarded > 0
