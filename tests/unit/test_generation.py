@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from torch.distributed import ReduceOp
+from torch.distributed import ReduceOp, TCPStore
 
 from tests.helpers.ranks import Rank, ranks
 from torchft.errors import CollectiveError
@@ -340,3 +340,29 @@ def test_a_process_with_a_pending_operation_can_end() -> None:
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout == "pending\n"
     assert time.perf_counter() - began < 30
+
+
+def _meet_at_a_silent_store(rank: Rank) -> None:
+    if rank.rank == 1:
+        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        rank.tell(store.port)
+        rank.listen()
+    rank.store = f"localhost:{rank.listen()}"
+    rank.configure(rank=0, world_size=1)  # it still answers
+    rank.tell("ready")
+    rank.listen()
+    began = time.perf_counter()
+    with pytest.raises(TimeoutError) as caught:
+        rank.configure(rank=0, world_size=1)
+    rank.tell((time.perf_counter() - began, str(caught.value), rank.store))
+
+
+def test_a_store_that_falls_silent_is_named_at_the_deadline() -> None:
+    with ranks(2, _meet_at_a_silent_store, timeout_s=0.5) as world:
+        world.tell(world.hear(1), 0)
+        world.hear(0)
+        world.silence(1)
+        world.tell("configure", 0)
+        waited_s, message, store = world.hear(0)
+        assert waited_s < 3.0  # the operation itself would hang for ever
+        assert store in message

@@ -2,7 +2,7 @@
 
 base        what every one of them can be asked
 generation  one set of members, from its making to its end; sockets and reaper end it
-rendezvous  how members find each other
+rendezvous  how members find each other, at a store (`stores`), before a deadline (`attempt`)
 wrapper     passes on to another group, or to today's generation
 gloo        over TCP
 dummy       of one member
@@ -19,7 +19,7 @@ from torchft.process_group.faults import (
 from torchft.process_group.generation import Generation
 from torchft.process_group.gloo import ProcessGroupGloo
 from torchft.process_group.managed import ManagedProcessGroup
-from torchft.process_group.rendezvous import create_store_client
+from torchft.process_group.stores import create_store_client
 from torchft.process_group.wrapper import ProcessGroupWrapper
 
 __all__ = [

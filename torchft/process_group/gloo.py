@@ -9,7 +9,6 @@ whole timeout each, so it gets a fifth of the time that is left.
 from __future__ import annotations
 
 import logging
-import threading
 from datetime import timedelta
 from typing import Any
 
@@ -20,8 +19,10 @@ from torch.distributed.distributed_c10d import ReduceScatterOptions
 
 from torchft.errors import CollectiveError, SettingsError
 from torchft.process_group import rendezvous, sockets
+from torchft.process_group.attempt import Attempt, Deadline
 from torchft.process_group.generation import Generation, set_backend_timeout
-from torchft.process_group.rendezvous import Deadline, Member
+from torchft.process_group.rendezvous import Member, Seat
+from torchft.process_group.stores import create_store_client, forget
 from torchft.process_group.wrapper import ProcessGroupWrapper
 
 __all__ = ["ProcessGroupGloo"]
@@ -66,21 +67,25 @@ class ProcessGroupGloo(ProcessGroupWrapper):
         raise RuntimeError("gloo has no reduce_scatter: use allreduce or alltoall_base")
 
     def _make(
-        self, store_addr: str, replica_id: str, rank: int, world_size: int, stop: threading.Event
+        self, attempt: Attempt[Generation], deadline: Deadline, store_addr: str, seat: Seat
     ) -> Generation:
-        if not 0 <= rank < world_size:
-            raise SettingsError(f"rank {rank} is not below world_size {world_size}")
-        deadline = Deadline.after(self._timeout)
-        store = rendezvous.create_store_client(store_addr, self._timeout)
-        device, listen = sockets.listening(_open_device)
-        me = Member.here(rank, replica_id, world_size, listen)
-        members = rendezvous.meet(store, me, store_addr, deadline, stop.is_set)
-        backend = _connect(store, device, members, me, store_addr, deadline)
+        attempt.stage = f"the store at {store_addr}"
+        store = create_store_client(store_addr, self._timeout)
+        try:
+            device, listen = sockets.listening(_open_device)
+            me = Member.here(seat, listen)
+            members = rendezvous.meet(store, me, store_addr, deadline, attempt.stopped.is_set)
+            attempt.stage = f"gloo to connect {_others(members, me)}"
+            backend = _connect(store, device, members, me, store_addr, deadline)
+            attempt.stage = f"the store at {store_addr}"
+            rendezvous.tidy(store, seat.world_size)
+        except BaseException:
+            forget(store_addr)
+            raise
         set_backend_timeout(backend, self._timeout)
         own = _own_sockets(members, me)
-        rendezvous.tidy(store, world_size)
         return Generation(
-            backend, name=store_addr, rank=rank, members=members, store=store, own=own
+            backend, name=store_addr, rank=seat.rank, members=members, store=store, own=own
         )
 
 
@@ -109,12 +114,14 @@ def _connect(
     try:
         return GlooBackend(store, me.rank, me.world_size, options)
     except RuntimeError as error:
-        others = ", ".join(str(member) for member in members if member.rank != me.rank)
         raise CollectiveError(
-            f"rank {me.rank} ({me.replica_id}) could not connect to all of {others}, which had "
-            f"met it at {store_addr}: {error}. One of them died meanwhile, or a firewall is "
-            "between them"
+            f"{me} could not connect to all of {_others(members, me)}, which had met it at "
+            f"{store_addr}: {error}. One of them died meanwhile, or a firewall is between them"
         ) from error
+
+
+def _others(members: tuple[Member, ...], me: Member) -> str:
+    return ", ".join(str(member) for member in members if member.rank != me.rank)
 
 
 def _own_sockets(members: tuple[Member, ...], me: Member) -> tuple[sockets.OwnSocket, ...]:

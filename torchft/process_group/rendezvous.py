@@ -15,38 +15,34 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from ipaddress import ip_address
 
-from torch.distributed import PrefixStore, Store, TCPStore
+from torch.distributed import Store
 
 from torchft.errors import CollectiveError, MismatchError, SettingsError
+from torchft.process_group.attempt import Deadline
 from torchft.process_group.sockets import Address
 
-__all__ = ["Deadline", "Member", "create_store_client", "meet", "tidy"]
+__all__ = ["Member", "meet", "tidy"]
 
 _LOOK_S = (0.0005, 0.02)
 """First and longest pause between two looks into the store."""
 
 
 @dataclass(frozen=True, slots=True)
-class Deadline:
-    """A moment by which something must have happened."""
+class Seat:
+    """Who somebody is to be in a process group."""
 
-    timeout: timedelta
-    at: float
-    """Seconds of `time.monotonic()`."""
+    rank: int
+    world_size: int
+    replica_id: str
 
-    @staticmethod
-    def after(timeout: timedelta) -> Deadline:
-        return Deadline(timeout, time.monotonic() + timeout.total_seconds())
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise SettingsError(f"rank {self.rank} is not below world_size {self.world_size}")
 
-    def left(self) -> timedelta:
-        """Never negative, and never zero, which some of torch's calls take for "no deadline"."""
-        return timedelta(seconds=max(0.001, self.at - time.monotonic()))
-
-    def passed(self) -> bool:
-        return time.monotonic() >= self.at
+    def __str__(self) -> str:
+        return f"rank {self.rank} ({self.replica_id})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +50,8 @@ class Member:
     """One rank of a process group, as it announces itself."""
 
     rank: int
-    replica_id: str
     world_size: int
+    replica_id: str
     host: str
     """Name of the machine, for people."""
     network: str
@@ -68,64 +64,17 @@ class Member:
         return f"rank {self.rank} ({self.replica_id} on {self.host}{at})"
 
     @staticmethod
-    def here(rank: int, replica_id: str, world_size: int, listen: Address | None) -> Member:
-        return Member(rank, replica_id, world_size, socket.gethostname(), _network(), listen)
+    def here(seat: Seat, listen: Address | None) -> Member:
+        """This process in `seat`."""
+        host = socket.gethostname()
+        return Member(seat.rank, seat.world_size, seat.replica_id, host, _network(), listen)
 
     @staticmethod
     def read(text: bytes | str) -> Member:
+        """The member that wrote `text`."""
         fields = json.loads(text)
         listen = fields.pop("listen")
         return Member(**fields, listen=(str(listen[0]), int(listen[1])) if listen else None)
-
-
-def create_store_client(store_addr: str, timeout: timedelta) -> Store:
-    """A client of the store at `host:port/prefix`, with that prefix.
-
-    Raises:
-        SettingsError: the address has another form.
-        CollectiveError: its host has no address or refuses the connection.
-        TimeoutError: no answer within `timeout`.
-    """
-    host, port, prefix = _parse(store_addr)
-    deadline = Deadline.after(timeout)
-    _knock(store_addr, host, port, deadline)
-    try:
-        # Not the time that is left: this timeout also holds for each later operation.
-        client = TCPStore(
-            host_name=host, port=port, is_master=False, timeout=timeout, wait_for_workers=False
-        )
-    except RuntimeError as error:
-        raise CollectiveError(f"the store at {store_addr} does not answer: {error}") from error
-    return PrefixStore(prefix, client)
-
-
-def _parse(store_addr: str) -> tuple[str, int, str]:
-    place, slash, prefix = store_addr.partition("/")
-    host, colon, port = place.rpartition(":")
-    if not (slash and colon and host and port.isdigit()):
-        raise SettingsError(f"store address {store_addr!r} is not of the form host:port/prefix")
-    return host.strip("[]"), int(port), prefix
-
-
-def _knock(store_addr: str, host: str, port: int, deadline: Deadline) -> None:
-    """See that somebody is there: TCPStore takes three times its timeout to say that nobody is."""
-    try:
-        socket.create_connection((host, port), deadline.left().total_seconds()).close()
-    except socket.gaierror as error:
-        raise CollectiveError(
-            f"the store at {store_addr} cannot be found: {error}. Each host must be able to "
-            f"resolve the name {host!r}"
-        ) from error
-    except TimeoutError as error:
-        raise TimeoutError(
-            f"the store at {store_addr} did not answer within "
-            f"{deadline.timeout.total_seconds():g} s"
-        ) from error
-    except OSError as error:
-        raise CollectiveError(
-            f"the store at {store_addr} cannot be reached ({error}): the process that serves it "
-            "is gone"
-        ) from error
 
 
 def meet(
@@ -168,9 +117,9 @@ def _wait_for_all(
             raise CollectiveError(f"{store_addr}: abandoned while waiting for ranks {missing}")
         if deadline.passed():
             raise TimeoutError(
-                f"rank {me.rank} ({me.replica_id}) waited {deadline.timeout.total_seconds():g} s "
-                f"at the store {store_addr} for {_ranks(missing)} of {me.world_size}, which did "
-                "not come: its process is gone or stuck, or was told of another store"
+                f"rank {me.rank} ({me.replica_id}) waited {deadline} at the store {store_addr} for "
+                f"{_ranks(missing)} of {me.world_size}, which did not come: its process is gone "
+                "or stuck, or was told of another store"
             )
         time.sleep(pause)
         pause = min(2 * pause, longest)

@@ -21,8 +21,10 @@ from torch.distributed.distributed_c10d import (
     ReduceScatterOptions,
 )
 
+from torchft.process_group.attempt import Attempt, Deadline
 from torchft.process_group.base import AnyAllreduceOptions, ProcessGroup
 from torchft.process_group.generation import Generation
+from torchft.process_group.rendezvous import Seat
 
 __all__ = ["ProcessGroupWrapper"]
 
@@ -41,7 +43,7 @@ class ProcessGroupWrapper(ProcessGroup):
         self._pg = pg
         self._generation: Generation | None = None
         self._sent_before = 0
-        self._stop = threading.Event()  # of the configure that runs now, or ran last
+        self._attempt: Attempt[Generation] | None = None  # the configure that runs now
         self._swapping = threading.Lock()
 
     # ------------------------------------------------------------------ members
@@ -75,18 +77,28 @@ class ProcessGroupWrapper(ProcessGroup):
             self._pg.configure(store_addr, replica_id, rank, world_size)
             return
         self._swap(None)
-        self._stop = stop = threading.Event()
-        generation = self._make(store_addr, replica_id, rank, world_size, stop)
+        deadline = Deadline.after(self._timeout)
+        attempt = self._attempt = Attempt(
+            lambda attempt: self._make(
+                attempt, deadline, store_addr, Seat(rank, world_size, replica_id)
+            ),
+            discard=lambda late: late.retire("it stood after its deadline"),
+        )
+        try:
+            generation = attempt.wait(deadline)
+        finally:
+            self._attempt = None
         self._swap(generation)
-        if stop.is_set():
-            generation.retire("aborted while it was being made")
+        if attempt.stopped.is_set():  # in the moment in which it stood
+            generation.retire("aborted")
 
     def abort(self, errored: bool = True) -> None:
         """Abandon what is pending; with `errored`, `errored()` says so until the next configure."""
         if self._pg is not None:
             self._pg.abort()
             return
-        self._stop.set()
+        if (attempt := self._attempt) is not None:
+            attempt.stop()
         generation = self._generation
         if generation is not None:
             generation.retire("aborted")
@@ -124,9 +136,9 @@ class ProcessGroupWrapper(ProcessGroup):
         return self._pg.getBackendName() if self._pg is not None else super().getBackendName()
 
     def _make(
-        self, store_addr: str, replica_id: str, rank: int, world_size: int, stop: threading.Event
+        self, attempt: Attempt[Generation], deadline: Deadline, store_addr: str, seat: Seat
     ) -> Generation:
-        """A new generation. Gives up with CollectiveError once `stop` is set."""
+        """A new generation, made on the attempt's thread."""
         raise self._lacks("configure")
 
     def _swap(self, generation: Generation | None) -> None:

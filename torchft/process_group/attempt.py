@@ -1,0 +1,109 @@
+"""Something that may hang inside torch, done on a thread of its own so that the caller never does.
+
+A TCPStore whose process was stopped, or whose host went off the net, answers no operation and keeps
+none of its timeouts; gloo tries a dead peer for five times its own. The caller waits for the
+deadline or until it is stopped, and then leaves the thread behind: it ends with the connection that
+it hangs in, and what it still brings is discarded.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Generic, TypeVar
+
+from torchft.errors import CollectiveError
+
+__all__ = ["Attempt", "Deadline"]
+
+T = TypeVar("T")
+
+_GRACE_S = 0.25
+"""So long beyond the deadline, or a stop, may the thread itself say what was missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """A moment by which something must have happened."""
+
+    timeout: timedelta
+    at: float
+    """Seconds of `time.monotonic()`."""
+
+    @staticmethod
+    def after(timeout: timedelta) -> Deadline:
+        """`timeout` from now."""
+        return Deadline(timeout, time.monotonic() + timeout.total_seconds())
+
+    def left(self) -> timedelta:
+        """Never negative, and never zero, which some of torch's calls take for "no deadline"."""
+        return timedelta(seconds=max(0.001, self.at - time.monotonic()))
+
+    def passed(self) -> bool:
+        """Whether it is too late."""
+        return time.monotonic() >= self.at
+
+    def __str__(self) -> str:
+        return f"{self.timeout.total_seconds():g} s"
+
+
+class Attempt(Generic[T]):
+    """`do(attempt)`, begun at once. It should set `stage` as it goes on, and look at `stopped`."""
+
+    def __init__(
+        self, do: Callable[[Attempt[T]], T], *, discard: Callable[[T], None] | None = None
+    ) -> None:
+        self.stage = "to begin"
+        """What is waited for, for the error: "the store at …"."""
+        self.stopped = threading.Event()
+        self._woken = threading.Event()  # it has ended, or it is stopped
+        self._changing = threading.Lock()
+        self._outcome: list[T] | BaseException | None = None
+        self._left = False
+        self._discard = discard
+        thread = threading.Thread(target=self._run, args=(do,), name="torchft-attempt", daemon=True)
+        thread.start()
+
+    def stop(self) -> None:
+        """Give up, whatever it waits for."""
+        self.stopped.set()
+        self._woken.set()
+
+    def wait(self, deadline: Deadline) -> T:
+        """What `do` returns or raises; TimeoutError when late, CollectiveError when stopped."""
+        try:
+            woken = self._woken.wait(deadline.left().total_seconds() + _GRACE_S)
+            if woken and self._outcome is None:  # stopped, not ended
+                self._let_it_say_why()
+        finally:
+            with self._changing:
+                outcome, self._left = self._outcome, True
+        if isinstance(outcome, BaseException):
+            raise outcome
+        if outcome is None and self.stopped.is_set():
+            raise CollectiveError(f"abandoned while waiting for {self.stage}")
+        if outcome is None:
+            raise TimeoutError(f"waited {deadline} for {self.stage}")
+        return outcome[0]
+
+    def _let_it_say_why(self) -> None:
+        self._woken.clear()
+        if self._outcome is None:
+            self._woken.wait(_GRACE_S)
+
+    def _run(self, do: Callable[[Attempt[T]], T]) -> None:
+        outcome: list[T] | BaseException
+        try:
+            outcome = [do(self)]
+        except BaseException as error:
+            outcome = error
+        with self._changing:
+            late = self._left
+            if not late:
+                self._outcome = outcome
+        self._woken.set()
+        if late and isinstance(outcome, list) and self._discard is not None:
+            self._discard(outcome[0])
