@@ -63,6 +63,8 @@ class QuorumResult:
     replica_ids: list[str]
     recovering_replica_ranks: list[int]
     fresh_replica_ranks: list[int]
+    settling_replica_ranks: list[int]
+    world_sizes: list[int]
 
     def __init__(self) -> None: ...
 
@@ -128,6 +130,7 @@ class ManagerClient:
         init_sync: bool,
         commit_failures: int,
         timeout: timedelta,
+        settling: bool = False,
     ) -> QuorumResult: ...
     def _checkpoint_metadata(self, rank: int, timeout: timedelta) -> str: ...
     def should_commit(

@@ -18,7 +18,7 @@ from torch.distributed import Store
 
 from torchft.errors import CollectiveError, MismatchError
 
-__all__ = ["Description", "compare", "describe", "exchange"]
+__all__ = ["Description", "compare", "describe", "exchange", "same_world_sizes"]
 
 Description = dict[str, object]
 """What is compared, in the order in which differences are named. Values that JSON can hold."""
@@ -46,6 +46,27 @@ def compare(mine: Mapping[str, object], theirs: Mapping[str, object]) -> str | N
 
 def _said(value: object) -> str:
     return "absent" if value is None else str(value)
+
+
+def same_world_sizes(
+    sizes: Sequence[int], members: Sequence[str], rank: int, reference: int
+) -> None:
+    """Compare the ranks in each group, by replica rank, before any of them meets another.
+
+    Raises as `exchange` does.
+    """
+    right = sizes[reference]
+    if sizes[rank] != right:
+        raise MismatchError(
+            f"{members[rank]} has {sizes[rank]} ranks and {members[reference]} has {right}: start "
+            "every group with the same --nproc_per_node and --nnodes"
+        )
+    odd = [name for name, size in zip(members, sizes, strict=True) if size != right]
+    if odd:
+        raise CollectiveError(
+            f"{', '.join(odd)} has not {right} ranks like {members[reference]}: nothing is "
+            "averaged with it"
+        )
 
 
 def exchange(

@@ -14,7 +14,7 @@ from typing import Any
 from torchft import healing
 from torchft.checkpointing import CheckpointTransport
 from torchft.errors import CollectiveError, HealError, StepError, TorchftError
-from torchft.fingerprint import Description, exchange
+from torchft.fingerprint import Description, exchange, same_world_sizes
 from torchft.ledger import Bucket, Ledger
 from torchft.peers import Place
 from torchft.process_group import ProcessGroup, create_store_client
@@ -37,6 +37,7 @@ class Request:
     commit_failures: int
     allow_heal: bool
     shrink_only: bool
+    settling: bool
     timeout: timedelta
 
 
@@ -83,7 +84,6 @@ class Former:
             with self._ledger.spending(Bucket.HEAL):
                 self._exchange_state(transaction, plan)
         except StepError as error:
-            self._log.error(request.step, error)
             transaction.report(error)
         except BaseException as error:
             transaction.failure = error
@@ -112,14 +112,17 @@ class Former:
             init_sync=request.fresh,
             commit_failures=request.commit_failures,
             timeout=request.timeout,
+            settling=request.settling,
         )
-        return plan_step(
+        plan = plan_step(
             quorum,
             self._options,
             place=request.place,
             configured=self._configured,
             allow_heal=request.allow_heal,
         )
+        same_world_sizes(quorum.world_sizes, plan.members, plan.replica_rank, plan.reference)
+        return plan
 
     def _configure(self, plan: Plan) -> None:
         """Make the process group of this quorum.
@@ -152,7 +155,6 @@ class Former:
     def _fingerprint(self) -> Description:
         options = self._options
         return {
-            "group world size": self._group.world_size,
             "use_async_quorum": not options.sync,
             "world_size_mode": options.mode.name,
             "min_replica_size": options.min_replica_size,
@@ -174,6 +176,5 @@ class Former:
                 timeout=self._options.timeout,
             )
         except HealError as error:
-            self._log.error(plan.step, error)
             # A group that is not counted goes on with its zeros: the others commit without it.
             transaction.report(error, at_home=not plan.participates)

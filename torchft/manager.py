@@ -19,6 +19,7 @@ What holds:
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import ThreadPoolExecutor
@@ -27,12 +28,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch.distributed import ReduceOp, Work
-from torch.distributed.distributed_c10d import AllgatherOptions
 from torch.futures import Future
 
 from torchft import settings
-from torchft.average import Average, Done
 from torchft.checkpointing import CheckpointTransport, HTTPTransport
+from torchft.communicate import Communicator
 from torchft.coordination import watch_parent
 from torchft.errors import DiscardedTooOften, HealError, SettingsError
 from torchft.fingerprint import describe
@@ -168,6 +168,7 @@ class Manager:
             log=self._log,
             collect_state=lambda: self._state.collect(self.state_dict),
         )
+        self._communicator = Communicator(pg)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="torchft_quorum")
         self._forming: ThreadFuture[None] | None = None
         self._transaction: Transaction | None = None
@@ -175,6 +176,7 @@ class Manager:
         self._step = 0
         self._batches_committed = 0
         self._commit_failures = 0
+        self._settled = False
         # Names that scripts written for existing versions read.
         self._use_async_quorum = use_async_quorum
         self._replica_world_size_mode = world_size_mode
@@ -242,20 +244,26 @@ class Manager:
         Raises:
             TimeoutError, QuorumError: no quorum, now or (async mode) in the step before.
         """
+        self._begin(
+            Request(
+                place=place,
+                step=self._step,
+                fresh=self._fresh,
+                commit_failures=self._commit_failures,
+                allow_heal=allow_heal,
+                shrink_only=shrink_only,
+                settling=False,
+                timeout=timeout or self._options.quorum_timeout,
+            )
+        )
+
+    def _begin(self, request: Request) -> None:
         if self._forming is not None:
             self._forming.result()
         self._phase = follow(self._phase, Phase.OPEN)
-        self._transaction = transaction = Transaction(self.ledger, self._abandon)
-        request = Request(
-            place=place,
-            step=self._step,
-            fresh=self._fresh,
-            commit_failures=self._commit_failures,
-            allow_heal=allow_heal,
-            shrink_only=shrink_only,
-            timeout=timeout or self._options.quorum_timeout,
-        )
-        if self._options.sync or place is Place.AFTER or self._fresh:
+        self._settled = False
+        self._transaction = transaction = Transaction(self.ledger, self._failed)
+        if self._options.sync or request.place is Place.AFTER or self._fresh:
             self._former.form(transaction, request)
             self.wait_quorum()
             self._load_staged(transaction)
@@ -278,7 +286,6 @@ class Manager:
             try:
                 self._state.load(staged["user"])
             except HealError as error:
-                self._log.error(before, error)
                 transaction.report(error, at_home=not plan.participates)
                 return
             self.load_state_dict(staged["torchft"])
@@ -303,48 +310,18 @@ class Manager:
         """
         if should_quantize:
             raise SettingsError("should_quantize=True is not available yet: pass False")
-        average = reduce_op == ReduceOp.AVG
-        if average and not (tensor.is_floating_point() or tensor.is_complex()):
-            raise ValueError(f"AVG needs a floating-point tensor, not {tensor.dtype}: use SUM")
-        transaction = self._begun("allreduce")
-        plan = transaction.wait_formed()
-        if transaction.broken:
-            return Done(tensor)
-        if not plan.participates:
-            tensor.zero_()
-        try:
-            work = self._pg.allreduce([tensor], ReduceOp.SUM if average else reduce_op)
-        except Exception as error:
-            self.report_error(error)
-            return Done(tensor)
-        managed = Average(transaction, work, tensor, len(plan.counted) if average else 1)
-        transaction.averages.append(managed)
-        return managed
+        return self._communicator.reduce(self._begun("allreduce"), tensor, reduce_op)
 
     def allgather(self, tensor: torch.Tensor) -> tuple[Work, list[torch.Tensor]]:
         """Gather `tensor` from the counted groups: the work, and their tensors in counted order.
 
         After an error of this step, what is gathered is this group's own tensor.
         """
-        transaction = self._begun("allgather")
-        plan = transaction.wait_formed()
-        rows = [torch.empty_like(tensor) for _ in plan.members]
-        if not transaction.broken:
-            try:
-                work = self._pg.allgather([rows], [tensor], AllgatherOptions())
-            except Exception as error:
-                self.report_error(error)
-            else:
-                gathered = Average(transaction, work, tensor, divisor=1)
-                transaction.averages.append(gathered)
-                return gathered, [rows[rank] for rank in plan.counted]
-        return Done(tensor), [tensor] * len(plan.counted)
+        return self._communicator.gather(self._begun("allgather"), tensor)
 
     def report_error(self, e: Exception) -> None:
         """Discard the step that runs now, because of `e`."""
-        transaction = self._begun("report_error")
-        self._log.error(self._step, e)
-        transaction.report(e)
+        self._begun("report_error").report(e)
 
     def errored(self) -> ExceptionWithTraceback | None:
         """The error of the step that runs now."""
@@ -369,9 +346,12 @@ class Manager:
         assert self._transaction is not None, f"call start_quorum before {what}"
         return self._transaction
 
-    def _abandon(self, transaction: Transaction) -> None:
-        """An error: free the peers that wait for us in this step's process group."""
-        if transaction is self._transaction:
+    def _failed(self, transaction: Transaction) -> None:
+        """An error of the step that runs: free the peers that wait for us in it."""
+        if transaction is not self._transaction or transaction.error is None:
+            return
+        self._log.error(self._step, transaction.error.original_exception)
+        if transaction.broken:
             self._former.abandon()
 
     # ------------------------------------------------------------------ vote
@@ -389,7 +369,10 @@ class Manager:
         timeout = timeout or self._options.timeout
         try:
             plan = transaction.wait_formed()
-            self._finish_averages(transaction, plan, timeout)
+            if plan.settling:
+                self._settled = self._close_without_step(transaction, plan, timeout)
+                return False
+            self._communicator.finish(transaction, plan, timeout)
             self._load_staged(transaction)
             why = objection(
                 failed=transaction.failed,
@@ -422,30 +405,53 @@ class Manager:
         transaction = self._begun("close_opening")
         try:
             plan = transaction.wait_formed()
-            self._finish_averages(transaction, plan, self._options.timeout)
-            why = Why.ERROR if transaction.failed else None
-            healed = self._vote(plan, why is None, self._options.timeout)
+            return self._close_without_step(transaction, plan, self._options.timeout)
         finally:
             self._phase = follow(self._phase, Phase.IDLE)
+
+    def settle(self, timeout: timedelta | None = None) -> bool:
+        """End a run: meet the others once more, so that whoever missed the last step heals.
+
+        Call it after the last step, in every group. A group that still trains then heals in its
+        next step, which is discarded. `timeout` is that of a quorum. False when the others did not
+        come, which is logged: then this group may be the only one at its step.
+        """
+        until = time.monotonic() + (timeout or self._options.quorum_timeout).total_seconds()
+        while not self._settled and time.monotonic() < until:
+            left = timedelta(seconds=until - time.monotonic())
+            with self.ledger.spending(Bucket.SETTLE):
+                try:
+                    self._settled = self._settle_once(left)
+                except TimeoutError as error:
+                    self._log.say(logging.WARNING, self._step, "not settled: %s", error)
+        return self._settled
+
+    def _settle_once(self, timeout: timedelta) -> bool:
+        request = Request(
+            place=Place.AFTER,
+            step=self._step,
+            fresh=self._fresh,
+            commit_failures=self._commit_failures,
+            allow_heal=True,
+            shrink_only=False,
+            settling=True,
+            timeout=timeout,
+        )
+        self._begin(request)
+        return self.close_opening()
+
+    def _close_without_step(self, transaction: Transaction, plan: Plan, timeout: timedelta) -> bool:
+        """All members meet, who is behind heals, no step is counted. Whether that went well."""
+        self._communicator.finish(transaction, plan, timeout)
+        self._load_staged(transaction)
+        why = Why.ERROR if transaction.failed else None
+        healed = self._vote(plan, why is None, timeout)
         if healed:
             self._fresh, self._commit_failures = False, 0
         else:
             self._commit_failures += 1
-            self._say_closed(transaction, plan, healed, why)
+            self._say_closed(transaction, plan, False, why)
         return healed
-
-    def _finish_averages(self, transaction: Transaction, plan: Plan, timeout: timedelta) -> None:
-        if plan.anyone_heals and not transaction.averages:
-            # Nothing was averaged, so nothing has shown that who heals has got its state.
-            self.allreduce(torch.zeros(1))
-        with self.ledger.spending(Bucket.COMMUNICATE):
-            for average in transaction.averages:
-                average.wait(timeout)
-            if torch.cuda.is_available() and torch.cuda.is_initialized():
-                torch.cuda.current_stream().synchronize()
-        error = self._pg.errored()
-        if error is not None and not transaction.failed:
-            self.report_error(error)
 
     def _vote(self, plan: Plan, yes: bool, timeout: timedelta) -> bool:
         with self.ledger.spending(Bucket.VOTE):

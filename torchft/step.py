@@ -116,6 +116,7 @@ class QuorumLike(Protocol):
     recover_dst_replica_ranks: list[int]
     recovering_replica_ranks: list[int]
     fresh_replica_ranks: list[int]
+    settling_replica_ranks: list[int]
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,8 @@ class Plan:
     """Some member heals: donors must not close the step before it has what it needs."""
     opening: bool
     """All members are new: nobody has anything to contribute yet."""
+    settling: bool
+    """A member ends its run: in this round who is behind heals, and nothing is averaged."""
     reference: int
     """The replica rank whose model the others must match."""
 
@@ -211,6 +214,7 @@ def plan_step(
         serves=tuple(quorum.recover_dst_replica_ranks) if allow_heal else (),
         anyone_heals=bool(recovering) and allow_heal,
         opening=len(fresh) == len(ranks),
+        settling=bool(quorum.settling_replica_ranks),
         reference=_reference(ranks, recovering, fresh),
     )
 
@@ -235,6 +239,7 @@ class Why(enum.Enum):
     ERROR = "error"
     TOO_FEW = "too few groups are counted"
     ANOTHER_RANK = "another rank of this group voted no"
+    SETTLING = "another group has ended its run: only who is behind heals"
 
 
 def objection(*, failed: bool, counted: int, min_replica_size: int) -> Why | None:

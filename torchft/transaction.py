@@ -81,9 +81,8 @@ class Transaction:
         """The step failed. `at_home`: the others can commit it without this group, which goes on
         to take part in their collectives."""
         self.error = ExceptionWithTraceback(error)
-        if not at_home:
-            self.broken = True
-            self._on_error(self)
+        self.broken = self.broken or not at_home
+        self._on_error(self)
 
     @property
     def failed(self) -> bool:

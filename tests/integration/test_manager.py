@@ -435,3 +435,31 @@ def test_every_step_leaves_a_record(tmp_path: Path, monkeypatch: Any) -> None:
     for record in records:
         assert sum(record.seconds.values()) > 0
         assert record.step > 0 or record.seconds["quorum"] > 0
+
+
+def test_a_group_that_missed_the_last_step_heals_when_the_others_settle(tmp_path: Path) -> None:
+    def finishes(group: Group) -> Any:
+        manager = group.manager()
+        all_are_in(manager, 2)
+        group.w.fill_(7.0)
+        # The other one was left behind: as if the last collective had failed for it alone.
+        manager.load_state_dict({"step": 99, "batches_committed": 99})
+        return manager.settle(), manager.current_step(), group.w[0].item()
+
+    def is_behind(group: Group) -> Any:
+        manager = group.manager(use_async_quorum=True)
+        all_are_in(manager, 2)
+        committed, mean = step(manager, 5.0)
+        assert (committed, mean) == (False, 5.0)  # nothing is averaged any more
+        return manager.settle(), manager.current_step(), group.w[0].item()
+
+    one, two = World(tmp_path).run(finishes, is_behind)
+    assert one == two == (True, 99, 7.0)
+
+
+def test_settling_alone_says_that_nobody_came(tmp_path: Path) -> None:
+    def story(group: Group) -> bool:
+        manager = group.manager()
+        return manager.settle(timeout=timedelta(seconds=1))
+
+    assert World(tmp_path, min_replicas=2).run(story) == [False]

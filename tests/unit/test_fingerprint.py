@@ -6,11 +6,12 @@ import threading
 from collections.abc import Callable
 from datetime import timedelta
 
+import pytest
 import torch
 from torch.distributed import HashStore
 
 from torchft.errors import CollectiveError, MismatchError
-from torchft.fingerprint import Description, compare, describe, exchange
+from torchft.fingerprint import Description, compare, describe, exchange, same_world_sizes
 
 MEMBERS = ("group_0", "group_1", "group_2")
 
@@ -76,3 +77,11 @@ def test_a_missing_parameter_is_said_to_be_absent() -> None:
 
 def test_describe_gives_shape_and_dtype() -> None:
     assert describe([("w", torch.zeros(2, 3, dtype=torch.bfloat16))]) == {"w": "[2, 3] bfloat16"}
+
+
+def test_groups_of_different_sizes_are_told_before_they_meet() -> None:
+    same_world_sizes([2, 2, 2], MEMBERS, rank=1, reference=0)
+    with pytest.raises(MismatchError, match="group_1 has 1 ranks and group_0 has 2"):
+        same_world_sizes([2, 1, 2], MEMBERS, rank=1, reference=0)
+    with pytest.raises(CollectiveError, match="group_1"):
+        same_world_sizes([2, 1, 2], MEMBERS, rank=2, reference=0)

@@ -23,6 +23,7 @@ class Quorum:
     replica_world_size: int = 3
     recovering_replica_ranks: list[int] = field(default_factory=list)
     fresh_replica_ranks: list[int] = field(default_factory=list)
+    settling_replica_ranks: list[int] = field(default_factory=list)
     recover_dst_replica_ranks: list[int] = field(default_factory=list)
     recover_src_replica_rank: int | None = None
     recover_src_manager_address: str = ""

@@ -146,6 +146,7 @@ impl LighthouseClient {
             data: json::write(py, data)?,
             commit_failures: 0,
             init_sync: None,
+            settling: false,
         };
         let quorum = runtime::wait(py, client.quorum(requester, 0, timeout))?;
         let quorum = quorum.map_err(|error| errors::raise(py, &error))?;

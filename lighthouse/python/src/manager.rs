@@ -130,11 +130,13 @@ impl ManagerClient {
     ///     init_sync: this process has not been in a quorum yet and wants the primary's state.
     ///     commit_failures: steps it discarded in a row; above 0 asks for new process groups.
     ///     timeout: how long to wait.
+    ///     settling: this group ends its run, and asks only for those that are behind.
     ///
     /// Raises:
     ///     TimeoutError: no quorum in time; says which rank or replica was waited for.
     ///     StateLostError: those who held the state that this group was to heal to are gone.
     ///     QuorumError: refused for another reason, such as a rank of the group that left.
+    #[pyo3(signature = (group_rank, step, checkpoint_metadata, shrink_only, init_sync, commit_failures, timeout, settling=false))]
     #[allow(clippy::too_many_arguments)] // the signature that existing callers know
     fn _quorum(
         &self,
@@ -146,6 +148,7 @@ impl ManagerClient {
         init_sync: bool,
         commit_failures: i64,
         timeout: Duration,
+        settling: bool,
     ) -> PyResult<QuorumResult> {
         let message = wire::ManagerQuorumRequest {
             group_rank,
@@ -154,6 +157,7 @@ impl ManagerClient {
             shrink_only,
             init_sync,
             commit_failures,
+            settling,
         };
         let told = runtime::wait(py, self.0.get()?.quorum(message, timeout))?;
         let told = told.map_err(|error| errors::raise(py, &error))?;

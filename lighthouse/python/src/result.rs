@@ -31,6 +31,8 @@ pub struct QuorumResult {
     recovering_replica_ranks: Vec<i64>,
     /// Those that asked with `init_sync`.
     fresh_replica_ranks: Vec<i64>,
+    settling_replica_ranks: Vec<i64>,
+    world_sizes: Vec<u64>,
 }
 
 #[pymethods]
@@ -53,6 +55,8 @@ impl QuorumResult {
             replica_ids: Vec::new(),
             recovering_replica_ranks: Vec::new(),
             fresh_replica_ranks: Vec::new(),
+            settling_replica_ranks: Vec::new(),
+            world_sizes: Vec::new(),
         }
     }
 
@@ -89,6 +93,8 @@ impl From<wire::ManagerQuorumResponse> for QuorumResult {
             replica_ids: told.replica_ids,
             recovering_replica_ranks: told.recovering_replica_ranks,
             fresh_replica_ranks: told.fresh_replica_ranks,
+            settling_replica_ranks: told.settling_replica_ranks,
+            world_sizes: told.world_sizes,
         }
     }
 }

@@ -43,6 +43,10 @@ pub struct Assignment {
     pub recovering_replica_ranks: Vec<i64>,
     /// Replica ranks that asked with `init_sync`.
     pub fresh_replica_ranks: Vec<i64>,
+    /// Replica ranks that end their run.
+    pub settling_replica_ranks: Vec<i64>,
+    /// Ranks in each group, in rank order.
+    pub world_sizes: Vec<u64>,
     /// The most discarded steps in a row of any member.
     pub commit_failures: i64,
 }
@@ -87,6 +91,7 @@ pub fn assign(
     let pairs = pairs.map(|pair| (*pair.1, donor(pair)));
     let source = pairs.clone().find(|(to, _)| *to == own);
     let fresh = indices(quorum, |_, m| m.is_fresh());
+    let settling = indices(quorum, |_, m| m.settling);
     let failures = quorum.members.iter().map(|m| m.commit_failures);
     let first = *around(&roles.ahead, group_rank);
     Ok(Assignment {
@@ -105,6 +110,8 @@ pub fn assign(
         recover_dst_replica_ranks: ranks(pairs.filter(|(_, from)| *from == own).map(|(to, _)| to)),
         recovering_replica_ranks: ranks(roles.healing.iter().copied()),
         fresh_replica_ranks: ranks(fresh.into_iter()),
+        settling_replica_ranks: ranks(settling.into_iter()),
+        world_sizes: quorum.members.iter().map(|m| m.world_size).collect(),
         commit_failures: failures.max().unwrap_or(0),
     })
 }

@@ -54,6 +54,8 @@ pub struct RankAsk {
     pub shrink_only: bool,
     /// Has not been in a quorum yet and wants the initial synchronisation.
     pub init_sync: bool,
+    /// Ends its run.
+    pub settling: bool,
     /// Steps it discarded in a row.
     pub commit_failures: i64,
     /// When it will no longer wait.
@@ -326,6 +328,7 @@ impl Gather {
             data: String::new(),
             commit_failures: asks().map(|ask| ask.commit_failures).max().unwrap_or(0),
             init_sync: Some(asks().any(|ask| ask.init_sync)),
+            settling: asks().any(|ask| ask.settling),
         }
     }
 

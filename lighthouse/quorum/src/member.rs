@@ -79,6 +79,8 @@ pub struct Member {
     /// `Some(true)`: this process has not been in a quorum yet and wants the initial
     /// synchronisation. `None`: a manager that does not say.
     pub init_sync: Option<bool>,
+    /// It ends its run, and is in this quorum only for those that are behind.
+    pub settling: bool,
 }
 
 impl Member {
@@ -94,6 +96,7 @@ impl Member {
             data: String::new(),
             commit_failures: 0,
             init_sync: None,
+            settling: false,
         }
     }
 

@@ -146,6 +146,7 @@ impl Schedule {
             checkpoint_metadata: String::new(),
             shrink_only: false,
             init_sync: false,
+            settling: false,
             commit_failures: 0,
             deadline: self.now + Duration::from_millis(patience_ms),
         };

@@ -26,6 +26,7 @@ pub fn member(message: wire::QuorumMember) -> Member {
         data: message.data,
         commit_failures: message.commit_failures,
         init_sync: message.init_sync,
+        settling: message.settling,
     }
 }
 
@@ -42,6 +43,7 @@ pub fn member_message(member: &Member) -> wire::QuorumMember {
         data: member.data.clone(),
         commit_failures: member.commit_failures,
         init_sync: member.init_sync,
+        settling: member.settling,
     }
 }
 
@@ -77,6 +79,7 @@ pub fn rank_ask(message: wire::ManagerQuorumRequest, deadline: Duration) -> Rank
         checkpoint_metadata: message.checkpoint_metadata,
         shrink_only: message.shrink_only,
         init_sync: message.init_sync,
+        settling: message.settling,
         commit_failures: message.commit_failures,
         deadline,
     }
@@ -106,5 +109,7 @@ pub fn assignment_message(told: Assignment) -> wire::ManagerQuorumResponse {
         replica_ids: replica_ids.collect(),
         recovering_replica_ranks: told.recovering_replica_ranks,
         fresh_replica_ranks: told.fresh_replica_ranks,
+        settling_replica_ranks: told.settling_replica_ranks,
+        world_sizes: told.world_sizes,
     }
 }

@@ -73,6 +73,7 @@ impl GroupWorld {
             checkpoint_metadata: command.text("metadata").unwrap_or_default().into(),
             shrink_only: command.says("shrink_only"),
             init_sync: command.says("init_sync"),
+            settling: false,
             commit_failures: command.number("failures").unwrap_or(0),
             deadline: self.now + command.ms("timeout_ms").unwrap_or(Duration::from_secs(60)),
         };

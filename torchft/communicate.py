@@ -1,0 +1,91 @@
+"""What a step sends to the other groups, and how each of it belongs to the step.
+
+A group that is not counted takes part with zeros, so that every member runs the same collectives.
+After an error nothing more is sent. The vote finishes whatever is still under way.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+from torch.distributed import ReduceOp, Work
+from torch.distributed.distributed_c10d import AllgatherOptions
+
+from torchft.average import Average, Done
+from torchft.ledger import Bucket
+from torchft.process_group import ProcessGroup
+from torchft.step import Plan
+from torchft.transaction import Transaction
+
+__all__ = ["Communicator"]
+
+
+class Communicator:
+    """The managed operations of one process group."""
+
+    def __init__(self, pg: ProcessGroup) -> None:
+        self._pg = pg
+
+    def reduce(
+        self, transaction: Transaction, tensor: torch.Tensor, reduce_op: ReduceOp.RedOpType
+    ) -> Work:
+        """Reduce over the counted groups, in place. AVG is a sum and a division."""
+        average = reduce_op == ReduceOp.AVG
+        if average and not (tensor.is_floating_point() or tensor.is_complex()):
+            raise ValueError(f"AVG needs a floating-point tensor, not {tensor.dtype}: use SUM")
+        plan = transaction.wait_formed()
+        if transaction.broken or plan.settling:
+            return Done(tensor)
+        if not plan.participates:
+            tensor.zero_()
+        if average:
+            return self._sum(transaction, tensor, ReduceOp.SUM, len(plan.counted))
+        return self._sum(transaction, tensor, reduce_op, 1)
+
+    def gather(
+        self, transaction: Transaction, tensor: torch.Tensor
+    ) -> tuple[Work, list[torch.Tensor]]:
+        """The counted groups' tensors, in counted order."""
+        plan = transaction.wait_formed()
+        if not (transaction.broken or plan.settling):
+            rows = [torch.empty_like(tensor) for _ in plan.members]
+            try:
+                work = self._pg.allgather([rows], [tensor], AllgatherOptions())
+            except Exception as error:
+                transaction.report(error)
+            else:
+                gathered = Average(transaction, work, tensor, divisor=1)
+                transaction.averages.append(gathered)
+                return gathered, [rows[rank] for rank in plan.counted]
+        return Done(tensor), [tensor] * len(plan.counted)
+
+    def finish(self, transaction: Transaction, plan: Plan, timeout: timedelta) -> None:
+        """Wait for all that is under way; a failure is the step's error."""
+        if plan.anyone_heals and not transaction.averages and not transaction.broken:
+            # Nothing was averaged, so nothing has shown that who heals has got its state.
+            self._sum(transaction, torch.zeros(1), ReduceOp.SUM, 1)
+        with transaction.ledger.spending(Bucket.COMMUNICATE):
+            for average in transaction.averages:
+                average.wait(timeout)
+            if torch.cuda.is_available() and torch.cuda.is_initialized():
+                torch.cuda.current_stream().synchronize()
+        error = self._pg.errored()
+        if error is not None and not transaction.failed:
+            transaction.report(error)
+
+    def _sum(
+        self,
+        transaction: Transaction,
+        tensor: torch.Tensor,
+        reduce_op: ReduceOp.RedOpType,
+        divisor: int,
+    ) -> Work:
+        try:
+            work = self._pg.allreduce([tensor], reduce_op)
+        except Exception as error:
+            transaction.report(error)
+            return Done(tensor)
+        managed = Average(transaction, work, tensor, divisor)
+        transaction.averages.append(managed)
+        return managed
