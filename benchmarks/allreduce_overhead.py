@@ -1,0 +1,192 @@
+"""What `manager.allreduce` adds to the all-reduce under it.
+
+Two groups of one rank, and in the same two processes torch's own gloo group. The two take turns on
+tensors of the same size, each after a barrier, so that both see the same machine. The floor is
+torch's all-reduce; the manager's also divides, which for large tensors is a pass over memory that
+any average needs, so there the floor divides too.
+
+Small tensors are compared by their minimum, which is the work itself; large ones by their median.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+from harness.cli import Findings, option, run
+from harness.figures import Figure, Floor
+from harness.group import manager_of
+from harness.lighthouse import lighthouse
+from harness.spread import Spread, timed
+from harness.workers import Worker, results
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from torchft import Manager
+
+GROUPS = 2
+WARM_UP = 3
+LARGE = 16 << 20
+"""Bytes from which the floor divides and medians are compared."""
+IN_FLIGHT_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Options:
+    """How much data, in what pieces."""
+
+    sizes: tuple[int, ...] = option((4096, 1 << 20, 64 << 20), "bytes of one tensor, of float32")
+    total_mib: int = option(640, "data of each size: limits how often, to at most 300 times")
+    in_flight: int = option(100, f"tensors of {IN_FLIGHT_BYTES} bytes under way together")
+    timeout_s: float = option(180.0, "when a run counts as stuck")
+
+
+def measure(options: Options) -> Findings:
+    """What the first of the two groups saw."""
+    with ExitStack() as stack:
+        address = stack.enter_context(lighthouse(min_replicas=GROUPS)).address
+        # They meet at the first one's store.
+        workers = [stack.enter_context(Worker(_worker, group=0, address=address, options=options))]
+        (port,) = workers[0].events(options.timeout_s)
+        for group in range(1, GROUPS):
+            other = Worker(_worker, group=group, address=address, options=options, port=port)
+            workers.append(stack.enter_context(other))
+        sizes, in_flight = results(workers, timeout_s=options.timeout_s)[0]
+    figures = [_figure(size) for size in sizes] + [_in_flight_figure(in_flight)]
+    details = {"sizes": [asdict(size) for size in sizes], "in_flight": asdict(in_flight)}
+    return Findings(figures, details)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Microseconds of one all-reduce."""
+
+    bytes: int
+    raw_us: Spread
+    raw_and_division_us: Spread
+    manager_us: Spread
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """Microseconds of each of many that are under way together."""
+
+    tensors: int
+    raw_us: Spread
+    manager_us: Spread
+
+
+def _figure(size: Size) -> Figure:
+    key = f"allreduce.{size.bytes}"
+    if size.bytes < LARGE:
+        floor = Floor("raw gloo", size.raw_us.min)
+        name = f"all-reduce of {_size(size.bytes)}, minimum"
+        return Figure(key, name, size.manager_us.min, "µs", floor)
+    floor = Floor("raw gloo and division", size.raw_and_division_us.p50)
+    name = f"all-reduce of {_size(size.bytes)}, median"
+    return Figure(key, name, size.manager_us.p50, "µs", floor)
+
+
+def _in_flight_figure(many: InFlight) -> Figure:
+    name = f"each of {many.tensors} of {_size(IN_FLIGHT_BYTES)} in flight, median"
+    floor = Floor("raw gloo", many.raw_us.p50)
+    return Figure("allreduce.in_flight", name, many.manager_us.p50, "µs", floor)
+
+
+def _size(count: int) -> str:
+    return f"{count >> 20} MiB" if count >= 1 << 20 else f"{count >> 10} KiB"
+
+
+# ---------------------------------------------------------------------- in the workers
+
+
+def _worker(
+    line: Connection, *, group: int, address: str, options: Options, port: int | None = None
+) -> tuple[list[Size], InFlight]:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port or 0, is_master=port is None, wait_for_workers=False)
+    if port is None:
+        line.send(store.port)
+    dist.init_process_group("gloo", store=store, rank=group, world_size=GROUPS)
+    with manager_of(group, lighthouse=address, min_replicas=GROUPS, init_sync=False) as manager:
+        manager.start_quorum()
+        sizes = [_one_size(manager, size, _times(size, options)) for size in options.sizes]
+        in_flight = _in_flight(manager, options.in_flight)
+        if not manager.should_commit():
+            raise RuntimeError(f"the step was discarded: {manager.errored()}")
+        dist.barrier()
+    return sizes, in_flight
+
+
+def _times(size: int, options: Options) -> int:
+    return min(300, max(4, (options.total_mib << 20) // size))
+
+
+def _one_size(manager: Manager, size: int, times: int) -> Size:
+    import torch
+    import torch.distributed as dist
+
+    tensor = torch.empty(size // 4)
+
+    def raw() -> None:
+        dist.all_reduce(tensor)
+
+    def raw_and_division() -> None:
+        dist.all_reduce(tensor)
+        tensor.div_(GROUPS)
+
+    def managed() -> None:
+        manager.allreduce(tensor).wait()
+
+    kinds = (raw, raw_and_division, managed)
+    found = _in_turns(kinds, tensor, WARM_UP + times)
+    if not (tensor == 1).all():
+        raise RuntimeError("the average of ones is not one")
+    return Size(size, *(Spread.of(times_s[WARM_UP:], scale=1e6) for times_s in found))
+
+
+def _in_turns(kinds: Sequence[Callable[[], None]], tensor: Tensor, times: int) -> list[list[float]]:
+    """Seconds of each kind, `times` times, all on `tensor` of ones."""
+    import torch.distributed as dist
+
+    found: list[list[float]] = [[] for _ in kinds]
+    for _ in range(times):
+        for kind, act in enumerate(kinds):
+            tensor.fill_(1)
+            dist.barrier()
+            found[kind].append(timed(act))
+    return found
+
+
+def _in_flight(manager: Manager, count: int, times: int = 10) -> InFlight:
+    import torch
+    import torch.distributed as dist
+
+    tensors = [torch.ones(IN_FLIGHT_BYTES // 4) for _ in range(count)]
+
+    def raw(tensor: Tensor) -> Any:
+        return dist.all_reduce(tensor, async_op=True)
+
+    def round_of(begin: Callable[[Tensor], Any]) -> float:
+        for tensor in tensors:
+            tensor.fill_(1)
+        dist.barrier()
+        return timed(lambda: [work.wait() for work in [begin(one) for one in tensors]])
+
+    both = [(round_of(raw), round_of(manager.allreduce)) for _ in range(WARM_UP + times)]
+    raw_s, manager_s = zip(*both[WARM_UP:], strict=True)
+    scale = 1e6 / count
+    return InFlight(count, Spread.of(raw_s, scale=scale), Spread.of(manager_s, scale=scale))
+
+
+QUICK = Options(sizes=(4096,), total_mib=1, in_flight=2)
+
+if __name__ == "__main__":
+    raise SystemExit(run("allreduce_overhead", __doc__, Options(), QUICK, measure))

@@ -1,0 +1,130 @@
+"""The benchmarks are commands: they explain themselves, refuse what they cannot do, and a tiny run
+of each finds sane figures. What the figures are worth is not for a test to say."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+sys.path.insert(0, str(FOLDER))
+
+from harness.figures import Figure, Floor, Result  # noqa: E402
+from harness.goals import GOALS, Verdict, judge  # noqa: E402
+from harness.show import as_lines, as_markdown  # noqa: E402
+from run import BENCHMARKS  # noqa: E402
+
+RESULT = Result(
+    "a_benchmark",
+    (
+        Figure("commit.step", "a step", 0.45, "ms", Floor("heartbeat", 0.18)),
+        Figure("commit.heartbeat", "a heartbeat", 0.21, "ms"),
+        Figure("nothing.known", "a count", 3, ""),
+    ),
+    {"of": [1, 2]},
+    {"cores": 2},
+)
+
+
+def ran(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(FOLDER / f"{name}.py"), *flags]
+    # Measured is the package beside the tests, whether or not it is installed.
+    environment = {**os.environ, "PYTHONPATH": str(FOLDER.parent)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
+
+
+@pytest.mark.parametrize("name", [*BENCHMARKS, "run"])
+def test_help_explains_and_measures_nothing(name: str) -> None:
+    done = ran(name, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "--quick" in done.stdout
+    assert "--json" in done.stdout
+
+
+def test_a_flag_out_of_range_is_refused() -> None:
+    done = ran("commit_latency", "--groups", "1,0")
+    assert done.returncode == 2
+    assert "--groups" in done.stderr
+
+
+def test_an_unknown_benchmark_is_refused_with_the_known_ones() -> None:
+    done = ran("run", "speed")
+    assert done.returncode == 2
+    assert "'speed' is not one of startup" in done.stderr
+
+
+LONG = {"recovery_time"}
+"""Even the least of a kill, a restart and a heal takes a while."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in BENCHMARKS],
+)
+def test_a_tiny_run_finds_sane_figures(name: str) -> None:
+    done = ran(name, "--quick", "--json")
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    result = Result.from_json(line)
+    assert result.benchmark == name
+    assert result.figures
+    for figure in result.figures:
+        assert math.isfinite(figure.value), figure
+        assert figure.value >= 0, figure
+        assert figure.floor is None or figure.floor.value > 0, figure
+
+
+def test_a_benchmark_that_fails_is_named_and_the_code_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import run
+
+    found = {"startup": None, "commit_latency": RESULT}
+    monkeypatch.setattr(run, "_run", lambda name, flags: found[name])
+    assert run.main(["startup", "commit_latency"]) == 1
+    out, err = capsys.readouterr()
+    assert "failed: startup" in err
+    assert "| a step |" in out
+
+
+def test_a_missed_goal_is_shown_and_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import run
+
+    monkeypatch.setattr(run, "_run", lambda name, flags: RESULT)
+    assert run.main(["startup"]) == 0
+    row = "| a heartbeat | 0.210 ms |  |  | ≤ 0.2 ms | missed |"
+    assert row in capsys.readouterr().out.splitlines()
+
+
+def test_a_goal_is_on_the_ratio_or_on_the_figure() -> None:
+    step, heartbeat, unknown = RESULT.figures
+    assert (judge(step), judge(heartbeat), judge(unknown)) == (
+        Verdict.MET,
+        Verdict.MISSED,
+        Verdict.NONE,
+    )
+    assert GOALS["commit.step"].met_by(step)
+
+
+def test_a_goal_on_the_ratio_is_missed_without_a_floor() -> None:
+    assert judge(Figure("commit.step", "a step", 0.1, "ms")) is Verdict.MISSED
+
+
+def test_a_result_survives_its_json() -> None:
+    line = RESULT.to_json()
+    assert Result.from_json(line) == RESULT
+    assert json.loads(line)["figures"][0]["ratio"] == pytest.approx(2.5)
+
+
+def test_tables_name_the_figure_the_floor_and_the_goal() -> None:
+    row = "| a step | 0.450 ms | 0.180 (heartbeat) | 2.50 | ≤ 3 \N{MULTIPLICATION SIGN} | met |"
+    assert row in as_markdown([RESULT]).splitlines()
+    assert as_lines(RESULT).splitlines()[0] == "a_benchmark (cores 2)"
