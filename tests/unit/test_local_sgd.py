@@ -138,6 +138,23 @@ def test_entering_gives_all_new_groups_the_first_ones_weights(
         assert_close(results[node].weights, weights, rtol=0, atol=2e-6)
 
 
+@every_door
+def test_a_group_that_did_not_ask_to_begin_equal_heals_when_its_first_round_opens(
+    door: tuple[Kind, Callable[[Group], Any]],
+) -> None:
+    kind, make = door
+    script = Script(3, joins={2: 2})
+
+    def story(node: Node) -> Group:
+        group = Group(node, seed=7 * node.joins)
+        group.manager._init_sync = False
+        return group.run(make(group))
+
+    results = World(script).run(story)
+    for node, weights in reference(kind, script, STEPS).items():
+        assert_close(results[node].weights, weights, rtol=0, atol=2e-6)
+
+
 def alone(**script: Any) -> Group:
     return Group(Node(World(Script(1, **script)), 0, 0 if script.get("opening") else 1))
 
