@@ -18,7 +18,7 @@ from torch.distributed import Store
 
 from torchft.errors import CollectiveError, MismatchError
 
-__all__ = ["Description", "compare", "describe", "exchange", "same_world_sizes"]
+__all__ = ["Description", "compare", "describe", "exchange", "same_world_sizes", "withdraw"]
 
 Description = dict[str, object]
 """What is compared, in the order in which differences are named. Values that JSON can hold."""
@@ -103,3 +103,9 @@ def exchange(
             f"{', '.join(odd)} runs another model or other settings than {members[reference]}: "
             "nothing is averaged with it"
         )
+
+
+def withdraw(store: Store, rank: int) -> None:
+    """Delete what `exchange` wrote, once all members have read it."""
+    store.delete_key(f"description/{rank}")
+    store.delete_key(f"fingerprint/{rank}")

@@ -14,7 +14,7 @@ from typing import Any
 from torchft import healing
 from torchft.checkpointing import CheckpointTransport
 from torchft.errors import CollectiveError, HealError, StepError, TorchftError
-from torchft.fingerprint import Description, exchange, same_world_sizes
+from torchft.fingerprint import Description, exchange, same_world_sizes, withdraw
 from torchft.ledger import Bucket, Ledger
 from torchft.peers import Place
 from torchft.process_group import ProcessGroup, create_store_client
@@ -134,8 +134,9 @@ class Former:
         self._configured = None
         prefix = f"{plan.store_address}/torchft/{plan.quorum_id}/{self._group.rank}"
         try:
+            store = create_store_client(prefix, timeout=self._options.connect_timeout)
             exchange(
-                create_store_client(prefix, timeout=self._options.connect_timeout),
+                store,
                 self._fingerprint(),
                 rank=plan.replica_rank,
                 members=plan.members,
@@ -144,6 +145,7 @@ class Former:
             )
             name = self._group.name or "0"
             self._pg.configure(prefix, name, plan.replica_rank, len(plan.members))
+            withdraw(store, plan.replica_rank)
         except TorchftError:
             raise
         except (RuntimeError, OSError) as error:
