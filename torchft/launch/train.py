@@ -8,6 +8,7 @@ heals from the others in the settling round after it, and what it heals includes
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -35,7 +36,7 @@ __all__ = ["main"]
 ROWS = 8
 """Windows in a batch."""
 
-NICE = 10
+NICE = 3
 """How much a training worker steps back for one that starts, on a machine with few cores."""
 
 HELD_OUT_ROWS = 64
@@ -80,9 +81,7 @@ class Trainee:
             replica_id=f"group_{options.group}",
             hostname="127.0.0.1",
         )
-        # A group that starts needs the cores more than one that trains. On Linux this is for this
-        # thread and those it starts from here on: heartbeats keep their priority.
-        os.nice(NICE)
+        step_back()
         manager.register_state_dict_fn(
             "inner_optimizer", self.optimizer.load_state_dict, self.optimizer.state_dict
         )
@@ -120,7 +119,7 @@ class Trainee:
 
     def tell(self, state: dict[str, Any]) -> None:
         """Settle, then write the last word of this rank. `state` is what all must hold alike."""
-        getattr(self.manager, "settle", bool)()
+        self.manager.settle()
         ledger = self.manager.ledger
         with ledger.spending(Bucket.SETTLE):
             value = digest(state)
@@ -140,6 +139,15 @@ class Trainee:
     def _held_out_loss(self) -> float:
         inputs, targets = self.corpus.held_out_batch(HELD_OUT_ROWS, context=self.context)
         return next_byte_loss(self.model, inputs, targets).item()
+
+
+def step_back() -> None:
+    """On a machine with few cores, a group that starts needs them more than one that trains."""
+    # On Linux for this thread and those it starts from here on: heartbeats keep their priority.
+    os.nice(NICE)
+    # Between sessions, as torchrun gives each worker, the kernel compares those, if it groups them.
+    with contextlib.suppress(OSError), open("/proc/self/autogroup", "w") as autogroup:
+        autogroup.write(str(NICE))
 
 
 def average_inside(parameters: Iterable[torch.nn.Parameter]) -> None:

@@ -1,0 +1,154 @@
+"""Fault-tolerant DDP: replica groups average their gradients in every step.
+
+Start a lighthouse, then this script in as many shells as there are groups, each with a number of
+its own. Kill one whenever you like, watch the others go on, start it again: it heals.
+
+    torchft_lighthouse --min_replicas 1 --quorum_tick_ms 100 --join_timeout_ms 10000
+
+    TORCHFT_LIGHTHOUSE=http://localhost:29510 REPLICA_GROUP_ID=0 NUM_REPLICA_GROUPS=2 \
+        torchrun --master_port=29600 --nnodes=1 --nproc_per_node=1 examples/ddp/train_ddp.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+from torchft import DistributedDataParallel, Manager, Optimizer, ProcessGroupGloo
+from torchft.digest import digest
+from torchft.launch.bytes_lm import ByteCorpus, ByteTransformer, CorpusError, Order, next_byte_loss
+
+STEPS = 1000  # then it ends
+ROWS = 8  # windows of text in a batch
+LR = 2e-3  # AdamW
+MIN_GROUPS = 1  # with fewer groups than this, steps are discarded
+TIMEOUT = timedelta(seconds=30)  # of a collective, a vote, a transfer of state
+SAY_EVERY = 20  # steps
+SEED = 0
+
+
+def main() -> None:
+    arguments = command_line()
+    require_torchrun()
+    group = int(os.environ.get("REPLICA_GROUP_ID", "0"))
+    groups = int(os.environ.get("NUM_REPLICA_GROUPS", "2"))
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    device = pick_device(group)
+    if ranks > 1:
+        distributed.init_process_group("gloo", timeout=TIMEOUT)
+
+    # What is trained, and on what: each rank of each group reads a shard of its own.
+    torch.manual_seed(SEED)
+    module = ByteTransformer().to(device)
+    adamw = torch.optim.AdamW(module.parameters(), lr=LR)
+    corpus = ByteCorpus.load(arguments.corpus)
+    context = module.shape.context
+    order = Order(windows=corpus.windows(context), shards=groups * ranks, rows=ROWS, seed=SEED)
+    shard = group % groups * ranks + rank
+
+    # What a group that joins gets from one that trains.
+    def save() -> dict[str, Any]:
+        return {"model": module.state_dict(), "optimizer": adamw.state_dict()}
+
+    def load(state: dict[str, Any]) -> None:
+        module.load_state_dict(state["model"])
+        adamw.load_state_dict(state["optimizer"])
+
+    # From here on the other groups know of this one.
+    manager = Manager(
+        pg=ProcessGroupGloo(timeout=TIMEOUT),
+        load_state_dict=load,
+        state_dict=save,
+        min_replica_size=MIN_GROUPS,
+        timeout=TIMEOUT,
+        replica_id=f"group_{group}",
+    )
+    try:
+        model = DistributedDataParallel(manager, module)
+        optimizer = Optimizer(manager, adamw)
+        while manager.current_step() < arguments.steps:
+            optimizer.zero_grad()  # begin: who is there? who heals, and from whom?
+            batch = order.batch(manager.current_step(), shard=shard)
+            inputs, targets = (part.to(device) for part in corpus.batch(batch, context=context))
+            loss = next_byte_loss(model, inputs, targets)
+            loss.backward()  # communicate: averages travel while it goes on
+            if ranks > 1:
+                average_inside_the_group(module, ranks)
+            committed = optimizer.step()  # vote: the step is taken, or discarded
+            step = manager.current_step()
+            if not committed:
+                say(f"step {step + 1} is discarded and tried again")
+            elif step % SAY_EVERY == 0:
+                say(f"step {step} of {manager.num_participants()} groups, loss {loss.item():.4f}")
+        manager.settle()  # whoever missed the last step heals from the others
+        say(f"digest of weights and optimizer: {digest(save())}")
+    finally:
+        manager.shutdown()
+
+
+def command_line() -> argparse.Namespace:
+    about = (__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
+    parser.add_argument("--steps", type=int, default=STEPS, metavar="N")
+    parser.add_argument(
+        "--corpus",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a text file or a folder of them; may be repeated (the standard library's sources)",
+    )
+    return parser.parse_args()
+
+
+def require_torchrun() -> None:
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
+    if missing:
+        sys.exit(
+            f"{', '.join(missing)} not set: start this script by torchrun, as in\n"
+            "  torchrun --master_port=29600 --nnodes=1 --nproc_per_node=1 examples/ddp/train_ddp.py"
+        )
+    if "TORCHFT_LIGHTHOUSE" not in os.environ:
+        sys.exit(
+            "TORCHFT_LIGHTHOUSE is not set: start a lighthouse by\n"
+            "  torchft_lighthouse --min_replicas 1\n"
+            "and set it to the address, such as http://localhost:29510"
+        )
+
+
+def pick_device(group: int) -> torch.device:
+    """One group a device where there are devices, else the CPU with one thread."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", group % torch.cuda.device_count())
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    return torch.device("cpu")
+
+
+def average_inside_the_group(model: torch.nn.Module, ranks: int) -> None:
+    """A group is one trainer, however many ranks it has."""
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            distributed.all_reduce(parameter.grad)
+            parameter.grad /= ranks
+
+
+def say(text: str) -> None:
+    print(f"DDP: {text}", flush=True)
+
+
+if __name__ == "__main__":
+    # So that `finally` runs, whenever SIGTERM comes: this group leaves and the others know at once.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        main()
+    except CorpusError as error:
+        sys.exit(f"train_ddp.py: {error}")

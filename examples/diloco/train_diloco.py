@@ -1,0 +1,159 @@
+"""DiLoCo: replica groups train apart for 100 steps, then take one outer step together, and so on.
+
+Start a lighthouse, then this script in as many shells as there are groups, each with a number of
+its own. Kill one whenever you like, watch the others go on, start it again: it heals.
+
+    torchft_lighthouse --min_replicas 1 --quorum_tick_ms 100 --join_timeout_ms 10000
+
+    TORCHFT_LIGHTHOUSE=http://localhost:29510 REPLICA_GROUP_ID=0 NUM_REPLICA_GROUPS=2 \
+        torchrun --master_port=29600 --nnodes=1 --nproc_per_node=1 examples/diloco/train_diloco.py
+
+or all at once: `cd examples/diloco && torchx run`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+from torchft import Manager, ProcessGroupGloo
+from torchft.digest import digest
+from torchft.launch.bytes_lm import ByteCorpus, ByteTransformer, CorpusError, Order, next_byte_loss
+from torchft.local_sgd import DiLoCo
+
+SYNC_EVERY = 100  # inner steps of each group between two outer steps
+OUTER_STEPS = 10  # then it ends
+ROWS = 8  # windows of text in a batch
+INNER_LR = 1e-3  # AdamW, local to each group
+OUTER_LR = 0.7  # SGD with Nesterov momentum, equal in all groups
+OUTER_MOMENTUM = 0.9
+MIN_GROUPS = 1  # fewer groups than this take no outer step
+TIMEOUT = timedelta(seconds=30)  # of a collective, a vote, a transfer of state
+SEED = 0
+
+
+def main() -> None:
+    arguments = command_line()
+    require_torchrun()
+    group = int(os.environ.get("REPLICA_GROUP_ID", "0"))
+    groups = int(os.environ.get("NUM_REPLICA_GROUPS", "2"))
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    device = pick_device(group)
+    if ranks > 1:
+        distributed.init_process_group("gloo", timeout=TIMEOUT)
+
+    # What is trained, and on what: each rank of each group reads a shard of its own.
+    torch.manual_seed(SEED)
+    model = ByteTransformer().to(device)
+    inner = torch.optim.AdamW(model.parameters(), lr=INNER_LR)
+    outer = torch.optim.SGD(model.parameters(), lr=OUTER_LR, momentum=OUTER_MOMENTUM, nesterov=True)
+    corpus = ByteCorpus.load(arguments.corpus)
+    context = model.shape.context
+    order = Order(windows=corpus.windows(context), shards=groups * ranks, rows=ROWS, seed=SEED)
+    shard = group % groups * ranks + rank
+
+    # From here on the other groups know of this one. DiLoCo itself hands a group that joins the
+    # global weights and the outer momentum; the inner optimizer comes along so that it is warm.
+    manager = Manager(
+        pg=ProcessGroupGloo(timeout=TIMEOUT),
+        load_state_dict=inner.load_state_dict,
+        state_dict=inner.state_dict,
+        min_replica_size=MIN_GROUPS,
+        use_async_quorum=False,
+        timeout=TIMEOUT,
+        replica_id=f"group_{group}",
+    )
+    try:
+        inner_steps = 0
+        with DiLoCo(manager, [model], inner, outer, sync_every=arguments.sync_every):
+            while manager.current_step() < arguments.outer_steps:
+                outer_steps = manager.current_step()
+                batch = order.batch(inner_steps, shard=shard)
+                inputs, targets = (part.to(device) for part in corpus.batch(batch, context=context))
+                inner.zero_grad()
+                loss = next_byte_loss(model, inputs, targets)
+                loss.backward()
+                if ranks > 1:
+                    average_inside_the_group(model, ranks)
+                inner.step()  # every SYNC_EVERY-th time it also takes the outer step
+                inner_steps += 1
+                if inner_steps % arguments.sync_every == 0:
+                    say(f"Number of inner optimizer steps completed: {inner_steps}")
+                if manager.current_step() != outer_steps:
+                    done = manager.current_step()
+                    say(f"Number of outer optimizer steps completed: [{done}] loss = {loss.item()}")
+        manager.settle()  # whoever missed the last outer step heals from the others
+        say(
+            f"digest of weights and outer state: {digest([model.state_dict(), outer.state_dict()])}"
+        )
+    finally:
+        manager.shutdown()
+
+
+def command_line() -> argparse.Namespace:
+    about = (__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
+    parser.add_argument("--outer-steps", type=int, default=OUTER_STEPS, metavar="N")
+    parser.add_argument("--sync-every", type=int, default=SYNC_EVERY, metavar="N")
+    parser.add_argument(
+        "--corpus",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a text file or a folder of them; may be repeated (the standard library's sources)",
+    )
+    return parser.parse_args()
+
+
+def require_torchrun() -> None:
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
+    if missing:
+        sys.exit(
+            f"{', '.join(missing)} not set: start this script by torchrun, as in\n"
+            "  torchrun --master_port=29600 --nnodes=1 --nproc_per_node=1 "
+            "examples/diloco/train_diloco.py"
+        )
+    if "TORCHFT_LIGHTHOUSE" not in os.environ:
+        sys.exit(
+            "TORCHFT_LIGHTHOUSE is not set: start a lighthouse by\n"
+            "  torchft_lighthouse --min_replicas 1\n"
+            "and set it to the address, such as http://localhost:29510"
+        )
+
+
+def pick_device(group: int) -> torch.device:
+    """One group a device where there are devices, else the CPU with one thread."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", group % torch.cuda.device_count())
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    return torch.device("cpu")
+
+
+def average_inside_the_group(model: torch.nn.Module, ranks: int) -> None:
+    """A group is one trainer, however many ranks it has."""
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            distributed.all_reduce(parameter.grad)
+            parameter.grad /= ranks
+
+
+def say(text: str) -> None:
+    print(f"DiLoCo: {text}", flush=True)
+
+
+if __name__ == "__main__":
+    # So that `finally` runs, whenever SIGTERM comes: this group leaves and the others know at once.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        main()
+    except CorpusError as error:
+        sys.exit(f"train_diloco.py: {error}")

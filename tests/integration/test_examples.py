@@ -1,0 +1,164 @@
+"""The examples, started as their first lines say; one group is killed and started again."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from torchft.coordination import LighthouseServer
+from torchft.launch.group import Group
+
+pytestmark = pytest.mark.timeout(300)
+
+ROOT = Path(__file__).parents[2]
+DILOCO = ROOT / "examples" / "diloco" / "train_diloco.py"
+DDP = ROOT / "examples" / "ddp" / "train_ddp.py"
+
+TORCHRUN_SETS = {
+    "RANK": "0",
+    "WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "1",
+}
+
+MakeGroup = Callable[..., Group]
+
+
+def run_alone(script: Path, *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k not in TORCHRUN_SETS}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
+    environment.pop("TORCHFT_LIGHTHOUSE", None)
+    environment |= {k: v for k, v in variables.items() if k == "TORCHFT_LIGHTHOUSE"}
+    command = [sys.executable, str(script), *flags]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture
+def make_group(tmp_path: Path) -> Iterator[MakeGroup]:
+    """Groups of two that share a lighthouse, each started by the documented torchrun line."""
+    lighthouse = LighthouseServer(
+        bind="127.0.0.1:0", min_replicas=1, join_timeout_ms=10_000, heartbeat_timeout_ms=2000
+    )
+    address = f"http://127.0.0.1:{lighthouse.address().rpartition(':')[2]}"
+    made: list[Group] = []
+
+    def make(number: int, script: Path, *flags: str) -> Group:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "TORCHFT_LIGHTHOUSE": address,
+            "REPLICA_GROUP_ID": str(number),
+            "NUM_REPLICA_GROUPS": "2",
+        }
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", f"--master_port={free_port()}"),
+            *("--nnodes=1", "--nproc_per_node=1", str(script), *flags),
+        ]
+        made.append(Group(number, command, environment, tmp_path / f"group_{number}.log"))
+        return made[-1]
+
+    yield make
+    for group in made:
+        group.stop(grace_s=0)
+    lighthouse.shutdown()
+
+
+def wait_for_line(group: Group, pattern: str, *, within_s: float = 120) -> str:
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        text = group.log.read_text() if group.log.exists() else ""
+        if found := re.search(pattern, text):
+            return found.group(0)
+        assert group.alive, f"ended with {group.life.code} before {pattern!r}:\n{text}"
+        time.sleep(0.05)
+    raise TimeoutError(f"no {pattern!r} in\n{text}")
+
+
+def wait_for_end(group: Group, *, within_s: float = 120) -> str:
+    deadline = time.monotonic() + within_s
+    while group.poll() is None:
+        assert time.monotonic() < deadline, group.log.read_text()
+        time.sleep(0.05)
+    return group.log.read_text()
+
+
+@pytest.mark.parametrize("script", [DILOCO, DDP])
+def test_without_torchrun_it_says_how_to_start_it(script: Path) -> None:
+    done = run_alone(script)
+    assert done.returncode == 1
+    assert "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT not set: start this" in done.stderr
+    assert "torchrun --master_port=29600 --nnodes=1 --nproc_per_node=1" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_without_a_lighthouse_it_says_how_to_start_one() -> None:
+    done = run_alone(DILOCO, **TORCHRUN_SETS)
+    assert done.returncode == 1
+    assert "TORCHFT_LIGHTHOUSE is not set" in done.stderr
+    assert "torchft_lighthouse --min_replicas 1" in done.stderr
+
+
+def test_an_unreadable_corpus_is_named(tmp_path: Path) -> None:
+    missing = tmp_path / "absent.txt"
+    lighthouse = {"TORCHFT_LIGHTHOUSE": "http://127.0.0.1:1"}
+    done = run_alone(DILOCO, f"--corpus={missing}", **TORCHRUN_SETS, **lighthouse)
+    assert done.returncode == 1
+    assert f"cannot read {missing}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_two_shells_of_diloco_one_killed_and_started_again(make_group: MakeGroup) -> None:
+    flags = ("--sync-every=20", "--outer-steps=100")
+    groups = [make_group(number, DILOCO, *flags) for number in range(2)]
+    for group in groups:
+        group.start()
+    for group in groups:
+        wait_for_line(group, r"outer optimizer steps completed: \[3\] loss = \d+\.\d+")
+    groups[1].kill()
+    groups[1].log.unlink()
+    groups[1].start()
+    wait_for_line(groups[1], r"Number of inner optimizer steps completed: 20\n")
+    done = int(wait_for_line(groups[1], r"(?<=completed: \[)\d+"))
+    assert done > 3, "it went on from where the other was"
+    ends = [wait_for_end(group) for group in groups]
+    digests = {re.search(r"digest of .*: (\w+)", end).group(1) for end in ends}  # type: ignore[union-attr]
+    assert len(digests) == 1
+    assert [group.life.code for group in groups] == [0, 0]
+
+
+def test_two_shells_of_ddp(make_group: MakeGroup) -> None:
+    groups = [make_group(number, DDP, "--steps=60") for number in range(2)]
+    for group in groups:
+        group.start()
+    ends = [wait_for_end(group) for group in groups]
+    assert "DDP: step 60 of" in ends[0]
+    digests = {re.search(r"digest of .*: (\w+)", end).group(1) for end in ends}  # type: ignore[union-attr]
+    assert len(digests) == 1
+
+
+def test_sigterm_while_it_waits_for_others_ends_it_cleanly(make_group: MakeGroup) -> None:
+    group = make_group(0, DILOCO, "--sync-every=20", "--outer-steps=100000")
+    group.start()
+    wait_for_line(group, r"outer optimizer steps completed: \[1\]")
+    below = [process.pid for process in __import__("psutil").Process(group.life.pid).children()]
+    group.ask_to_stop()
+    said = wait_for_end(group, within_s=20)
+    assert below and not any(Path(f"/proc/{pid}").exists() for pid in below)
+    assert group.life.code not in (0, -signal.SIGKILL)
+    assert "terminate called" not in said
+    assert "panicked" not in said
