@@ -23,6 +23,9 @@ from torchft.optim import OptimizerWrapper
 
 STEPS = 12
 
+# torch loads its compiler when a process makes its first optimizer: once, before the groups fork.
+INNER([torch.zeros(1)])
+
 
 class Training:
     """A replica group's script."""
