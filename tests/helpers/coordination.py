@@ -173,4 +173,5 @@ class Child:
 
     def _keep(self) -> None:
         assert self.process.stderr is not None
-        self._err.extend(self.process.stderr)
+        for line in self.process.stderr:
+            self._err.append(line)

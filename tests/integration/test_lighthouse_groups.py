@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ import pytest
 from helpers.coordination import Child, ask, at_once, free_port, group, lighthouse, seconds, until
 
 from torchft.coordination import LighthouseClient, ManagerClient, ManagerServer
-from torchft.errors import QuorumError
+from torchft.errors import QuorumError, StateLostError
 
 GROUP = """
 import sys
@@ -183,6 +184,48 @@ def test_a_lighthouse_that_stays_away_is_named_at_the_deadline() -> None:
         with pytest.raises(TimeoutError, match=f"lighthouse {server.address()}.*refused"):
             ask(client_of(manager), timeout=1)
         assert time.monotonic() - began < 1.5
+
+
+LIGHTHOUSE = """
+import time
+from torchft.coordination import LighthouseServer
+server = LighthouseServer("127.0.0.1:0", 1)
+print(server.address())
+time.sleep(120)
+"""
+
+
+def test_a_lighthouse_that_hangs_is_noticed_and_its_return_too() -> None:
+    with Child(LIGHTHOUSE) as hanging, Child(GROUP, hanging.line(), "a:1", "1") as child:
+        client = ManagerClient(child.line(), connect_timeout=seconds(20))
+        ask(client, step=1, timeout=20)
+        hanging.send(signal.SIGSTOP)
+        until(lambda: "lost the lighthouse" in child.stderr, "the heartbeat's deadline passes")
+        with pytest.raises(TimeoutError, match="no answer to a quorum request from lighthouse"):
+            ask(client, step=2, timeout=0.5)
+        hanging.send(signal.SIGCONT)
+        until(lambda: "is back" in child.stderr, "the heartbeat is answered again")
+        assert ask(client, step=2, timeout=20).max_step == 2
+
+
+def test_a_group_whose_donors_are_gone_is_told_which_step_is_lost() -> None:
+    with (
+        lighthouse(1, heartbeat_timeout_ms=300) as server,
+        group(server.address(), "a:1") as a,
+        group(server.address(), "b:1") as b,
+        Child(GROUP, server.address(), "c:1", "1") as c,
+    ):
+        clients = [client_of(a), client_of(b), ManagerClient(c.line(), seconds(20))]
+        asks = zip(clients, [7, 0, 0], strict=True)
+        told = at_once(*[lambda c=c, s=s: ask(c, step=s, timeout=20) for c, s in asks])
+        assert [t.heal for t in told if t.replica_world_size == 3] == [False, True, True]
+        a.shutdown()
+        for error in at_once(
+            lambda: ask(clients[1], step=0, timeout=20),
+            lambda: ask(clients[2], step=0, timeout=20),
+        ):
+            assert isinstance(error, StateLostError)
+            assert "step 7" in str(error)
 
 
 def test_data_travels_as_json_to_every_member() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import socket
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ SIGNATURES = {
     "heartbeat_interval, connect_timeout, quorum_retries)",
     "ManagerClient": "(addr, connect_timeout)",
     "ManagerClient._quorum": "(self, /, group_rank, step, checkpoint_metadata, shrink_only, "
-    "init_sync, commit_failures, timeout)",
+    "init_sync, commit_failures, timeout, settling=False)",
     "ManagerClient._checkpoint_metadata": "(self, /, rank, timeout)",
     "ManagerClient.should_commit": "(self, /, group_rank, step, should_commit, timeout)",
 }
@@ -78,6 +79,8 @@ def test_a_quorum_result_starts_as_a_quorum_of_one() -> None:
         "replica_ids": [],
         "recovering_replica_ranks": [],
         "fresh_replica_ranks": [],
+        "settling_replica_ranks": [],
+        "world_sizes": [],
     }
 
 
@@ -109,6 +112,20 @@ def test_coordination_re_exports_all_public_names_of_the_extension() -> None:
 
 def test_the_address_is_the_host_that_was_bound() -> None:
     server = LighthouseServer("127.0.0.1:0", 1)
+    assert server.address().startswith("http://127.0.0.1:")
+    server.shutdown()
+
+
+def test_a_wildcard_is_advertised_by_this_machines_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
+    server = LighthouseServer("[::]:0", 1)
+    assert server.address().startswith("http://localhost:")
+    server.shutdown()
+
+
+def test_a_name_that_does_not_resolve_is_not_advertised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "no such name")
+    server = LighthouseServer("[::]:0", 1)
     assert server.address().startswith("http://127.0.0.1:")
     server.shutdown()
 

@@ -31,7 +31,9 @@ pub struct QuorumResult {
     recovering_replica_ranks: Vec<i64>,
     /// Those that asked with `init_sync`.
     fresh_replica_ranks: Vec<i64>,
+    /// Those that end their run.
     settling_replica_ranks: Vec<i64>,
+    /// Ranks in each group, by replica rank.
     world_sizes: Vec<u64>,
 }
 
