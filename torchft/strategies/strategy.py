@@ -155,11 +155,6 @@ class Strategy:
         for recipe in self.recipes:
             recipe.bind(local, self.clock)
 
-    @property
-    def in_flight(self) -> int:
-        """Rounds that are open."""
-        return len(self._flight)
-
     def join(self) -> None:
         """Meet the others before the first inner step.
 
