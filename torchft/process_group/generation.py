@@ -146,9 +146,10 @@ class Generation:
         opts: AllgatherOptions | None = None,
     ) -> Work:
         """Each `[k, …]` of every member → one `[n * k, …]`."""
-        work = self._backend.allgather_into_tensor_coalesced(
-            output_tensors, input_tensors, opts or AllgatherOptions()
-        )
+        # Gloo has no such operation; it has one with a tensor for each member, here views.
+        parts = [output.tensor_split(self._size) for output in output_tensors]
+        by_rank = [list(of_one) for of_one in zip(*parts, strict=True)]
+        work = self._backend.allgather_coalesced(by_rank, input_tensors, opts or AllgatherOptions())
         self._count(_bytes(input_tensors) * (self._size - 1))
         return work
 

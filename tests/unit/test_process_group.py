@@ -1,0 +1,525 @@
+"""The family of process groups: what each does with tensors and errors, and beside torch's own."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import PrefixStore, ReduceOp, TCPStore
+from torch.distributed.distributed_c10d import (
+    AllgatherOptions,
+    AllreduceCoalescedOptions,
+    AllreduceOptions,
+    AllToAllOptions,
+    BroadcastOptions,
+)
+from torch.futures import Future
+
+from tests.helpers.ranks import Rank, ranks
+from torchft.errors import CollectiveError, MismatchError, PhaseError, SettingsError
+from torchft.process_group import (
+    ErrorSwallowingProcessGroupWrapper,
+    FakeProcessGroupWrapper,
+    ManagedProcessGroup,
+    ProcessGroup,
+    ProcessGroupDummy,
+    ProcessGroupGloo,
+    ProcessGroupWrapper,
+    create_store_client,
+)
+from torchft.process_group.rendezvous import Member, Seat, _check
+from torchft.work import _DummyWork
+
+SECOND = timedelta(seconds=1)
+
+
+@pytest.fixture
+def store():
+    return TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+
+
+@pytest.fixture
+def alone(store):
+    """A gloo group of one member."""
+    group = ProcessGroupGloo(timedelta(seconds=20))
+    group.configure(f"localhost:{store.port}/alone", "me", 0, 1)
+    yield group
+    group.shutdown()
+
+
+# ---------------------------------------------------------------------- operations
+
+
+def _use_every_operation(rank: Rank) -> None:
+    group = rank.configure()
+    me, count = rank.rank, rank.world_size
+    generation = group.generation
+    sent = {}
+
+    def counted(name, work) -> None:
+        before = sent.get("total", 0)
+        assert work.wait()
+        sent["total"] = generation.bytes_sent
+        sent[name] = generation.bytes_sent - before
+
+    mine = torch.full((6,), float(me + 1))
+    total = sum(range(1, count + 1))
+
+    counted("allreduce", group.allreduce([x := mine.clone()], ReduceOp.SUM))
+    assert x.tolist() == [total] * 6
+    opts = AllreduceOptions()
+    opts.reduceOp = ReduceOp.MAX
+    group.allreduce([x := mine.clone()], opts).wait()
+    assert x.tolist() == [count] * 6
+    sent["total"] = generation.bytes_sent
+    pair = [mine.clone(), mine[:3].clone()]
+    counted("coalesced", group.allreduce_coalesced(pair, AllreduceCoalescedOptions()))
+    assert [x.tolist() for x in pair] == [[total] * 6, [total] * 3]
+
+    rows = [torch.empty(6) for _ in range(count)]
+    counted("allgather", group.allgather([rows], [mine], AllgatherOptions()))
+    assert [x[0].item() for x in rows] == [1.0, 2.0, 3.0]
+    flat = torch.empty(6 * count)
+    short = torch.empty(2 * count)
+    counted("into_tensor", group.allgather_into_tensor_coalesced([flat, short], [mine, mine[:2]]))
+    assert flat.tolist() == [1.0] * 6 + [2.0] * 6 + [3.0] * 6
+    assert short.tolist() == [1.0] * 2 + [2.0] * 2 + [3.0] * 2
+
+    counted("one", group.broadcast_one(x := mine.clone(), root=1))
+    assert x.tolist() == [2.0] * 6
+    opts = BroadcastOptions()
+    opts.rootRank = 2
+    group.broadcast([x := mine.clone()], opts).wait()
+    assert x.tolist() == [3.0] * 6
+    sent["total"] = generation.bytes_sent
+
+    out = torch.empty(6)
+    counted("alltoall", group.alltoall_base(out, mine, [], [], AllToAllOptions()))
+    assert out.tolist() == [1.0, 1.0, 2.0, 2.0, 3.0, 3.0]
+
+    if me == 0:
+        counted("send", group.send([mine], 1, 7))
+    elif me == 1:
+        counted("recv", group.recv([x := torch.empty(6)], 0, 7))
+        assert x.tolist() == [1.0] * 6
+    group.barrier().wait()
+    assert group.size() == group.generation.size() == count
+    assert [member.replica_id for member in generation.members] == [
+        f"replica_{other}" for other in range(count)
+    ]
+    group.abort()
+    rank.tell((sent, group.bytes_sent))
+
+
+def test_every_operation_of_gloo_gives_the_right_numbers_and_counts_its_bytes() -> None:
+    with ranks(3, _use_every_operation) as world:
+        for me, (sent, ever) in enumerate(world.hear_all()):
+            assert sent["allreduce"] == 24 * 2 * 2 // 3
+            assert sent["coalesced"] == 36 * 2 * 2 // 3
+            assert sent["allgather"] == 24 * 2
+            assert sent["into_tensor"] == (24 + 8) * 2
+            assert sent["one"] == (24 * 2 if me == 1 else 0)
+            assert sent["alltoall"] == 24 * 2 // 3
+            assert sent.get("send", 24) == 24
+            assert sent.get("recv", 0) == 0
+            assert ever == sent["total"]
+
+
+def _wait_with_deadlines(rank: Rank) -> None:
+    group = rank.configure()
+    if rank.rank == 1:
+        rank.listen()
+        return
+    work = group.allreduce([torch.ones(8)], ReduceOp.SUM)
+    began = time.perf_counter()
+    with pytest.raises(RuntimeError):
+        work.wait(timedelta(seconds=0.2))
+    rank.tell(time.perf_counter() - began)
+    group.abort()
+    rank.configure(rank=0, world_size=1)
+    rank.tell("made anew")
+
+
+def test_a_works_wait_honours_its_timeout() -> None:
+    with ranks(2, _wait_with_deadlines) as world:
+        assert 0.1 < world.hear(0) < 2.0  # the group's own is 20 s
+        assert world.hear(0) == "made anew"
+
+
+def _time_out(rank: Rank) -> None:
+    group = rank.configure()
+    group.set_timeout(timedelta(seconds=0.2))
+    if rank.rank == 1:
+        rank.listen()
+        return
+    began = time.perf_counter()
+    with pytest.raises(RuntimeError, match=r"[Tt]imed out"):
+        group.allreduce([torch.ones(8)], ReduceOp.SUM).wait()
+    rank.tell(time.perf_counter() - began)
+
+
+def test_an_operation_keeps_the_deadline_that_set_timeout_gave() -> None:
+    with ranks(2, _time_out) as world:
+        assert 0.1 < world.hear(0) < 2.0
+
+
+def test_gloo_has_no_reduce_scatter(alone) -> None:
+    with pytest.raises(RuntimeError, match="gloo has no reduce_scatter"):
+        alone.reduce_scatter([torch.ones(1)], [[torch.ones(1)]])
+    with pytest.raises(RuntimeError, match="gloo has no reduce_scatter"):
+        alone.reduce_scatter_tensor_coalesced([torch.ones(1)], [torch.ones(1)])
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda group: group.configure("", "", 0, 1),
+        lambda group: group.abort(),
+        lambda group: group.shutdown(),
+        lambda group: group.set_timeout(SECOND),
+        lambda group: group.size(),
+        lambda group: group.getBackendName(),
+        lambda group: group.allreduce([], ReduceOp.SUM),
+        lambda group: group.allreduce_coalesced([]),
+        lambda group: group.allgather([], []),
+        lambda group: group.allgather_into_tensor_coalesced([], []),
+        lambda group: group.alltoall_base(None, None, [], []),
+        lambda group: group.barrier(),
+        lambda group: group.broadcast([]),
+        lambda group: group.broadcast_one(torch.ones(1), 0),
+        lambda group: group.send([], 0, 0),
+        lambda group: group.recv([], 0, 0),
+        lambda group: group.reduce_scatter([], []),
+        lambda group: group.reduce_scatter_tensor_coalesced([], []),
+    ],
+)
+def test_the_base_refuses_what_a_subclass_does_not_bring(operation) -> None:
+    with pytest.raises(NotImplementedError):
+        operation(ProcessGroup())
+
+
+# ---------------------------------------------------------------------- making one
+
+
+def test_before_the_first_configure_there_is_no_parent() -> None:
+    group = ProcessGroupGloo(SECOND)
+    with pytest.raises(AssertionError, match="call configure first"):
+        group.allreduce([torch.ones(1)], ReduceOp.SUM)
+    with pytest.raises(AssertionError):
+        _ = group.parent
+    assert group.generation is None
+    assert group.errored() is None
+    group.abort()
+    group.shutdown()
+
+
+def test_shutdown_can_be_called_again_and_configure_begins_anew(alone, store) -> None:
+    alone.shutdown()
+    alone.shutdown()
+    assert alone.errored() is None
+    alone.configure(f"localhost:{store.port}/again", "me", 0, 1)
+    alone.allreduce([torch.ones(1)], ReduceOp.SUM).wait()
+
+
+def test_a_group_leaves_no_keys_in_the_store(store) -> None:
+    before = store.num_keys()
+    group = ProcessGroupGloo(timedelta(seconds=20))
+    for quorum in range(3):
+        group.configure(f"localhost:{store.port}/quorum/{quorum}", "me", 0, 1)
+    assert store.num_keys() == before
+
+
+def _meet(rank: Rank) -> None:
+    rank.configure()
+    rank.tell("stands")
+    rank.listen()
+    rank.group.allreduce([torch.ones(1)], ReduceOp.SUM).wait()
+    client = create_store_client(f"{rank.store}/any", rank.timeout)
+    client.set("mine", "alone")
+    rank.tell((client.get("mine"), client.check(["member/0"]), client.num_keys()))
+
+
+def test_the_last_of_several_members_deletes_the_keys() -> None:
+    with ranks(3, _meet) as world:
+        world.hear_all()
+        world.tell("look")
+        for mine, member, keys in world.hear_all():
+            assert mine == b"alone"
+            assert not member
+            assert keys <= 2  # what the test wrote, and the store's own
+
+
+def test_members_that_were_told_of_different_sizes_say_so() -> None:
+    # Rank 0 was told of two members, rank 1 of three; a third rank makes rank 1's count whole.
+    with ranks(3, _configure_sizes) as world:
+        messages = [world.hear(0), world.hear(1)]
+        assert all("was told of" in message for message in messages)
+
+
+def _configure_sizes(rank: Rank) -> None:
+    with pytest.raises(MismatchError) as caught:
+        rank.configure(world_size=2 if rank.rank == 0 else 3, prefix="same")
+    rank.tell(str(caught.value))
+
+
+@pytest.mark.parametrize("rank, world_size", [(1, 1), (-1, 2), (0, 0)])
+def test_a_rank_that_cannot_be_is_refused(store, rank: int, world_size: int) -> None:
+    with pytest.raises(SettingsError, match=f"rank {rank} is not below world_size {world_size}"):
+        ProcessGroupGloo(SECOND).configure(f"localhost:{store.port}/x", "me", rank, world_size)
+
+
+def test_a_timeout_of_nothing_is_refused() -> None:
+    with pytest.raises(SettingsError, match="no timeout"):
+        ProcessGroupGloo(timedelta(0))
+
+
+@pytest.mark.parametrize("address", ["localhost", "localhost:80", "localhost/x", ":80/x", "a:b/x"])
+def test_a_store_address_of_another_form_is_refused(address: str) -> None:
+    with pytest.raises(SettingsError, match="host:port/prefix"):
+        create_store_client(address, SECOND)
+
+
+def test_a_store_that_is_gone_is_an_error_at_once() -> None:
+    with socket.socket() as closed:
+        closed.bind(("localhost", 0))
+        port = closed.getsockname()[1]
+    began = time.perf_counter()
+    with pytest.raises(CollectiveError, match=f"localhost:{port}/x cannot be reached"):
+        create_store_client(f"localhost:{port}/x", timedelta(seconds=60))
+    assert time.perf_counter() - began < 5.0
+
+
+def test_a_store_that_died_and_came_back_on_its_port_is_connected_to_anew() -> None:
+    first = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    port = first.port
+    create_store_client(f"localhost:{port}/x", SECOND).set("key", "first")
+    del first
+    second = TCPStore("localhost", port, is_master=True, wait_for_workers=False)
+    create_store_client(f"localhost:{port}/x", SECOND).set("key", "second")
+    assert PrefixStore("x", second).get("key") == b"second"
+
+
+# ---------------------------------------------------------------------- network interfaces
+
+
+def _member(rank: int, network: str, host: str) -> Member:
+    return Member(rank, 2, f"r{rank}", f"host{rank}", network, (host, 4000 + rank))
+
+
+def test_a_loopback_address_between_hosts_names_the_remedy() -> None:
+    far = [_member(0, "one", "10.0.0.1"), _member(1, "two", "127.0.0.1")]
+    with pytest.raises(SettingsError, match=r"rank 1 .* on host1 set GLOO_SOCKET_IFNAME"):
+        _check(far, Seat(0, 2, "r0"), "store:1/x")
+    _check([replace(member, network="one") for member in far], Seat(0, 2, "r0"), "store:1/x")
+
+
+def test_an_interface_that_does_not_exist_names_the_remedy(store) -> None:
+    code = (
+        "from datetime import timedelta\n"
+        "from torchft.process_group import ProcessGroupGloo\n"
+        "group = ProcessGroupGloo(timedelta(seconds=10))\n"
+        f"group.configure('localhost:{store.port}/x', 'me', 0, 1)\n"
+    )
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "nowhere0"}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    last = ended.stderr.strip().splitlines()[-1]
+    assert "torchft.errors.SettingsError" in last
+    assert "GLOO_SOCKET_IFNAME" in last
+
+
+# ---------------------------------------------------------------------- wrappers
+
+
+class _Broken(ProcessGroupDummy):
+    """All-reduces fail: at once, or when their work is waited for."""
+
+    def __init__(self, at_once: bool) -> None:
+        super().__init__()
+        self.calls = 0
+        self._at_once = at_once
+
+    def allreduce(self, tensors, opts=None):
+        self.calls += 1
+        error = RuntimeError("a peer died")
+        if self._at_once:
+            raise error
+        work = _DummyWork(tensors)
+        work._future = Future()
+        work._future.set_exception(error)
+        work.wait = lambda timeout=None: work._future.wait()
+        return work
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("by_future", [True, False])
+def test_an_error_is_swallowed_until_the_next_configure(at_once: bool, by_future: bool) -> None:
+    inner = _Broken(at_once)
+    group = ErrorSwallowingProcessGroupWrapper(inner)
+    tensor = torch.ones(2)
+    work = group.allreduce([tensor], ReduceOp.SUM)
+    if by_future:
+        assert work.get_future().wait() == [tensor]
+    else:
+        assert work.wait()
+    assert str(group.error()) == "a peer died"
+    assert group.errored() is group.error()
+    assert group.allreduce([tensor], ReduceOp.SUM).wait()
+    assert inner.calls == 1
+    group.configure("", "", 0, 1)
+    assert group.error() is None
+    group.allreduce([tensor], ReduceOp.SUM)
+    assert inner.calls == 2
+
+
+def test_the_first_error_that_is_reported_stays() -> None:
+    group = ErrorSwallowingProcessGroupWrapper(ProcessGroupDummy())
+    first = RuntimeError("first")
+    group.report_error(first)
+    group.report_error(RuntimeError("second"))
+    assert group.error() is first
+
+
+def test_a_fake_error_strikes_the_next_allreduce_only() -> None:
+    group = FakeProcessGroupWrapper(ProcessGroupDummy())
+    tensor = torch.ones(2)
+    group.report_future_error(RuntimeError("on purpose"))
+    work = group.allreduce([tensor], ReduceOp.SUM)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        work.wait()
+    with pytest.raises(RuntimeError, match="on purpose"):
+        work.get_future().wait()
+    assert group.allreduce([tensor], ReduceOp.SUM).wait()
+
+
+def test_a_wrapper_passes_everything_on() -> None:
+    inner = ProcessGroupDummy()
+    group = ProcessGroupWrapper(pg=inner)
+    group.configure("", "", 0, 1)
+    assert inner.configure_count == 1
+    assert group.parent is inner
+    assert group.size() == 1
+    assert group.getBackendName() == "torchft-dummy"
+    out = torch.zeros(2)
+    assert group.allgather([[out]], [torch.ones(2)]).wait()
+    assert out.tolist() == [1.0, 1.0]
+    assert inner.wait_count == 1
+
+
+class _Manager:
+    def __init__(self) -> None:
+        self._pg = ProcessGroupDummy()
+        self.asked = []
+
+    def allreduce(self, tensor, *, reduce_op):
+        self.asked.append((tensor, reduce_op))
+        return _DummyWork(tensor)
+
+    def errored(self):
+        return None
+
+    def num_participants(self) -> int:
+        return 5
+
+
+def test_a_managed_group_all_reduces_through_its_manager() -> None:
+    manager = _Manager()
+    group = ManagedProcessGroup(manager)
+    tensor = torch.ones(2)
+    assert group.allreduce([tensor], ReduceOp.AVG).wait()
+    opts = AllreduceOptions()
+    opts.reduceOp = ReduceOp.SUM
+    group.allreduce([tensor], opts)
+    assert manager.asked[0] == (tensor, ReduceOp.AVG)
+    assert manager.asked[1][1] == ReduceOp.SUM
+    assert group.size() == 5
+    with pytest.raises(SettingsError, match="one tensor, not 2"):
+        group.allreduce([tensor, tensor], ReduceOp.SUM)
+    group.barrier().wait()
+    assert manager._pg.wait_count == 1
+    with pytest.raises(NotImplementedError, match="its manager configures it"):
+        group.configure("", "", 0, 1)
+
+
+def test_a_dummy_copies_its_inputs_and_counts() -> None:
+    group = ProcessGroupDummy()
+    one, other = torch.ones(2), torch.zeros(2)
+    group.alltoall_base(other, one, [], []).wait()
+    assert other.tolist() == [1.0, 1.0]
+    group.reduce_scatter([other], [[one * 2]]).get_future().wait()
+    assert other.tolist() == [2.0, 2.0]
+    assert (group.wait_count, group.get_future_count) == (1, 1)
+    with pytest.raises(SettingsError):
+        ProcessGroupDummy(1, 2)
+
+
+# ---------------------------------------------------------------------- torch
+
+
+def test_torchs_ddp_works_over_a_dummy() -> None:
+    torch.manual_seed(3)
+    plain = nn.Linear(3, 2)
+    model = nn.parallel.DistributedDataParallel(
+        plain, process_group=ProcessGroupDummy(), find_unused_parameters=True
+    )
+    seen = []
+
+    def hook(state, bucket):
+        seen.append(bucket.buffer().numel())
+        done: Future[torch.Tensor] = Future()
+        done.set_result(bucket.buffer() * 2)
+        return done
+
+    model.register_comm_hook(None, hook)
+    inputs = torch.ones(4, 3)
+    model(inputs).sum().backward()
+    twice = plain.weight.grad.clone()
+    plain.weight.grad = plain.bias.grad = None
+    plain(inputs).sum().backward()
+    assert torch.equal(twice, plain.weight.grad * 2)
+    assert seen == [8]
+
+
+def _register(rank: Rank) -> None:
+    host, port = rank.store.split(":")
+    dist.init_process_group(
+        "gloo",
+        store=TCPStore(host, int(port), is_master=False),
+        rank=rank.rank,
+        world_size=rank.world_size,
+    )
+    group = ProcessGroupDummy()
+    with pytest.raises(PhaseError):
+        _ = group.group_name
+    if rank.rank == 1:
+        known = group.register("known")
+        assert dist.get_world_size(known) == 1
+        tensor = torch.ones(2)
+        dist.all_reduce(tensor, group=known)
+        assert group.wait_count + group.get_future_count >= 0
+        assert group.group_name
+        with pytest.raises(PhaseError, match="already"):
+            group.register("again")
+        group.unregister()
+        with pytest.raises(PhaseError, match="not registered"):
+            group.unregister()
+        group.register("known once more")
+        group.unregister()
+    dist.barrier()
+    dist.destroy_process_group()
+    rank.tell("done")
+
+
+def test_torch_knows_a_group_between_register_and_unregister() -> None:
+    with ranks(2, _register) as world:
+        assert world.hear_all() == ["done", "done"]
