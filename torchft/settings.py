@@ -13,6 +13,7 @@ from torchft.errors import SettingsError
 
 __all__ = [
     "CONNECT_TIMEOUT_SEC",
+    "GLOO_SOCKET_IFNAME",
     "JOB_ID",
     "LIGHTHOUSE",
     "MANAGER_PORT",
@@ -39,6 +40,8 @@ QUORUM_TIMEOUT_SEC = "TORCHFT_QUORUM_TIMEOUT_SEC"
 """Deadline of a quorum."""
 CONNECT_TIMEOUT_SEC = "TORCHFT_CONNECT_TIMEOUT_SEC"
 """Deadline of each connection to the lighthouse, a manager or the store."""
+GLOO_SOCKET_IFNAME = "GLOO_SOCKET_IFNAME"
+"""Network interface for gloo, such as `eth0`; unset: that of the host's own name. Torch's."""
 QUORUM_RETRIES = "TORCHFT_QUORUM_RETRIES"
 """How often a failed quorum request is sent again before its deadline."""
 STEP_RECORDS = "TORCHFT_STEP_RECORDS"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -322,20 +320,19 @@ def test_a_loopback_address_between_hosts_names_the_remedy() -> None:
     _check([replace(member, network="one") for member in far], Seat(0, 2, "r0"), "store:1/x")
 
 
-def test_an_interface_that_does_not_exist_names_the_remedy(store) -> None:
-    code = (
-        "from datetime import timedelta\n"
-        "from torchft.process_group import ProcessGroupGloo\n"
-        "group = ProcessGroupGloo(timedelta(seconds=10))\n"
-        f"group.configure('localhost:{store.port}/x', 'me', 0, 1)\n"
-    )
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "nowhere0"}
-    ended = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
-    last = ended.stderr.strip().splitlines()[-1]
-    assert "torchft.errors.SettingsError" in last
-    assert "GLOO_SOCKET_IFNAME" in last
+@pytest.mark.parametrize("interface", ["nowhere0", "one0,two0"])
+def test_an_interface_that_cannot_be_taken_names_the_remedy(store, monkeypatch, interface) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", interface)
+    with pytest.raises(SettingsError, match=f"GLOO_SOCKET_IFNAME.*{interface}|{interface}.*GLOO"):
+        ProcessGroupGloo(SECOND).configure(f"localhost:{store.port}/x", "me", 0, 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the loopback interface has another name")
+def test_an_interface_that_is_named_is_taken(store, monkeypatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    group = ProcessGroupGloo(timedelta(seconds=20))
+    group.configure(f"localhost:{store.port}/x", "me", 0, 1)
+    assert group.generation.members[0].listen[0] == "127.0.0.1"
 
 
 # ---------------------------------------------------------------------- wrappers

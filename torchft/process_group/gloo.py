@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroupGloo as GlooBackend
 from torch.distributed import Store, Work
 from torch.distributed.distributed_c10d import ReduceScatterOptions
 
+from torchft import settings
 from torchft.errors import CollectiveError, SettingsError
 from torchft.process_group import rendezvous, sockets
 from torchft.process_group.attempt import Attempt, Deadline
@@ -90,13 +91,19 @@ class ProcessGroupGloo(ProcessGroupWrapper):
 
 
 def _open_device() -> GlooBackend.Device:
+    interface = settings.text(settings.GLOO_SOCKET_IFNAME)
+    if interface is not None and "," in interface:
+        raise SettingsError(f"{settings.GLOO_SOCKET_IFNAME}={interface!r}: name one interface")
     try:
+        if interface is not None:
+            return GlooBackend.create_device(interface=interface)
         return GlooBackend.create_default_device()
     except RuntimeError as error:
+        named = f" on {interface!r}" if interface else ""
         raise SettingsError(
-            f"gloo cannot open a network device: {error}. Set GLOO_SOCKET_IFNAME to a network "
-            "interface of this host (`ip -br addr` lists them), or unset it and let the host's "
-            "own name resolve to an address of it"
+            f"gloo cannot open a network device{named}: {error}. Set GLOO_SOCKET_IFNAME to a "
+            "network interface of this host (`ip -br addr` lists them), or unset it and let the "
+            "host's own name resolve to an address of it"
         ) from error
 
 
