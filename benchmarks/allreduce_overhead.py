@@ -1,9 +1,10 @@
 """What `manager.allreduce` adds to the all-reduce under it.
 
 Two groups of one rank, and in the same two processes torch's own gloo group. The two take turns on
-tensors of the same size, each after a barrier, so that both see the same machine. The floor is
-torch's all-reduce; the manager's also divides, which for large tensors is a pass over memory that
-any average needs, so there the floor divides too.
+tensors of the same size, each after a barrier of a third group, so that both see the same machine
+and neither finds its threads awake from the barrier. The floor is torch's all-reduce; the manager's
+also divides, which for large tensors is a pass over memory that any average needs, so there the
+floor divides too.
 
 Small tensors are compared by their minimum, which is the work itself; large ones by their median.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +35,8 @@ WARM_UP = 3
 LARGE = 16 << 20
 """Bytes from which the floor divides and medians are compared."""
 IN_FLIGHT_BYTES = 4096
+
+Act = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -115,13 +119,14 @@ def _worker(
     if port is None:
         line.send(store.port)
     dist.init_process_group("gloo", store=store, rank=group, world_size=GROUPS)
+    barrier = partial(dist.barrier, dist.new_group(backend="gloo"))
     with manager_of(group, lighthouse=address, min_replicas=GROUPS, init_sync=False) as manager:
         manager.start_quorum()
-        sizes = [_one_size(manager, size, _times(size, options)) for size in options.sizes]
-        in_flight = _in_flight(manager, options.in_flight)
+        sizes = [_one_size(manager, barrier, size, _times(size, options)) for size in options.sizes]
+        in_flight = _in_flight(manager, barrier, options.in_flight)
         if not manager.should_commit():
             raise RuntimeError(f"the step was discarded: {manager.errored()}")
-        dist.barrier()
+        barrier()
     return sizes, in_flight
 
 
@@ -129,7 +134,7 @@ def _times(size: int, options: Options) -> int:
     return min(300, max(4, (options.total_mib << 20) // size))
 
 
-def _one_size(manager: Manager, size: int, times: int) -> Size:
+def _one_size(manager: Manager, barrier: Act, size: int, times: int) -> Size:
     import torch
     import torch.distributed as dist
 
@@ -146,26 +151,24 @@ def _one_size(manager: Manager, size: int, times: int) -> Size:
         manager.allreduce(tensor).wait()
 
     kinds = (raw, raw_and_division, managed)
-    found = _in_turns(kinds, tensor, WARM_UP + times)
+    found = _in_turns(kinds, barrier, tensor, WARM_UP + times)
     if not (tensor == 1).all():
         raise RuntimeError("the average of ones is not one")
     return Size(size, *(Spread.of(times_s[WARM_UP:], scale=1e6) for times_s in found))
 
 
-def _in_turns(kinds: Sequence[Callable[[], None]], tensor: Tensor, times: int) -> list[list[float]]:
+def _in_turns(kinds: Sequence[Act], barrier: Act, tensor: Tensor, times: int) -> list[list[float]]:
     """Seconds of each kind, `times` times, all on `tensor` of ones."""
-    import torch.distributed as dist
-
     found: list[list[float]] = [[] for _ in kinds]
     for _ in range(times):
         for kind, act in enumerate(kinds):
             tensor.fill_(1)
-            dist.barrier()
+            barrier()
             found[kind].append(timed(act))
     return found
 
 
-def _in_flight(manager: Manager, count: int, times: int = 10) -> InFlight:
+def _in_flight(manager: Manager, barrier: Act, count: int, times: int = 10) -> InFlight:
     import torch
     import torch.distributed as dist
 
@@ -177,7 +180,7 @@ def _in_flight(manager: Manager, count: int, times: int = 10) -> InFlight:
     def round_of(begin: Callable[[Tensor], Any]) -> float:
         for tensor in tensors:
             tensor.fill_(1)
-        dist.barrier()
+        barrier()
         return timed(lambda: [work.wait() for work in [begin(one) for one in tensors]])
 
     both = [(round_of(raw), round_of(manager.allreduce)) for _ in range(WARM_UP + times)]
