@@ -24,7 +24,8 @@ from torch import distributed
 
 from torchft import DistributedDataParallel, Manager, Optimizer, ProcessGroupGloo
 from torchft.digest import digest
-from torchft.launch.bytes_lm import ByteCorpus, ByteTransformer, CorpusError, Order, next_byte_loss
+from torchft.errors import TorchftError
+from torchft.launch.bytes_lm import ByteCorpus, ByteTransformer, Order, next_byte_loss
 
 STEPS = 1000  # then it ends
 ROWS = 8  # windows of text in a batch
@@ -150,5 +151,5 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         main()
-    except CorpusError as error:
+    except (TorchftError, TimeoutError) as error:
         sys.exit(f"train_ddp.py: {error}")

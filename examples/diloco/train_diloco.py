@@ -25,7 +25,8 @@ from torch import distributed
 
 from torchft import Manager, ProcessGroupGloo
 from torchft.digest import digest
-from torchft.launch.bytes_lm import ByteCorpus, ByteTransformer, CorpusError, Order, next_byte_loss
+from torchft.errors import TorchftError
+from torchft.launch.bytes_lm import ByteCorpus, ByteTransformer, Order, next_byte_loss
 from torchft.local_sgd import DiLoCo
 
 SYNC_EVERY = 100  # inner steps of each group between two outer steps
@@ -155,5 +156,5 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         main()
-    except CorpusError as error:
+    except (TorchftError, TimeoutError) as error:
         sys.exit(f"train_diloco.py: {error}")

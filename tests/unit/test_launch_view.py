@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import sys
 
-from torchft.launch.view import Frame, PlainView, Row, choose_view
+import pytest
+
+from torchft.launch.view import Frame, PlainView, RichView, Row, choose_view
 
 
 def frame(elapsed_s: float, step: int = 7) -> Frame:
@@ -34,6 +37,24 @@ def test_frames_are_lines_once_in_a_while() -> None:
 
 def test_a_pipe_gets_plain_lines() -> None:
     assert isinstance(choose_view(io.StringIO()), PlainView)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_the_table() -> None:
+    assert isinstance(choose_view(Terminal()), RichView)
+
+
+def test_a_terminal_without_rich_gets_lines_and_is_told_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    out = Terminal()
+    assert isinstance(choose_view(out), PlainView)
+    assert "rich is not installed: pip install '.[demo]'" in out.getvalue()
 
 
 def test_the_table_has_a_row_for_each_group() -> None:

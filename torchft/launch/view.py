@@ -158,4 +158,6 @@ def choose_view(out: TextIO | None = None) -> View:
     try:
         return RichView()
     except ImportError:
-        return PlainView(out)
+        view = PlainView(out)
+        view.tell(0.0, "plain lines, since rich is not installed: pip install '.[demo]'")
+        return view

@@ -1,0 +1,69 @@
+"""Lines about a run, each told once."""
+
+from __future__ import annotations
+
+from torchft.launch.news import News, short
+from torchft.records import StepRecord
+
+
+def record(
+    step: int, *, of: str = "group_0:a", quorum: int = 5, participants: int = 2, **fields: object
+) -> StepRecord:
+    values: dict[str, object] = {
+        "t_monotonic": 1.0,
+        "replica_id": of,
+        "group_rank": 0,
+        "step": step,
+        "quorum_id": quorum,
+        "members": ("group_0:a", "group_1:b"),
+        "participants": participants,
+        "committed": True,
+    }
+    return StepRecord(**{**values, **fields})  # type: ignore[arg-type]
+
+
+def told(*records: StepRecord) -> list[str]:
+    return list(News(2).of(records))
+
+
+def test_a_quorum_is_told_once_whoever_reports_it() -> None:
+    assert told(record(0), record(0, of="group_1:b"), record(1)) == [
+        "step 0: a quorum of group_0, group_1",
+        "step 0: all 2 groups take part",
+    ]
+
+
+def test_a_late_report_of_an_old_quorum_is_no_news() -> None:
+    news = told(record(8, quorum=6), record(7, quorum=5))
+    assert [line for line in news if "a quorum of" in line] == [
+        "step 8: a quorum of group_0, group_1"
+    ]
+
+
+def test_members_that_are_not_counted_heal() -> None:
+    (first, *_) = told(record(4, participants=1))
+    assert first == "step 4: a quorum of group_0, group_1; 1 of them heals"
+
+
+def test_a_new_process_at_a_later_step_has_healed() -> None:
+    healed = record(40, of="group_1:c", seconds={"heal": 0.25})
+    assert "group_1 has healed to step 40 in 0.25 s" in told(healed)
+    assert not any("healed" in line for line in told(record(0, of="group_1:b")))
+
+
+def test_a_discarded_step_tells_why() -> None:
+    news = told(record(3, committed=False, why="error: the peer is gone"))
+    assert "group_0 discards step 3: error: the peer is gone" in news
+
+
+def test_full_membership_is_told_each_time_it_comes_back() -> None:
+    news = told(record(0), record(1, participants=1), record(2))
+    assert [line for line in news if "take part" in line] == [
+        "step 0: all 2 groups take part",
+        "step 2: all 2 groups take part",
+    ]
+
+
+def test_a_page_of_reason_is_cut_to_a_line() -> None:
+    assert short("a\n  b") == "a b"
+    assert short("x" * 500, limit=10) == "x" * 9 + "…"

@@ -1,0 +1,113 @@
+"""From what a run left to its results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torchft.launch.ending import Ending, read_endings
+from torchft.launch.group import Group, Life
+from torchft.launch.outcome import group_result, kill_result
+from torchft.launch.train_options import TrainOptions
+from torchft.launch.watch import GroupWatch, Watch
+from torchft.records import StepRecord
+
+
+def record(t: float, step: int, *members: str, of: str = "group_0:a") -> StepRecord:
+    return StepRecord(
+        t_monotonic=t,
+        replica_id=of,
+        group_rank=0,
+        step=step,
+        quorum_id=1,
+        members=members,
+        participants=len(members),
+        committed=True,
+        ledger={"compute": t - 1.0},
+    )
+
+
+def watch(number: int, *records: StepRecord) -> GroupWatch:
+    made = GroupWatch(number, Path("absent"), born_at=lambda _: 1.0)
+    for one in records:
+        made._remember_birth(one)
+    made.records += records
+    return made
+
+
+def group(number: int, *lives: Life) -> Group:
+    return Group(number, ["true"], {}, Path("log"), list(lives))
+
+
+def ending(**fields: object) -> Ending:
+    values: dict[str, object] = {
+        "group": 0,
+        "group_rank": 0,
+        "pid": 1,
+        "step": 3,
+        "digest": "d",
+        "held_out_loss": 2.0,
+        "t_monotonic": 6.0,
+        "ledger": {"compute": 4.5, "settle": 0.5},
+    }
+    return Ending(**{**values, **fields})  # type: ignore[arg-type]
+
+
+def test_a_last_word_is_later_than_the_last_record() -> None:
+    one = group(0, Life(1, spawned=0.5, ended=7.0, code=0))
+    result = group_result(one, watch(0, record(5.0, 2, "group_0:a")), [ending()])
+    assert result.account.seconds == {"launch": 0.5, "compute": 4.5, "settle": 0.5, "exit": 1.0}
+    assert result.account.adds_up
+
+
+def test_a_group_that_never_started_has_spent_nothing() -> None:
+    result = group_result(group(0), watch(0), [])
+    assert (result.committed, result.account.wall_s) == (0, 0.0)
+
+
+def test_the_kill_is_timed_from_the_others() -> None:
+    killed = Life(1, spawned=0.0, killed=5.0, ended=5.1, code=-9)
+    victim = watch(1, record(4.0, 6, "group_0:a", "group_1:b", of="group_1:b"))
+    survivor = watch(
+        0,
+        record(4.0, 6, "group_0:a", "group_1:b"),
+        record(6.5, 7, "group_0:a"),
+        record(9.0, 8, "group_0:a", "group_1:c"),
+    )
+    result = kill_result(group(1, killed), Watch([survivor, victim]), "group_1:b")
+    assert result is not None
+    assert (result.step, result.next_commit_s, result.full_again_s) == (7, 1.5, 4.0)
+
+
+def test_without_a_kill_there_is_nothing_to_tell() -> None:
+    alive = group(0, Life(1, spawned=0.0, ended=7.0, code=0))
+    assert kill_result(alive, Watch([watch(0)]), "") is None
+
+
+def test_last_words_are_read_by_group_and_rank(tmp_path: Path) -> None:
+    said = [ending(group=1), ending(group_rank=1), ending()]
+    for one in said:
+        one.write(tmp_path)
+    assert read_endings(tmp_path) == [said[2], said[1], said[0]]
+
+
+def test_a_later_life_replaces_the_last_word_of_an_earlier(tmp_path: Path) -> None:
+    ending(digest="old").write(tmp_path)
+    ending(digest="new").write(tmp_path)
+    assert [one.digest for one in read_endings(tmp_path)] == ["new"]
+
+
+def test_train_options_survive_the_command_line(tmp_path: Path) -> None:
+    options = TrainOptions(
+        group=1,
+        groups=3,
+        strategy="diloco",
+        steps=40,
+        sync_every=5,
+        seed=9,
+        min_groups=2,
+        timeout_s=20.0,
+        quorum_timeout_s=60.0,
+        folder=tmp_path,
+        corpus=(Path("a b.txt"), Path("--odd")),
+    )
+    assert TrainOptions.from_arguments(options.to_arguments()) == options
