@@ -194,7 +194,7 @@ def _found(told: Told, options: Options, timeout_ms: int) -> Findings:
         Figure("recovery.discarded", f"steps that each survivor discarded, {case}",
                max(discarded), ""),
         Figure("recovery.return", f"restart to taking part, {case}",
-               back_s["takes part"], "s", Floor("import torch", back_s["torch"])),
+               back_s["takes part"], "s", Floor("import torch, make AdamW", back_s["optimizer"])),
         Figure("recovery.digests_that_differ", f"digests that differ, of {compared}, {case}",
                differ, ""),
     ]  # fmt: skip

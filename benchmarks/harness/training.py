@@ -48,15 +48,17 @@ def train(line: Connection, *, group: int, address: str, min_replicas: int, step
     """A worker's function: sends Marks and Steps, ends at the step that it is sent."""
     import torch
 
-    torch.set_num_threads(1)
     line.send(Mark(time.monotonic(), "torch"))
-    from torchft import DistributedDataParallel, Optimizer
-
-    line.send(Mark(time.monotonic(), "torchft"))
+    torch.set_num_threads(1)
     # Unequal on purpose: the first quorum makes all groups start from one group's model.
     torch.manual_seed(group + 1)
     model = _model()
+    # Torch's optimizers import torch._dynamo when the first one is made, which takes seconds.
     inner = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    line.send(Mark(time.monotonic(), "optimizer"))
+    from torchft import DistributedDataParallel, Optimizer
+
+    line.send(Mark(time.monotonic(), "torchft"))
 
     def state() -> dict[str, Any]:
         return {"model": model.state_dict(), "optimizer": inner.state_dict()}
