@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from helpers.coordination import Child, ask, at_once, free_port, group, lighthouse, seconds, until
+from helpers.proxy import Relay
 
 from torchft.coordination import LighthouseClient, ManagerClient, ManagerServer
 from torchft.errors import QuorumError, StateLostError
@@ -206,6 +207,18 @@ def test_a_lighthouse_that_hangs_is_noticed_and_its_return_too() -> None:
         hanging.send(signal.SIGCONT)
         until(lambda: "is back" in child.stderr, "the heartbeat is answered again")
         assert ask(client, step=2, timeout=20).max_step == 2
+
+
+def test_a_connection_that_fell_silent_is_replaced() -> None:
+    with lighthouse() as server, Relay(int(server.address().rsplit(":", 1)[1])) as relay:
+        address = f"http://127.0.0.1:{relay.port}"
+        with Child(GROUP, address, "a:1", "1") as child:
+            client = ManagerClient(child.line(), connect_timeout=seconds(20))
+            ask(client, step=1, timeout=20)
+            assert relay.accepted == 1
+            relay.fall_silent()
+            until(lambda: "is back" in child.stderr, "a heartbeat passes on a new connection")
+            assert ask(client, step=2, timeout=20).max_step == 2
 
 
 def test_a_group_whose_donors_are_gone_is_told_which_step_is_lost() -> None:

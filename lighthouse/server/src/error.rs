@@ -48,13 +48,10 @@ pub enum CallError {
 }
 
 impl CallError {
-    /// Reads a status that came out of a call; `silence` is said of a deadline without an answer.
+    /// Reads a status that a call to `peer` ended in.
     #[must_use]
-    pub fn from_status(status: &Status, peer: &str, silence: impl FnOnce() -> String) -> Self {
+    pub fn from_status(status: &Status, peer: &str) -> Self {
         let words = status.message().to_owned();
-        if words == "Timeout expired" {
-            return Self::Deadline(silence());
-        }
         if status.source().is_some() {
             return Self::Unavailable(format!("{peer}: {}", innermost(status)));
         }
@@ -141,7 +138,7 @@ mod tests {
             },
         ] {
             let status = Status::from(error.clone());
-            assert_eq!(CallError::from_status(&status, "", String::new), error);
+            assert_eq!(CallError::from_status(&status, ""), error);
         }
     }
 }

@@ -10,7 +10,7 @@ use std::{
 
 use tokio::time::{Instant, sleep, timeout_at};
 use tonic::{
-    Request, Response, Status,
+    Request, Response, Status, TimeoutExpired,
     metadata::MetadataValue,
     transport::{Channel, Endpoint},
 };
@@ -79,14 +79,17 @@ impl Link {
         F: Future<Output = Result<Response<R>, Status>>,
     {
         let end = Instant::now() + within;
-        let silence = || format!("no answer to {what} from {} within {within:?}", self.name);
         let call = rpc(self.channel(), request(message, within));
         let response = match timeout_at(end, call).await {
             Ok(Ok(response)) => response,
-            Ok(Err(status)) => return Err(CallError::from_status(&status, &self.name, silence)),
-            Err(_elapsed) => {
+            Ok(Err(status)) if !is_silence(&status) => {
+                return Err(CallError::from_status(&status, &self.name));
+            }
+            Ok(Err(_)) | Err(_) => {
                 self.make_anew();
-                return Err(CallError::Deadline(silence()));
+                let name = &self.name;
+                let words = format!("no answer to {what} from {name} within {within:?}");
+                return Err(CallError::Deadline(words));
             }
         };
         self.check_version(&response)?;
@@ -110,6 +113,18 @@ impl Link {
         let fresh = self.endpoint.connect_lazy();
         *self.channel.lock().unwrap_or_else(PoisonError::into_inner) = fresh;
     }
+}
+
+/// Whether the channel's own timer ended the call, and not the server.
+fn is_silence(status: &Status) -> bool {
+    let mut cause = std::error::Error::source(status);
+    while let Some(error) = cause {
+        if error.is::<TimeoutExpired>() {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
 }
 
 fn endpoint(address: String) -> Result<Endpoint, CallError> {
