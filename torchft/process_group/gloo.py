@@ -137,7 +137,8 @@ def _own_sockets(members: tuple[Member, ...], me: Member) -> tuple[sockets.OwnSo
     peers = {member.listen for member in members if member.listen and member.rank != me.rank}
     own = sockets.connected(me.listen, peers)
     if len(own) != len(members) - 1:
-        _log.warning(
+        # Peers that ended already, or gloo told to connect lazily.
+        _log.info(
             "rank %d (%s) recognises %d of its %d connections: abandoning a collective may wait "
             "for its deadline",
             me.rank,

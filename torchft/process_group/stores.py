@@ -10,12 +10,11 @@ import os
 import socket
 import threading
 from collections import OrderedDict
-from contextlib import suppress
 from datetime import timedelta
 
 from torch.distributed import PrefixStore, Store, TCPStore
 
-from torchft.errors import CollectiveError, SettingsError
+from torchft.errors import CollectiveError, SettingsError, TorchftError
 from torchft.process_group.attempt import Attempt, Deadline
 
 __all__ = ["create_store_client", "forget"]
@@ -41,13 +40,15 @@ def create_store_client(store_addr: str, timeout: timedelta) -> Store:
     """
     host, port, prefix = _parse(store_addr)
     deadline = Deadline.after(timeout)
-    numeric = _knock(store_addr, host, port, deadline)
-    attempt = Attempt(lambda _: _client((os.getpid(), numeric, port, timeout)))
+    key = (os.getpid(), host, port, timeout)
+    attempt = Attempt(lambda _: _kept(key) or _connect(key, store_addr, deadline))
     attempt.stage = f"the store at {store_addr}: its process is stuck or cannot be reached"
     try:
         return PrefixStore(prefix, attempt.wait(deadline))
     except TimeoutError:
         forget(store_addr)
+        raise
+    except TorchftError:
         raise
     except RuntimeError as error:
         raise CollectiveError(f"the store at {store_addr} does not answer: {error}") from error
@@ -91,23 +92,31 @@ def _knock(store_addr: str, host: str, port: int, deadline: Deadline) -> str:
         ) from error
 
 
-def _client(key: _Key) -> TCPStore:
+def _kept(key: _Key) -> TCPStore | None:
+    """The connection of before, if its store still answers."""
     with _changing:
         client = _clients.pop(key, None)
-    if client is None or not _alive(client):
-        _, host, port, timeout = key
-        client = TCPStore(
-            host_name=host, port=port, is_master=False, timeout=timeout, wait_for_workers=False
-        )
+    if client is None:
+        return None
+    try:
+        client.check(["alive"])
+    except RuntimeError:
+        return None
+    return _keep(key, client)
+
+
+def _connect(key: _Key, store_addr: str, deadline: Deadline) -> TCPStore:
+    _, host, port, timeout = key
+    numeric = _knock(store_addr, host, port, deadline)
+    client = TCPStore(
+        host_name=numeric, port=port, is_master=False, timeout=timeout, wait_for_workers=False
+    )
+    return _keep(key, client)
+
+
+def _keep(key: _Key, client: TCPStore) -> TCPStore:
     with _changing:
         _clients[key] = client
         while len(_clients) > _KEPT:
             _clients.popitem(last=False)
     return client
-
-
-def _alive(client: TCPStore) -> bool:
-    with suppress(RuntimeError):
-        client.check(["alive"])
-        return True
-    return False
