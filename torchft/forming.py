@@ -98,7 +98,7 @@ class Former:
     def bytes_moved(self) -> tuple[int, int]:
         """Payload bytes (sent, received) so far, of this process group and of heals."""
         # A collective moves as much in as out.
-        by_group = getattr(getattr(self._pg, "generation", None), "bytes_sent", 0)
+        by_group = getattr(self._pg, "bytes_sent", 0)
         sent = getattr(self._transport, "bytes_sent", 0)
         received = getattr(self._transport, "bytes_received", 0)
         return by_group + sent, by_group + received
