@@ -22,7 +22,6 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future as ThreadFuture
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -31,6 +30,7 @@ from torch.distributed import ReduceOp, Work
 from torch.futures import Future
 
 from torchft import settings
+from torchft.background import Background
 from torchft.checkpointing import CheckpointTransport, HTTPTransport
 from torchft.communicate import Communicator
 from torchft.coordination import watch_parent
@@ -169,7 +169,7 @@ class Manager:
             collect_state=lambda: self._state.collect(self.state_dict),
         )
         self._communicator = Communicator(pg)
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="torchft_quorum")
+        self._executor = Background("torchft_quorum")
         self._forming: ThreadFuture[None] | None = None
         self._transaction: Transaction | None = None
         self._phase = Phase.IDLE
@@ -530,6 +530,6 @@ class Manager:
         # The server first: a quorum that is still waited for then ends at once.
         self._group.leave()
         self._transport.shutdown(wait=wait)
-        self._executor.shutdown(wait=wait, cancel_futures=True)
+        self._executor.shutdown(wait=wait)
         self._pg.shutdown()
         self._log.close()

@@ -41,6 +41,40 @@ def test_ctrl_c_ends_a_60_s_quorum_wait_within_a_second() -> None:
         assert "KeyboardInterrupt" in child.stderr
 
 
+WAITS_IN_A_MANAGER = """
+from datetime import timedelta as T
+import torch.distributed as dist
+from torchft import Manager, ProcessGroupGloo
+from torchft.coordination import LighthouseServer
+
+lighthouse = LighthouseServer("127.0.0.1:0", 1)
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+manager = Manager(pg=ProcessGroupGloo(timeout=T(seconds=5)), load_state_dict=lambda state: None,
+                  state_dict=dict, min_replica_size=1, rank=0, world_size=1,
+                  store_addr="127.0.0.1", store_port=store.port, replica_id="a",
+                  lighthouse_addr=lighthouse.address(), hostname="127.0.0.1")
+manager.start_quorum()
+manager.should_commit()
+lighthouse.shutdown()
+import atexit
+atexit.register(print, "exits")
+manager.start_quorum()  # in the background: 60 s
+print("waiting")
+manager.wait_quorum()
+"""
+
+
+def test_ctrl_c_ends_a_manager_whose_quorum_forms_in_the_background() -> None:
+    with Child(WAITS_IN_A_MANAGER, OMP_NUM_THREADS="1") as child:
+        assert child.line() == "waiting"
+        began = time.monotonic()
+        child.send(signal.SIGINT)
+        assert child.line() == "exits"
+        assert time.monotonic() - began < 1
+        child.end()
+        assert "KeyboardInterrupt" in child.stderr
+
+
 def test_a_daemon_thread_that_waits_does_not_hold_the_exit_up() -> None:
     code = WAITS_FOR_A_QUORUM.replace(
         "client._quorum(0",
