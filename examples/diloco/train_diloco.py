@@ -21,12 +21,12 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from torch import distributed
 
 from torchft import Manager, ProcessGroupGloo
 from torchft.digest import digest
 from torchft.errors import TorchftError
 from torchft.launch.bytes_lm import ByteCorpus, ByteTransformer, Order, next_byte_loss
+from torchft.launch.inside import average_inside, meet_inside
 from torchft.local_sgd import DiLoCo
 
 SYNC_EVERY = 100  # inner steps of each group between two outer steps
@@ -45,10 +45,8 @@ def main() -> None:
     require_torchrun()
     group = int(os.environ.get("REPLICA_GROUP_ID", "0"))
     groups = int(os.environ.get("NUM_REPLICA_GROUPS", "2"))
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, ranks = meet_inside(TIMEOUT)  # a group may have several ranks, and is one trainer
     device = pick_device(group)
-    if ranks > 1:
-        distributed.init_process_group("gloo", timeout=TIMEOUT)
 
     # What is trained, and on what: each rank of each group reads a shard of its own.
     torch.manual_seed(SEED)
@@ -81,8 +79,7 @@ def main() -> None:
                 inner.zero_grad()
                 loss = next_byte_loss(model, inputs, targets)
                 loss.backward()
-                if ranks > 1:
-                    average_inside_the_group(model, ranks)
+                average_inside(model.parameters())
                 inner.step()  # every SYNC_EVERY-th time it also takes the outer step
                 inner_steps += 1
                 if inner_steps % arguments.sync_every == 0:
@@ -137,14 +134,6 @@ def pick_device(group: int) -> torch.device:
         return torch.device("cuda", group % torch.cuda.device_count())
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     return torch.device("cpu")
-
-
-def average_inside_the_group(model: torch.nn.Module, ranks: int) -> None:
-    """A group is one trainer, however many ranks it has."""
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            distributed.all_reduce(parameter.grad)
-            parameter.grad /= ranks
 
 
 def say(text: str) -> None:

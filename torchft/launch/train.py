@@ -13,20 +13,21 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import timedelta
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
-from torchft import Manager, Optimizer, ProcessGroupGloo, settings
+from torchft import Manager, Optimizer, ProcessGroupGloo
 from torchft.ddp import DistributedDataParallel
 from torchft.digest import digest
 from torchft.launch.bytes_lm import ByteTransformer, next_byte_loss
 from torchft.launch.corpus import ByteCorpus, Order
 from torchft.launch.ending import Ending
+from torchft.launch.inside import average_inside, meet_inside
 from torchft.launch.train_options import TrainOptions
 from torchft.ledger import Bucket
 from torchft.local_sgd import DiLoCo, LocalSGD
@@ -48,8 +49,7 @@ class Trainee:
 
     def __init__(self, options: TrainOptions) -> None:
         self.options = options
-        self.rank = settings.integer("RANK", 0)
-        self.ranks = settings.integer("WORLD_SIZE", 1)
+        self.rank, self.ranks = meet_inside(timedelta(seconds=options.timeout_s))
         torch.manual_seed(options.seed)
         self.model = ByteTransformer()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=2e-3)
@@ -63,8 +63,6 @@ class Trainee:
         )
         self.batches = 0
         self.finished = False
-        if self.ranks > 1:
-            distributed.init_process_group("gloo", timeout=timedelta(seconds=options.timeout_s))
 
     @cached_property
     def manager(self) -> Manager:
@@ -108,9 +106,8 @@ class Trainee:
             loss = next_byte_loss(model, inputs, targets)
             loss.backward()
             self.manager.note(loss=loss.item(), pid=os.getpid())
-        if self.ranks > 1:
-            with self.manager.ledger.spending(Bucket.COMMUNICATE):
-                average_inside(self.model.parameters())
+        with self.manager.ledger.spending(Bucket.COMMUNICATE):
+            average_inside(self.model.parameters())
 
     def look_at_the_end(self) -> None:
         """Call after a committed step: was it one that all groups can end with?"""
@@ -148,16 +145,6 @@ def step_back() -> None:
     # Between sessions, as torchrun gives each worker, the kernel compares those, if it groups them.
     with contextlib.suppress(OSError), open("/proc/self/autogroup", "w") as autogroup:
         autogroup.write(str(NICE))
-
-
-def average_inside(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Mean of the gradients over the ranks of this group, in place, as one flat tensor."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    distributed.all_reduce(flat)
-    flat /= distributed.get_world_size()
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
 
 
 def train_ddp(trainee: Trainee) -> dict[str, Any]:
