@@ -45,6 +45,7 @@ class ProcessGroup(TorchProcessGroup):
     def __init__(self, rank: int = 0, world_size: int = 1) -> None:
         super().__init__(rank, world_size)
         self._registered: str | None = None
+        self._group_name = ""
 
     # ------------------------------------------------------------------ members
 
@@ -193,6 +194,8 @@ class ProcessGroup(TorchProcessGroup):
         )
         assert isinstance(group, TorchProcessGroup)
         self._registered = backend
+        # Kept: torch asks for it once more when it has already forgotten the group.
+        self._group_name = dist.distributed_c10d._get_process_group_name(group)
         return group
 
     def _creator(self) -> Callable[..., TorchProcessGroup]:
@@ -213,4 +216,4 @@ class ProcessGroup(TorchProcessGroup):
         """The name that torch gave it. PhaseError unless it is registered."""
         if self._registered is None:
             raise PhaseError("a group has a name only between register and unregister")
-        return dist.distributed_c10d._get_process_group_name(self)
+        return self._group_name

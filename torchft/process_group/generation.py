@@ -104,7 +104,7 @@ class Generation:
         return self._size
 
     def set_timeout(self, timeout: timedelta) -> None:
-        """Deadline of each operation that begins from now on."""
+        """Deadline of each operation from now on; with torch 2.7, from the next generation on."""
         if self.error is None:
             set_backend_timeout(self._backend, timeout)
 
@@ -236,9 +236,9 @@ class _Gone:
 
 
 def set_backend_timeout(backend: Any, timeout: timedelta) -> None:
-    """torch made the method public some time after 2.7."""
-    setter = getattr(backend, "set_timeout", None) or backend._set_default_timeout
-    setter(timeout)
+    """Where torch lets it be changed; elsewhere (2.7) a backend keeps the one it was made with."""
+    if hasattr(backend, "set_timeout"):
+        backend.set_timeout(timeout)
 
 
 def _release(backend: list[object], own: tuple[sockets.OwnSocket, ...], pid: int) -> None:

@@ -1,8 +1,8 @@
 """Gloo among the replica groups: a new generation in milliseconds, an abandoned one gone as fast.
 
 Making one: open a network device and see where it listens, meet the others in the store, let gloo
-connect to all of them, note which sockets that made. Gloo tries a dead peer five times for the
-whole timeout each, so it gets a fifth of the time that is left.
+connect to all of them, note which sockets that made. Gloo tries a dead peer five times for its
+whole timeout each, so while it connects it gets a fifth of the time that is left.
 """
 # mypy: disable-error-code="override"
 
@@ -117,7 +117,9 @@ def _connect(
 ) -> GlooBackend:
     options = _gloo._Options()
     options._devices = [device]
-    options._timeout = deadline.left() / _CONNECT_TRIES
+    options._timeout = deadline.timeout
+    if hasattr(GlooBackend, "set_timeout"):  # it gets the whole one afterwards
+        options._timeout = deadline.left() / _CONNECT_TRIES
     try:
         return GlooBackend(store, me.rank, me.world_size, options)
     except RuntimeError as error:
