@@ -68,7 +68,7 @@ class Communicator:
         with transaction.ledger.spending(Bucket.COMMUNICATE):
             for average in transaction.averages:
                 average.wait(timeout)
-            if torch.cuda.is_available() and torch.cuda.is_initialized():
+            if torch.cuda.is_initialized():
                 torch.cuda.current_stream().synchronize()
         error = self._pg.errored()
         if error is not None and not transaction.failed:
