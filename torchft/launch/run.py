@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 
 from torchft.launch.group import Group
+from torchft.launch.logs import last_error
 from torchft.launch.news import News
 from torchft.launch.processes import tree
 from torchft.launch.stopping import StopSignals
@@ -105,6 +106,8 @@ class Run:
         self.tell(f"group {group.number} ended with exit code {code}")
         if code != 0 and self.trouble is None:
             self.trouble = f"group {group.number} ended with exit code {code}"
+            if error := last_error(group.log):
+                self.trouble += f" after {error}"
 
     def _act(self) -> None:
         match self._director.decide(self._scene()):
