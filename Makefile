@@ -6,6 +6,8 @@ UV ?= $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 RUN = $(UV) run --frozen --no-sync
 # One thread per process: several processes share the cores, and more threads fight for them.
 export OMP_NUM_THREADS ?= 1
+# torch looks up the name of each peer that connects: a silent name server must not stall that.
+export RES_OPTIONS ?= timeout:1 attempts:1
 
 .PHONY: help demo test test-slow check setup format lint types rust bench clean
 

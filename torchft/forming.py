@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from torch.distributed import Store
+
 from torchft import healing
 from torchft.checkpointing import CheckpointTransport
 from torchft.errors import CollectiveError, HealError, StepError, TorchftError
@@ -18,6 +20,7 @@ from torchft.fingerprint import Description, exchange, same_world_sizes, withdra
 from torchft.ledger import Bucket, Ledger
 from torchft.peers import Place
 from torchft.process_group import ProcessGroup, create_store_client
+from torchft.process_group.attempt import Attempt, Deadline
 from torchft.replica_group import ReplicaGroup
 from torchft.step import Options, Plan, plan_step
 from torchft.step_log import StepLog
@@ -134,18 +137,12 @@ class Former:
         self._configured = None
         prefix = f"{plan.store_address}/torchft/{plan.quorum_id}/{self._group.rank}"
         try:
-            store = create_store_client(prefix, timeout=self._options.connect_timeout)
-            exchange(
-                store,
-                self._fingerprint(),
-                rank=plan.replica_rank,
-                members=plan.members,
-                reference=plan.reference,
-                timeout=self._options.timeout,
-            )
+            # A store whose process is stopped answers nothing and keeps no timeout of its own.
+            deadline = Deadline.after(self._options.timeout)
+            store = Attempt(lambda attempt: self._compare(attempt, plan, prefix)).wait(deadline)
             name = self._group.name or "0"
             self._pg.configure(prefix, name, plan.replica_rank, len(plan.members))
-            withdraw(store, plan.replica_rank)
+            Attempt(lambda _: withdraw(store, plan.replica_rank))  # nobody waits for it
         except TorchftError:
             raise
         except (RuntimeError, OSError) as error:
@@ -153,6 +150,19 @@ class Former:
                 f"the process group of quorum {plan.quorum_id} could not be made: {error}"
             ) from error
         self._configured = plan.quorum_id
+
+    def _compare(self, attempt: Attempt[Store], plan: Plan, prefix: str) -> Store:
+        attempt.stage = f"all of {', '.join(plan.members)} to describe their models at {prefix}"
+        store = create_store_client(prefix, timeout=self._options.connect_timeout)
+        exchange(
+            store,
+            self._fingerprint(),
+            rank=plan.replica_rank,
+            members=plan.members,
+            reference=plan.reference,
+            timeout=self._options.timeout,
+        )
+        return store
 
     def _fingerprint(self) -> Description:
         options = self._options
