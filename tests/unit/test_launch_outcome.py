@@ -29,8 +29,7 @@ def record(t: float, step: int, *members: str, of: str = "group_0:a") -> StepRec
 def watch(number: int, *records: StepRecord) -> GroupWatch:
     made = GroupWatch(number, Path("absent"), born_at=lambda _: 1.0)
     for one in records:
-        made._remember_birth(one)
-    made.records += records
+        made.add(one)
     return made
 
 

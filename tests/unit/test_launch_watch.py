@@ -69,7 +69,7 @@ def test_each_life_has_its_workers(tmp_path: Path) -> None:
     watch = watch_of(tmp_path / "r", record(2.0, 0), record(9.0, 7, life="group_0:b"))
     assert [trace.last_word for trace in watch.workers(0.0, 5.0)] == [2.0]
     assert [trace.last_word for trace in watch.workers(5.0, 10.0)] == [9.0]
-    assert [one.step for one in watch.of_life(5.0)] == [7]
+    assert list(watch.first_of) == ["group_0:a", "group_0:b"]
 
 
 def test_when_the_others_go_on_and_when_all_are_back(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torchft.launch.stopping import StopSignals
 from torchft.launch.story import Director, Kill, Part, Restart, Scene
 from torchft.launch.view import Frame, Row, View
 from torchft.launch.watch import GroupWatch, Watch
+from torchft.records import StepRecord
 
 __all__ = ["Run", "state_of"]
 
@@ -53,6 +54,8 @@ class Run:
         self._began = time.monotonic()
         self._news = News(len(groups))
         self._ended: set[int] = set()
+        self._all_took_part = False
+        self._went_on = False
 
     def play(self, stop: StopSignals) -> None:
         """From the first spawn until all have ended, or the run has to be given up."""
@@ -93,10 +96,20 @@ class Run:
         return not goes_on and all(group.poll() is not None for group in self.groups)
 
     def _look(self) -> None:
-        for news in self._news.of(self.watch.poll()):
+        new = self.watch.poll()
+        for news in self._news.of(new):
             self.tell(news)
+        for record in new:
+            self._follow(record)
         for group in self.groups:
             self._look_for_end(group)
+
+    def _follow(self, record: StepRecord) -> None:
+        """Keep what the director wants to know."""
+        if record.committed:
+            self._all_took_part |= record.participants == len(self.groups)
+            # A quorum that does not hold the killed member was formed after the kill.
+            self._went_on |= bool(self.killed_id) and self.killed_id not in record.members
 
     def _look_for_end(self, group: Group) -> None:
         code = group.poll()
@@ -130,13 +143,11 @@ class Run:
     def _scene(self) -> Scene:
         story = self._director.story
         victim = story.victim if story is not None else 0
-        killed = self.groups[victim].life.killed
         return Scene(
             now=time.monotonic(),
             victim_step=self.watch.groups[victim].step,
-            all_took_part=self.watch.first_full() is not None,
-            went_on=killed is not None
-            and self.watch.first_without(self.killed_id, killed) is not None,
+            all_took_part=self._all_took_part,
+            went_on=self._went_on,
         )
 
     def _frame(self) -> Frame:
@@ -162,10 +173,9 @@ def state_of(group: Group, watch: GroupWatch) -> str:
     """One word for what the group does now."""
     if group.poll() is not None:
         return "dead" if group.life.code else "ended"
-    records = watch.of_life(group.life.spawned)
-    if not records:
+    last = watch.last
+    if last is None or last.t_monotonic < group.life.spawned:
         return "starting"
-    first = records[0]
-    came_back = first.step > 0 and first.replica_id != watch.records[0].replica_id
+    first = watch.first_of[last.replica_id]
     just_now = time.monotonic() - first.t_monotonic < HEALED_FOR_S
-    return "healed" if came_back and just_now else "training"
+    return "healed" if first.step > 0 and just_now else "training"

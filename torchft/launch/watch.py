@@ -30,6 +30,10 @@ class GroupWatch:
         self.number = number
         self.records: list[StepRecord] = []
         """Of rank 0, in order, of all lives."""
+        self.discarded: list[StepRecord] = []
+        """Those of them that were not committed."""
+        self.first_of: dict[str, StepRecord] = {}
+        """Replica id → the first record of that process, in their order."""
         self.bytes_sent = 0
         """Payload bytes that all ranks of the group handed to the wire."""
         self._reader = StepRecordsReader(path)
@@ -46,14 +50,20 @@ class GroupWatch:
         self.bytes_sent += sum(record.bytes_sent for record in new)
         leading = [record for record in new if record.group_rank == 0]
         for record in leading:
-            self._remember_birth(record)
-        self.records += leading
+            self.add(record)
         return leading
+
+    def add(self, record: StepRecord) -> None:
+        """One more of rank 0."""
+        self.records.append(record)
+        if not record.committed:
+            self.discarded.append(record)
+        if record.replica_id not in self.first_of:
+            self.first_of[record.replica_id] = record
+            self._remember_birth(record)
 
     def _remember_birth(self, record: StepRecord) -> None:
         """Read at the first record of a process: later it may be gone, and /proc with it."""
-        if record.replica_id in self._births:
-            return
         born = self._born_at(record.extra.get("pid", 0))
         if born is None:  # gone already, or no /proc: its own ledger has to be believed
             born = record.t_monotonic - sum(record.ledger.values())
@@ -77,16 +87,7 @@ class GroupWatch:
     @property
     def committed(self) -> int:
         """How many steps were committed, by all lives together."""
-        return sum(record.committed for record in self.records)
-
-    @property
-    def discarded(self) -> list[StepRecord]:
-        """The steps that were not."""
-        return [record for record in self.records if not record.committed]
-
-    def of_life(self, since: float) -> list[StepRecord]:
-        """The records since a moment, such as the spawn of a life."""
-        return [record for record in self.records if record.t_monotonic >= since]
+        return len(self.records) - len(self.discarded)
 
     def workers(self, since: float, until: float) -> list[WorkerTrace]:
         """Rank 0's processes that reported in that time, one after the other."""

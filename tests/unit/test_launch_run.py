@@ -1,0 +1,77 @@
+"""The words for what a group does now."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from torchft.launch.group import Group, Life
+from torchft.launch.run import row_of, state_of
+from torchft.launch.watch import GroupWatch
+from torchft.records import StepRecord
+
+NOW = time.monotonic()
+
+
+def watch(*records: StepRecord) -> GroupWatch:
+    made = GroupWatch(0, Path("absent"), born_at=lambda _: 1.0)
+    for one in records:
+        made.add(one)
+    return made
+
+
+def record(t: float, step: int, *, of: str = "group_0:a") -> StepRecord:
+    return StepRecord(
+        t_monotonic=t,
+        replica_id=of,
+        group_rank=0,
+        step=step,
+        quorum_id=1,
+        members=(of,),
+        participants=1,
+        committed=True,
+        extra={"loss": 2.0},
+    )
+
+
+class Running(Group):
+    """A group whose process is as told, without a process."""
+
+    code: int | None = None
+
+    def poll(self) -> int | None:
+        return self.code
+
+
+def group(*, spawned: float = NOW - 100, code: int | None = None) -> Group:
+    made = Running(0, ["true"], {}, Path("log"), [Life(1, spawned=spawned, code=code)])
+    made.code = code
+    return made
+
+
+def test_before_its_first_step_a_group_starts() -> None:
+    assert state_of(group(), watch()) == "starting"
+
+
+def test_after_a_restart_it_starts_again() -> None:
+    assert state_of(group(spawned=NOW - 5), watch(record(NOW - 50, 7))) == "starting"
+
+
+def test_a_group_that_began_at_step_0_trains() -> None:
+    assert state_of(group(), watch(record(NOW, 0))) == "training"
+
+
+def test_a_group_that_came_back_has_healed_for_a_moment() -> None:
+    before = record(NOW - 50, 7)
+    assert state_of(group(), watch(before, record(NOW, 30, of="group_0:b"))) == "healed"
+    assert state_of(group(), watch(before, record(NOW - 9, 30, of="group_0:b"))) == "training"
+
+
+def test_a_killed_group_is_dead_and_a_good_one_has_ended() -> None:
+    assert state_of(group(code=-9), watch(record(NOW, 7))) == "dead"
+    assert state_of(group(code=0), watch(record(NOW, 7))) == "ended"
+
+
+def test_a_row_counts_the_committed_step() -> None:
+    row = row_of(group(), watch(record(NOW, 7)))
+    assert (row.step, row.loss, row.members, row.participants) == (8, 2.0, 1, 1)
