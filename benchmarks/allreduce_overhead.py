@@ -96,7 +96,7 @@ def _figure(size: Size) -> Figure:
 
 
 def _in_flight_figure(many: InFlight) -> Figure:
-    name = f"each of {many.tensors} of {_size(IN_FLIGHT_BYTES)} in flight, median"
+    name = f"each of {many.tensors} all-reduces of {_size(IN_FLIGHT_BYTES)} in flight, median"
     floor = Floor("raw gloo", many.raw_us.p50)
     return Figure("allreduce.in_flight", name, many.manager_us.p50, "µs", floor)
 

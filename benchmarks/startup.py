@@ -82,7 +82,7 @@ def _imports(repeats: int) -> tuple[list[Figure], dict[str, Any]]:
     figures = [
         _import_figure("import", runs, OURS, TORCH),
         _import_figure("import_coordination", runs, COORDINATION, BARE),
-        Figure("startup.heavy_modules", f"of {', '.join(HEAVY)}: added to torch's", added, ""),
+        Figure("startup.heavy_modules", f"how many of {', '.join(HEAVY)} that adds", added, ""),
     ]
     wall = {name: asdict(Spread.of([one.wall_s for one in found])) for name, found in runs.items()}
     return figures, {"imports_wall_s": wall}
@@ -119,10 +119,10 @@ def _lighthouse(options: Options) -> tuple[list[Figure], dict[str, Any]]:
             cpu.append(machine.cpu_seconds(started.pid))
             wall.append(started.listening_after_s)
     figures = [
-        Figure("startup.lighthouse_cpu", "lighthouse listens", min(cpu), "CPU s"),
+        Figure("startup.lighthouse_cpu", "lighthouse, start to listening", min(cpu), "CPU s"),
         Figure(
             "startup.lighthouse_wall",
-            "lighthouse listens after",
+            "the same, wall time",
             min(wall),
             "s",
             Floor("a process that does nothing", floor.p50),
@@ -147,8 +147,8 @@ def _with_replicas(options: Options) -> tuple[list[Figure], dict[str, Any]]:
         peak_mib = machine.peak_mib(running.pid)
     target_per_s = count * options.heartbeats_per_s
     figures = [
-        Figure("startup.lighthouse_memory", "lighthouse, idle", idle_mib, "MiB"),
-        Figure("startup.replica_memory", f"and each of {count} replicas",
+        Figure("startup.lighthouse_memory", "lighthouse memory, idle", idle_mib, "MiB"),
+        Figure("startup.replica_memory", f"for each of {count} replicas",
                (used_mib - idle_mib) * 1024 / count, "KiB"),
         Figure("startup.heartbeats", f"lighthouse CPU for {target_per_s} heartbeats/s",
                each_us * target_per_s / 1e4, "%"),
