@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
-from torch.distributed import GradBucket
+from torch.distributed import GradBucket, Work
 from torch.futures import Future
 from torch.nn import parallel
 
@@ -41,12 +41,37 @@ class DistributedDataParallel(parallel.DistributedDataParallel):
         kwargs["find_unused_parameters"] = True
         manager.describe_model("DistributedDataParallel", list(module.named_parameters()))
         super().__init__(module, process_group=ProcessGroupDummy(0, 1), **kwargs)
-        self.register_comm_hook(manager, self._average)
+        self.register_comm_hook(_Buckets(manager), _average)
 
-    @staticmethod
-    def _average(state: "Manager", bucket: GradBucket) -> Future[Tensor]:
-        """A bucket's average. torch insists on these names and annotations."""
-        return state.allreduce(bucket.buffer()).get_future()
+
+class _Buckets:
+    """The averages of one backward pass. They are waited for at its end, before torch does, so
+    that the wait is booked as communication."""
+
+    def __init__(self, manager: "Manager") -> None:
+        self._manager = manager
+        self._works: list[Work] = []
+        self._backward = -1
+
+    def average(self, buffer: Tensor) -> Future[Tensor]:
+        backward = torch._C._current_graph_task_id()
+        if self._backward != backward:
+            self._backward = backward
+            self._works = []
+            Variable._execution_engine.queue_callback(self._wait)
+        work = self._manager.allreduce(buffer)
+        self._works.append(work)
+        return work.get_future()
+
+    def _wait(self) -> None:
+        works, self._works = self._works, []
+        for work in works:
+            work.wait()
+
+
+def _average(state: _Buckets, bucket: GradBucket) -> Future[Tensor]:
+    """A bucket's average. torch requires these argument names."""
+    return state.average(bucket.buffer())
 
 
 def _refuse(kwargs: dict[str, Any]) -> None:
