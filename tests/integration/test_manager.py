@@ -11,6 +11,7 @@ import pytest
 import torch
 from world import KILLED, Group, World
 
+from torchft.ddp import DistributedDataParallel
 from torchft.errors import DiscardedTooOften, MismatchError, PhaseError, SettingsError
 from torchft.managed_peers import ManagedPeers
 from torchft.manager import Manager, WorldSizeMode
@@ -463,3 +464,20 @@ def test_settling_alone_says_that_nobody_came(tmp_path: Path) -> None:
         return manager.settle(timeout=timedelta(seconds=1))
 
     assert World(tmp_path, min_replicas=2).run(story) == [False]
+
+
+def test_waiting_for_a_slow_group_is_booked_as_communication(tmp_path: Path) -> None:
+    def story(group: Group) -> float:
+        manager = group.manager(min_replica_size=2)
+        model = DistributedDataParallel(manager, torch.nn.Linear(4, 4))
+        manager.start_quorum()
+        loss = model(torch.ones(1, 4)).sum()
+        if group.number == 1:
+            time.sleep(0.5)
+        with manager.ledger.spending("compute"):
+            loss.backward()
+        assert manager.should_commit()
+        return manager.ledger.snapshot()["communicate"]
+
+    quick, slow = World(tmp_path, min_replicas=2).run(story, story)
+    assert slow < 0.4 < quick
