@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 # torch looks up the name of each peer that connects: a silent name server must not stall that.
 export RES_OPTIONS ?= timeout:1 attempts:1
 
-.PHONY: help demo test test-slow check setup format lint types rust bench clean
+.PHONY: help demo test test-slow test-oldest check setup format lint types rust bench clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,6 +23,13 @@ test: setup ## the Python and Rust tests
 
 test-slow: setup ## the long campaigns, seeds printed
 	$(RUN) pytest -m slow -s --timeout 3600 $(ARGS)
+
+test-oldest: setup ## the tests nearest to torch on the oldest supported one
+	$(UV) venv --quiet --allow-existing .venv-oldest
+	$(UV) pip install --quiet --python .venv-oldest "torch==2.7.0" numpy hypothesis psutil pytest pytest-timeout
+	.venv-oldest/bin/python -m pytest -m "not slow" tests/integration/test_manager.py \
+		tests/integration/test_doors.py tests/strategies tests/unit/test_process_group.py \
+		tests/unit/test_ddp.py tests/unit/test_local_sgd.py tests/unit/test_checkpointing_http.py $(ARGS)
 
 check: setup lint types test ## all that must pass before a change lands
 
@@ -51,4 +58,4 @@ bench: setup ## the figures in docs/benchmarks.md, each with its floor
 
 clean: ## remove what was built
 	cargo clean
-	rm -rf .venv .uv dist torchft/*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-oldest .uv dist torchft/*.so .pytest_cache .mypy_cache .ruff_cache
