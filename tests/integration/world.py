@@ -8,6 +8,7 @@ starts a thread or a server. They tell each other of events by files; `group.die
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -165,6 +166,8 @@ def _live(
     ranks: int,
     pipe: Connection,
 ) -> None:
+    # What other tests left behind belongs to the parent: its threads are not here to be ended.
+    gc.freeze()
     try:
         pipe.send((story(Group(world, name, rank, ranks)), None))
     except BaseException:

@@ -23,7 +23,7 @@ from torchft.process_group import rendezvous, sockets
 from torchft.process_group.attempt import Attempt, Deadline
 from torchft.process_group.generation import Generation, set_backend_timeout
 from torchft.process_group.rendezvous import Member, Seat
-from torchft.process_group.stores import create_store_client, forget
+from torchft.process_group.stores import StoreClients
 from torchft.process_group.wrapper import ProcessGroupWrapper
 
 __all__ = ["ProcessGroupGloo"]
@@ -44,6 +44,7 @@ class ProcessGroupGloo(ProcessGroupWrapper):
         if timeout <= timedelta(0):
             raise SettingsError(f"timeout={timeout} is no timeout: give one above 0")
         super().__init__(timeout)
+        self._stores = StoreClients()
 
     def getBackendName(self) -> str:
         """`torchft-gloo`."""
@@ -71,7 +72,7 @@ class ProcessGroupGloo(ProcessGroupWrapper):
         self, attempt: Attempt[Generation], deadline: Deadline, store_addr: str, seat: Seat
     ) -> Generation:
         attempt.stage = f"the store at {store_addr}"
-        store = create_store_client(store_addr, self._timeout)
+        store = self._stores.client(store_addr, self._timeout)
         try:
             device, listen = sockets.listening(_open_device)
             me = Member.here(seat, listen)
@@ -81,7 +82,7 @@ class ProcessGroupGloo(ProcessGroupWrapper):
             attempt.stage = f"the store at {store_addr}"
             rendezvous.tidy(store, seat.world_size)
         except BaseException:
-            forget(store_addr)
+            self._stores.forget(store_addr)
             raise
         set_backend_timeout(backend, self._timeout)
         own = _own_sockets(members, me)
