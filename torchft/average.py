@@ -3,32 +3,61 @@
 Three can finish it, and exactly one does: `wait`, the completion of its future, or the vote, which
 finishes every average of its step. So an average is an average even when nobody waits for it.
 A failure is the error of the step that started it: never of a later one, never a raise.
+
+When a connection ends, gloo fails what is pending, but overlooks an operation that sends in that
+very moment, which then waits for its whole timeout. So what takes long is looked at now and then,
+and given up when its members are gone.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch.distributed import Work
 from torch.futures import Future
 
 from torchft.errors import CollectiveError
+from torchft.futures import call_after
 from torchft.ledger import Bucket
 
 if TYPE_CHECKING:
     from torchft.transaction import Transaction
 
-__all__ = ["Average", "Done"]
+__all__ = ["Average", "Done", "Members"]
+
+_LOOK_S = 0.05
+_LOOKS_WITHOUT_A_MEMBER = 10
+"""So long may it take to end what a lost member has done its part of."""
+
+
+class Members(Protocol):
+    """Among whom something is averaged."""
+
+    @property
+    def retired(self) -> bool:
+        """They were abandoned."""
+        ...
+
+    @property
+    def lost(self) -> bool:
+        """One of them has left."""
+        ...
 
 
 class Average(Work):
     """An all-reduce under way; afterwards `tensor` holds the result, divided by `divisor`."""
 
     def __init__(
-        self, transaction: Transaction, work: Work, tensor: torch.Tensor, divisor: int
+        self,
+        transaction: Transaction,
+        work: Work,
+        tensor: torch.Tensor,
+        divisor: int,
+        members: Members | None = None,
     ) -> None:
         super().__init__()
         self._transaction = transaction
@@ -37,17 +66,17 @@ class Average(Work):
         self._divisor = divisor
         self._once = threading.Lock()
         self._finished = False
+        self._members = members
+        self._lost_looks = 0
         self._future: Future[torch.Tensor] | None = None
+        self._answered = False
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Wait, at most `timeout`, and divide. Returns True; a failure discards the step."""
         if not self._finished:
             try:
                 with self._transaction.ledger.spending(Bucket.COMMUNICATE):
-                    if timeout is None:
-                        self._work.wait()
-                    else:
-                        self._work.wait(timeout)
+                    self._await(timeout)
             except Exception as error:
                 self._finish(error)
             else:
@@ -59,6 +88,8 @@ class Average(Work):
         if self._future is None:
             self._future = _future_on(self._tensor)
             self._work.get_future().add_done_callback(self._complete)
+            if self._members is not None:
+                call_after(_LOOK_S, self._look)
         return self._future
 
     def synchronize(self) -> None:
@@ -80,8 +111,46 @@ class Average(Work):
             self._finish(error)
         else:
             self._finish(None)
-        assert self._future is not None
-        self._future.set_result(self._tensor)
+        self._answer()
+
+    def _answer(self) -> None:
+        with self._once:
+            answered, self._answered = self._answered, True
+        if not answered:
+            assert self._future is not None
+            self._future.set_result(self._tensor)
+
+    def _await(self, timeout: timedelta | None) -> None:
+        until = time.monotonic() + timeout.total_seconds() if timeout else float("inf")
+        while True:
+            began = time.monotonic()
+            patience_s = max(0.001, min(_LOOK_S, until - began))
+            try:
+                self._work.wait(timedelta(seconds=patience_s))
+                return
+            except Exception as error:
+                now = time.monotonic()
+                # One that comes before its time is no timeout.
+                if now - began < patience_s or now >= until:
+                    raise
+                if self._is_hopeless():
+                    raise CollectiveError("a member left in the middle of it") from error
+
+    def _look(self) -> None:
+        """Without anybody waiting: see that the future completes."""
+        if self._answered:
+            return
+        if self._finished or self._is_hopeless():
+            self._finish(CollectiveError("a member left in the middle of it"))
+            self._answer()
+        else:
+            call_after(_LOOK_S, self._look)
+
+    def _is_hopeless(self) -> bool:
+        if self._members is None:
+            return False
+        self._lost_looks += self._members.lost
+        return self._members.retired or self._lost_looks >= _LOOKS_WITHOUT_A_MEMBER
 
     def _finish(self, error: Exception | None) -> None:
         with self._once:

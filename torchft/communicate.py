@@ -12,7 +12,7 @@ import torch
 from torch.distributed import ReduceOp, Work
 from torch.distributed.distributed_c10d import AllgatherOptions
 
-from torchft.average import Average, Done
+from torchft.average import Average, Done, Members
 from torchft.ledger import Bucket
 from torchft.process_group import ProcessGroup
 from torchft.step import Plan
@@ -55,7 +55,7 @@ class Communicator:
             except Exception as error:
                 transaction.report(error)
             else:
-                gathered = Average(transaction, work, tensor, divisor=1)
+                gathered = Average(transaction, work, tensor, 1, self._members())
                 transaction.averages.append(gathered)
                 return gathered, [rows[rank] for rank in plan.counted]
         return Done(tensor), [tensor] * len(plan.counted)
@@ -86,6 +86,9 @@ class Communicator:
         except Exception as error:
             transaction.report(error)
             return Done(tensor)
-        managed = Average(transaction, work, tensor, divisor)
+        managed = Average(transaction, work, tensor, divisor, self._members())
         transaction.averages.append(managed)
         return managed
+
+    def _members(self) -> Members | None:
+        return getattr(self._pg, "generation", None)

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from torch.futures import Future
 
-__all__ = ["context_timeout", "future_timeout", "future_wait"]
+__all__ = ["call_after", "context_timeout", "future_timeout", "future_wait"]
 
 T = TypeVar("T")
 
@@ -87,6 +87,11 @@ class _Timer:
 _timer = _Timer()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_timer.forget)
+
+
+def call_after(seconds: float, callback: Callable[[], None]) -> None:
+    """Call back once, on the timer's thread, after that time."""
+    _timer.after(timedelta(seconds=seconds), callback)
 
 
 def future_timeout(fut: Future[T], timeout: timedelta) -> Future[T]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
 from datetime import timedelta
 
 import pytest
@@ -11,6 +13,7 @@ from torch.futures import Future
 
 from torchft.average import Average, Done
 from torchft.errors import CollectiveError
+from torchft.futures import future_wait
 from torchft.ledger import Ledger
 from torchft.transaction import Transaction
 
@@ -84,11 +87,49 @@ def test_the_first_error_of_a_step_is_kept(transaction: Transaction) -> None:
     assert "the cause" in str(transaction.error.original_exception)  # type: ignore[union-attr]
 
 
-def test_wait_passes_its_timeout_on(transaction: Transaction) -> None:
-    work = Sum()
-    work.future.set_result([])
-    Average(transaction, work, torch.tensor([1.0]), 1).wait(timedelta(seconds=3))
-    assert work.timeouts == [timedelta(seconds=3)]
+class Stuck(Sum):
+    """One that gloo forgot: its wait ends by time alone."""
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        assert timeout is not None
+        time.sleep(timeout.total_seconds())
+        raise RuntimeError("Operation timed out!")
+
+
+@dataclass
+class Among:
+    """Members as the test wants them."""
+
+    retired: bool = False
+    lost: bool = False
+
+
+def test_wait_keeps_its_timeout(transaction: Transaction) -> None:
+    began = time.monotonic()
+    average = Average(transaction, Stuck(), torch.ones(1), 1, Among())
+    average.wait(timedelta(milliseconds=120))
+    assert 0.12 <= time.monotonic() - began < 1
+    assert transaction.failed
+
+
+@pytest.mark.parametrize("members", [Among(retired=True), Among(lost=True)])
+def test_what_waits_for_a_member_that_left_is_given_up(
+    transaction: Transaction, members: Among
+) -> None:
+    began = time.monotonic()
+    Average(transaction, Stuck(), torch.ones(1), 1, members).wait()
+    assert time.monotonic() - began < 2
+    assert transaction.error is not None
+    assert "a member left" in str(transaction.error.original_exception)
+
+
+def test_the_future_of_what_waits_for_a_member_that_left_completes(
+    transaction: Transaction,
+) -> None:
+    tensor = torch.tensor([5.0])
+    average = Average(transaction, Stuck(), tensor, 2, Among(lost=True))
+    assert future_wait(average.get_future(), timedelta(seconds=5)).item() == 5.0
+    assert transaction.failed
 
 
 def test_done_leaves_the_tensor_alone() -> None:

@@ -83,7 +83,8 @@ class Generation:
         self._size = len(self.members)
         self._counting = threading.Lock()
         self._backend = backend
-        self._release = weakref.finalize(self, _release, [backend], tuple(own), os.getpid())
+        self._own = tuple(own)
+        self._release = weakref.finalize(self, _release, [backend], self._own, os.getpid())
         self._release.atexit = False  # _retire_all does it, in time for the reaper's end
         _living.add(self)
 
@@ -98,6 +99,11 @@ class Generation:
     def retired(self) -> bool:
         """Whether its operations are refused."""
         return self.error is not None
+
+    @property
+    def lost(self) -> bool:
+        """Whether a connection has ended: no further operation of all members can succeed."""
+        return not all(map(sockets.is_open, self._own))
 
     def size(self) -> int:
         """How many members it has."""

@@ -25,7 +25,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
-__all__ = ["Address", "OwnSocket", "connected", "cut", "listening", "visible"]
+__all__ = ["Address", "OwnSocket", "connected", "cut", "is_open", "listening", "visible"]
 
 T = TypeVar("T")
 Address = tuple[str, int]
@@ -93,6 +93,14 @@ def cut(sockets: Collection[OwnSocket]) -> None:
     for own in sockets:
         with suppress(OSError), closing(_duplicate(own)) as twin:
             twin.shutdown(socket.SHUT_RDWR)
+
+
+def is_open(own: OwnSocket) -> bool:
+    """Whether gloo has not closed it yet. It closes a connection that its peer has ended."""
+    try:
+        return os.fstat(own.descriptor).st_ino == own.inode
+    except OSError:
+        return False
 
 
 def _sockets() -> Iterator[OwnSocket]:
