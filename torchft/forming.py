@@ -15,12 +15,14 @@ from torch.distributed import Store
 
 from torchft import healing
 from torchft.checkpointing import CheckpointTransport
+from torchft.coordination import QuorumResult
 from torchft.errors import CollectiveError, HealError, StepError, TorchftError
 from torchft.fingerprint import Description, exchange, same_world_sizes, withdraw
 from torchft.ledger import Bucket, Ledger
 from torchft.peers import Place
-from torchft.process_group import ProcessGroup, create_store_client
+from torchft.process_group import ProcessGroup
 from torchft.process_group.attempt import Attempt, Deadline
+from torchft.process_group.stores import StoreClients
 from torchft.replica_group import ReplicaGroup
 from torchft.step import Options, Plan, plan_step
 from torchft.step_log import StepLog
@@ -67,19 +69,31 @@ class Former:
         self._ledger = ledger
         self._log = log
         self._collect_state = collect_state
+        self._stores = StoreClients()
         self._configured: int | None = None
+        self._configuring = False
+        self._broken = False
+        """The process group that was made last is of no use, though others may still have it."""
 
     def form(self, transaction: Transaction, request: Request) -> None:
         """Fill `transaction.plan`. Never raises: what kept the quorum from forming is
         `transaction.failure`, what spoilt the step is its error."""
         try:
             with self._ledger.spending(Bucket.QUORUM):
-                transaction.plan = plan = self._ask(request)
+                quorum = self._ask(request)
+            transaction.plan = plan = plan_step(
+                quorum,
+                self._options,
+                place=request.place,
+                configured=self._configured,
+                allow_heal=request.allow_heal,
+            )
             self._log.quorum(plan, request.step)
             transaction.decided.set()
+            same_world_sizes(quorum.world_sizes, plan.members, plan.replica_rank, plan.reference)
             if plan.reconfigure:
                 with self._ledger.spending(Bucket.CONFIGURE):
-                    self._configure(plan)
+                    self._configure_whole(plan)
             if transaction.failed:  # meanwhile: no peer may wait for us in the new group
                 self.abandon()
             transaction.moved_before = self.bytes_moved()
@@ -96,7 +110,11 @@ class Former:
     def abandon(self) -> None:
         """Free the peers that wait in this quorum's process group; the next step makes another."""
         self._configured = None
-        self._pg.abort()
+        self._broken = True
+        # Whoever is half way through meeting the others would leave them waiting for it there:
+        # then `form` comes back to it.
+        if not self._configuring:
+            self._pg.abort()
 
     def bytes_moved(self) -> tuple[int, int]:
         """Payload bytes (sent, received) so far, of this process group and of heals."""
@@ -106,26 +124,25 @@ class Former:
         received = getattr(self._transport, "bytes_received", 0)
         return by_group + sent, by_group + received
 
-    def _ask(self, request: Request) -> Plan:
-        quorum = self._group.client._quorum(
+    def _ask(self, request: Request) -> QuorumResult:
+        return self._group.client._quorum(
             group_rank=self._group.rank,
             step=request.step,
             checkpoint_metadata=self._transport.metadata(),
             shrink_only=request.shrink_only,
             init_sync=request.fresh,
-            commit_failures=request.commit_failures,
+            # Without a process group all must make a new one, even after a step that was committed.
+            commit_failures=max(request.commit_failures, int(self._broken)),
             timeout=request.timeout,
             settling=request.settling,
         )
-        plan = plan_step(
-            quorum,
-            self._options,
-            place=request.place,
-            configured=self._configured,
-            allow_heal=request.allow_heal,
-        )
-        same_world_sizes(quorum.world_sizes, plan.members, plan.replica_rank, plan.reference)
-        return plan
+
+    def _configure_whole(self, plan: Plan) -> None:
+        self._configuring = True
+        try:
+            self._configure(plan)
+        finally:
+            self._configuring = False
 
     def _configure(self, plan: Plan) -> None:
         """Make the process group of this quorum.
@@ -135,6 +152,7 @@ class Former:
             CollectiveError: it could not be made, or another group differs.
         """
         self._configured = None
+        self._broken = True
         prefix = f"{plan.store_address}/torchft/{plan.quorum_id}/{self._group.rank}"
         try:
             # A store whose process is stopped answers nothing and keeps no timeout of its own.
@@ -149,11 +167,11 @@ class Former:
             raise CollectiveError(
                 f"the process group of quorum {plan.quorum_id} could not be made: {error}"
             ) from error
-        self._configured = plan.quorum_id
+        self._configured, self._broken = plan.quorum_id, False
 
     def _compare(self, attempt: Attempt[Store], plan: Plan, prefix: str) -> Store:
         attempt.stage = f"all of {', '.join(plan.members)} to describe their models at {prefix}"
-        store = create_store_client(prefix, timeout=self._options.connect_timeout)
+        store = self._stores.client(prefix, self._options.connect_timeout)
         exchange(
             store,
             self._fingerprint(),
@@ -175,7 +193,7 @@ class Former:
 
     def _exchange_state(self, transaction: Transaction, plan: Plan) -> None:
         if plan.serves:
-            healing.offer(self._transport, plan, self._collect_state(), self._options.timeout)
+            healing.offer(self._transport, plan, self._collect_state, self._options.timeout)
         if plan.donor is None:
             return
         try:

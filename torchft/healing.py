@@ -9,6 +9,7 @@ thread.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -22,14 +23,22 @@ __all__ = ["fetch", "offer"]
 _log = logging.getLogger("torchft.healing")
 
 
-def offer(transport: CheckpointTransport[Any], plan: Plan, state: Any, timeout: timedelta) -> None:
-    """Let the members in `plan.serves` fetch `state`.
+def offer(
+    transport: CheckpointTransport[Any],
+    plan: Plan,
+    collect_state: Callable[[], Any],
+    timeout: timedelta,
+) -> None:
+    """Let the members in `plan.serves` fetch the state.
 
     A failure is theirs to notice and ours to log: it does not touch this group's step.
     """
     try:
         transport.send_checkpoint(
-            dst_ranks=list(plan.serves), step=plan.step, state_dict=state, timeout=timeout
+            dst_ranks=list(plan.serves),
+            step=plan.step,
+            state_dict=collect_state(),
+            timeout=timeout,
         )
     except Exception:
         names = ", ".join(plan.members[rank] for rank in plan.serves)

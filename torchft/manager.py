@@ -34,7 +34,7 @@ from torchft.background import Background
 from torchft.checkpointing import CheckpointTransport, HTTPTransport
 from torchft.communicate import Communicator
 from torchft.coordination import watch_parent
-from torchft.errors import DiscardedTooOften, HealError, SettingsError
+from torchft.errors import DiscardedTooOften, HealError, PhaseError, SettingsError
 from torchft.fingerprint import describe
 from torchft.forming import Former, Request
 from torchft.futures import future_timeout
@@ -260,6 +260,8 @@ class Manager:
     def _begin(self, request: Request) -> None:
         if self._forming is not None:
             self._forming.result()
+        if self._phase is Phase.OPEN:
+            self._drop(self._begun("start_quorum"))
         self._phase = follow(self._phase, Phase.OPEN)
         self._settled = False
         self._transaction = transaction = Transaction(self.ledger, self._failed)
@@ -269,6 +271,12 @@ class Manager:
             self._load_staged(transaction)
         else:
             self._forming = self._executor.submit(self._former.form, transaction, request)
+
+    def _drop(self, transaction: Transaction) -> None:
+        """A step was begun and not voted on: free whoever waits for this group in it."""
+        if transaction.failure is None and len(transaction.wait_formed().members) > 1:
+            transaction.report(PhaseError("the step is begun anew before it was voted on"))
+            self._transport.disallow_checkpoint()
 
     def wait_quorum(self) -> None:
         """Wait until the quorum stands and this group can communicate; raises why it does not."""
@@ -454,13 +462,14 @@ class Manager:
         return healed
 
     def _vote(self, plan: Plan, yes: bool, timeout: timedelta) -> bool:
-        with self.ledger.spending(Bucket.VOTE):
-            committed = self._group.client.should_commit(
-                self._group.rank, plan.step, yes, timeout=timeout
-            )
-        with self.ledger.spending(Bucket.HEAL):
-            self._transport.disallow_checkpoint()
-        return committed
+        try:
+            with self.ledger.spending(Bucket.VOTE):
+                return self._group.client.should_commit(
+                    self._group.rank, plan.step, yes, timeout=timeout
+                )
+        finally:
+            with self.ledger.spending(Bucket.HEAL):
+                self._transport.disallow_checkpoint()
 
     def _say_closed(
         self, transaction: Transaction, plan: Plan, committed: bool, why: Why | None
