@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 from torchft.launch.group import Group, Life
@@ -10,7 +9,7 @@ from torchft.launch.run import row_of, state_of
 from torchft.launch.watch import GroupWatch
 from torchft.records import StepRecord
 
-NOW = time.monotonic()
+NOW = 1000.0
 
 
 def watch(*records: StepRecord) -> GroupWatch:
@@ -50,28 +49,28 @@ def group(*, spawned: float = NOW - 100, code: int | None = None) -> Group:
 
 
 def test_before_its_first_step_a_group_starts() -> None:
-    assert state_of(group(), watch()) == "starting"
+    assert state_of(group(), watch(), NOW) == "starting"
 
 
 def test_after_a_restart_it_starts_again() -> None:
-    assert state_of(group(spawned=NOW - 5), watch(record(NOW - 50, 7))) == "starting"
+    assert state_of(group(spawned=NOW - 5), watch(record(NOW - 50, 7)), NOW) == "starting"
 
 
 def test_a_group_that_began_at_step_0_trains() -> None:
-    assert state_of(group(), watch(record(NOW, 0))) == "training"
+    assert state_of(group(), watch(record(NOW, 0)), NOW) == "training"
 
 
 def test_a_group_that_came_back_has_healed_for_a_moment() -> None:
     before = record(NOW - 50, 7)
-    assert state_of(group(), watch(before, record(NOW, 30, of="group_0:b"))) == "healed"
-    assert state_of(group(), watch(before, record(NOW - 9, 30, of="group_0:b"))) == "training"
+    assert state_of(group(), watch(before, record(NOW, 30, of="group_0:b")), NOW) == "healed"
+    assert state_of(group(), watch(before, record(NOW - 9, 30, of="group_0:b")), NOW) == "training"
 
 
 def test_a_killed_group_is_dead_and_a_good_one_has_ended() -> None:
-    assert state_of(group(code=-9), watch(record(NOW, 7))) == "dead"
-    assert state_of(group(code=0), watch(record(NOW, 7))) == "ended"
+    assert state_of(group(code=-9), watch(record(NOW, 7)), NOW) == "dead"
+    assert state_of(group(code=0), watch(record(NOW, 7)), NOW) == "ended"
 
 
 def test_a_row_counts_the_committed_step() -> None:
-    row = row_of(group(), watch(record(NOW, 7)))
+    row = row_of(group(), watch(record(NOW, 7)), NOW)
     assert (row.step, row.loss, row.members, row.participants) == (8, 2.0, 1, 1)

@@ -151,16 +151,20 @@ class Run:
         )
 
     def _frame(self) -> Frame:
-        rows = [row_of(*pair) for pair in zip(self.groups, self.watch.groups, strict=True)]
+        now = time.monotonic()
+        rows = [
+            row_of(group, watch, now)
+            for group, watch in zip(self.groups, self.watch.groups, strict=True)
+        ]
         return Frame(elapsed_s=self.elapsed_s, target=self._target, rows=rows)
 
 
-def row_of(group: Group, watch: GroupWatch) -> Row:
-    """One line of the live view."""
+def row_of(group: Group, watch: GroupWatch, now: float) -> Row:
+    """One line of the live view; `now` in seconds of `time.monotonic()`."""
     last = watch.last
     return Row(
         number=group.number,
-        state=state_of(group, watch),
+        state=state_of(group, watch, now),
         step=watch.step,
         loss=watch.loss,
         members=len(last.members) if last else 0,
@@ -169,7 +173,7 @@ def row_of(group: Group, watch: GroupWatch) -> Row:
     )
 
 
-def state_of(group: Group, watch: GroupWatch) -> str:
+def state_of(group: Group, watch: GroupWatch, now: float) -> str:
     """One word for what the group does now."""
     if group.poll() is not None:
         return "dead" if group.life.code else "ended"
@@ -177,5 +181,5 @@ def state_of(group: Group, watch: GroupWatch) -> str:
     if last is None or last.t_monotonic < group.life.spawned:
         return "starting"
     first = watch.first_of[last.replica_id]
-    just_now = time.monotonic() - first.t_monotonic < HEALED_FOR_S
+    just_now = now - first.t_monotonic < HEALED_FOR_S
     return "healed" if first.step > 0 and just_now else "training"
