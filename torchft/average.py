@@ -58,11 +58,15 @@ class Average(Work):
         tensor: torch.Tensor,
         divisor: int,
         members: Members | None = None,
+        *,
+        sent: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
         self._transaction = transaction
         self._work = work
         self._tensor = tensor
+        self._sent = tensor if sent is None else sent
+        """What is reduced in place, if not the tensor itself."""
         self._divisor = divisor
         self._once = threading.Lock()
         self._finished = False
@@ -156,6 +160,8 @@ class Average(Work):
         with self._once:
             if self._finished:
                 return
+            if error is None and self._sent is not self._tensor:
+                self._tensor.copy_(self._sent)
             if error is None and self._divisor != 1:
                 self._tensor.div_(self._divisor)
             self._finished = True

@@ -49,9 +49,10 @@ class Communicator:
         """The counted groups' tensors, in counted order."""
         plan = transaction.wait_formed()
         if not (transaction.broken or plan.settling):
-            rows = [torch.empty_like(tensor) for _ in plan.members]
+            sent = tensor.contiguous()
+            rows = [torch.empty_like(sent) for _ in plan.members]
             try:
-                work = self._pg.allgather([rows], [tensor], AllgatherOptions())
+                work = self._pg.allgather([rows], [sent], AllgatherOptions())
             except Exception as error:
                 transaction.report(error)
             else:
@@ -81,12 +82,14 @@ class Communicator:
         reduce_op: ReduceOp.RedOpType,
         divisor: int,
     ) -> Work:
+        # Backends take a tensor for one piece of memory, also where it has gaps.
+        sent = tensor.contiguous()
         try:
-            work = self._pg.allreduce([tensor], reduce_op)
+            work = self._pg.allreduce([sent], reduce_op)
         except Exception as error:
             transaction.report(error)
             return Done(tensor)
-        managed = Average(transaction, work, tensor, divisor, self._members())
+        managed = Average(transaction, work, tensor, divisor, self._members(), sent=sent)
         transaction.averages.append(managed)
         return managed
 
