@@ -30,7 +30,7 @@ from torchft.errors import SettingsError
 from torchft.ledger import Bucket
 from torchft.managed_peers import ManagedPeers
 from torchft.strategies import diloco, local_sgd
-from torchft.strategies.local import ModelLocal, local_part
+from torchft.strategies.local import Fragment, ModelLocal, local_part
 from torchft.strategies.parts.outer import ModelOuter
 from torchft.strategies.strategy import Recipe, Strategy
 
@@ -161,9 +161,13 @@ class LocalSGD(_Door):
         manager.describe_model(
             "LocalSGD", list(zip(local.names, map(local_part, local.parameters), strict=True))
         )
-        manager.register_state_dict_fn(
-            "LocalSGD", self._recipe.load_state_dict, self._recipe.state_dict
-        )
+        manager.register_state_dict_fn("LocalSGD", self._heal, self._recipe.state_dict)
+
+    def _heal(self, state: dict[str, Any]) -> None:
+        """The weights come along at once: a group may also heal after its last round."""
+        self._recipe.load_state_dict(state)
+        if self._recipe.backup is not None:
+            self._recipe.backup.restore()
 
     def sync(self) -> None:
         """Average now, and count the steps to the next average from here."""
@@ -254,9 +258,14 @@ class DiLoCo(_Door):
             )
             self._manager.register_state_dict_fn(
                 key,
-                partial(self._recipe.load_fragment_state, fragment),
+                partial(self._heal, fragment),
                 partial(self._recipe.fragment_state, fragment),
             )
+
+    def _heal(self, fragment: Fragment, state: dict[str, Any]) -> None:
+        """The weights come along at once: a group may also heal after its last round."""
+        self._recipe.load_fragment_state(fragment, state)
+        self._recipe.backups[fragment.index].restore()
 
     def _take_backup(self) -> None:
         for backup in self._recipe.backups:

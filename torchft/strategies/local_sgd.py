@@ -73,15 +73,17 @@ class LocalSGD(Recipe):
             self.backup.restore()
 
     def state_dict(self) -> dict[str, Any]:
-        """The last average and the clock."""
-        state: dict[str, Any] = {"inner_steps": self.clock.steps}
-        if self.backup is not None:
-            state["original_parameters"] = self.backup.views()
-        return state
+        """The last average, or without a backup the weights, and the clock."""
+        return {"inner_steps": self.clock.steps, "original_parameters": self._base().views()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a donor's last average."""
-        if self.backup is not None:
-            self.backup.load(state["original_parameters"])
+        """Take over a donor's last average, or without a backup its weights."""
+        base = self._base()
+        base.load(state["original_parameters"])
+        if base is not self.backup:
+            base.restore()
         self.clock.steps = state["inner_steps"]
         self._healed = True
+
+    def _base(self) -> Backup:
+        return self.backup or Backup(self.local, self.local.whole)

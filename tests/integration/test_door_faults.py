@@ -1,0 +1,82 @@
+"""The doors when something goes wrong around a round: all groups still end equal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from world import Group, World
+
+from torchft.local_sgd import DiLoCo, LocalSGD
+from torchft.manager import Manager
+
+# torch loads its compiler when a process makes its first optimizer: once, before the groups fork.
+torch.optim.SGD([torch.zeros(1)], lr=0.1)
+
+
+def linear(seed: int) -> nn.Linear:
+    torch.manual_seed(seed)
+    return nn.Linear(3, 2)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+
+
+def synchronous(group: Group) -> Manager:
+    """Only the doors' own state travels."""
+    return group.manager(
+        use_async_quorum=False, load_state_dict=None, state_dict=None, min_replica_size=2
+    )
+
+
+def test_tensors_with_gaps_are_averaged_by_their_elements(tmp_path: Path) -> None:
+    def story(group: Group) -> Any:
+        manager = group.manager(min_replica_size=2)
+        square = torch.zeros(4, 4)
+        square[:, 1] = group.number + 1.0
+        manager.start_quorum()
+        manager.allreduce(square[:, 1]).wait()
+        _, (zeros, ones) = manager.allgather(torch.full((4, 4), float(group.number))[:, 1])
+        assert manager.should_commit()
+        return square.tolist(), zeros.tolist(), ones.tolist()
+
+    one, two = World(tmp_path, min_replicas=2).run(story, story)
+    assert one == two == ([[0.0, 1.5, 0.0, 0.0]] * 4, [0.0] * 4, [1.0] * 4)
+
+
+@pytest.mark.parametrize("backup", [True, False], ids=["backup", "no backup"])
+def test_local_sgd_starts_all_groups_from_equal_weights(tmp_path: Path, backup: bool) -> None:
+    def story(group: Group) -> list[float]:
+        model, manager = linear(seed=group.number), synchronous(group)
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        with LocalSGD(manager, model, inner, 2, backup=backup):
+            return model.weight.flatten().tolist()
+
+    one, two = World(tmp_path, min_replicas=2).run(story, story)
+    assert one == two
+
+
+def test_who_missed_the_last_outer_step_gets_the_weights_too_when_all_settle(
+    tmp_path: Path,
+) -> None:
+    def story(group: Group) -> Any:
+        model, manager = linear(seed=0), synchronous(group)
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        outer = torch.optim.SGD(model.parameters(), lr=0.7)
+        with DiLoCo(manager, [model], inner, outer, 2):
+            train(model, inner, 4)
+            if group.number == 0:  # as if the last collective had failed for it alone
+                manager.load_state_dict({"step": 1, "batches_committed": 2})
+                nn.init.zeros_(model.weight)
+        return manager.settle(), manager.current_step(), model.weight.flatten().tolist()
+
+    one, two = World(tmp_path, min_replicas=2).run(story, story)
+    assert one == two
+    assert one[:2] == (True, 2)
