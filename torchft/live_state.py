@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import torch
+from torch.utils._pytree import tree_map_only
+
 from torchft.checkpointing._rwlock import RWLock
 from torchft.errors import HealError
 
@@ -27,6 +30,8 @@ class LiveState:
     """What users registered, in order. `timeout` bounds the wait for the lock."""
 
     def __init__(self, timeout: timedelta) -> None:
+        self.copies = False
+        """Collect copies, because the state changes while it is being fetched."""
         self._functions: dict[str, _Functions] = {}
         self._lock = RWLock(timeout=timeout.total_seconds())
         self._readable = True
@@ -56,6 +61,8 @@ class LiveState:
         with self._lock.r_lock():
             assert self._functions, "no state is registered: a joining group could not heal"
             user = {key: functions.save() for key, functions in self._functions.items()}
+            if self.copies:
+                user = tree_map_only(torch.Tensor, _copy, user)
             return {"user": user, "torchft": manager_state()}
 
     def load(self, states: dict[str, Any]) -> None:
@@ -71,3 +78,7 @@ class LiveState:
                 functions.load(states[key])
             except Exception as error:
                 raise HealError(f"load_state_dict of {key!r} failed: {error}") from error
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone()

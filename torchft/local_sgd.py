@@ -247,6 +247,8 @@ class DiLoCo(_Door):
         use_bucketization = use_bucketization or settings.text(settings.USE_BUCKETIZATION) == "True"
         bucket_bytes = (bucket_cap_mb or 1024) * _MIB if use_bucketization else None
         super().__init__(manager, local, self._recipe, inner_optimizer, bucket_bytes=bucket_bytes)
+        if fragment_sync_delay:
+            manager.offer_copies()
         self._register(local)
 
     def _register(self, local: ModelLocal) -> None:

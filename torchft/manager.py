@@ -206,6 +206,10 @@ class Manager:
         """Deprecated: use `register_state_dict_fn`."""
         self.register_state_dict_fn("set_state_dict_fns", load_state_dict, state_dict)
 
+    def offer_copies(self) -> None:
+        """From now on donors copy their state first: training goes on while a step is open."""
+        self._state.copies = True
+
     def describe_model(self, key: str, tensors: list[tuple[str, torch.Tensor]]) -> None:
         """Have `tensors` (names, shapes, dtypes) compared with the other groups before averages."""
         self._former.description[key] = describe(tensors)

@@ -80,3 +80,34 @@ def test_who_missed_the_last_outer_step_gets_the_weights_too_when_all_settle(
     one, two = World(tmp_path, min_replicas=2).run(story, story)
     assert one == two
     assert one[:2] == (True, 2)
+
+
+def test_a_group_heals_from_donors_that_train_on_meanwhile(tmp_path: Path) -> None:
+    elements = 4_000_000  # fetching them takes longer than an inner step
+
+    def train_large(group: Group, steps_before: str) -> Any:
+        model = nn.Linear(elements, 1, bias=False)
+        inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        outer = torch.optim.SGD(model.parameters(), lr=0.7)
+        if steps_before:
+            group.world.wait(steps_before)
+        manager = group.manager(
+            use_async_quorum=False,
+            load_state_dict=inner.load_state_dict,
+            state_dict=inner.state_dict,
+            max_retries=0,  # not one round is discarded
+        )
+        model.weight.grad = torch.ones_like(model.weight)
+        with DiLoCo(manager, [model], inner, outer, 6, fragment_sync_delay=4):
+            while manager.current_step() < 2:
+                inner.step()
+            group.world.happen("two rounds")
+            while manager.num_participants() < 2:
+                inner.step()
+        return manager.current_step()
+
+    story = train_large
+    one, two = World(tmp_path).run(
+        lambda group: story(group, ""), lambda group: story(group, "two rounds")
+    )
+    assert one == two
