@@ -147,6 +147,22 @@ def test_a_name_for_loopback_serves_one_machine_only() -> None:
     assert "others do not find it" in check.found
 
 
+def test_a_name_server_that_answers_no_is_quick_enough() -> None:
+    def nobody() -> None:
+        raise OSError("no such name")
+
+    assert network.look_ups(nobody).status is Status.OK
+
+
+def test_a_silent_name_server_is_remarked_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 100, 5))
+    monkeypatch.setattr(network.time, "monotonic", lambda: float(next(clock)))
+    check = network.look_ups(lambda: None)
+    assert check.status is Status.WARN
+    assert "5.0 s" in check.found
+    assert "RES_OPTIONS" in check.remedy
+
+
 def test_a_taken_port_is_named(taken: int) -> None:
     check = network.ports([taken], is_lighthouse=lambda _: False)
     assert check.status is Status.WARN

@@ -62,6 +62,7 @@ def all_checks(address: str | None) -> Iterator[Check]:
     yield machine.open_files()
     yield machine.clock()
     yield network.host_name()
+    yield network.look_ups()
     yield network.ipv6()
     yield network.ports(is_lighthouse=_is_lighthouse)
     yield network.gloo_interface(settings.text("GLOO_SOCKET_IFNAME"))

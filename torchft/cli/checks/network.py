@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import errno
 import socket
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from torchft.cli.checks.check import Check
 
-__all__ = ["gloo", "gloo_interface", "host_name", "ipv6", "ports"]
+__all__ = ["gloo", "gloo_interface", "host_name", "ipv6", "look_ups", "ports"]
 
 LIGHTHOUSE_PORT = 29510
 """Where `torchft_lighthouse` listens unless told otherwise."""
 
 TORCHRUN_PORTS = (29500, 29600)
 """torchrun's own default, and the first of the examples."""
+
+SLOW_S = 0.5
+"""A look-up that takes longer is waiting for a name server that does not answer."""
+
+LOOK_UPS = 5
+"""A server that drops some questions is not always caught by the first."""
 
 Resolve = Callable[[str], Sequence[str]]
 
@@ -58,6 +66,29 @@ def host_name(name: str | None = None, *, resolve: Resolve = resolve) -> Check:
             f"for several machines, {fix}",
         )
     return Check.ok("host name", f"{name} is {listed}")
+
+
+def name_of_loopback() -> None:
+    """What torch asks for each connection to a store: the name behind the address of the peer."""
+    socket.getnameinfo(("::ffff:127.0.0.1", 0), 0)
+
+
+def look_ups(ask: Callable[[], None] = name_of_loopback) -> Check:
+    """A silent name server stalls every connection to a store; in seconds, the slowest of a few."""
+    slowest_s = 0.0
+    for _ in range(LOOK_UPS):
+        began = time.monotonic()
+        with suppress(OSError):  # that there is no name is an answer
+            ask()
+        slowest_s = max(slowest_s, time.monotonic() - began)
+        if slowest_s > SLOW_S:
+            return Check.warn(
+                "name look-ups",
+                f"the name behind an address took {slowest_s:.1f} s to look up, as torch does for "
+                "each connection to a store",
+                'set RES_OPTIONS="timeout:1 attempts:1", or name a DNS server that answers',
+            )
+    return Check.ok("name look-ups", f"the slowest of {LOOK_UPS} took {slowest_s * 1e3:.0f} ms")
 
 
 def ipv6() -> Check:
