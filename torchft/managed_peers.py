@@ -46,6 +46,7 @@ class ManagedRound:
     def __init__(self, manager: Manager, opening: bool) -> None:
         self._manager = manager
         self._opening = opening
+        self._committed = False
 
     @property
     def opening(self) -> bool:
@@ -67,11 +68,15 @@ class ManagedRound:
 
     def fail(self, error: Exception) -> None:
         """Discard the step, and free the groups that wait for this one in it."""
-        self._manager.report_error(error)
+        if self._committed:
+            self._manager.fall_behind()
+        else:
+            self._manager.report_error(error)
 
     def close(self) -> bool:
         """The vote of this group's ranks."""
-        return self._manager.should_commit()
+        self._committed = self._manager.should_commit()
+        return self._committed
 
 
 class _Averages:

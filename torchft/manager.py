@@ -404,6 +404,12 @@ class Manager:
         self._say_closed(transaction, plan, committed, why)
         return committed
 
+    def fall_behind(self) -> None:
+        """The step that was just committed could not be applied here: heal it from the others."""
+        plan = self._begun("fall_behind").wait_formed()
+        self._step = plan.step
+        self._batches_committed -= len(plan.counted)
+
     def is_opening(self) -> bool:
         """Whether every group of this quorum is new, so that nobody has anything to contribute."""
         return self._begun("is_opening").wait_formed().opening

@@ -69,7 +69,8 @@ class Round(Protocol):
         ...
 
     def fail(self, error: Exception) -> None:
-        """Give the round up: whoever waits in it is freed, and every close will be a no."""
+        """Give the round up: whoever waits in it is freed, and every close will be a no. After a
+        close that was a yes, this group could not apply it, and heals from the others."""
         ...
 
     def close(self) -> bool:

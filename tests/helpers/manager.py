@@ -84,6 +84,9 @@ class InProcessManager:
         self._round = self._node.open(place)
         self._open = True
 
+    def fall_behind(self) -> None:
+        self._step -= 1
+
     def is_opening(self) -> bool:
         assert self._round is not None
         return self._round.opening

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -110,4 +111,31 @@ def test_a_group_heals_from_donors_that_train_on_meanwhile(tmp_path: Path) -> No
     one, two = World(tmp_path).run(
         lambda group: story(group, ""), lambda group: story(group, "two rounds")
     )
+    assert one == two
+
+
+def test_a_group_that_cannot_apply_what_was_committed_heals_from_the_others(
+    tmp_path: Path,
+) -> None:
+    def story(group: Group) -> Any:
+        model, manager = linear(seed=0), synchronous(group)
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        outer = torch.optim.SGD(model.parameters(), lr=0.7, momentum=0.9)
+        take_the_step = outer.step
+        taken = []
+
+        def fails_the_second_time(closure: None = None) -> None:
+            taken.append(1)
+            if group.number == 0 and len(taken) == 2:
+                raise RuntimeError("out of memory")
+            take_the_step(closure)
+
+        outer.step = fails_the_second_time  # type: ignore[method-assign, assignment]
+        with DiLoCo(manager, [model], inner, outer, 2):
+            for _ in range(8):
+                with suppress(RuntimeError):
+                    train(model, inner, 1)
+        return manager.current_step(), model.weight.flatten().tolist()
+
+    one, two = World(tmp_path, min_replicas=2).run(story, story)
     assert one == two

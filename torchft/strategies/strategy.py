@@ -313,6 +313,9 @@ class Strategy:
             if one.round.close():
                 self._apply(one, received)
                 applied = True
+        except Exception as error:
+            one.round.fail(error)
+            raise
         finally:
             if not applied:
                 self._discard(one.recipe, one.fragment, one.draft)
