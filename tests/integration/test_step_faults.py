@@ -126,13 +126,11 @@ def test_a_group_of_another_size_is_refused_and_costs_the_others_a_step(tmp_path
 
 
 def test_a_donor_that_cannot_save_its_state_goes_on(tmp_path: Path) -> None:
-    timeout = timedelta(seconds=2)
-
     def cannot_save() -> Any:
         raise RuntimeError("out of memory")
 
     def donor(group: Group) -> bool:
-        manager = group.manager(state_dict=cannot_save, timeout=timeout)
+        manager = group.manager(state_dict=cannot_save)
         step(manager, 1.0)
         group.world.happen("running")
         while not group.world.happened("left"):
@@ -143,7 +141,7 @@ def test_a_donor_that_cannot_save_its_state_goes_on(tmp_path: Path) -> None:
 
     def joins(group: Group) -> bool:
         group.world.wait("running")
-        manager = group.manager(timeout=timeout)
+        manager = group.manager(timeout=timedelta(seconds=2))
         committed = step(manager, 1.0)[0]
         manager.shutdown()
         group.world.happen("left")
