@@ -61,11 +61,10 @@ def same_world_sizes(
             f"{members[rank]} has {sizes[rank]} ranks and {members[reference]} has {right}: start "
             "every group with the same --nproc_per_node and --nnodes"
         )
-    odd = [name for name, size in zip(members, sizes, strict=True) if size != right]
+    odd = [f"{name} has {size}" for name, size in zip(members, sizes, strict=True) if size != right]
     if odd:
         raise CollectiveError(
-            f"{', '.join(odd)} has not {right} ranks like {members[reference]}: nothing is "
-            "averaged with it"
+            f"{', '.join(odd)} ranks, the other groups have {right}: nothing is averaged with it"
         )
 
 

@@ -15,6 +15,8 @@ from torch.distributed import PrefixStore, Store, TCPStore
 
 from torchft import settings
 from torchft.coordination import ManagerClient, ManagerServer
+from torchft.errors import UnreachableError
+from torchft.process_group.attempt import Attempt, Deadline
 
 __all__ = ["MANAGER_ADDR_KEY", "REPLICA_ID_KEY", "ReplicaGroup"]
 
@@ -58,7 +60,7 @@ class ReplicaGroup:
 
         Raises:
             SettingsError: a variable is neither given nor set.
-            TimeoutError, DistStoreError: the store or the lighthouse cannot be reached.
+            TimeoutError: the store or the lighthouse cannot be reached; UnreachableError is one.
         """
         rank = _given_or_variable(rank, "RANK")
         world_size = _given_or_variable(world_size, "WORLD_SIZE")
@@ -100,7 +102,17 @@ class ReplicaGroup:
 
 
 def _store(addr: str, port: int, timeout: timedelta) -> Store:
-    store = TCPStore(addr, port, is_master=False, wait_for_workers=False, timeout=timeout)
+    """The group's store. On a thread of its own: a wait inside torch hears no signal."""
+    where = f"the group's store at {addr}:{port} (MASTER_ADDR, MASTER_PORT)"
+
+    def connect(attempt: Attempt[Store]) -> Store:
+        attempt.stage = f"{where}: is torchrun running there?"
+        return TCPStore(addr, port, is_master=False, wait_for_workers=False, timeout=timeout)
+
+    try:
+        store = Attempt(connect).wait(Deadline.after(timeout))
+    except RuntimeError as error:
+        raise UnreachableError(f"{where} cannot be reached: {error}") from error
     # The agent's store outlives its workers: a restarted group must not read the old address.
     restarts = settings.integer("TORCHELASTIC_RESTART_COUNT", 0)
     return PrefixStore(f"restart_{restarts}", store) if restarts else store
