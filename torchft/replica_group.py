@@ -106,13 +106,16 @@ def _store(addr: str, port: int, timeout: timedelta) -> Store:
     where = f"the group's store at {addr}:{port} (MASTER_ADDR, MASTER_PORT)"
 
     def connect(attempt: Attempt[Store]) -> Store:
-        attempt.stage = f"{where}: is torchrun running there?"
+        attempt.stage = f"{where}: is torchrun running there, and can this host reach it?"
         return TCPStore(addr, port, is_master=False, wait_for_workers=False, timeout=timeout)
 
     try:
         store = Attempt(connect).wait(Deadline.after(timeout))
     except RuntimeError as error:
-        raise UnreachableError(f"{where} cannot be reached: {error}") from error
+        reason = str(error).splitlines()[0]
+        raise UnreachableError(
+            f"{where} cannot be reached: is torchrun running there? {reason}"
+        ) from error
     # The agent's store outlives its workers: a restarted group must not read the old address.
     restarts = settings.integer("TORCHELASTIC_RESTART_COUNT", 0)
     return PrefixStore(f"restart_{restarts}", store) if restarts else store

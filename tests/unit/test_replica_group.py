@@ -20,7 +20,7 @@ class Interrupted(Exception):
 def test_a_store_that_is_not_there_is_named() -> None:
     port = free_port()
     with pytest.raises(TimeoutError, match=rf"127\.0\.0\.1:{port}.*is torchrun running there"):
-        _store("127.0.0.1", port, timedelta(seconds=0.5))
+        _store("127.0.0.1", port, timedelta(seconds=1))
 
 
 def test_a_signal_is_heard_while_the_store_is_waited_for() -> None:
