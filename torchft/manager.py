@@ -34,7 +34,13 @@ from torchft.background import Background
 from torchft.checkpointing import CheckpointTransport, HTTPTransport
 from torchft.communicate import Communicator
 from torchft.coordination import watch_parent
-from torchft.errors import DiscardedTooOften, HealError, PhaseError, SettingsError
+from torchft.errors import (
+    DiscardedTooOften,
+    HealError,
+    PhaseError,
+    QuorumError,
+    SettingsError,
+)
 from torchft.fingerprint import describe
 from torchft.forming import Former, Request
 from torchft.futures import future_timeout
@@ -440,8 +446,9 @@ class Manager:
             with self.ledger.spending(Bucket.SETTLE):
                 try:
                     self._settled = self._settle_once(left)
-                except TimeoutError as error:
+                except (TimeoutError, QuorumError) as error:
                     self._log.say(logging.WARNING, self._step, "not settled: %s", error)
+                    break
         return self._settled
 
     def _settle_once(self, timeout: timedelta) -> bool:

@@ -144,8 +144,6 @@ class Plan:
     """Replica ranks whose contribution is counted, in order."""
     donor: Donor | None
     """Set when this group heals."""
-    heals_first: bool
-    """The healed state is loaded before anything is computed in this step."""
     serves: tuple[int, ...]
     """Replica ranks that heal from this group."""
     anyone_heals: bool
@@ -189,13 +187,11 @@ def plan_step(
     fresh = frozenset(quorum.fresh_replica_ranks)
     me, ranks = quorum.replica_rank, range(quorum.replica_world_size)
 
-    def heals_first(rank: int) -> bool:
-        return options.sync or rank in fresh or place is Place.AFTER
-
     def is_counted(rank: int) -> bool:
         if place is Place.AFTER:
             return rank not in recovering | fresh
-        return rank not in recovering or (allow_heal and heals_first(rank))
+        heals_first = options.sync or rank in fresh
+        return rank not in recovering or (allow_heal and heals_first)
 
     counted = tuple(rank for rank in ranks if is_counted(rank))
     if options.mode is WorldSizeMode.FIXED_WITH_SPARES:
@@ -210,7 +206,6 @@ def plan_step(
         reconfigure=quorum.quorum_id != configured,
         counted=counted,
         donor=_donor(quorum) if heals else None,
-        heals_first=heals_first(me),
         serves=tuple(quorum.recover_dst_replica_ranks) if allow_heal else (),
         anyone_heals=bool(recovering) and allow_heal,
         opening=len(fresh) == len(ranks),

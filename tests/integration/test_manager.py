@@ -481,3 +481,21 @@ def test_waiting_for_a_slow_group_is_booked_as_communication(tmp_path: Path) -> 
 
     quick, slow = World(tmp_path, min_replicas=2).run(story, story)
     assert slow < 0.4 < quick
+
+
+def test_timeout_variables_reach_every_part_that_waits(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("TORCHFT_TIMEOUT_SEC", "11")
+    monkeypatch.setenv("TORCHFT_QUORUM_TIMEOUT_SEC", "1")
+    monkeypatch.setenv("TORCHFT_CONNECT_TIMEOUT_SEC", "7")
+
+    def story(group: Group) -> Any:
+        manager = group.manager()
+        options, began = manager._options, time.monotonic()
+        with pytest.raises(TimeoutError):
+            manager.start_quorum()
+        waited = time.monotonic() - began
+        transport, lock = manager._transport, manager._state._lock
+        return options.connect_timeout, transport._timeout_s, lock.timeout, 0.5 < waited < 5
+
+    (found,) = World(tmp_path, min_replicas=2).run(story)
+    assert found == (timedelta(seconds=7), 11.0, 11.0, True)

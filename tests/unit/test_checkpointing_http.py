@@ -187,15 +187,6 @@ def test_bytes_are_counted_alike_at_both_ends(make: Make) -> None:
     assert donor.bytes_sent > sum(i * 7 * 4 for i in range(20))
 
 
-def test_wait_sent_counts_the_peers_that_have_all_parts(make: Make) -> None:
-    donor, healing = make(), make(num_chunks=3)
-    donor.send_checkpoint([1, 2], 3, some_state(), LONG)
-    healing.recv_checkpoint(0, donor.metadata(), 3, LONG)
-    assert not donor.wait_sent(timedelta(0))
-    make().recv_checkpoint(0, donor.metadata(), 3, LONG)
-    assert donor.wait_sent(LONG)
-
-
 class SlowHealer:
     """Asks for a state over a small receive buffer and does not read it."""
 

@@ -113,13 +113,3 @@ def test_a_shut_window_refuses_those_who_wait(window: Window[str]) -> None:
     window.shut()
     assert refused.wait(30)
     reader.join(30)
-
-
-def test_readers_that_are_done_are_counted_once_each_and_per_offer(window: Window[str]) -> None:
-    window.open(3, "state")
-    window.reader_done("a")
-    window.reader_done("a")
-    assert window.wait_done(1, timeout_s=0)
-    assert not window.wait_done(2, timeout_s=0)
-    window.open(4, "next")
-    assert not window.wait_done(1, timeout_s=0)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib import metadata
 
 import pytest
 
@@ -80,6 +82,19 @@ def test_an_old_python_fails() -> None:
 )
 def test_torch_is_good_from_2_7_on(installed: str, status: Status) -> None:
     assert versions.torch(installed).status is status
+
+
+def test_without_torch_it_says_so_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_there(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(versions.metadata, "version", not_there)
+    monkeypatch.delitem(sys.modules, "torchft.cli.checks.gloo_pair", raising=False)
+    monkeypatch.setitem(sys.modules, "torch", None)  # importing it raises ImportError
+    assert versions.torch() == Check.fail(
+        "torch", "torch is not installed", "install torch 2.7 or later"
+    )
+    assert network.gloo().status is Status.FAIL
 
 
 def test_the_extension_serves_here() -> None:

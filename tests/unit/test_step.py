@@ -63,14 +63,13 @@ def test_a_group_that_fell_behind_sends_zeros_while_it_heals_in_async_mode() -> 
     made = make(Quorum(replica_rank=1, recovering_replica_ranks=[1], recover_src_replica_rank=0))
     assert made.counted == (0, 2)
     assert made.participating_rank is None
-    assert made.donor is not None and not made.heals_first
+    assert made.donor is not None
 
 
 def test_a_group_that_fell_behind_heals_first_and_is_counted_in_sync_mode() -> None:
     quorum = Quorum(replica_rank=1, recovering_replica_ranks=[1], recover_src_replica_rank=0)
     made = make(quorum, sync=True)
     assert made.counted == (0, 1, 2)
-    assert made.heals_first
 
 
 def test_a_new_group_heals_before_its_gradients_and_is_counted() -> None:

@@ -7,7 +7,6 @@ next, and its size follows from the checked header. The first failure of any par
 from __future__ import annotations
 
 import threading
-import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,7 +53,6 @@ class Download:
     parts: int
     deadline: Deadline
     bytes_received: int = 0
-    _id: str = field(default_factory=lambda: uuid.uuid4().hex)
     _lock: threading.Lock = field(default_factory=threading.Lock)  # guards all below
     _streams: list[Stream] = field(default_factory=list)
     _leaves: dict[int, Tensor] = field(default_factory=dict)
@@ -126,7 +124,6 @@ class Download:
         lines = (
             f"GET {path} HTTP/1.1",
             f"Host: {self.address.host}",
-            f"torchft-download: {self._id}",
             "Connection: close",
         )
         stream.send(["".join(f"{line}\r\n" for line in (*lines, "")).encode()])

@@ -53,7 +53,6 @@ class HTTPTransport(CheckpointTransport[T]):
         self._timeout_s = timeout.total_seconds()
         self._parts = max(1, num_chunks)
         self._hostname = hostname if hostname is not None else _resolvable_hostname()
-        self._destinations = 0
         self._bytes_received = 0
         self._window: Window[Snapshot] = Window()
         self._server = SnapshotServer(self._window, timeout_s=self._timeout_s)
@@ -82,8 +81,6 @@ class HTTPTransport(CheckpointTransport[T]):
         """
         self.disallow_checkpoint()
         snapshot = Snapshot(state_dict, step)
-        self._server.forget_downloads()
-        self._destinations = len(dst_ranks)
         self._window.open(step, snapshot)
 
     def allow_checkpoint(self, step: int) -> None:
@@ -105,10 +102,6 @@ class HTTPTransport(CheckpointTransport[T]):
                 cut,
                 self._timeout_s,
             )
-
-    def wait_sent(self, timeout: timedelta) -> bool:
-        """Wait until as many peers have the state as `send_checkpoint` named."""
-        return self._window.wait_done(self._destinations, timeout.total_seconds())
 
     def recv_checkpoint(self, src_rank: int, metadata: str, step: int, timeout: timedelta) -> T:
         """Fetch the state of `step` from the donor at `metadata`. Tensors arrive on the CPU."""

@@ -1,7 +1,6 @@
 """The donor's side: a small HTTP server that offers one snapshot at a time.
 
     GET /checkpoint/{step}/{part}-of-{parts}    one part of the state, `layout.py`
-    torchft-download: {id}                      the same in each part of one download
 
 200 with the part, 400 when another step is offered, 503 when none is in time, 404 for all else.
 Each connection carries one request and has a thread of its own, which ends with the connection.
@@ -16,7 +15,6 @@ import re
 import socket
 import threading
 import weakref
-from collections import defaultdict
 from dataclasses import dataclass
 
 from torchft.checkpointing.snapshot import Snapshot
@@ -43,19 +41,16 @@ class _Request:
     step: int
     part: int
     parts: int
-    download: str
 
     @classmethod
     def parse(cls, head: str) -> _Request:
-        first, *rest = head.split("\r\n")
-        match = _PATH.fullmatch(first)
+        match = _PATH.fullmatch(head.partition("\r\n")[0])
         if match is None:
             raise _BadRequest("ask for /checkpoint/{step}/{part}-of-{parts}")
         step, part, parts = (int(group) for group in match.groups())
         if not 0 <= part < parts <= MAX_PARTS:
             raise _BadRequest(f"no part {part} of {parts}; there are at most {MAX_PARTS} parts")
-        headers = dict(line.lower().partition(":")[::2] for line in rest)
-        return cls(step, part, parts, headers.get("torchft-download", "").strip()[:64])
+        return cls(step, part, parts)
 
 
 class SnapshotServer:
@@ -73,16 +68,10 @@ class SnapshotServer:
         self.port: int = self._listener.getsockname()[1]
         self._lock = threading.Lock()  # guards the fields below, and bytes_sent
         self._connections: dict[socket.socket, threading.Thread] = {}
-        self._parts_sent: defaultdict[str, set[int]] = defaultdict(set)
         self._stopping = False
         self._acceptor = threading.Thread(target=self._accept, name="heal-accept", daemon=True)
         self._acceptor.start()
         _servers.add(self)
-
-    def forget_downloads(self) -> None:
-        """Begin to count downloads anew: the offer has changed."""
-        with self._lock:
-            self._parts_sent.clear()
 
     def shutdown(self, wait: bool) -> None:
         """Close the port and every connection; with `wait`, also see the threads end."""
@@ -165,15 +154,6 @@ class SnapshotServer:
                 self.bytes_sent += sum(len(view) for view in piece)
 
         part.write(send)
-        self._note_sent(request)
-
-    def _note_sent(self, request: _Request) -> None:
-        with self._lock:
-            sent = self._parts_sent[request.download]
-            sent.add(request.part)
-            complete = len(sent) == request.parts
-        if complete:
-            self._window.reader_done(request.download)
 
     def _say(self, stream: Stream, status: int, text: str) -> None:
         stream.deadline = Deadline(_REQUEST_TIMEOUT_S)

@@ -51,13 +51,6 @@ class CheckpointTransport(ABC, Generic[T]):
         It never raises: by the time it is called the group has decided its step.
         """
 
-    def wait_sent(self, timeout: timedelta) -> bool:
-        """Wait until every peer named in `send_checkpoint` has the state. False: it took longer.
-
-        Only needed where no collective that follows waits for the healing peers anyway.
-        """
-        return True
-
     @abstractmethod
     def recv_checkpoint(self, src_rank: int, metadata: str, step: int, timeout: timedelta) -> T:
         """The state of `step` from replica rank `src_rank`, on the CPU.

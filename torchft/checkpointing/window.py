@@ -46,14 +46,12 @@ class Window(Generic[T]):
         self._step: int | None = None  # None: closed
         self._offer: T | None = None
         self._leases: set[_Lease] = set()
-        self._readers_done: set[str] = set()
         self._shut = False
 
     def open(self, step: int, offer: T) -> None:
         """Offer `offer` as the state of `step`. The window must be closed."""
         with self._changed:
             self._step, self._offer = step, offer
-            self._readers_done.clear()
             self._changed.notify_all()
 
     def relabel(self, step: int) -> bool:
@@ -83,17 +81,6 @@ class Window(Generic[T]):
             with self._changed:
                 self._leases.discard(lease)
                 self._changed.notify_all()
-
-    def reader_done(self, reader: str) -> None:
-        """Note that `reader` has all of the offer."""
-        with self._changed:
-            self._readers_done.add(reader)
-            self._changed.notify_all()
-
-    def wait_done(self, readers: int, timeout_s: float) -> bool:
-        """Wait until so many different readers are done. False: not within `timeout_s`."""
-        with self._changed:
-            return self._changed.wait_for(lambda: len(self._readers_done) >= readers, timeout_s)
 
     def close(self, timeout_s: float) -> int:
         """Let nobody in, wait for the readers inside, cut off the rest and say how many."""
