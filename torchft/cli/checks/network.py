@@ -153,8 +153,10 @@ def gloo_interface(chosen: str | None, *, names: Sequence[str] | None = None) ->
 
 def gloo(*, timeout_s: float = 10.0) -> Check:
     """Two gloo ranks in this process average a number, over the interface gloo takes."""
-    from torchft.cli.checks.gloo_pair import average_of_pair
-
+    try:
+        from torchft.cli.checks.gloo_pair import average_of_pair
+    except ImportError as error:
+        return Check.fail("gloo", f"cannot be tried: {error}", "install torch 2.7 or later")
     fix = "set GLOO_SOCKET_IFNAME to an interface that is up, such as lo for one machine"
     try:
         mean = average_of_pair(timeout_s=timeout_s)

@@ -31,7 +31,7 @@ def torch(installed: str | None = None) -> Check:
     try:
         installed = metadata.version("torch") if installed is None else installed
     except metadata.PackageNotFoundError:
-        return Check.fail("torch", "is not installed", "install torch 2.7 or later")
+        return Check.fail("torch", "torch is not installed", "install torch 2.7 or later")
     numbers = tuple(int(part) for part in installed.split("+")[0].split(".")[:2])
     if numbers < LEAST_TORCH:
         return Check.fail("torch", installed, "install torch 2.7 or later")
