@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -87,12 +86,32 @@ def test_the_first_error_of_a_step_is_kept(transaction: Transaction) -> None:
     assert "the cause" in str(transaction.error.original_exception)  # type: ignore[union-attr]
 
 
+class Clock:
+    """What `Average` takes the time from."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("torchft.average.time", clock)
+    return clock
+
+
 class Stuck(Sum):
     """One that gloo forgot: its wait ends by time alone."""
 
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self._clock = clock
+
     def wait(self, timeout: timedelta | None = None) -> bool:
         assert timeout is not None
-        time.sleep(timeout.total_seconds())
+        self._clock.now += timeout.total_seconds()
         raise RuntimeError("Operation timed out!")
 
 
@@ -104,30 +123,28 @@ class Among:
     lost: bool = False
 
 
-def test_wait_keeps_its_timeout(transaction: Transaction) -> None:
-    began = time.monotonic()
-    average = Average(transaction, Stuck(), torch.ones(1), 1, Among())
+def test_wait_keeps_its_timeout(transaction: Transaction, clock: Clock) -> None:
+    average = Average(transaction, Stuck(clock), torch.ones(1), 1, Among())
     average.wait(timedelta(milliseconds=120))
-    assert 0.12 <= time.monotonic() - began < 1
+    assert clock.now == pytest.approx(0.12, abs=0.002)
     assert transaction.failed
 
 
 @pytest.mark.parametrize("members", [Among(retired=True), Among(lost=True)])
 def test_what_waits_for_a_member_that_left_is_given_up(
-    transaction: Transaction, members: Among
+    transaction: Transaction, clock: Clock, members: Among
 ) -> None:
-    began = time.monotonic()
-    Average(transaction, Stuck(), torch.ones(1), 1, members).wait()
-    assert time.monotonic() - began < 2
+    Average(transaction, Stuck(clock), torch.ones(1), 1, members).wait()
+    assert clock.now < 1
     assert transaction.error is not None
     assert "a member left" in str(transaction.error.original_exception)
 
 
 def test_the_future_of_what_waits_for_a_member_that_left_completes(
-    transaction: Transaction,
+    transaction: Transaction, clock: Clock
 ) -> None:
     tensor = torch.tensor([5.0])
-    average = Average(transaction, Stuck(), tensor, 2, Among(lost=True))
+    average = Average(transaction, Stuck(clock), tensor, 2, Among(lost=True))
     assert future_wait(average.get_future(), timedelta(seconds=5)).item() == 5.0
     assert transaction.failed
 
