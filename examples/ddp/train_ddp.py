@@ -2,6 +2,7 @@
 
 Start a lighthouse, then this script in as many shells as there are groups, each with a number of
 its own. Kill one whenever you like, watch the others go on, start it again: it heals.
+TORCH_CPP_LOG_LEVEL=ERROR keeps torch's own warnings away.
 
     torchft_lighthouse --min_replicas 1 --quorum_tick_ms 100 --join_timeout_ms 10000
 
@@ -22,14 +23,17 @@ from typing import Any
 import torch
 
 from torchft import DistributedDataParallel, Manager, Optimizer, ProcessGroupGloo
+from torchft.cli.numbers import at_least
 from torchft.digest import digest
-from torchft.errors import TorchftError
 from torchft.launch.bytes_lm import ByteCorpus, ByteTransformer, Order, next_byte_loss
 from torchft.launch.inside import average_inside, meet_inside
+from torchft.launch.shell import joining, run_script, show_events, which_group
+from torchft.launch.together import Together
 
-STEPS = 1000  # then it ends
+STEPS = 10_000  # then it ends; some minutes on a laptop
 ROWS = 8  # windows of text in a batch
 LR = 2e-3  # AdamW
+FINISH_TOGETHER_S = 60  # a group that is away at the end is waited for so long
 MIN_GROUPS = 1  # with fewer groups than this, steps are discarded
 TIMEOUT = timedelta(seconds=30)  # of a collective, a vote, a transfer of state
 SAY_EVERY = 20  # steps
@@ -39,8 +43,8 @@ SEED = 0
 def main() -> None:
     arguments = command_line()
     require_torchrun()
-    group = int(os.environ.get("REPLICA_GROUP_ID", "0"))
-    groups = int(os.environ.get("NUM_REPLICA_GROUPS", "2"))
+    show_events()  # who takes part, who heals, what went wrong
+    group, groups = which_group()
     rank, ranks = meet_inside(TIMEOUT)  # a group may have several ranks, and is one trainer
     device = pick_device(group)
 
@@ -51,7 +55,7 @@ def main() -> None:
     corpus = ByteCorpus.load(arguments.corpus)
     context = module.shape.context
     order = Order(windows=corpus.windows(context), shards=groups * ranks, rows=ROWS, seed=SEED)
-    shard = group % groups * ranks + rank
+    shard = group * ranks + rank
 
     # What a group that joins gets from one that trains.
     def save() -> dict[str, Any]:
@@ -62,18 +66,24 @@ def main() -> None:
         adamw.load_state_dict(state["optimizer"])
 
     # From here on the other groups know of this one.
-    manager = Manager(
-        pg=ProcessGroupGloo(timeout=TIMEOUT),
-        load_state_dict=load,
-        state_dict=save,
-        min_replica_size=MIN_GROUPS,
-        timeout=TIMEOUT,
-        replica_id=f"group_{group}",
-    )
+    with joining():
+        manager = Manager(
+            pg=ProcessGroupGloo(timeout=TIMEOUT),
+            load_state_dict=load,
+            state_dict=save,
+            min_replica_size=MIN_GROUPS,
+            timeout=TIMEOUT,
+            connect_timeout=TIMEOUT,
+            replica_id=f"group_{group}",
+        )
     try:
+        together = Together(
+            steps=arguments.steps, groups=groups, patience_s=arguments.finish_together_s
+        )
+        manager.register_state_dict_fn("together", together.load_state_dict, together.state_dict)
         model = DistributedDataParallel(manager, module)
         optimizer = Optimizer(manager, adamw)
-        while manager.current_step() < arguments.steps:
+        while not together.reached:
             optimizer.zero_grad()  # begin: who is there? who heals, and from whom?
             batch = order.batch(manager.current_step(), shard=shard)
             inputs, targets = (part.to(device) for part in corpus.batch(batch, context=context))
@@ -81,13 +91,17 @@ def main() -> None:
             loss.backward()  # communicate: averages travel while it goes on
             average_inside(module.parameters())
             committed = optimizer.step()  # vote: the step is taken, or discarded
-            step = manager.current_step()
+            step, there = manager.current_step(), manager.num_participants()
             if not committed:
                 say(f"step {step + 1} is discarded and tried again")
-            elif step % SAY_EVERY == 0:
-                say(f"step {step} of {manager.num_participants()} groups, loss {loss.item():.4f}")
+                continue
+            for news in together.committed(step, there):
+                say(news)
+            if step % SAY_EVERY == 0:
+                say(f"step {step}, {there} of {groups} groups, loss {loss.item():.4f}")
         manager.settle()  # whoever missed the last step heals from the others
-        say(f"digest of weights and optimizer: {digest(save())}")
+        step = manager.current_step()
+        say(f"step {step}, digest of weights and optimizer: {digest(save())}")
     finally:
         manager.shutdown()
 
@@ -95,7 +109,16 @@ def main() -> None:
 def command_line() -> argparse.Namespace:
     about = (__doc__ or "").splitlines()[0]
     parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
-    parser.add_argument("--steps", type=int, default=STEPS, metavar="N")
+    parser.add_argument(
+        "--steps", type=at_least(1), default=STEPS, metavar="N", help=f"to be committed ({STEPS})"
+    )
+    parser.add_argument(
+        "--finish-together-s",
+        type=at_least(0),
+        default=FINISH_TOGETHER_S,
+        metavar="SECONDS",
+        help=f"go on so long for a group that is away at the end ({FINISH_TOGETHER_S})",
+    )
     parser.add_argument(
         "--corpus",
         type=Path,
@@ -136,9 +159,7 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    # So that `finally` runs, whenever SIGTERM comes: this group leaves and the others know at once.
+    # So that `finally` runs and frees the ports, whenever SIGTERM comes. The others miss this group
+    # one heartbeat timeout later.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try:
-        main()
-    except (TorchftError, TimeoutError) as error:
-        sys.exit(f"train_ddp.py: {error}")
+    sys.exit(run_script(main, "train_ddp.py"))

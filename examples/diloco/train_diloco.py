@@ -2,6 +2,7 @@
 
 Start a lighthouse, then this script in as many shells as there are groups, each with a number of
 its own. Kill one whenever you like, watch the others go on, start it again: it heals.
+TORCH_CPP_LOG_LEVEL=ERROR keeps torch's own warnings away.
 
     torchft_lighthouse --min_replicas 1 --quorum_tick_ms 100 --join_timeout_ms 10000
 
@@ -23,18 +24,21 @@ from pathlib import Path
 import torch
 
 from torchft import Manager, ProcessGroupGloo
+from torchft.cli.numbers import at_least
 from torchft.digest import digest
-from torchft.errors import TorchftError
 from torchft.launch.bytes_lm import ByteCorpus, ByteTransformer, Order, next_byte_loss
 from torchft.launch.inside import average_inside, meet_inside
+from torchft.launch.shell import joining, run_script, show_events, which_group
+from torchft.launch.together import Together
 from torchft.local_sgd import DiLoCo
 
 SYNC_EVERY = 100  # inner steps of each group between two outer steps
-OUTER_STEPS = 10  # then it ends
+OUTER_STEPS = 100  # then it ends; some minutes on a laptop
 ROWS = 8  # windows of text in a batch
 INNER_LR = 1e-3  # AdamW, local to each group
 OUTER_LR = 0.7  # SGD with Nesterov momentum, equal in all groups
 OUTER_MOMENTUM = 0.9
+FINISH_TOGETHER_S = 60  # a group that is away at the end is waited for so long
 MIN_GROUPS = 1  # fewer groups than this take no outer step
 TIMEOUT = timedelta(seconds=30)  # of a collective, a vote, a transfer of state
 SEED = 0
@@ -43,8 +47,8 @@ SEED = 0
 def main() -> None:
     arguments = command_line()
     require_torchrun()
-    group = int(os.environ.get("REPLICA_GROUP_ID", "0"))
-    groups = int(os.environ.get("NUM_REPLICA_GROUPS", "2"))
+    show_events()  # who takes part, who heals, what went wrong
+    group, groups = which_group()
     rank, ranks = meet_inside(TIMEOUT)  # a group may have several ranks, and is one trainer
     device = pick_device(group)
 
@@ -56,23 +60,29 @@ def main() -> None:
     corpus = ByteCorpus.load(arguments.corpus)
     context = model.shape.context
     order = Order(windows=corpus.windows(context), shards=groups * ranks, rows=ROWS, seed=SEED)
-    shard = group % groups * ranks + rank
+    shard = group * ranks + rank
 
     # From here on the other groups know of this one. DiLoCo itself hands a group that joins the
     # global weights and the outer momentum; the inner optimizer comes along so that it is warm.
-    manager = Manager(
-        pg=ProcessGroupGloo(timeout=TIMEOUT),
-        load_state_dict=inner.load_state_dict,
-        state_dict=inner.state_dict,
-        min_replica_size=MIN_GROUPS,
-        use_async_quorum=False,
-        timeout=TIMEOUT,
-        replica_id=f"group_{group}",
-    )
+    with joining():
+        manager = Manager(
+            pg=ProcessGroupGloo(timeout=TIMEOUT),
+            load_state_dict=inner.load_state_dict,
+            state_dict=inner.state_dict,
+            min_replica_size=MIN_GROUPS,
+            use_async_quorum=False,
+            timeout=TIMEOUT,
+            connect_timeout=TIMEOUT,
+            replica_id=f"group_{group}",
+        )
     try:
+        together = Together(
+            steps=arguments.outer_steps, groups=groups, patience_s=arguments.finish_together_s
+        )
+        manager.register_state_dict_fn("together", together.load_state_dict, together.state_dict)
         inner_steps = 0
         with DiLoCo(manager, [model], inner, outer, sync_every=arguments.sync_every):
-            while manager.current_step() < arguments.outer_steps:
+            while not together.reached:
                 outer_steps = manager.current_step()
                 batch = order.batch(inner_steps, shard=shard)
                 inputs, targets = (part.to(device) for part in corpus.batch(batch, context=context))
@@ -85,12 +95,16 @@ def main() -> None:
                 if inner_steps % arguments.sync_every == 0:
                     say(f"Number of inner optimizer steps completed: {inner_steps}")
                 if manager.current_step() != outer_steps:
-                    done = manager.current_step()
-                    say(f"Number of outer optimizer steps completed: [{done}] loss = {loss.item()}")
+                    done, there = manager.current_step(), manager.num_participants()
+                    say(
+                        f"Number of outer optimizer steps completed: [{done}] "
+                        f"loss = {loss.item()}, {there} of {groups} groups"
+                    )
+                    for news in together.committed(done, there):
+                        say(news)
         manager.settle()  # whoever missed the last outer step heals from the others
-        say(
-            f"digest of weights and outer state: {digest([model.state_dict(), outer.state_dict()])}"
-        )
+        state = [model.state_dict(), outer.state_dict()]
+        say(f"step {manager.current_step()}, digest of weights and outer state: {digest(state)}")
     finally:
         manager.shutdown()
 
@@ -98,8 +112,27 @@ def main() -> None:
 def command_line() -> argparse.Namespace:
     about = (__doc__ or "").splitlines()[0]
     parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
-    parser.add_argument("--outer-steps", type=int, default=OUTER_STEPS, metavar="N")
-    parser.add_argument("--sync-every", type=int, default=SYNC_EVERY, metavar="N")
+    parser.add_argument(
+        "--outer-steps",
+        type=at_least(1),
+        default=OUTER_STEPS,
+        metavar="N",
+        help=f"to be committed ({OUTER_STEPS})",
+    )
+    parser.add_argument(
+        "--sync-every",
+        type=at_least(1),
+        default=SYNC_EVERY,
+        metavar="N",
+        help=f"inner steps in an outer one ({SYNC_EVERY})",
+    )
+    parser.add_argument(
+        "--finish-together-s",
+        type=at_least(0),
+        default=FINISH_TOGETHER_S,
+        metavar="SECONDS",
+        help=f"go on so long for a group that is away at the end ({FINISH_TOGETHER_S})",
+    )
     parser.add_argument(
         "--corpus",
         type=Path,
@@ -141,9 +174,7 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    # So that `finally` runs, whenever SIGTERM comes: this group leaves and the others know at once.
+    # So that `finally` runs and frees the ports, whenever SIGTERM comes. The others miss this group
+    # one heartbeat timeout later.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try:
-        main()
-    except (TorchftError, TimeoutError) as error:
-        sys.exit(f"train_diloco.py: {error}")
+    sys.exit(run_script(main, "train_diloco.py"))

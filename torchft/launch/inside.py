@@ -15,7 +15,7 @@ from torch import distributed, nn
 
 from torchft import settings
 
-__all__ = ["average_inside", "meet_inside"]
+__all__ = ["average_inside", "first_rank_says", "meet_inside"]
 
 
 def meet_inside(timeout: timedelta) -> tuple[int, int]:
@@ -53,3 +53,12 @@ def average_inside(parameters: Iterable[nn.Parameter]) -> None:
     flat /= distributed.get_world_size()
     for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(mean.view_as(gradient))
+
+
+def first_rank_says(yes: bool) -> bool:
+    """What rank 0 of this group answers, on each rank; all must ask, for their clocks differ."""
+    if not distributed.is_initialized():
+        return yes
+    answer = torch.tensor([yes])
+    distributed.broadcast(answer, src=0)
+    return bool(answer.item())

@@ -1,0 +1,86 @@
+"""What a training script in a shell owes its user: who takes part is seen, and what is wrong is
+said once, in a last line.
+
+Exit codes: 1 for what went wrong, 2 for what was typed or set wrongly. torchrun restarts a worker
+that failed; where that cannot help, because the same setting or the same absent lighthouse would
+be met again, its agent is asked to end instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+
+from torchft import settings
+from torchft.errors import SettingsError, TorchftError, UnreachableError
+
+__all__ = ["joining", "run_script", "show_events", "which_group"]
+
+STRUCTURED = ("torchft_quorums", "torchft_commits", "torchft_errors")
+"""They say the same as `torchft.manager`, as fields: for programs."""
+
+
+def show_events() -> None:
+    """Quorums, heals and errors as plain lines, those of rank 0 only; programs' loggers silent."""
+    logging.basicConfig(format="%(message)s")
+    first = settings.integer("RANK", 0) == 0
+    logging.getLogger("torchft.manager").setLevel(logging.INFO if first else logging.WARNING)
+    for name in STRUCTURED:
+        logger = logging.getLogger(name)
+        if not logger.handlers:
+            logger.propagate = False
+            logger.addHandler(logging.NullHandler())
+
+
+def which_group() -> tuple[int, int]:
+    """The number of this group and how many there are, from the environment; by default 0 of 2.
+
+    Raises:
+        SettingsError: REPLICA_GROUP_ID or NUM_REPLICA_GROUPS is none.
+    """
+    groups = settings.integer("NUM_REPLICA_GROUPS", 2)
+    if groups < 1:
+        raise SettingsError(f"NUM_REPLICA_GROUPS={groups}: it must be at least 1")
+    group = settings.integer("REPLICA_GROUP_ID", 0)
+    if not 0 <= group < groups:
+        raise SettingsError(
+            f"REPLICA_GROUP_ID={group}: with NUM_REPLICA_GROUPS={groups} it must be from 0 to "
+            f"{groups - 1}, another one in each group"
+        )
+    return group, groups
+
+
+@contextlib.contextmanager
+def joining() -> Iterator[None]:
+    """Where a group makes its manager: who cannot be reached now is away, not slow.
+
+    Raises:
+        UnreachableError: for any TimeoutError inside.
+    """
+    try:
+        yield
+    except TimeoutError as error:
+        raise UnreachableError(str(error)) from error
+
+
+def run_script(main: Callable[[], None], name: str) -> int:
+    """Run `main` of the script `name`; an error of ours is one last line. Returns the exit code."""
+    try:
+        main()
+    except (TorchftError, TimeoutError) as error:
+        print(f"{name}: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, SettingsError | UnreachableError):
+            _spare_restarts()
+        return 2 if isinstance(error, SettingsError) else 1
+    return 0
+
+
+def _spare_restarts() -> None:
+    """Ask the agent that would start this worker again to end."""
+    most = settings.integer("TORCHELASTIC_MAX_RESTARTS", 0)
+    if settings.under_torchrun() and settings.integer("TORCHELASTIC_RESTART_COUNT", 0) < most:
+        os.kill(os.getppid(), signal.SIGTERM)
