@@ -75,7 +75,12 @@ def test_torchx_run_trains_two_groups_to_the_end(tmp_path: Path) -> None:
     lighthouse = LighthouseServer(bind="127.0.0.1:0", min_replicas=2, join_timeout_ms=10_000)
     address = f"http://127.0.0.1:{lighthouse.address().rpartition(':')[2]}"
     try:
-        done = torchx_run(f"-cfg=log_dir={tmp_path},prepend_cwd=True", TORCHFT_LIGHTHOUSE=address)
+        done = torchx_run(
+            f"-cfg=log_dir={tmp_path},prepend_cwd=True",
+            "../../torchft/torchx.py:hsdp",
+            *("--", "--outer-steps=10"),
+            TORCHFT_LIGHTHOUSE=address,
+        )
     finally:
         lighthouse.shutdown()
     assert done.returncode == 0, done.stderr
