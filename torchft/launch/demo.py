@@ -154,6 +154,7 @@ def make_group(number: int, options: DemoOptions, folder: Path, lighthouse: str)
         TORCHFT_MANAGER_PORT=None,  # one number cannot serve several groups
         OMP_NUM_THREADS="1",
         PYTHONUNBUFFERED="1",
+        TORCH_CPP_LOG_LEVEL="ERROR",  # DDP's advice on unused parameters is not for the reader
         CUDA_VISIBLE_DEVICES="",  # the model is too small to gain from a device
     )
     log = folder / f"group_{number}.log"
