@@ -118,9 +118,27 @@ def test_an_unreadable_corpus_is_named(tmp_path: Path) -> None:
     missing = tmp_path / "absent.txt"
     lighthouse = {"TORCHFT_LIGHTHOUSE": "http://127.0.0.1:1"}
     done = run_alone(DILOCO, f"--corpus={missing}", **TORCHRUN_SETS, **lighthouse)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert f"cannot read {missing}" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "flag"), [(DDP, "--steps"), (DILOCO, "--outer-steps"), (DILOCO, "--sync-every")]
+)
+def test_a_number_that_trains_nothing_is_refused(script: Path, flag: str) -> None:
+    done = run_alone(script, f"{flag}=-3")
+    assert done.returncode == 2
+    assert f"argument {flag}: -3 is too small: it must be at least 1" in done.stderr
+
+
+@pytest.mark.parametrize("script", [DILOCO, DDP])
+def test_a_group_that_there_is_not_is_refused(script: Path) -> None:
+    lighthouse = {"TORCHFT_LIGHTHOUSE": "http://127.0.0.1:1"}
+    done = run_alone(script, **TORCHRUN_SETS, **lighthouse, REPLICA_GROUP_ID="2")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"{script.name}: REPLICA_GROUP_ID=2: with NUM_REPLICA_GROUPS=2")
+    assert done.stderr.count("\n") == 1
 
 
 def test_two_shells_of_diloco_one_killed_and_started_again(make_group: MakeGroup) -> None:
@@ -136,6 +154,7 @@ def test_two_shells_of_diloco_one_killed_and_started_again(make_group: MakeGroup
     wait_for_line(groups[1], r"Number of inner optimizer steps completed: 20\n")
     done = int(wait_for_line(groups[1], r"(?<=completed: \[)\d+"))
     assert done > 3, "it went on from where the other was"
+    assert re.search(r"step 0\] healed from group_0:\S+, now at step", groups[1].log.read_text())
     ends = [wait_for_end(group) for group in groups]
     digests = {re.search(r"digest of .*: (\w+)", end).group(1) for end in ends}  # type: ignore[union-attr]
     assert len(digests) == 1
@@ -147,9 +166,20 @@ def test_two_shells_of_ddp(make_group: MakeGroup) -> None:
     for group in groups:
         group.start()
     ends = [wait_for_end(group) for group in groups]
-    assert "DDP: step 60 of" in ends[0]
+    assert re.search(r"DDP: step 60, [12] of 2 groups", "".join(ends))
+    for end in ends:
+        assert re.search(r"quorum \d+: group_0, group_1\n", end)
     digests = {re.search(r"digest of .*: (\w+)", end).group(1) for end in ends}  # type: ignore[union-attr]
     assert len(digests) == 1
+
+
+def test_who_is_alone_says_so_at_both_ends(make_group: MakeGroup) -> None:
+    group = make_group(0, DDP, "--steps=20", "--finish-together-s=0")
+    group.start()
+    said = wait_for_end(group)
+    assert group.life.code == 0
+    assert "DDP: starts afresh from step 0, alone" in said
+    assert "DDP: ends at step 20 without 1 of 2 groups" in said
 
 
 def test_sigterm_while_it_waits_for_others_ends_it_cleanly(make_group: MakeGroup) -> None:
