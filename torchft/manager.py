@@ -252,19 +252,31 @@ class Manager:
         group heals before it computes anything.
 
         Raises:
-            TimeoutError, QuorumError: no quorum, now or (async mode) in the step before.
+            TimeoutError, QuorumError: no quorum. In async mode the first collective, or the vote,
+                raises it.
         """
-        self._begin(
-            Request(
-                place=place,
-                step=self._step,
-                fresh=self._fresh,
-                commit_failures=self._commit_failures,
-                allow_heal=allow_heal,
-                shrink_only=shrink_only,
-                settling=False,
-                timeout=timeout or self._options.quorum_timeout,
-            )
+        timeout = timeout or self._options.quorum_timeout
+        self._begin(self._request(place, timeout, allow_heal, shrink_only))
+
+    def _request(
+        self,
+        place: Place,
+        timeout: timedelta,
+        allow_heal: bool = True,
+        shrink_only: bool = False,
+        *,
+        settling: bool = False,
+    ) -> Request:
+        """A request for a quorum, from where this rank stands."""
+        return Request(
+            place=place,
+            step=self._step,
+            fresh=self._fresh,
+            commit_failures=self._commit_failures,
+            allow_heal=allow_heal,
+            shrink_only=shrink_only,
+            settling=settling,
+            timeout=timeout,
         )
 
     def _begin(self, request: Request) -> None:
@@ -452,17 +464,7 @@ class Manager:
         return self._settled
 
     def _settle_once(self, timeout: timedelta) -> bool:
-        request = Request(
-            place=Place.AFTER,
-            step=self._step,
-            fresh=self._fresh,
-            commit_failures=self._commit_failures,
-            allow_heal=True,
-            shrink_only=False,
-            settling=True,
-            timeout=timeout,
-        )
-        self._begin(request)
+        self._begin(self._request(Place.AFTER, timeout, settling=True))
         return self.close_opening()
 
     def _close_without_step(self, transaction: Transaction, plan: Plan, timeout: timedelta) -> bool:

@@ -234,7 +234,6 @@ class Why(enum.Enum):
     ERROR = "error"
     TOO_FEW = "too few groups are counted"
     ANOTHER_RANK = "another rank of this group voted no"
-    SETTLING = "another group has ended its run: only who is behind heals"
 
 
 def objection(*, failed: bool, counted: int, min_replica_size: int) -> Why | None:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import threading
 import traceback
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch.distributed import Work
 
 from torchft.ledger import Bucket, Ledger
 from torchft.step import Plan
-
-if TYPE_CHECKING:
-    from torchft.average import Average
 
 __all__ = ["ExceptionWithTraceback", "Transaction"]
 
@@ -42,7 +41,8 @@ class Transaction:
         """No quorum came about: raised to the caller, since there is no step to discard."""
         self.staged: Any = None
         """A donor's state, fetched and not loaded yet."""
-        self.averages: list[Average] = []
+        self.averages: list[Work] = []
+        """What was begun in this step. The vote waits for all of it."""
         self.ledger_before = ledger.snapshot()
         self.moved_before = (0, 0)
         """Bytes sent and received when the step could begin to communicate."""
