@@ -9,34 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from steps import BOTH_MODES, all_are_in, step
 from world import KILLED, Group, World
 
 from torchft.ddp import DistributedDataParallel
 from torchft.errors import DiscardedTooOften, MismatchError, PhaseError, SettingsError
 from torchft.managed_peers import ManagedPeers
-from torchft.manager import Manager, WorldSizeMode
+from torchft.manager import WorldSizeMode
 from torchft.peers import Place
 from torchft.records import read_step_records
-
-
-def all_are_in(manager: Manager, groups: int) -> None:
-    """Step until that many are counted. All groups see it in the same quorum."""
-    while True:
-        assert step(manager, 1.0)[0]
-        if manager.num_participants() == groups:
-            return
-
-
-BOTH_MODES = pytest.mark.parametrize("asynchronous", [True, False], ids=["async", "sync"])
-
-
-def step(manager: Manager, value: float) -> tuple[bool, float]:
-    """One step that averages `value`: whether it was committed, and the average."""
-    tensor = torch.full((3,), value)
-    manager.start_quorum()
-    work = manager.allreduce(tensor)
-    work.wait()
-    return manager.should_commit(), tensor[0].item()
 
 
 @BOTH_MODES
@@ -62,47 +43,6 @@ def test_an_average_that_nobody_waited_for_is_an_average(tmp_path: Path) -> None
 
     world = World(tmp_path, min_replicas=2)
     assert world.run(story, story) == [[0.5, 0.5, 0.5]] * 2
-
-
-def test_the_first_step_starts_everybody_from_equal_weights(tmp_path: Path) -> None:
-    def story(group: Group) -> list[float]:
-        group.w.fill_(group.number + 1)
-        manager = group.manager(min_replica_size=3)
-        committed, mean = step(manager, group.w[0].item())
-        assert committed
-        return [group.w[0].item(), mean]
-
-    world = World(tmp_path, min_replicas=3)
-    weights = world.run(story, story, story)
-    assert len({w for w, _ in weights}) == 1
-
-
-@BOTH_MODES
-def test_a_group_that_joins_late_heals_and_is_counted_at_once(
-    tmp_path: Path, asynchronous: bool
-) -> None:
-    def early(group: Group) -> Any:
-        manager = group.manager(use_async_quorum=asynchronous)
-        group.w.fill_(7.0)
-        for _ in range(3):
-            assert step(manager, 1.0) == (True, 1.0)
-        group.world.happen("three steps")
-        while manager.num_participants() < 2:
-            step(manager, 1.0)
-        return step(manager, 1.0), manager.current_step()
-
-    def late(group: Group) -> Any:
-        group.world.wait("three steps")
-        manager = group.manager(use_async_quorum=asynchronous)
-        committed, mean = step(manager, 3.0)
-        assert (committed, mean) == (True, 2.0)
-        assert group.w[0].item() == 7.0
-        return step(manager, 3.0), manager.current_step()
-
-    world = World(tmp_path)
-    one, two = world.run(early, late)
-    assert one == two
-    assert one[0] == (True, 2.0)
 
 
 def test_replica_dies_between_reduce_and_vote(tmp_path: Path) -> None:
@@ -274,39 +214,6 @@ def test_a_group_with_another_model_is_named_before_any_number_is_mixed(tmp_path
     assert "model: w is [4] float32 here and [3] float32 there" in message
 
 
-def test_a_heal_that_fails_leaves_the_others_committing(tmp_path: Path) -> None:
-    def broken(state: Any) -> None:
-        raise RuntimeError("no memory")
-
-    def first(group: Group) -> int:
-        manager = group.manager()
-        for _ in range(2):
-            step(manager, 1.0)
-        group.world.happen("running")
-        while manager.num_participants() == 1 and not manager.errored():
-            step(manager, 1.0)
-        group.world.wait("gone")
-        while not step(manager, 1.0)[0]:
-            pass
-        return manager.current_step()
-
-    def second(group: Group) -> tuple[bool, str]:
-        group.world.wait("running")
-        manager = group.manager(load_state_dict=broken)
-        committed, _ = step(manager, 1.0)
-        error = manager.errored()
-        manager.shutdown()
-        group.world.happen("gone")
-        assert error is not None
-        return committed, str(error.original_exception)
-
-    world = World(tmp_path)
-    steps, (committed, error) = world.run(first, second)
-    assert steps > 2
-    assert not committed
-    assert "no memory" in error
-
-
 def test_a_round_among_new_groups_is_an_opening_and_counts_no_step(tmp_path: Path) -> None:
     def story(group: Group) -> Any:
         group.w.fill_(group.number + 1)
@@ -328,34 +235,6 @@ def test_a_round_among_new_groups_is_an_opening_and_counts_no_step(tmp_path: Pat
     one, two = world.run(story, story)
     assert one == two
     assert one[1:] == (0.5, [0.0, 1.0], True, 1)
-
-
-def test_a_joiner_takes_part_in_the_others_round_with_zeros(tmp_path: Path) -> None:
-    def rounds(group: Group, value: float) -> Any:
-        manager = group.manager(use_async_quorum=False)
-        peers = ManagedPeers(manager)
-        first = peers.open(Place.AFTER)
-        if not first.opening:
-            (mean,) = first.average([torch.full((1, 1), value)]).wait()
-            return mean.item(), first.close(), group.w[0].item(), manager.current_step()
-        group.w.fill_(7.0)
-        group.world.happen("opened")
-        while True:
-            round_ = peers.open(Place.AFTER)
-            (mean,) = round_.average([torch.full((1, 1), value)]).wait()
-            committed = round_.close()
-            assert manager._transaction is not None and manager._transaction.plan is not None
-            if len(manager._transaction.plan.members) == 2:
-                return mean.item(), committed, group.w[0].item(), manager.current_step()
-
-    def late(group: Group) -> Any:
-        group.world.wait("opened")
-        return rounds(group, 9.0)
-
-    world = World(tmp_path)
-    one, two = world.run(lambda group: rounds(group, 4.0), late)
-    assert one == two
-    assert one[:3] == (4.0, True, 7.0)
 
 
 def test_a_quorum_that_never_comes_says_what_it_waits_for(tmp_path: Path) -> None:
@@ -436,34 +315,6 @@ def test_every_step_leaves_a_record(tmp_path: Path, monkeypatch: Any) -> None:
     for record in records:
         assert sum(record.seconds.values()) > 0
         assert record.step > 0 or record.seconds["quorum"] > 0
-
-
-def test_a_group_that_missed_the_last_step_heals_when_the_others_settle(tmp_path: Path) -> None:
-    def finishes(group: Group) -> Any:
-        manager = group.manager()
-        all_are_in(manager, 2)
-        group.w.fill_(7.0)
-        # The other one was left behind: as if the last collective had failed for it alone.
-        manager.load_state_dict({"step": 99, "batches_committed": 99})
-        return manager.settle(), manager.current_step(), group.w[0].item()
-
-    def is_behind(group: Group) -> Any:
-        manager = group.manager(use_async_quorum=True)
-        all_are_in(manager, 2)
-        committed, mean = step(manager, 5.0)
-        assert (committed, mean) == (False, 5.0)  # nothing is averaged any more
-        return manager.settle(), manager.current_step(), group.w[0].item()
-
-    one, two = World(tmp_path).run(finishes, is_behind)
-    assert one == two == (True, 99, 7.0)
-
-
-def test_settling_alone_says_that_nobody_came(tmp_path: Path) -> None:
-    def story(group: Group) -> bool:
-        manager = group.manager()
-        return manager.settle(timeout=timedelta(seconds=1))
-
-    assert World(tmp_path, min_replicas=2).run(story) == [False]
 
 
 def test_waiting_for_a_slow_group_is_booked_as_communication(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_manager import all_are_in, step
+from steps import all_are_in, step
 from world import Group, World
 
 from torchft.errors import MismatchError
