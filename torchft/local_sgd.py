@@ -30,9 +30,11 @@ from torchft.errors import SettingsError
 from torchft.ledger import Bucket
 from torchft.managed_peers import ManagedPeers
 from torchft.strategies import diloco, local_sgd
-from torchft.strategies.local import Fragment, ModelLocal, local_part
+from torchft.strategies.local import Fragment, local_part
+from torchft.strategies.model_local import ModelLocal
 from torchft.strategies.parts.outer import ModelOuter
-from torchft.strategies.strategy import Recipe, Strategy
+from torchft.strategies.recipe import Recipe
+from torchft.strategies.strategy import Strategy
 
 if TYPE_CHECKING:
     from torchft.manager import Manager
@@ -64,13 +66,8 @@ class _Door:
         self._hooks: list[RemovableHandle] = []
         self._entered = False
         self._stepping: Any = None
-        self._strategy = Strategy(
-            local,
-            ManagedPeers(manager),
-            [recipe],
-            bucket_bytes=bucket_bytes,
-            applying=self._applying,
-        )
+        self._strategy = Strategy([recipe], bucket_bytes=bucket_bytes)
+        self._strategy.bind(local, ManagedPeers(manager), applying=self._applying)
 
     def __enter__(self) -> Self:
         if not self._entered:

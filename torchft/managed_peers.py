@@ -6,13 +6,14 @@ closing it is the vote.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
 from torch.distributed import Work
 
+from torchft.errors import SettingsError
 from torchft.peers import Place
 
 if TYPE_CHECKING:
@@ -65,6 +66,15 @@ class ManagedRound:
     def gather(self, tensors: Sequence[Tensor]) -> _Gathered:
         """The counted groups' rows, `[1, …]` each → `[n, …]`, in participating order."""
         return _Gathered([self._manager.allgather(tensor) for tensor in tensors])
+
+    def average_within(
+        self, tensors: Sequence[Tensor], islands: Callable[[int], list[list[int]]]
+    ) -> NoReturn:
+        """SettingsError: process groups average among all of a quorum."""
+        raise SettingsError(
+            "replica groups cannot average within islands yet: simulate this strategy, or leave "
+            "the islands out"
+        )
 
     def fail(self, error: Exception) -> None:
         """Discard the step, and free the groups that wait for this one in it."""

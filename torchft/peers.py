@@ -18,7 +18,7 @@ of *nodes*: 1 in a process of its own, N in the simulator, where one process hol
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -66,6 +66,17 @@ class Round(Protocol):
 
     def gather(self, tensors: Sequence[Tensor]) -> Handle:
         """The participants' rows only, in participating order: `[rows, ...]` → `[n, ...]`."""
+        ...
+
+    def average_within(
+        self, tensors: Sequence[Tensor], islands: Callable[[int], list[list[int]]]
+    ) -> Handle:
+        """Mean within each island, `[rows, ...]` → `[rows, ...]`. `islands(participants)` says who
+        is together, as positions among the participants.
+
+        Raises:
+            SettingsError: these peers can only average among all.
+        """
         ...
 
     def fail(self, error: Exception) -> None:

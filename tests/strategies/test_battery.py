@@ -76,9 +76,10 @@ class Training:
         self.inner = INNER([p for p in self.model.parameters() if p.requires_grad])
         self.local = ModelLocal(modules, self.inner)
         self.recipe = row.make(self.local)
-        self.strategy = Strategy(self.local, node, [self.recipe], bucket_bytes=row.bucket_bytes)
+        self.strategy = Strategy([self.recipe], bucket_bytes=row.bucket_bytes)
+        self.strategy.bind(self.local, node)
         node.register(self.load, self.save)
-        node.register(self.strategy.load_state_dict, self.strategy.state_dict)
+        node.register(self.strategy.load_shared_state_dict, self.strategy.shared_state_dict)
 
     def save(self) -> Any:
         return {"model": self.model.state_dict(), "inner": self.inner.state_dict()}
@@ -96,7 +97,8 @@ class Training:
         return [None if p.grad is None else p.grad.clone() for p in self.local.parameters]
 
     def everything(self) -> str:
-        return digest([self.save(), self.strategy.state_dict(), self.gradients])
+        own = [recipe.own for recipe in self.strategy.recipes]
+        return digest([self.save(), self.strategy.shared_state_dict(), own, self.gradients])
 
     def backward(self) -> None:
         self.strategy.begin()
@@ -129,7 +131,7 @@ def assert_right(row: Row, script: Script) -> dict[int, Training]:
     assert results.keys() == expected.keys()
     for node, weights in expected.items():
         assert_close(results[node].weights, weights, rtol=0, atol=2e-6)
-    assert len({digest(r.strategy.state_dict()) for r in results.values()}) == 1
+    assert len({digest(r.strategy.shared_state_dict()) for r in results.values()}) == 1
     return results
 
 
@@ -174,7 +176,7 @@ def test_a_node_that_cannot_heal_spoils_nothing_and_heals_in_the_next_round(row:
     results = train(row, script)
     for node, weights in reference(row.kind, expected, STEPS).items():
         assert_close(results[node].weights, weights, rtol=0, atol=2e-6)
-    assert len({digest(r.strategy.state_dict()) for r in results.values()}) == 1
+    assert len({digest(r.strategy.shared_state_dict()) for r in results.values()}) == 1
 
 
 @every_row
@@ -214,8 +216,6 @@ def test_state_saved_in_mid_cycle_continues_to_the_same_numbers(row: Row) -> Non
         second = Training(row, node, seed=9)
         second.load(saved[0])
         second.strategy.load_state_dict(saved[1])
-        # As after a heal, DiLoCo would start from the global weights: a checkpoint keeps the local.
-        second.recipe._healed = False  # type: ignore[attr-defined]
         return second.run()
 
     expected = reference(row.kind, Script(2), STEPS)
@@ -252,7 +252,7 @@ class TestWhatANoLeavesBehind:
         return training[0], before
 
     def parts(self, one: Training) -> dict[str, Any]:
-        state = one.strategy.state_dict()
+        state = one.strategy.shared_state_dict()
         del state["steps"]
         return {
             "weights": one.weights,
@@ -423,6 +423,8 @@ def test_gradients_without_begin_are_refused() -> None:
 def test_a_recipe_serves_one_strategy() -> None:
     local, recipe = ModelLocal([Tiny()]), LocalSGD(2)
     node = Node(World(Script(1)), 0, 1)
-    Strategy(local, node, [recipe])
+    strategy = Strategy([recipe]).bind(local, node)
     with pytest.raises(SettingsError, match="in use"):
-        Strategy(local, node, [recipe])
+        Strategy([recipe]).bind(local, node)
+    with pytest.raises(SettingsError, match="in use"):
+        strategy.bind(local, node)

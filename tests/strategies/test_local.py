@@ -110,7 +110,7 @@ def test_a_mixed_model_synchronises_by_diloco() -> None:
 
     def story(node: Node) -> list[Tensor]:
         model = model_of_node[node.rank]
-        strategy = Strategy(ModelLocal([model]), node, [DiLoCo(outer, 1)], bucket_bytes=8)
+        strategy = Strategy([DiLoCo(outer, 1)], bucket_bytes=8).bind(ModelLocal([model]), node)
         with torch.no_grad():
             for p in model:
                 p.add_(node.rank * 2)
@@ -194,7 +194,7 @@ def test_sharded_parameters_synchronise_by_their_local_part(mesh: Any) -> None:
     local = ModelLocal([model])
     outer = ModelOuter(local, [torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)])
     node = Node(World(Script(1)), 0, 1)
-    strategy = Strategy(local, node, [DiLoCo(outer, 1)])
+    strategy = Strategy([DiLoCo(outer, 1)]).bind(local, node)
     with torch.no_grad():
         for p in model.parameters():
             p.sub_(1.0)

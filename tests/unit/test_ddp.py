@@ -40,7 +40,7 @@ def by_door(door: Callable[..., nn.Module], node: Node, **options: Any) -> list[
 
 def by_recipe(node: Node) -> list[Tensor]:
     model = Tiny()
-    strategy = Strategy(ModelLocal([model], sgd(model)), node, [AllReduce()])
+    strategy = Strategy([AllReduce()]).bind(ModelLocal([model], sgd(model)), node)
     for step in range(STEPS):
         strategy.begin()
         model.zero_grad()

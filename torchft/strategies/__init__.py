@@ -7,9 +7,11 @@ both and over peers that live in one process.
 
 from torchft.strategies.all_reduce import AllReduce
 from torchft.strategies.diloco import DiLoCo
-from torchft.strategies.local import Fragment, Layout, Local, ModelLocal
+from torchft.strategies.local import Fragment, Layout, Local
 from torchft.strategies.local_sgd import LocalSGD
-from torchft.strategies.strategy import By, Clock, Recipe, Strategy
+from torchft.strategies.model_local import ModelLocal
+from torchft.strategies.recipe import By, Clock, Recipe
+from torchft.strategies.strategy import Strategy
 
 __all__ = [
     "AllReduce",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torchft.peers import Place
 from torchft.strategies.local import Fragment
-from torchft.strategies.strategy import Recipe
+from torchft.strategies.recipe import Recipe
 
 __all__ = ["AllReduce"]
 

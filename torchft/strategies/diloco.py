@@ -28,7 +28,7 @@ from torchft.errors import SettingsError
 from torchft.strategies.local import Fragment
 from torchft.strategies.parts.backup import Backup
 from torchft.strategies.parts.outer import FlatOuter, Outer, OuterFactory
-from torchft.strategies.strategy import Recipe
+from torchft.strategies.recipe import Recipe
 
 __all__ = ["DiLoCo"]
 
@@ -57,7 +57,6 @@ class DiLoCo(Recipe):
         self.varies = fragments > 1
         self._parts = fragments
         self._device, self._pin = backup_device, pin_memory
-        self._healed = False
 
     def setup(self) -> None:
         """Remember the weights that all start from."""
@@ -75,12 +74,10 @@ class DiLoCo(Recipe):
         """In turn; one that failed is tried again."""
         return self.fragments[self.rounds % len(self.fragments)]
 
-    def opened(self) -> None:
-        """Healed: start from the global weights, not from the donor's local ones."""
-        if self._healed:
-            self._healed = False
-            for backup in self.backups:
-                backup.restore()
+    def settle_in(self) -> None:
+        """Start from the global weights, not from the donor's local ones."""
+        for backup in self.backups:
+            backup.restore()
 
     def contribution(self, fragment: Fragment) -> tuple[list[Tensor], None]:
         """The delta."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchft.errors import SettingsError
 from torchft.strategies.local import Fragment
 from torchft.strategies.parts.backup import Backup
-from torchft.strategies.strategy import Recipe
+from torchft.strategies.recipe import Recipe
 
 __all__ = ["LocalSGD"]
 
@@ -39,7 +39,6 @@ class LocalSGD(Recipe):
         self.backup: Backup | None = None
         self._wants_backup = backup
         self._device, self._pin = backup_device, pin_memory
-        self._healed = False
 
     def setup(self) -> None:
         """Remember the weights that all start from."""
@@ -51,11 +50,10 @@ class LocalSGD(Recipe):
         """After every H-th step."""
         return self.clock.steps % self.every == 0
 
-    def opened(self) -> None:
-        """Healed: start from the last average, not from the donor's local weights."""
-        if self._healed and self.backup is not None:
+    def settle_in(self) -> None:
+        """Start from the last average, not from the donor's local weights."""
+        if self.backup is not None:
             self.backup.restore()
-        self._healed = False
 
     def contribution(self, fragment: Fragment) -> tuple[list[Tensor], None]:
         """The weights."""

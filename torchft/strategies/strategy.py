@@ -21,11 +21,10 @@ last synchronisation left it. Schedules read one clock, which heals with the sta
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 
@@ -33,85 +32,12 @@ from torchft.errors import HealError, PhaseError, SettingsError
 from torchft.peers import Handle, Peers, Place, Round
 from torchft.strategies.local import Fragment, Local
 from torchft.strategies.parts import buckets
+from torchft.strategies.recipe import By, Clock, Recipe
 
-__all__ = ["By", "Clock", "Recipe", "Strategy"]
+if TYPE_CHECKING:
+    from torchft.strategies.inner import Inner
 
-
-class By(enum.Enum):
-    """How the contributions come together."""
-
-    AVERAGE = "average"
-    GATHER = "gather"
-
-
-@dataclass
-class Clock:
-    """What schedules and seeds read. All groups agree on it whenever a round opens."""
-
-    steps: int = 0
-    """Inner steps that were due so far, taken or skipped."""
-
-
-class Recipe:
-    """One strategy: what differs between all-reduce, LocalSGD, DiLoCo and their kin."""
-
-    place: ClassVar[Place] = Place.AFTER
-    by: ClassVar[By] = By.AVERAGE
-    delay: int = 0
-    """Inner steps between a round's opening and its close."""
-
-    varies: bool = False
-    """Rounds differ in what they send, so that only an agreed clock says what is sent now."""
-
-    local: Local
-    clock: Clock
-
-    def bind(self, local: Local, clock: Clock) -> None:
-        """Give the recipe the weights it works on, and the clock. Once.
-
-        Raises:
-            SettingsError: the recipe serves another strategy already.
-        """
-        if hasattr(self, "local"):
-            raise SettingsError(f"this {type(self).__name__} is in use: make one per strategy")
-        self.local, self.clock = local, clock
-        self.setup()
-
-    def setup(self) -> None:
-        """Make the recipe's state."""
-
-    def due(self) -> bool:
-        """Whether a round opens now, by the clock."""
-        return True
-
-    def fragment(self) -> Fragment:
-        """What the round that opens now is about; asked after it opened, so the clock is agreed."""
-        return self.local.whole
-
-    def opened(self) -> None:
-        """A round opened, and may have healed this group: `load_state_dict` was called then."""
-
-    def contribution(self, fragment: Fragment) -> tuple[list[Tensor], Any]:
-        """Tensors `[rows, …]` to send, which the round may overwrite, and a draft kept at home."""
-        raise NotImplementedError
-
-    def apply(self, fragment: Fragment, received: list[Tensor]) -> Any:
-        """Advance the shared state; returns the news that each node adopts."""
-        return received
-
-    def adopt(self, fragment: Fragment, news: Any, draft: Any) -> None:
-        """Write the news into local weights or gradients, and advance the recipe's own state."""
-        raise NotImplementedError
-
-    def discard(self, fragment: Fragment, draft: Any) -> None:
-        """The round came to nothing: restore what must not stand."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Shared and own state, with the clock that its schedule reads."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse."""
+__all__ = ["Strategy"]
 
 
 @dataclass
@@ -129,31 +55,58 @@ class _InFlight:
 
 
 class Strategy:
-    """Drives recipes over `local` and `peers`.
+    """One or more recipes, and how each node steps at home. The same object runs anywhere:
 
-    `bucket_bytes` bounds what one collective carries. `applying` gives a context that is entered
-    while weights and state are written (the front doors lock out readers in it).
+        strategy = Strategy([DiLoCo(outer, 100)], inner=Inner(OptimSpec(AdamW, lr=1e-3)))
+        strategy.bind(local, peers)            # by whatever runs it; once
+        strategy.step()                        # instead of optimizer.step()
+
+    `inner` is for runtimes that make the inner optimizer themselves, like the simulator; front
+    doors, whose users bring one, leave it out. `bucket_bytes` bounds what one collective carries.
+    Until it is bound a strategy pickles.
     """
+
+    local: Local
 
     def __init__(
         self,
-        local: Local,
-        peers: Peers,
         recipes: Sequence[Recipe],
         *,
+        inner: Inner | None = None,
         bucket_bytes: int | None = None,
-        applying: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        self.local = local
-        self.clock = Clock()
         self.recipes = list(recipes)
-        self._peers = peers
+        self.inner = inner
+        self.clock = Clock()
         self._bucket_bytes = bucket_bytes
-        self._applying = applying
+        self._peers: Peers | None = None
+        self._applying: Callable[[], AbstractContextManager[object]] = nullcontext
         self._begun: list[tuple[Recipe, Round]] | None = None
         self._flight: list[_InFlight] = []
+        self._opening = 0
+        """Position of the recipe whose round opened last; a newcomer goes on from there."""
+
+    def bind(
+        self,
+        local: Local,
+        peers: Peers,
+        *,
+        applying: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> Self:
+        """Give it the weights it works on and the other nodes. Once.
+
+        `applying` gives a context that is entered while weights and state are written (the front
+        doors lock out readers in it).
+
+        Raises:
+            SettingsError: it, or one of its recipes, is in use already.
+        """
+        if self._peers is not None:
+            raise SettingsError(f"this {type(self).__name__} is in use: make one for each run")
         for recipe in self.recipes:
             recipe.bind(local, self.clock)
+        self.local, self._peers, self._applying = local, peers, applying
+        return self
 
     def join(self) -> None:
         """Meet the others before the first inner step.
@@ -174,11 +127,20 @@ class Strategy:
         if peers_round.opening:
             return True
         healed = not peers_round.failed
-        due = next((recipe for recipe in recipes if recipe.due()), None)
-        if due is not None:
-            self._send(due, peers_round)
-            self._close_due(due)
-            return healed
+        # The healed state says whose round this is.
+        due = next((r for r in recipes if r.due() and self._position(r) >= self._opening), None)
+        if due is None:
+            self._refuse_round(peers_round, healed)
+            return False
+        self._send(due, peers_round)
+        self._close_due(due)
+        if healed:
+            for later in recipes[recipes.index(due) + 1 :]:
+                if later.due():
+                    self._synchronise(later)
+        return healed
+
+    def _refuse_round(self, peers_round: Round, healed: bool) -> None:
         error = PhaseError(
             f"the others opened a round at inner step {self.clock.steps}, where none is due here: "
             "give every group the same strategy and settings"
@@ -186,7 +148,6 @@ class Strategy:
         self._give_up(peers_round, error)
         if healed:
             raise error
-        return False
 
     def begin(self) -> None:
         """Before the forward pass: open the rounds that average gradients."""
@@ -238,22 +199,53 @@ class Strategy:
             self._close(self._flight.pop(0))
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it: every recipe's state and the clock."""
-        return {
-            "recipes": [recipe.state_dict() for recipe in self.recipes],
-            "steps": self.clock.steps,
-        }
+        """All of it, for a checkpoint: shared state, own state, the clock.
+
+        Raises:
+            PhaseError: a round is in flight.
+        """
+        if self._flight:
+            raise PhaseError("a round is in flight: save after finish(), or when none is open")
+        return {**self.shared_state_dict(), "own": [dict(recipe.own) for recipe in self.recipes]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse."""
+        self.load_shared_state_dict(state)
+        for recipe, theirs in zip(self.recipes, state["own"], strict=True):
+            recipe._healed = False
+            for name, tensors in recipe.own.items():
+                for mine, saved in zip(tensors, theirs[name], strict=True):
+                    mine.copy_(saved)
+
+    def shared_state_dict(self) -> dict[str, Any]:
+        """What a node that heals gets: equal at all nodes, whenever a round opens."""
+        return {
+            "recipes": [recipe.state_dict() for recipe in self.recipes],
+            "steps": self.clock.steps,
+            "opening": self._opening,
+        }
+
+    def load_shared_state_dict(self, state: dict[str, Any]) -> None:
+        """Heal: take over a donor's shared state; own state starts with zeros."""
         for recipe, theirs in zip(self.recipes, state["recipes"], strict=True):
             recipe.load_state_dict(theirs)
+            recipe._healed = True
+            for tensors in recipe.own.values():
+                for tensor in tensors:
+                    tensor.zero_()
         self.clock.steps = state["steps"]
+        self._opening = state["opening"]
+
+    def _position(self, recipe: Recipe) -> int:
+        return next(at for at, one in enumerate(self.recipes) if one is recipe)
 
     def _at(self, place: Place) -> list[Recipe]:
         return [recipe for recipe in self.recipes if recipe.place is place]
 
     def _open(self, recipes: Sequence[Recipe]) -> Round:
+        if self._peers is None:
+            raise PhaseError(f"this {type(self).__name__} runs nowhere yet: bind it first")
+        self._opening = self._position(recipes[0])
         try:
             opened = self._peers.open(recipes[0].place)
         except BaseException:
@@ -293,6 +285,8 @@ class Strategy:
     def _start(self, recipe: Recipe, peers_round: Round, sent: list[Tensor]) -> Handle:
         if recipe.by is By.GATHER:
             return peers_round.gather(sent)
+        if recipe.by is By.ISLANDS:
+            return peers_round.average_within(sent, recipe.islands)
         if self._bucket_bytes is None:
             return peers_round.average(sent)
         return peers_round.average(buckets.cut(sent, self._bucket_bytes))

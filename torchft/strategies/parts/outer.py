@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchft.errors import SettingsError
-from torchft.strategies.local import Fragment, ModelLocal, like_parameter
+from torchft.strategies.local import Fragment
+from torchft.strategies.model_local import ModelLocal, like_parameter
 from torchft.strategies.parts.backup import Backup
 
 __all__ = ["FlatOuter", "ModelOuter", "Outer", "OuterFactory"]

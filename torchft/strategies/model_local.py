@@ -1,0 +1,216 @@
+"""`Local` over the modules of one process: weights and gradients are copied in and out of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from torchft.errors import SettingsError
+from torchft.strategies.local import Fragment, Layout, even_runs, local_part
+from torchft.strategies.parts.scratch import Scratch
+
+__all__ = ["ModelLocal", "Steps", "like_parameter"]
+
+
+class Steps(Protocol):
+    """A torch optimizer, or what else takes the inner step."""
+
+    def step(self) -> object:
+        """Take it."""
+        ...
+
+
+class ModelLocal:
+    """`Local` for the modules of one process: one row, copied in and out of their parameters.
+
+    Each module is one fragment when `split` asks for as many; a single module can be split further,
+    at parameter boundaries. A parameter that several modules share belongs to the first of them.
+
+    Raises:
+        SettingsError: nothing to train, or a parameter that cannot be averaged.
+    """
+
+    rows = 1
+
+    def __init__(self, modules: Sequence[nn.Module], optimizer: Steps | None = None) -> None:
+        self.names: list[str] = []
+        self.parameters: list[nn.Parameter] = []
+        self._optimizer = optimizer
+        self._scratch = Scratch()
+        self._layouts: dict[range, Layout] = {}
+        self._modules: list[Fragment] = []
+        for index, module in enumerate(modules):
+            self._add(index, module)
+        if not self.parameters:
+            raise SettingsError("the model has no parameter that requires a gradient")
+        self.whole = Fragment(0, range(len(self.parameters)))
+
+    def _add(self, index: int, module: nn.Module) -> None:
+        first, seen = len(self.parameters), {id(p) for p in self.parameters}
+        for name, parameter in module.named_parameters():
+            if not parameter.requires_grad or id(parameter) in seen:
+                continue
+            if not parameter.is_floating_point():
+                raise SettingsError(f"parameter {name} is {parameter.dtype}: it cannot be averaged")
+            self.names.append(name)
+            self.parameters.append(parameter)
+        self._modules.append(Fragment(index, range(first, len(self.parameters))))
+
+    def split(self, parts: int) -> list[Fragment]:
+        """The modules as they were given, or one module in runs of about equal size."""
+        if parts == len(self._modules):
+            for fragment in self._modules:
+                if not fragment.parameters:
+                    raise SettingsError(
+                        f"fragment {fragment.index} has no parameter of its own to train"
+                    )
+            return self._modules
+        if len(self._modules) > 1:
+            raise SettingsError(f"{len(self._modules)} modules cannot be {parts} fragments")
+        return even_runs([local_part(p).numel() for p in self.parameters], parts)
+
+    def layout(self, fragment: Fragment) -> Layout:
+        """Where the parameters of `fragment` lie in its flat tensors."""
+        layout = self._layouts.get(fragment.parameters)
+        if layout is None:
+            layout = Layout(self.of(fragment))
+            self._layouts[fragment.parameters] = layout
+        return layout
+
+    def of(self, fragment: Fragment) -> list[nn.Parameter]:
+        """The parameters of `fragment`."""
+        run = fragment.parameters
+        return self.parameters[run.start : run.stop]
+
+    def views(self, fragment: Fragment, flats: Sequence[Tensor]) -> list[Tensor]:
+        """One view `[rows, *shape]` per parameter in `flats`."""
+        return self.layout(fragment).row_views(flats)
+
+    def named_views(self, fragment: Fragment, flats: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Parameter name → its view in `flats`."""
+        run = fragment.parameters
+        names = self.names[run.start : run.stop]
+        return dict(zip(names, self.layout(fragment).views(flats), strict=True))
+
+    @torch.no_grad()
+    def weights(self, fragment: Fragment) -> list[Tensor]:
+        """A copy of the parameters."""
+        out = self._take(fragment)
+        self.read_weights(fragment, out)
+        return out
+
+    @torch.no_grad()
+    def read_weights(self, fragment: Fragment, out: Sequence[Tensor]) -> None:
+        """Copy the parameters into `out`, on whichever device it lies."""
+        for view, parameter in zip(self._views(fragment, out), self.of(fragment), strict=True):
+            view.copy_(local_part(parameter))
+
+    @torch.no_grad()
+    def delta(self, fragment: Fragment, base: Sequence[Tensor]) -> list[Tensor]:
+        """`base - weights`, in one pass where both lie on one device."""
+        out = self._take(fragment)
+        views = self._views(fragment, out)
+        if [b.device for b in base] == [o.device for o in out]:
+            minuends = self._views(fragment, base)
+        else:
+            for flat, source in zip(out, base, strict=True):
+                flat.copy_(source, non_blocking=True)
+            minuends = views
+        for view, minuend, parameter in zip(views, minuends, self.of(fragment), strict=True):
+            torch.sub(minuend, local_part(parameter), out=view)
+        return out
+
+    @torch.no_grad()
+    def set_weights(self, fragment: Fragment, values: Sequence[Tensor]) -> None:
+        """Copy into the parameters, from whichever device."""
+        for view, parameter in zip(self._views(fragment, values), self.of(fragment), strict=True):
+            local_part(parameter).copy_(view, non_blocking=True)
+
+    @torch.no_grad()
+    def select(self, fragment: Fragment, positions: Sequence[Tensor]) -> list[Tensor]:
+        """Some elements of the parameters."""
+        whole = self.weights(fragment)
+        some = [flat[:, at] for flat, at in zip(whole, positions, strict=True)]
+        self.release(whole, reusable=True)
+        return some
+
+    @torch.no_grad()
+    def put(
+        self, fragment: Fragment, positions: Sequence[Tensor], values: Sequence[Tensor]
+    ) -> None:
+        """Write some elements of the parameters."""
+        whole = self.weights(fragment)
+        for flat, at, value in zip(whole, positions, values, strict=True):
+            flat[:, at] = value
+        self.set_weights(fragment, whole)
+        self.release(whole, reusable=True)
+
+    @torch.no_grad()
+    def grads(self, fragment: Fragment) -> list[Tensor]:
+        """A copy of the gradients."""
+        out = self._take(fragment)
+        for view, parameter in zip(self._views(fragment, out), self.of(fragment), strict=True):
+            if parameter.grad is None:
+                view.zero_()
+            else:
+                view.copy_(local_part(parameter.grad).to_dense())
+        return out
+
+    @torch.no_grad()
+    def set_grads(self, fragment: Fragment, values: Sequence[Tensor]) -> None:
+        """Copy into the gradients, making those that are missing."""
+        for view, parameter in zip(self._views(fragment, values), self.of(fragment), strict=True):
+            if parameter.grad is None or parameter.grad.layout is not torch.strided:
+                parameter.grad = like_parameter(view.clone(), parameter)
+            else:
+                local_part(parameter.grad).copy_(view)
+
+    def zero_grads(self) -> None:
+        """Every gradient is there and zero."""
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            else:
+                parameter.grad.zero_()
+
+    def inner_step(self) -> None:
+        """Step the optimizer.
+
+        Raises:
+            SettingsError: none was given.
+        """
+        if self._optimizer is None:
+            raise SettingsError("ModelLocal needs an optimizer to take an inner step")
+        self._optimizer.step()
+
+    def release(self, tensors: Sequence[Tensor], *, reusable: bool) -> None:
+        """Keep the scratch for the next round, or let it go."""
+        self._scratch.release(tensors, reusable=reusable)
+
+    def _take(self, fragment: Fragment) -> list[Tensor]:
+        layout = self.layout(fragment)
+        return [
+            self._scratch.take(size, dtype, device)
+            for size, (dtype, device) in zip(layout.sizes, layout.kinds, strict=True)
+        ]
+
+    def _views(self, fragment: Fragment, flats: Sequence[Tensor]) -> list[Tensor]:
+        return self.layout(fragment).views(flats)
+
+
+def like_parameter(values: Tensor, parameter: nn.Parameter) -> Tensor:
+    """`values`, the local part, as the kind of tensor that the gradient of `parameter` must be."""
+    if not hasattr(parameter, "to_local"):
+        return values
+    sharded: Any = parameter
+    return type(sharded).from_local(
+        values,
+        sharded.device_mesh,
+        sharded.placements,
+        run_check=False,
+        shape=sharded.shape,
+        stride=sharded.stride(),
+    )

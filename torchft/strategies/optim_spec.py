@@ -1,0 +1,111 @@
+"""An optimizer to be made later, elsewhere, several times: its class and its arguments.
+
+    OptimSpec(torch.optim.AdamW, lr=1e-3)      OptimSpec.from_string("adamw", lr=1e-3)
+
+It pickles, so it travels to the processes that build from it. Where torch has a fused kernel for
+the class and the device, and the arguments do not say otherwise, that one is taken: the same in
+every runtime, so that all compute the same bits, and the fastest on a CPU too.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchft.errors import SettingsError
+
+__all__ = ["OptimSpec", "ensure_optim_spec"]
+
+_NAMES = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+    "rmsprop": torch.optim.RMSprop,
+    "adagrad": torch.optim.Adagrad,
+}
+_FUSED_ON = {"cpu", "cuda"}
+
+
+class OptimSpec:
+    """`cls(parameters, **kwargs)`, when there are parameters.
+
+    Raises:
+        SettingsError: `cls` is no optimizer class, or does not take one of the arguments.
+    """
+
+    def __init__(self, cls: type[torch.optim.Optimizer] = torch.optim.AdamW, **kwargs: Any) -> None:
+        if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+            raise SettingsError(f"OptimSpec needs an optimizer class such as AdamW, not {cls!r}")
+        taken = inspect.signature(cls).parameters
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):
+            unknown = sorted(kwargs.keys() - taken.keys())
+            if unknown:
+                raise SettingsError(f"{cls.__name__} has no argument {', '.join(unknown)}")
+        self.cls = cls
+        self.kwargs = kwargs
+
+    @classmethod
+    def from_string(cls, name: str, **kwargs: Any) -> OptimSpec:
+        """By name: adam, adamw, sgd, rmsprop or adagrad, in any case.
+
+        Raises:
+            SettingsError: another name.
+        """
+        optimizer = _NAMES.get(name.lower())
+        if optimizer is None:
+            raise SettingsError(f"no optimizer is called {name!r}: use one of {', '.join(_NAMES)}")
+        return cls(optimizer, **kwargs)
+
+    def build(self, parameters: nn.Module | Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimizer over `parameters`, or over those of a model."""
+        if isinstance(parameters, nn.Module):
+            parameters = parameters.parameters()
+        params = list(parameters)
+        return self.cls(params, **{**self._fused(params), **self.kwargs})
+
+    def __call__(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """The same as `build`: a spec serves wherever an optimizer factory does."""
+        return self.build(parameters)
+
+    def __repr__(self) -> str:
+        given = "".join(f", {name}={value!r}" for name, value in self.kwargs.items())
+        return f"OptimSpec({self.cls.__name__}{given})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, OptimSpec) and (self.cls, self.kwargs) == (other.cls, other.kwargs)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _fused(self, params: list[nn.Parameter]) -> dict[str, bool]:
+        spoken = self.kwargs.keys() & {"fused", "foreach", "differentiable"}
+        if spoken or "fused" not in inspect.signature(self.cls).parameters:
+            return {}
+        if isinstance(self.kwargs.get("lr"), torch.Tensor):
+            return {}
+        fits = all(p.device.type in _FUSED_ON and p.is_floating_point() for p in params)
+        return {"fused": True} if fits and params else {}
+
+
+def ensure_optim_spec(
+    given: str | OptimSpec | type[torch.optim.Optimizer] | None,
+    default: OptimSpec | None = None,
+    **kwargs: Any,
+) -> OptimSpec:
+    """A spec from whatever stands for one: a spec, a name, a class, or None for the default.
+
+    Raises:
+        SettingsError: something else, or arguments beside a spec that has its own.
+    """
+    if given is None:
+        return default if default is not None else OptimSpec(**kwargs)
+    if isinstance(given, str):
+        return OptimSpec.from_string(given, **kwargs)
+    if isinstance(given, OptimSpec):
+        if kwargs:
+            raise SettingsError(f"{given!r} has its own arguments: leave out {', '.join(kwargs)}")
+        return given
+    return OptimSpec(given, **kwargs)

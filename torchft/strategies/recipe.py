@@ -1,0 +1,119 @@
+"""A recipe: what differs between all-reduce, LocalSGD, DiLoCo and their kin.
+
+It says *when* a round is due, *what* it sends and *how* the result is applied; a `Strategy` drives
+it. Two kinds of state:
+
+- *shared*: equal at all nodes after every round, so it heals, is digested, and may live at a
+  server. `state_dict` is the shared state: a backup, outer momentum.
+- *own*: each node's alone, one row per node, in `own`: residuals, DeMo's momentum. A node that
+  heals starts with zeros.
+
+Both go into a checkpoint.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from torchft.errors import SettingsError
+from torchft.peers import Place
+from torchft.strategies.local import Fragment, Local
+
+__all__ = ["By", "Clock", "Recipe"]
+
+
+class By(enum.Enum):
+    """How the contributions come together."""
+
+    AVERAGE = "average"
+    GATHER = "gather"
+    ISLANDS = "islands"
+    """Averaged within islands that the recipe draws anew; not every kind of peers can."""
+
+
+@dataclass
+class Clock:
+    """What schedules and seeds read. All groups agree on it whenever a round opens."""
+
+    steps: int = 0
+    """Inner steps that were due so far, taken or skipped."""
+
+
+class Recipe:
+    """One strategy's choices. It reads until a round closes, and then applies or discards."""
+
+    place: ClassVar[Place] = Place.AFTER
+    by: By = By.AVERAGE
+    delay: int = 0
+    """Inner steps between a round's opening and its close."""
+
+    varies: bool = False
+    """Rounds differ in what they send, so that only an agreed clock says what is sent now."""
+
+    local: Local
+    clock: Clock
+    own: dict[str, list[Tensor]]
+    """Own state by name: tensors with a leading row for each node. Zero at the start."""
+    _healed = False
+
+    def bind(self, local: Local, clock: Clock) -> None:
+        """Give the recipe the weights it works on, and the clock. Once.
+
+        Raises:
+            SettingsError: the recipe serves another strategy already.
+        """
+        if hasattr(self, "local"):
+            raise SettingsError(f"this {type(self).__name__} is in use: make one per strategy")
+        self.local, self.clock, self.own = local, clock, {}
+        self.setup()
+
+    def setup(self) -> None:
+        """Make the recipe's state."""
+
+    def due(self) -> bool:
+        """Whether a round opens now, by the clock."""
+        return True
+
+    def fragment(self) -> Fragment:
+        """What the round that opens now is about; asked after it opened, so the clock is agreed."""
+        return self.local.whole
+
+    def opened(self) -> None:
+        """A round opened, and may have healed this group: `load_state_dict` was called then."""
+        if self._healed:
+            self._healed = False
+            self.settle_in()
+
+    def settle_in(self) -> None:
+        """This node has healed: its weights are the donor's. Start from what all share, if the
+        donor's local weights are not that."""
+
+    def islands(self, participants: int) -> list[list[int]]:
+        """With `By.ISLANDS`: who averages with whom, as positions among the participants."""
+        raise NotImplementedError
+
+    def contribution(self, fragment: Fragment) -> tuple[list[Tensor], Any]:
+        """Tensors `[rows, …]` to send, which the round may overwrite, and a draft kept at home."""
+        raise NotImplementedError
+
+    def apply(self, fragment: Fragment, received: list[Tensor]) -> Any:
+        """Advance the shared state; returns the news that each node adopts."""
+        return received
+
+    def adopt(self, fragment: Fragment, news: Any, draft: Any) -> None:
+        """Write the news into local weights or gradients, and advance the recipe's own state."""
+        raise NotImplementedError
+
+    def discard(self, fragment: Fragment, draft: Any) -> None:
+        """The round came to nothing: restore what must not stand."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The shared state."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse. A recipe that overrides `settle_in` sets `_healed` here."""
