@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from steps import BOTH_MODES, all_are_in, step
-from world import Group, World
+from world import KILLED, Group, World
 
+from torchft.checkpointing.snapshot import SLICE_BYTES
+from torchft.checkpointing.stream import Stream
+from torchft.digest import digest
+from torchft.errors import HealError
 from torchft.managed_peers import ManagedPeers
+from torchft.manager import Manager
 from torchft.peers import Place
 
 
@@ -142,3 +148,81 @@ def test_settling_alone_says_that_nobody_came(tmp_path: Path) -> None:
         return manager.settle(timeout=timedelta(seconds=1))
 
     assert World(tmp_path, min_replicas=2).run(story) == [False]
+
+
+LARGE = 4 * SLICE_BYTES // 4
+"""Elements of fp32 that travel in four pieces: a donor can die between two of them."""
+
+
+def trains(group: Group, manager: Manager) -> bool:
+    """One step that changes the large weight by the average; whether it was committed."""
+    committed, mean = step(manager, group.number + 0.1)
+    if committed:
+        group.w += mean
+    return committed
+
+
+def trains_until_counted(group: Group, manager: Manager, groups: int) -> None:
+    while not trains(group, manager) or manager.num_participants() != groups:
+        pass
+
+
+def test_a_donor_dies_while_its_state_travels_and_another_donor_is_asked(tmp_path: Path) -> None:
+    def three_train_and_one_dies(group: Group) -> Manager:
+        group.w = torch.zeros(LARGE)
+        manager = group.manager()
+        trains_until_counted(group, manager, 3)
+        if group.number == 2:
+            group.dies()
+        trains_until_counted(group, manager, 2)
+        group.world.happen(f"{group.name} goes on with two")
+        return manager
+
+    def donor(group: Group) -> None:
+        send = Stream.send
+
+        def dies_between_two_pieces(stream: Stream, piece: Any) -> None:
+            send(stream, piece)
+            if sum(len(view) for view in piece) >= SLICE_BYTES:
+                group.world.wait("a piece has arrived")
+                group.dies()
+
+        manager = three_train_and_one_dies(group)
+        Stream.send = dies_between_two_pieces  # type: ignore[method-assign]
+        while True:
+            trains(group, manager)
+
+    def other_donor(group: Group) -> Any:
+        manager = three_train_and_one_dies(group)
+        while manager.num_participants() < 3:
+            trains(group, manager)
+        trains_until_counted(group, manager, 2)
+        return manager.current_step(), digest(group.w)
+
+    def comes_back(group: Group) -> Any:
+        for name in ("group_0", "group_1"):
+            group.world.wait(f"{name} goes on with two")
+        read_into = Stream.read_into
+
+        def tells(stream: Stream, memory: memoryview) -> None:
+            read_into(stream, memory)
+            if len(memory) >= SLICE_BYTES:
+                group.world.happen("a piece has arrived")
+
+        Stream.read_into = tells  # type: ignore[method-assign]
+        group.w = torch.full((LARGE,), -1.0)
+        manager = group.manager(replica_id="group_2")
+        began = time.monotonic()
+        assert not trains(group, manager)
+        assert time.monotonic() - began < 10.0  # half of any deadline
+        error = manager.errored()
+        assert error is not None and isinstance(error.original_exception, HealError), error
+        assert "from group_0" in str(error), error
+        assert group.w.eq(-1.0).all(), "half a state was loaded"
+        trains_until_counted(group, manager, 2)
+        return manager.current_step(), digest(group.w)
+
+    stories = donor, other_donor, three_train_and_one_dies, comes_back
+    first, stayed, second, healed = World(tmp_path).run(*stories)
+    assert first == second == KILLED
+    assert stayed == healed
