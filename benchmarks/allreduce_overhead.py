@@ -2,9 +2,9 @@
 
 Two groups of one rank, and in the same two processes torch's own gloo group. The two take turns on
 tensors of the same size, each after a barrier of a third group, so that both see the same machine
-and neither finds its threads awake from the barrier. The floor is torch's all-reduce; the manager's
-also divides, which for large tensors is a pass over memory that any average needs, so there the
-floor divides too.
+and neither finds its threads awake from the barrier. The floor is torch's all-reduce. The manager's
+also divides, a pass over memory that has just been written by another core, which any average
+needs: the second figure of a small size has a floor that divides too, as that of large ones has.
 
 Small tensors are compared by their minimum, which is the work itself; large ones by their median.
 """
@@ -60,7 +60,8 @@ def measure(options: Options) -> Findings:
             other = Worker(_worker, group=group, address=address, options=options, port=port)
             workers.append(stack.enter_context(other))
         sizes, in_flight = results(workers, timeout_s=options.timeout_s)[0]
-    figures = [_figure(size) for size in sizes] + [_in_flight_figure(in_flight)]
+    figures = [figure for size in sizes for figure in _figures(size)]
+    figures.append(_in_flight_figure(in_flight))
     details = {"sizes": [asdict(size) for size in sizes], "in_flight": asdict(in_flight)}
     return Findings(figures, details)
 
@@ -84,15 +85,17 @@ class InFlight:
     manager_us: Spread
 
 
-def _figure(size: Size) -> Figure:
-    key = f"allreduce.{size.bytes}"
-    if size.bytes < LARGE:
-        floor = Floor("raw gloo", size.raw_us.min)
-        name = f"all-reduce of {_size(size.bytes)}, minimum"
-        return Figure(key, name, size.manager_us.min, "µs", floor)
-    floor = Floor("raw gloo and division", size.raw_and_division_us.p50)
-    name = f"all-reduce of {_size(size.bytes)}, median"
-    return Figure(key, name, size.manager_us.p50, "µs", floor)
+def _figures(size: Size) -> list[Figure]:
+    key, name = f"allreduce.{size.bytes}", f"all-reduce of {_size(size.bytes)}"
+    if size.bytes >= LARGE:
+        floor = Floor("raw gloo and division", size.raw_and_division_us.p50)
+        return [Figure(key, f"{name}, median", size.manager_us.p50, "µs", floor)]
+    name, figure = f"{name}, minimum", size.manager_us.min
+    divided = Floor("raw gloo and division", size.raw_and_division_us.min)
+    return [
+        Figure(key, name, figure, "µs", Floor("raw gloo", size.raw_us.min)),
+        Figure(f"{key}.divided", name, figure, "µs", divided),
+    ]
 
 
 def _in_flight_figure(many: InFlight) -> Figure:
