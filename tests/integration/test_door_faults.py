@@ -13,6 +13,7 @@ from world import Group, World
 
 from torchft.local_sgd import DiLoCo, LocalSGD
 from torchft.manager import Manager
+from torchft.process_group import FakeProcessGroupWrapper
 
 # torch loads its compiler when a process makes its first optimizer: once, before the groups fork.
 torch.optim.SGD([torch.zeros(1)], lr=0.1)
@@ -30,11 +31,10 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Non
         optimizer.step()
 
 
-def synchronous(group: Group) -> Manager:
+def synchronous(group: Group, **options: Any) -> Manager:
     """Only the doors' own state travels."""
-    return group.manager(
-        use_async_quorum=False, load_state_dict=None, state_dict=None, min_replica_size=2
-    )
+    defaults = {"load_state_dict": None, "state_dict": None, "min_replica_size": 2}
+    return group.manager(use_async_quorum=False, **defaults, **options)
 
 
 def test_tensors_with_gaps_are_averaged_by_their_elements(tmp_path: Path) -> None:
@@ -139,3 +139,27 @@ def test_a_group_that_cannot_apply_what_was_committed_heals_from_the_others(
 
     one, two = World(tmp_path, min_replicas=2).run(story, story)
     assert one == two
+
+
+def test_an_average_that_fails_while_the_inner_steps_go_on_costs_its_round(tmp_path: Path) -> None:
+    """An old failing that must not come back: with a delay between the all-reduce and its use, the
+    round was committed though the all-reduce had failed."""
+
+    def story(group: Group) -> Any:
+        pg = FakeProcessGroupWrapper(group.pg)
+        model, manager = linear(seed=0), synchronous(group, pg=pg)
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        outer = torch.optim.SGD(model.parameters(), lr=0.7, momentum=0.9)
+        with DiLoCo(manager, [model], inner, outer, 4, fragment_sync_delay=2):
+            start = model.weight.tolist()
+            pg.report_future_error(RuntimeError("the network broke"))
+            train(model, inner, 4)
+            assert manager.current_step() == 0
+            assert model.weight.tolist() == start
+            train(model, inner, 4)
+            assert model.weight.tolist() != start
+        return manager.current_step(), model.weight.tolist()
+
+    one, two = World(tmp_path, min_replicas=2).run(story, story)
+    assert one == two
+    assert one[0] == 1

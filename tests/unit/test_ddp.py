@@ -74,8 +74,9 @@ def test_many_small_buckets_give_the_same() -> None:
 
 
 @pytest.mark.parametrize("door", DOORS)
-def test_7_1_a_gradients_1_and_3_end_as_2_in_both(door: Callable[..., nn.Module]) -> None:
-    """Defect 7.1 a: nobody waited for the average, which therefore never ran."""
+def test_gradients_1_and_3_end_as_2_in_both(door: Callable[..., nn.Module]) -> None:
+    """An old failing that must not come back: nobody waited for the average, which therefore never
+    ran, and the groups committed gradients that differ."""
 
     class Scale(nn.Module):
         def __init__(self) -> None:

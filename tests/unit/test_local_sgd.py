@@ -266,7 +266,8 @@ class TestWhatIsHealed:
 
 
 class TestBuckets:
-    """Defect 7.1 b: all buckets but the last were lost, and ragged tensors never packed."""
+    """An old failing that must not come back: all buckets but the last were lost, and tensors that
+    do not fill a bucket, or are larger than one, never sent."""
 
     def run(self, monkeypatch: pytest.MonkeyPatch, **options: Any) -> dict[int, Group]:
         monkeypatch.setattr("torchft.local_sgd._MIB", 40)  # 10 elements a bucket
@@ -277,7 +278,7 @@ class TestBuckets:
 
         return World(Script(2)).run(story)
 
-    def test_7_1_b_every_bucket_of_a_ragged_model_is_averaged(
+    def test_every_bucket_of_a_ragged_model_is_averaged(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         groups = self.run(monkeypatch, use_bucketization=True, bucket_cap_mb=1)
@@ -298,15 +299,16 @@ class TestBuckets:
         assert len(self.run(monkeypatch)[0].manager.reductions) == STEPS // 4
 
 
-def test_7_1_m_a_failed_local_sgd_round_is_discarded_as_promised() -> None:
-    """Defect 7.1 m: the documents promised a roll-back, the code kept the local weights."""
+def test_a_failed_local_sgd_round_is_discarded_as_promised() -> None:
+    """An old failing that must not come back: the documents promised a roll-back, the code kept the
+    local weights."""
     group = alone(no={1})
     start = group.weights
     group.run(local_sgd(group), steps=3)
     assert_close(group.weights, start, rtol=0, atol=0)
 
 
-def test_7_1_m_diloco_keeps_the_inner_state_as_documented() -> None:
+def test_diloco_keeps_the_inner_state_as_documented() -> None:
     group = alone(no={1})
     inner: list[str] = []
     door = diloco(group)
