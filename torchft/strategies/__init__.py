@@ -7,10 +7,21 @@ both and over peers that live in one process.
 
 from torchft.strategies.all_reduce import AllReduce
 from torchft.strategies.diloco import DiLoCo
+from torchft.strategies.fedavg import FedAvg
+from torchft.strategies.gym import (
+    DiLoCoStrategy,
+    FedAvgStrategy,
+    LocalSGDStrategy,
+    SimpleReduceStrategy,
+    StreamingDiLoCoStrategy,
+)
+from torchft.strategies.inner import Inner, InnerOptimizer
 from torchft.strategies.local import Fragment, Layout, Local
 from torchft.strategies.local_sgd import LocalSGD
 from torchft.strategies.model_local import ModelLocal
+from torchft.strategies.optim_spec import OptimSpec, ensure_optim_spec
 from torchft.strategies.recipe import By, Clock, Recipe
+from torchft.strategies.schedule import ScheduleSpec
 from torchft.strategies.strategy import Strategy
 
 __all__ = [
@@ -18,11 +29,22 @@ __all__ = [
     "By",
     "Clock",
     "DiLoCo",
+    "DiLoCoStrategy",
+    "FedAvg",
+    "FedAvgStrategy",
     "Fragment",
+    "Inner",
+    "InnerOptimizer",
     "Layout",
     "Local",
     "LocalSGD",
+    "LocalSGDStrategy",
     "ModelLocal",
+    "OptimSpec",
     "Recipe",
+    "ScheduleSpec",
+    "SimpleReduceStrategy",
     "Strategy",
+    "StreamingDiLoCoStrategy",
+    "ensure_optim_spec",
 ]

@@ -33,6 +33,11 @@ class Inner:
         if self.max_norm is not None and not self.max_norm > 0:
             raise SettingsError(f"max_norm={self.max_norm} must be above 0")
 
+    def config(self) -> dict[str, Any]:
+        """The settings as plain data."""
+        schedule = self.schedule.config() if self.schedule is not None else None
+        return {"optim": self.optim.config(), "schedule": schedule, "max_norm": self.max_norm}
+
     def build(self, nodes: Sequence[Sequence[nn.Parameter]], max_steps: int) -> InnerOptimizer:
         """For the parameters of each node that lives here.
 

@@ -67,6 +67,10 @@ class OptimSpec:
         params = list(parameters)
         return self.cls(params, **{**self._fused(params), **self.kwargs})
 
+    def config(self) -> dict[str, Any]:
+        """The settings as plain data; arguments that are none are written out."""
+        return {"name": self.cls.__name__, **{k: plain(v) for k, v in self.kwargs.items()}}
+
     def __call__(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """The same as `build`: a spec serves wherever an optimizer factory does."""
         return self.build(parameters)
@@ -88,6 +92,14 @@ class OptimSpec:
             return {}
         fits = all(p.device.type in _FUSED_ON and p.is_floating_point() for p in params)
         return {"fused": True} if fits and params else {}
+
+
+def plain(value: object) -> object:
+    """`value` as a logger can write it."""
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    simple = value is None or isinstance(value, bool | int | float | str)
+    return value if simple else repr(value)
 
 
 def ensure_optim_spec(

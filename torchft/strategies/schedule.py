@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from torchft.errors import SettingsError
+from torchft.strategies.optim_spec import plain
 
 __all__ = ["LAMBDA_COSINE", "ScheduleSpec", "warmup_cosine"]
 
@@ -56,9 +57,17 @@ class ScheduleSpec:
             return LambdaLR(optimizer, shape)
         return self.cls(optimizer, **self.kwargs)
 
+    @property
+    def name(self) -> str:
+        """Of the class, or the name itself."""
+        return self.cls if isinstance(self.cls, str) else self.cls.__name__
+
+    def config(self) -> dict[str, Any]:
+        """The settings as plain data."""
+        return {"name": self.name, **{k: plain(v) for k, v in self.kwargs.items()}}
+
     def __repr__(self) -> str:
-        name = self.cls if isinstance(self.cls, str) else self.cls.__name__
-        return f"ScheduleSpec({name!r}, {self.kwargs})"
+        return f"ScheduleSpec({self.name!r}, {self.kwargs})"
 
 
 def warmup_cosine(

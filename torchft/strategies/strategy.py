@@ -77,6 +77,8 @@ class Strategy:
     ) -> None:
         self.recipes = list(recipes)
         self.inner = inner
+        self.settings: dict[str, Any] = {}
+        """What a subclass was made with, for `config`."""
         self.clock = Clock()
         self._bucket_bytes = bucket_bytes
         self._peers: Peers | None = None
@@ -107,6 +109,21 @@ class Strategy:
             recipe.bind(local, self.clock)
         self.local, self._peers, self._applying = local, peers, applying
         return self
+
+    def config(self) -> dict[str, Any]:
+        """All settings as plain data, for loggers."""
+        recipes = [type(recipe).__name__ for recipe in self.recipes]
+        inner = self.inner.config() if self.inner is not None else {}
+        settings = {
+            name: value.config() if hasattr(value, "config") else value
+            for name, value in self.settings.items()
+        }
+        return {"strategy": type(self).__name__, "recipes": recipes, **settings, **inner}
+
+    def __repr__(self) -> str:
+        config = self.config()
+        name = config.pop("strategy")
+        return f"{name}({', '.join(f'{k}={v!r}' for k, v in config.items())})"
 
     def join(self) -> None:
         """Meet the others before the first inner step.
