@@ -22,8 +22,8 @@ def record(
     return StepRecord(**{**values, **fields})  # type: ignore[arg-type]
 
 
-def told(*records: StepRecord) -> list[str]:
-    return list(News(2).of(records))
+def told(*records: StepRecord, target: int = 100) -> list[str]:
+    return list(News(2, target=target).of(records))
 
 
 def test_a_quorum_is_told_once_whoever_reports_it() -> None:
@@ -62,6 +62,20 @@ def test_full_membership_is_told_each_time_it_comes_back() -> None:
         "step 0: all 2 groups take part",
         "step 2: all 2 groups take part",
     ]
+
+
+def test_a_run_that_goes_on_past_its_last_step_says_why_and_only_once() -> None:
+    early, last, later = record(18, participants=1), record(19, participants=1), record(20)
+    news = told(early, last, record(20, participants=1), later, target=20)
+    assert [line for line in news if "goes on" in line] == [
+        "step 20 is done, and 1 of 2 groups not back yet: goes on until all take part, "
+        "to end together"
+    ]
+
+
+def test_a_run_that_ends_on_time_or_discards_its_last_step_does_not_go_on_yet() -> None:
+    news = told(record(19), record(19, participants=1, committed=False), target=20)
+    assert not any("goes on" in line for line in news)
 
 
 def test_a_page_of_reason_is_cut_to_a_line() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -81,6 +82,23 @@ def test_a_run_that_was_given_up_says_why() -> None:
     summary = run(group(0, endings=[]), trouble="group 0 ended with exit code 1")
     assert not summary.good
     assert "given up: group 0 ended with exit code 1" in text_of(summary)
+
+
+def test_a_run_that_is_stopped_before_any_group_is_up_ends_with_one_line() -> None:
+    nothing = {"codes": [143], "committed": 0, "endings": []}
+    stopped = run(
+        *(group(number, **nothing) for number in range(3)),
+        trouble="stopped by SIGINT",
+        stopped_by=2,
+        folder=Path("/tmp/run"),
+    )
+    assert text_of(stopped) == "stopped by SIGINT before any group was up; logs: /tmp/run"
+
+
+def test_a_run_that_is_stopped_later_tells_how_far_it_came() -> None:
+    early = group(0, endings=[], discarded=["error"], committed=0)
+    stopped = run(early, trouble="stopped by SIGINT", stopped_by=2)
+    assert "given up: stopped by SIGINT" in text_of(stopped)
 
 
 def test_the_kill_is_told_in_seconds() -> None:

@@ -117,7 +117,7 @@ def run(typed: argparse.Namespace) -> int:
     from torchft.launch.view import choose_view
 
     summary = run_demo(options_of(typed), choose_view())
-    print(f"\n{text_of(summary)}")
+    print(f"\n{text_of(summary)}" if summary.began else text_of(summary))
     if summary.stopped_by is not None:
         return 128 + summary.stopped_by
     return 0 if summary.good else 1

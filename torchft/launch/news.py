@@ -1,4 +1,5 @@
-"""What is worth a line: who is in the quorum now, who heals, which step was discarded and why."""
+"""What is worth a line: who is in the quorum now, who heals, which step was discarded and why, and
+that a run goes on past its last step."""
 
 from __future__ import annotations
 
@@ -13,11 +14,13 @@ __all__ = ["News", "short"]
 class News:
     """Tells each thing once, whichever group reports it first."""
 
-    def __init__(self, groups: int) -> None:
+    def __init__(self, groups: int, *, target: int) -> None:
         self._groups = groups
+        self._target = target
         self._quorum_id = 0
         self._full = False
         self._known: set[str] = set()
+        self._overtime = False
 
     def of(self, records: Iterable[StepRecord]) -> Iterator[str]:
         """The news in these records, in their order."""
@@ -28,6 +31,7 @@ class News:
                 why = short(record.why or "")
                 yield f"{group_of(record.replica_id)} discards step {record.step}: {why}"
             yield from self._membership(record)
+            yield from self._last_step(record)
 
     def _newcomer(self, record: StepRecord) -> Iterator[str]:
         if record.replica_id in self._known:
@@ -52,6 +56,16 @@ class News:
         if full and not self._full:
             yield f"step {record.step}: all {self._groups} groups take part"
         self._full = full
+
+    def _last_step(self, record: StepRecord) -> Iterator[str]:
+        done, missing = record.step + 1, self._groups - record.participants
+        if self._overtime or not record.committed or done < self._target or missing == 0:
+            return
+        self._overtime = True
+        yield (
+            f"step {done} is done, and {missing} of {self._groups} groups not back yet: goes on "
+            "until all take part, to end together"
+        )
 
 
 def short(why: str, limit: int = 160) -> str:

@@ -52,7 +52,7 @@ class Run:
         self._target = target
         self._timeout_s = timeout_s
         self._began = time.monotonic()
-        self._news = News(len(groups))
+        self._news = News(len(groups), target=target)
         self._ended: set[int] = set()
         self._all_took_part = False
         self._went_on = False

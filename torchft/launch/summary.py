@@ -82,6 +82,11 @@ class Summary:
         return complete and len(set(self.digests)) == 1
 
     @property
+    def began(self) -> bool:
+        """Whether any group got as far as a step."""
+        return any(group.committed or group.discarded or group.endings for group in self.groups)
+
+    @property
     def good(self) -> bool:
         """What the exit code tells."""
         ended = all(group.codes and group.codes[-1] == 0 for group in self.groups)
@@ -109,7 +114,9 @@ class Summary:
 
 
 def text_of(summary: Summary) -> str:
-    """The summary as lines of plain text."""
+    """The summary as lines of plain text: one line of a run that was stopped before it began."""
+    if summary.stopped_by is not None and not summary.began:
+        return f"{summary.trouble} before any group was up; logs: {summary.folder}"
     parts = [_headline(summary), *_steps(summary), *_kill(summary), "", *_ledgers(summary), ""]
     parts += [*_digests(summary), *summary.remarks, *_trouble(summary)]
     return "\n".join(parts)
