@@ -13,6 +13,7 @@ from torch.distributed import ReduceOp, Work
 from torch.distributed.distributed_c10d import AllgatherOptions
 
 from torchft.average import Average, Done, Members
+from torchft.collectives import OrderedMean, as_bytes
 from torchft.ledger import Bucket
 from torchft.process_group import ProcessGroup
 from torchft.step import Plan
@@ -43,6 +44,18 @@ class Communicator:
             return self._sum(transaction, tensor, ReduceOp.SUM, len(plan.counted))
         return self._sum(transaction, tensor, reduce_op, 1)
 
+    def ordered_mean(self, transaction: Transaction, tensor: torch.Tensor) -> Work:
+        """The mean over the counted groups, in place, added in the order of the members."""
+        plan = transaction.wait_formed()
+        if transaction.broken or plan.settling:
+            return Done(tensor)
+        try:
+            work = OrderedMean(self._pg, tensor, plan.counted)
+        except Exception as error:
+            transaction.report(error)
+            return Done(tensor)
+        return self._managed(transaction, work, tensor)
+
     def gather(
         self, transaction: Transaction, tensor: torch.Tensor
     ) -> tuple[Work, list[torch.Tensor]]:
@@ -51,13 +64,14 @@ class Communicator:
         if not (transaction.broken or plan.settling):
             sent = tensor.contiguous()
             rows = [torch.empty_like(sent) for _ in plan.members]
+            # As bytes: gloo knows neither int16 nor bool.
+            wire = [as_bytes(row) for row in rows]
             try:
-                work = self._pg.allgather([rows], [sent], AllgatherOptions())
+                work = self._pg.allgather([wire], [as_bytes(sent)], AllgatherOptions())
             except Exception as error:
                 transaction.report(error)
             else:
-                gathered = Average(transaction, work, tensor, 1, self._members())
-                transaction.averages.append(gathered)
+                gathered = self._managed(transaction, work, tensor)
                 return gathered, [rows[rank] for rank in plan.counted]
         return Done(tensor), [tensor] * len(plan.counted)
 
@@ -89,9 +103,18 @@ class Communicator:
         except Exception as error:
             transaction.report(error)
             return Done(tensor)
-        managed = Average(transaction, work, tensor, divisor, self._members(), sent=sent)
+        return self._managed(transaction, work, tensor, divisor, sent=sent)
+
+    def _managed(
+        self,
+        transaction: Transaction,
+        work: Work,
+        tensor: torch.Tensor,
+        divisor: int = 1,
+        *,
+        sent: torch.Tensor | None = None,
+    ) -> Average:
+        members: Members | None = getattr(self._pg, "generation", None)
+        managed = Average(transaction, work, tensor, divisor, members, sent=sent)
         transaction.averages.append(managed)
         return managed
-
-    def _members(self) -> Members | None:
-        return getattr(self._pg, "generation", None)

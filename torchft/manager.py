@@ -342,6 +342,14 @@ class Manager:
             raise SettingsError("should_quantize=True is not available yet: pass False")
         return self._communicator.reduce(self._begun("allreduce"), tensor, reduce_op)
 
+    def ordered_mean(self, tensor: torch.Tensor) -> Work:
+        """Average `tensor` over the counted groups, in place, added in the order of their ids.
+
+        As `allreduce`, but with bits that depend on nothing else. Half of the work is done by who
+        waits: wait for these in the order in which you began them.
+        """
+        return self._communicator.ordered_mean(self._begun("ordered_mean"), tensor)
+
     def allgather(self, tensor: torch.Tensor) -> tuple[Work, list[torch.Tensor]]:
         """Gather `tensor` from the counted groups: the work, and their tensors in counted order.
 

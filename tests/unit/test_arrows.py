@@ -14,7 +14,10 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "torchft"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-BASE = {"digest", "errors", "futures", "ledger", "peers", "records", "settings", "work"}
+BASE = {
+    *("digest", "errors", "futures", "ledger", "ordered"),
+    *("peers", "records", "settings", "work"),
+}
 NUMBERS = {"compression", "quantization"}
 COMMUNICATION = {"checkpointing", "collectives", "coordination", "process_group"}
 DOORS = {"data", "ddp", "hsdp", "local_sgd", "optim"}

@@ -1,0 +1,159 @@
+"""The all-reduce whose bits follow from the members' names alone: ordered, and open to codecs.
+
+A library's all-reduce adds in an order of its own, which changes with the number of members. Here:
+
+    all-to-all     row r of every member goes to member r: a chunk of the elements
+    sum            of the counted members' rows, one by one in rank order; the mean of them
+    all-gather     every member gives its chunk to all
+
+    3 members, 7 elements: chunks of 3, [a a a | b b b | c - -], the end padded with zeros
+
+The ranks of a quorum are sorted replica ids. A member that is not counted sends as the others do
+and sums its chunk, and its own row is left out: zeros would turn -0.0 into 0.0.
+
+The second half is done by whoever waits. So every member waits for its averages in the order in
+which it began them. What travels are bytes, as a `Codec` makes them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed import Work
+from torch.distributed.distributed_c10d import AllgatherOptions
+from torch.futures import Future
+
+from torchft.errors import CollectiveError, PhaseError
+from torchft.ordered import chunk_of, ordered_mean
+from torchft.process_group import ProcessGroup
+
+__all__ = ["AsIs", "Codec", "OrderedMean", "as_bytes"]
+
+
+class Codec(Protocol):
+    """How rows of numbers become bytes. All members use the same one."""
+
+    def encode(self, rows: Tensor) -> Tensor:
+        """`[k, n]` numbers → `[k, m]` uint8, contiguous; each row by itself."""
+        ...
+
+    def decode(self, wire: Tensor, dtype: torch.dtype) -> Tensor:
+        """`[k, m]` uint8 → `[k, n]` numbers; it may share storage."""
+        ...
+
+
+class AsIs:
+    """Every bit travels."""
+
+    def encode(self, rows: Tensor) -> Tensor:
+        """The same storage."""
+        return rows.view(torch.uint8)
+
+    def decode(self, wire: Tensor, dtype: torch.dtype) -> Tensor:
+        """The same storage."""
+        return wire.view(dtype)
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor, uint8 `[nbytes]`; shares storage where it is contiguous."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
+class OrderedMean(Work):
+    """The mean of the counted members' tensors, under way; `tensor` holds it when `wait` returns.
+
+    Until then the tensor stays as it is. `wait` may be given too little time and called again.
+    """
+
+    def __init__(
+        self,
+        group: ProcessGroup,
+        tensor: Tensor,
+        counted: Sequence[int],
+        codec: Codec | None = None,
+    ) -> None:
+        super().__init__()
+        self._group = group
+        self._tensor = tensor
+        self._counted = list(counted)
+        self._codec = codec or AsIs()
+        self._generation = getattr(group, "generation", None)
+        self._error: Exception | None = None
+        self._done = tensor.numel() == 0
+        self._chunks: Work | None = None
+        self._means: Work | None = None
+        if not self._done:
+            self._send_chunks()
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        """Wait, at most `timeout`, and do the second half.
+
+        Raises:
+            RuntimeError: it failed, was abandoned, or takes longer.
+        """
+        until = None if timeout is None else time.monotonic() + timeout.total_seconds()
+        if not self._done:
+            if self._means is None:
+                self._wait_for(self._chunks, until)
+                self._send_mean()
+            self._wait_for(self._means, until)
+            self._keep()
+        return True
+
+    def get_future(self) -> Future[list[Tensor]]:
+        """PhaseError: nothing completes by itself here."""
+        raise PhaseError("an ordered mean has no future: its second half is done by who waits")
+
+    def is_completed(self) -> bool:
+        """Whether the mean is there."""
+        return self._done
+
+    def synchronize(self) -> None:
+        """The same as `wait`."""
+        self.wait()
+
+    def _send_chunks(self) -> None:
+        members = self._group.size()
+        chunk = chunk_of(self._tensor.numel(), members)
+        rows = self._tensor.new_zeros(members, chunk)
+        rows.view(-1)[: self._tensor.numel()] = self._tensor.detach().reshape(-1)
+        self._sent = self._codec.encode(rows)
+        self._received = torch.empty_like(self._sent)
+        self._chunks = self._group.alltoall_base(self._received, self._sent, [], [])
+
+    def _send_mean(self) -> None:
+        """Begun once: another start would not be matched by the other members."""
+        if self._error is not None:
+            raise self._error
+        if getattr(self._group, "generation", None) is not self._generation:
+            raise CollectiveError("its members were exchanged before it was waited for")
+        rows = self._codec.decode(self._received, self._tensor.dtype)
+        # Where nobody is counted, the step will be discarded.
+        mean = ordered_mean(rows, self._counted) if self._counted else torch.zeros_like(rows[:1])
+        mine = self._codec.encode(mean)
+        self._gathered = mine.new_empty(rows.shape[0], mine.shape[1])
+        try:
+            self._means = self._group.allgather(
+                [list(self._gathered.unbind())], [mine[0]], AllgatherOptions()
+            )
+        except Exception as error:
+            self._error = error
+            raise
+
+    def _keep(self) -> None:
+        means = self._codec.decode(self._gathered, self._tensor.dtype).reshape(-1)
+        self._tensor.detach().copy_(means[: self._tensor.numel()].view(self._tensor.shape))
+        self._done = True
+
+    @staticmethod
+    def _wait_for(work: Work | None, until: float | None) -> None:
+        assert work is not None
+        if until is None:
+            work.wait()
+        else:
+            work.wait(timedelta(seconds=max(0.001, until - time.monotonic())))
