@@ -1,0 +1,72 @@
+"""What a run shows while it goes: a bar on a terminal, and elsewhere one line when it is over."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, TextIO
+
+__all__ = ["Progress"]
+
+
+class Progress:
+    """A bar with the losses and the speed; without a terminal one line at the end.
+
+    Args:
+        name: the run's.
+        total: steps of the run, of which `done` are behind it.
+        stream: by default standard error.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        total: int,
+        done: int = 0,
+        *,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._name, self._clock = name, clock
+        self._first, self._done, self._total = done, done, total
+        self._began = clock()
+        self._shown: dict[str, str] = {}
+        self._bar = self._make_bar() if self._stream.isatty() else None
+
+    def _make_bar(self) -> Any:
+        from tqdm import tqdm
+
+        return tqdm(
+            total=self._total,
+            initial=self._done,
+            desc=self._name,
+            file=self._stream,
+            dynamic_ncols=True,
+        )
+
+    def show(self, **figures: float) -> None:
+        """Figures that stand beside the bar from now on."""
+        self._shown.update({name: f"{value:.4g}" for name, value in figures.items()})
+        if self._bar is not None:
+            self._bar.set_postfix(self._shown, refresh=False)
+
+    def step(self, loss: float) -> None:
+        """One step is done."""
+        self._done += 1
+        self.show(loss=loss)
+        if self._bar is not None:
+            self._bar.update()
+
+    def close(self) -> None:
+        """Take the bar down, or write the line."""
+        if self._bar is not None:
+            self._bar.close()
+            return
+        seconds = self._clock() - self._began
+        steps = self._done - self._first
+        speed = f"{steps / seconds:.1f} it/s" if seconds > 0 else "0 s"
+        figures = "".join(f", {name} {value}" for name, value in self._shown.items())
+        part = "" if self._done == self._total else f" of {self._total}"
+        print(f"{self._name}: {self._done}{part} steps, {speed}{figures}", file=self._stream)
