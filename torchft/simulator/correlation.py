@@ -9,7 +9,6 @@ synchronised have correlation 1 and variance 0.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -67,7 +66,7 @@ def _mean_pearson(products: Tensor) -> float | None:
     lengths = products.diagonal().sqrt()
     if not bool((lengths > 0).all()):
         return None
-    above = torch.triu_indices(*products.shape, offset=1)
+    nodes = len(products)
+    above = torch.triu_indices(nodes, nodes, offset=1)
     pairs = (products / torch.outer(lengths, lengths))[above[0], above[1]]
-    mean = pairs.clamp(-1, 1).mean().item()
-    return None if math.isnan(mean) else mean
+    return pairs.clamp(-1, 1).mean().item()

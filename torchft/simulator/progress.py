@@ -36,7 +36,7 @@ class Progress:
         self._bar = self._make_bar() if self._stream.isatty() else None
 
     def _make_bar(self) -> Any:
-        from tqdm import tqdm
+        from tqdm import tqdm  # type: ignore[import-untyped]
 
         return tqdm(
             total=self._total,

@@ -1,0 +1,64 @@
+"""The settings of a run as plain data: what a logger writes, and what a checkpoint compares.
+
+Our own objects are told field by field, in full; of anyone else's only the name of the class. No
+address, time or other thing that differs between two equal runs is in it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchft.strategies import Recipe, Strategy
+
+__all__ = ["describe", "differences", "shape_of_model"]
+
+_DEEP = 8
+
+
+def describe(value: object, depth: int = _DEEP) -> Any:
+    """`value` as None, bool, int, float, str, lists and dicts of them."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, torch.dtype | torch.device):
+        return str(value)
+    if isinstance(value, list | tuple | range):
+        return [describe(item, depth - 1) for item in value]
+    if isinstance(value, Mapping):
+        return {str(name): describe(item, depth - 1) for name, item in value.items()}
+    if isinstance(value, functools.partial):
+        of = {"args": value.args, **value.keywords}
+        return {"partial": describe(value.func), **describe(of, depth - 1)}
+    if inspect.isclass(value) or inspect.isroutine(value):
+        return f"{value.__module__}.{value.__qualname__}"
+    return _object(value, depth)
+
+
+def _object(value: object, depth: int) -> Any:
+    name = type(value).__qualname__
+    ours = type(value).__module__.startswith("torchft.") or isinstance(value, Recipe | Strategy)
+    if not ours or depth <= 0 or not hasattr(value, "__dict__"):
+        return name
+    fields = {key.lstrip("_"): item for key, item in vars(value).items()}
+    return {"class": name, **describe(fields, depth - 1)}
+
+
+def shape_of_model(model: nn.Module) -> dict[str, str]:
+    """Each parameter and buffer with its shape and dtype."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for name, t in named}
+
+
+def differences(saved: object, now: object, path: str = "") -> Iterator[str]:
+    """Each place where two descriptions differ, as `place: saved → now`."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        for key in [*saved, *(key for key in now if key not in saved)]:
+            below = f"{path}.{key}" if path else str(key)
+            yield from differences(saved.get(key, "nothing"), now.get(key, "nothing"), below)
+    elif saved != now:
+        yield f"{path}: {saved} → {now}"
