@@ -60,6 +60,7 @@ class _Door:
         optimizer: Optimizer,
         *,
         bucket_bytes: int | None = None,
+        deterministic: bool = False,
     ) -> None:
         self._manager = manager
         self._optimizer = optimizer
@@ -67,7 +68,8 @@ class _Door:
         self._entered = False
         self._stepping: Any = None
         self._strategy = Strategy([recipe], bucket_bytes=bucket_bytes)
-        self._strategy.bind(local, ManagedPeers(manager), applying=self._applying)
+        peers = ManagedPeers(manager, deterministic=deterministic)
+        self._strategy.bind(local, peers, applying=self._applying)
 
     def __enter__(self) -> Self:
         if not self._entered:
@@ -130,7 +132,9 @@ class LocalSGD(_Door):
     """Average the weights of `model` with the other groups every `sync_every` steps of `optimizer`.
 
     A round that is discarded brings back the last average, from a backup on `backup_device` (the
-    CPU by default; 4 bytes per fp32 parameter). With `backup=False` the local weights stand.
+    CPU by default; 4 bytes per fp32 parameter). With `backup=False` the local weights stand. With
+    `deterministic=True` averages are summed in the order of the groups' names, as the simulator
+    does, so that a run can be repeated bit by bit.
 
     Raises:
         SettingsError: `sync_every` below 1, or nothing to train.
@@ -146,6 +150,7 @@ class LocalSGD(_Door):
         backup: bool = True,
         backup_device: torch.device | None = None,
         pin_memory: bool = True,
+        deterministic: bool = False,
     ) -> None:
         self._recipe = local_sgd.LocalSGD(
             sync_every,
@@ -154,7 +159,7 @@ class LocalSGD(_Door):
             pin_memory=pin_memory,
         )
         local = ModelLocal([model])
-        super().__init__(manager, local, self._recipe, optimizer)
+        super().__init__(manager, local, self._recipe, optimizer, deterministic=deterministic)
         manager.describe_model(
             "LocalSGD", list(zip(local.names, map(local_part, local.parameters), strict=True))
         )
@@ -200,6 +205,8 @@ class DiLoCo(_Door):
         should_quantize: not available yet.
         fragment_sync_delay: inner steps that are taken while the average travels.
         fragment_update_alpha: the share of the local weights that is kept: 0 none, 1 all.
+        deterministic: sum in the order of the groups' names, as the simulator does, so that a run
+            can be repeated bit by bit.
 
     Raises:
         SettingsError: also a ValueError; an argument that does not fit, and what would.
@@ -220,6 +227,8 @@ class DiLoCo(_Door):
         should_quantize: bool = False,
         fragment_sync_delay: int = 0,
         fragment_update_alpha: float = 0.0,
+        *,
+        deterministic: bool = False,
     ) -> None:
         _refuse(manager, model_fragments, bucket_cap_mb, should_quantize)
         outers = outer_optimizer if isinstance(outer_optimizer, list) else [outer_optimizer]
@@ -243,7 +252,14 @@ class DiLoCo(_Door):
         )
         use_bucketization = use_bucketization or settings.text(settings.USE_BUCKETIZATION) == "True"
         bucket_bytes = (bucket_cap_mb or 1024) * _MIB if use_bucketization else None
-        super().__init__(manager, local, self._recipe, inner_optimizer, bucket_bytes=bucket_bytes)
+        super().__init__(
+            manager,
+            local,
+            self._recipe,
+            inner_optimizer,
+            bucket_bytes=bucket_bytes,
+            deterministic=deterministic,
+        )
         if fragment_sync_delay:
             manager.offer_copies()
         self._register(local)

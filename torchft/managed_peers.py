@@ -70,12 +70,15 @@ class ManagedRound:
         """Mean over the counted groups, in place; one all-reduce for each tensor."""
         return _Averages(list(tensors), [self._average(tensor) for tensor in tensors])
 
-    def gather(self, tensors: Sequence[Tensor]) -> _Gathered:
+    def gather(self, tensors: Sequence[Tensor]) -> _Averages | _Gathered:
         """The counted groups' rows, `[1, …]` each → `[n, …]`, in participating order.
 
         All tensors, of whatever dtypes, travel as one.
         """
-        return _Gathered(tensors, *self._manager.allgather(_packed(tensors)))
+        if not tensors:
+            return _Averages([], [])
+        packed = torch.cat([as_bytes(tensor) for tensor in tensors])
+        return _Gathered(tensors, *self._manager.allgather(packed))
 
     def average_within(
         self, tensors: Sequence[Tensor], islands: Callable[[int], list[list[int]]]
@@ -126,8 +129,3 @@ class _Gathered:
             gathered.append(wire.view(sent.dtype).view(-1, *sent.shape[1:]))
             start = stop
         return gathered
-
-
-def _packed(tensors: Sequence[Tensor]) -> Tensor:
-    """The bytes of all tensors, one after the other."""
-    return torch.cat([as_bytes(tensor) for tensor in tensors])
