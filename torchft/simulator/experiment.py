@@ -1,0 +1,197 @@
+"""All that a run is made from, refused before its first step where it cannot work.
+
+    Experiment(model, dataset, strategy=Strategy([DiLoCo(outer, 20)], inner=Inner()), num_nodes=4,
+               max_steps=300, batch_size=64)
+
+One value describes it for every runtime: rows of one process, or real processes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchft.errors import SettingsError
+from torchft.simulator.events import Event, check_events
+from torchft.simulator.feed import Feed
+from torchft.simulator.node import TrainNode
+from torchft.simulator.seeds import seed_everything, seed_of
+from torchft.strategies.inner import Inner
+from torchft.strategies.strategy import Strategy
+
+__all__ = ["Experiment"]
+
+_MODEL = 1 << 34
+
+
+@dataclass(kw_only=True)
+class Experiment:
+    """`check` says whether it can run."""
+
+    model: nn.Module | Callable[[], nn.Module]
+    """Takes a batch and returns its loss. It is copied for each node, never trained itself."""
+    train_dataset: Any
+    """A data set, tensors, or a factory `(rank, num_nodes, is_training) -> data set`."""
+    strategy: Strategy
+    num_nodes: int
+    val_dataset: Any = None
+    max_steps: int | None = None
+    """Inner steps of each node."""
+    num_epochs: int | None = None
+    """Passes of all nodes together through the data. With both, whichever ends first."""
+    batch_size: int = 16
+    """Of each node."""
+    micro_batch_size: int | None = None
+    """How many samples go through the model at once. None: the batch."""
+    seed: int = 42
+    shuffle: bool = True
+    device: torch.device | str | None = None
+    """None: the first of CUDA, MPS and CPU that is there."""
+    autocast: bool | torch.dtype = False
+    """True: bfloat16."""
+    deterministic: bool = False
+    """Average in node order also where processes talk, so that all runtimes compute equal bits."""
+    digests: bool = False
+    """Take each node's digest after every step in which a round committed."""
+    node_cls: type[TrainNode] = TrainNode
+    dataloader_kwargs: Mapping[str, Any] | None = None
+    events: Sequence[Event] = ()
+    weather: Any = None
+    """Speeds, networks and failures; has `to_events(num_nodes, total_steps)`."""
+
+    def check(self) -> None:
+        """Refuse what cannot run.
+
+        Raises:
+            SettingsError: which setting, and what would do.
+        """
+        for name in ("num_nodes", "batch_size", "micro_batch_size", "max_steps", "num_epochs"):
+            _check_count(name, getattr(self, name))
+        if self.max_steps is None and self.num_epochs is None:
+            raise SettingsError("say how long to train: max_steps or num_epochs")
+        if not isinstance(self.strategy, Strategy):
+            raise SettingsError(f"strategy is a {type(self.strategy).__name__}, not a Strategy")
+        if not isinstance(self.model, nn.Module) and not callable(self.model):
+            raise SettingsError(f"model is a {type(self.model).__name__}, not a torch module")
+        if not (isinstance(self.node_cls, type) and issubclass(self.node_cls, TrainNode)):
+            raise SettingsError(f"node_cls={self.node_cls!r} is no subclass of TrainNode")
+        _ = self.torch_device, self.inner
+        self.feed().check()
+        check_events(self.num_nodes, self.all_events())
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Where it runs.
+
+        Raises:
+            SettingsError: such a device is not there.
+        """
+        if self.device is None:
+            return torch.device(_best_device())
+        try:
+            device = torch.device(self.device)
+        except RuntimeError as error:
+            raise SettingsError(f"device={self.device!r}: {error}") from None
+        _check_device(device)
+        return device
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """None: no autocast."""
+        if isinstance(self.autocast, torch.dtype):
+            return self.autocast
+        return torch.bfloat16 if self.autocast else None
+
+    @property
+    def inner(self) -> Inner:
+        """How each node steps.
+
+        Raises:
+            SettingsError: the strategy does not say.
+        """
+        if self.strategy.inner is None:
+            raise SettingsError(
+                "the strategy has no inner optimizer: give Strategy(…, inner=Inner(OptimSpec(…)))"
+            )
+        return self.strategy.inner
+
+    @property
+    def total_steps(self) -> int:
+        """Inner steps of each node."""
+        limits = [] if self.max_steps is None else [self.max_steps]
+        if self.num_epochs is not None:
+            limits.append(self.num_epochs * self.feed().batches_per_epoch)
+        return min(limits)
+
+    def feed(self) -> Feed:
+        """The training batches. The same object at every call, so a factory is asked once."""
+        feed: Feed | None = self.__dict__.get("_feed")
+        if feed is None:
+            feed = self.__dict__["_feed"] = Feed(
+                self.train_dataset,
+                num_nodes=self.num_nodes,
+                batch_size=self.batch_size,
+                shuffle=self.shuffle,
+                seed=self.seed,
+                dataloader_kwargs=self.dataloader_kwargs,
+            )
+        return feed
+
+    def all_events(self) -> list[Event]:
+        """Those given, and those of the weather."""
+        events = list(self.events)
+        if self.weather is not None:
+            events += self.weather.to_events(self.num_nodes, self.total_steps)
+        return events
+
+    def make_model(self) -> nn.Module:
+        """What every node starts from, on the device: a copy, or from the factory, seeded.
+
+        Raises:
+            SettingsError: the factory makes something else.
+        """
+        if isinstance(self.model, nn.Module):
+            return copy.deepcopy(self.model).to(self.torch_device)
+        seed_everything(seed_of(self.seed, _MODEL, 0))
+        made = self.model()
+        if not isinstance(made, nn.Module):
+            raise SettingsError(f"the model factory made a {type(made).__name__}, no torch module")
+        return made.to(self.torch_device)
+
+    def make_node(self, model: nn.Module, node: int) -> TrainNode:
+        """One node's forward and backward pass."""
+        return self.node_cls(
+            model, node=node, device=self.torch_device, autocast=self.autocast_dtype
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_feed"}
+
+
+def _check_count(name: str, value: object) -> None:
+    if value is None and name not in ("num_nodes", "batch_size"):
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise SettingsError(f"{name}={value!r}: it must be a whole number from 1 on")
+
+
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda:0"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _check_device(device: torch.device) -> None:
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SettingsError(f"device={str(device)!r}, but CUDA is not there: use device='cpu'")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise SettingsError(f"device={str(device)!r}: there are {torch.cuda.device_count()}")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise SettingsError(f"device={str(device)!r}, but MPS is not there: use device='cpu'")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise SettingsError(f"device={str(device)!r}: use cpu, cuda or mps")

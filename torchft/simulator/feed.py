@@ -1,0 +1,284 @@
+"""Which samples each node sees at each step, and their fetching.
+
+The order follows from (seed, epoch) alone: a new permutation of the data set in every epoch, of
+which node r of N takes every N-th sample from the r-th on. A batch follows from (node, step), so
+a run that resumes, or a node that heals, goes on where the step is. What does not fill a batch of
+every node is left out until the next epoch shuffles it in.
+
+    10 samples, 2 nodes, batches of 2      epoch 0:  node 0: [7 1] [4 0]    node 1: [3 9] [2 8]
+
+A data set of tensors is cut by index, a batch at a time. Any other `Dataset` is asked for the
+samples (`__getitems__` where it has that), with Python's, numpy's and torch's generators seeded
+from (seed, node, step), and the samples are collated.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset, default_collate
+
+from torchft.errors import SettingsError
+from torchft.simulator.seeds import seed_everything, seed_of
+
+__all__ = ["Feed", "is_factory"]
+
+_FETCHING = 1 << 32
+"""Apart from the nodes' own numbers, so that fetching never draws what the model draws."""
+_SHUFFLING = 1 << 33
+_LOADER = {
+    "collate_fn",
+    "multiprocessing_context",
+    "num_workers",
+    "persistent_workers",
+    "pin_memory",
+    "pin_memory_device",
+    "prefetch_factor",
+    "timeout",
+    "worker_init_fn",
+}
+
+Fetch = Callable[[Tensor], Any]
+
+
+class Feed:
+    """The batches of all nodes. `data` is a data set, tensors, or a factory
+    `(rank, num_nodes, is_training) -> data set`.
+
+    Raises:
+        SettingsError: data that cannot be indexed, too few samples, or a wrong factory.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        *,
+        num_nodes: int,
+        batch_size: int,
+        shuffle: bool = True,
+        seed: int = 42,
+        dataloader_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.num_nodes, self.batch_size = num_nodes, batch_size
+        self._data, self._shuffle, self._seed = data, shuffle, seed
+        self._loader = dict(dataloader_kwargs or {})
+        unknown = sorted(self._loader.keys() - _LOADER)
+        if unknown:
+            raise SettingsError(
+                f"dataloader_kwargs has {', '.join(unknown)}: it takes {', '.join(sorted(_LOADER))}"
+            )
+        self._shards: dict[int, _Shard] = {}
+        self._streams: dict[int, _Stream] = {}
+        self._own = is_factory(data)
+        if self._own:
+            _check_factory(data)
+        self._common = None if self._own else _Order(data, num_nodes, shuffle, seed)
+
+    def batch(self, node: int, step: int) -> Any:
+        """What `node` trains on at `step`, on the CPU."""
+        if self._loader.get("num_workers") or self._loader.get("pin_memory"):
+            return self._stream(node).batch(step)
+        return self._shard(node).batch(step)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Of the node that has the fewest."""
+        nodes = range(self.num_nodes if self._own else 1)
+        return min(self._shard(node).batches for node in nodes)
+
+    def check(self) -> None:
+        """Every node has at least one batch.
+
+        Raises:
+            SettingsError: one has not.
+        """
+        assert self.batches_per_epoch
+
+    def close(self) -> None:
+        """End the processes that load data."""
+        self._streams.clear()
+
+    def _shard(self, node: int) -> _Shard:
+        shard = self._shards.get(node)
+        if shard is None:
+            order, rank = self._common, node
+            if order is None:
+                data = self._data(node, self.num_nodes, True)
+                order, rank = _Order(data, 1, self._shuffle, seed_of(self._seed, node, 0)), 0
+            shard = _Shard(
+                order, rank, node, self.batch_size, self._seed, self._loader.get("collate_fn")
+            )
+            self._shards[node] = shard
+        return shard
+
+    def _stream(self, node: int) -> _Stream:
+        if node not in self._streams:
+            self._streams[node] = _Stream(self._shard(node), self._loader)
+        return self._streams[node]
+
+
+class _Order:
+    """One data set, in the order of each epoch, dealt out to `parts` nodes."""
+
+    def __init__(self, data: Any, parts: int, shuffle: bool, seed: int) -> None:
+        self.data, self.parts = data, parts
+        self._shuffle, self._seed = shuffle, seed
+        size = _length(data)
+        self.length = size // parts
+        if not self.length:
+            raise SettingsError(f"{size} samples are too few for {parts} nodes: each needs one")
+        self._epoch = -1
+        self._dealt: list[Tensor] = []
+
+    def shard(self, rank: int, epoch: int) -> Tensor:
+        """The samples of one node in one epoch."""
+        if epoch != self._epoch:
+            kept = self._indices(epoch)[: self.length * self.parts]
+            self._dealt = list(kept.view(self.length, self.parts).t().contiguous())
+            self._epoch = epoch
+        return self._dealt[rank]
+
+    def _indices(self, epoch: int) -> Tensor:
+        size = _length(self.data)
+        if not self._shuffle:
+            return torch.arange(size)
+        generator = torch.Generator().manual_seed(seed_of(self._seed, _SHUFFLING, epoch))
+        return torch.randperm(size, generator=generator)
+
+
+class _Shard:
+    """The batches of one node. A `Dataset` whose items are batches, by step."""
+
+    def __init__(
+        self,
+        order: _Order,
+        rank: int,
+        node: int,
+        batch_size: int,
+        seed: int,
+        collate: Callable[[list[Any]], Any] | None,
+    ) -> None:
+        self._order, self._rank, self._node = order, rank, node
+        self._size, self._seed = batch_size, seed
+        self.batches = order.length // batch_size
+        if not self.batches:
+            raise SettingsError(
+                f"batch_size={batch_size} is more than the {order.length} samples of node {node}: "
+                "use a smaller batch, fewer nodes or more data"
+            )
+        cut = None if collate else _cutter(order.data)
+        self._fetch = cut or _sampler(order.data, collate or default_collate)
+        self._seeds = cut is None
+
+    def batch(self, step: int) -> Any:
+        """Seeded where the data set's own code runs."""
+        epoch, number = divmod(step, self.batches)
+        shard = self._order.shard(self._rank, epoch)
+        if self._seeds:
+            seed_everything(seed_of(self._seed, _FETCHING + self._node, step))
+        return self._fetch(shard[number * self._size : (number + 1) * self._size])
+
+    __getitem__ = batch
+
+
+class _Stream:
+    """Batches by torch's DataLoader, ahead of their use. Steps that do not follow start it anew."""
+
+    def __init__(self, shard: _Shard, options: Mapping[str, Any]) -> None:
+        self._shard = shard
+        self._options = {k: v for k, v in options.items() if k != "collate_fn"}
+        self._next = -1
+        self._batches: Iterator[Any] = iter(())
+
+    def batch(self, step: int) -> Any:
+        """The batch of `step`."""
+        if step != self._next:
+            loader: DataLoader[Any] = DataLoader(
+                self._shard,  # type: ignore[arg-type]
+                batch_size=None,
+                sampler=_From(step),
+                collate_fn=_as_it_is,
+                **self._options,
+            )
+            self._batches = iter(loader)
+        self._next = step + 1
+        return next(self._batches)
+
+
+class _From:
+    """first, first + 1, …"""
+
+    def __init__(self, first: int) -> None:
+        self._first = first
+
+    def __iter__(self) -> Iterator[int]:
+        step = self._first
+        while True:
+            yield step
+            step += 1
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _cutter(data: Any) -> Fetch | None:
+    """How a batch is cut out of tensors at once; None: this data set has none to show."""
+    if isinstance(data, Tensor):
+        return lambda at: data.index_select(0, at)
+    if isinstance(data, tuple) and data and all(isinstance(t, Tensor) for t in data):
+        return lambda at: [t.index_select(0, at) for t in data]
+    if isinstance(data, Mapping) and data and all(isinstance(t, Tensor) for t in data.values()):
+        return lambda at: {name: t.index_select(0, at) for name, t in data.items()}
+    if isinstance(data, TensorDataset) and type(data).__getitem__ is TensorDataset.__getitem__:
+        return _cutter(data.tensors)
+    if isinstance(data, Subset) and type(data).__getitem__ is Subset.__getitem__:
+        inner, places = _cutter(data.dataset), torch.as_tensor(data.indices)
+        return None if inner is None else lambda at: inner(places[at])
+    return None
+
+
+def _sampler(data: Any, collate: Callable[[list[Any]], Any]) -> Fetch:
+    """How samples are asked for one by one, or in a list, and put together."""
+    if _cutter(data) is not None and not hasattr(data, "__getitem__"):
+        raise SettingsError("collate_fn needs a data set of samples")
+    if hasattr(data, "__getitems__"):
+        return lambda at: collate(data.__getitems__(at.tolist()))
+    return lambda at: collate([data[i] for i in at.tolist()])
+
+
+def _length(data: Any) -> int:
+    if isinstance(data, Tensor):
+        return data.shape[0]
+    columns = data.values() if isinstance(data, Mapping) else data
+    if isinstance(data, Mapping | tuple) and _cutter(data) is not None:
+        lengths = {t.shape[0] for t in columns}
+        if len(lengths) > 1:
+            raise SettingsError(f"the tensors have {sorted(lengths)} samples: they must be equal")
+        return lengths.pop()
+    if isinstance(data, IterableDataset) or not hasattr(data, "__len__"):
+        raise SettingsError(
+            f"{type(data).__name__} has no length: give a data set that can be indexed"
+        )
+    return len(data)
+
+
+def is_factory(data: Any) -> bool:
+    """Whether `data` makes a data set for each node."""
+    return callable(data) and not hasattr(data, "__getitem__")
+
+
+def _check_factory(factory: Callable[..., Any]) -> None:
+    try:
+        inspect.signature(factory).bind(0, 1, True)
+    except TypeError as error:
+        raise SettingsError(
+            f"the data set factory {getattr(factory, '__name__', factory)!r} must take "
+            f"(rank, num_nodes, train_dataset): {error}"
+        ) from None
+    except ValueError:
+        return  # written in C: it has no signature to look at

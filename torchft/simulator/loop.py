@@ -1,0 +1,164 @@
+"""The training loop of all nodes, in one process.
+
+for each step:   who is gone, who waits to heal
+                 strategy.begin()                   rounds for gradients open
+                 each living node: batch, seed, forward, backward
+                 strategy.step()                    as on any real group
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from time import perf_counter
+from typing import Any
+
+from torch import Tensor
+
+from torchft.digest import digest
+from torchft.peers import Place
+from torchft.simulator.events import Attendance
+from torchft.simulator.experiment import Experiment
+from torchft.simulator.node import finite_losses
+from torchft.simulator.peers import HealRecord, RoundRecord, StackedPeers
+from torchft.simulator.result import Result, StepRow, mean_model
+from torchft.simulator.seeds import kept_rng, seed_node
+from torchft.simulator.stacked import StackedLocal
+
+__all__ = ["Run", "run_stacked"]
+
+
+def run_stacked(
+    experiment: Experiment,
+    *,
+    on_step: Callable[[Run], None] | None = None,
+    resume: dict[str, Any] | None = None,
+) -> Result:
+    """Run it to its end.
+
+    `on_step` is called before the first step and after each. `resume` is what `Run.state_dict`
+    gave; the run goes on from there, bit for bit.
+
+    Raises:
+        SettingsError: it cannot run; before the first step where that can be known.
+        NodeError: a loss is not finite.
+    """
+    started = perf_counter()
+    experiment.check()
+    with kept_rng(experiment.torch_device):
+        run = Run(experiment)
+        try:
+            if resume is not None:
+                run.load_state_dict(resume)
+            run.result.seconds["setup"] = perf_counter() - started
+            run.train(on_step)
+        finally:
+            run.feed.close()
+    run.result.seconds["train"] = perf_counter() - started - run.result.seconds["setup"]
+    return run.result
+
+
+class Run:
+    """A run between its steps."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = experiment
+        self.step = 0
+        """Steps that are finished."""
+        self.total_steps = experiment.total_steps
+        self.device = experiment.torch_device
+        self.strategy = experiment.strategy
+        self.feed = experiment.feed()
+        self.local = StackedLocal(
+            experiment.make_model(), experiment.num_nodes, experiment.inner, self.total_steps
+        )
+        events = experiment.all_events()
+        self.peers = StackedPeers(
+            self.local,
+            Attendance(experiment.num_nodes, events),
+            self.strategy.recipes,
+            deterministic=experiment.deterministic,
+        )
+        self.strategy.bind(self.local, self.peers)
+        self.nodes = [experiment.make_node(m, n) for n, m in enumerate(self.local.models)]
+        self.result = Result(
+            experiment.num_nodes,
+            events=events,
+            models=self.local.models,
+            rounds=self.peers.rounds,
+            heals=self.peers.heals,
+        )
+
+    def train(self, on_step: Callable[[Run], None] | None = None) -> None:
+        """From where it is to the end."""
+        if on_step is not None:
+            on_step(self)
+        while self.step < self.total_steps:
+            self.train_step()
+            if on_step is not None:
+                on_step(self)
+        self.strategy.finish()
+        self.result.alive = list(self.local.alive)
+        self.result.model = mean_model([self.local.models[node] for node in self.local.alive])
+
+    def train_step(self) -> None:
+        """One inner step of every node."""
+        rounds = len(self.peers.rounds)
+        self.peers.begin(self.step)
+        self.strategy.begin()
+        self.local.zero_grads()
+        losses = finite_losses(self._backward(), self.step)
+        self.result.history.append(StepRow(self.step, losses, self.local.inner.lr))
+        self.strategy.step()
+        if self.experiment.digests and any(r.committed for r in self.peers.rounds[rounds:]):
+            self.result.digests.append((self.step, self.digests()))
+        self.step += 1
+
+    def _backward(self) -> dict[int, Tensor]:
+        seed, pieces = self.experiment.seed, self.experiment.micro_batch_size
+        losses = {}
+        for node in self.local.alive:
+            batch = self.feed.batch(node, self.step)
+            seed_node(seed, node, self.step, self.device)
+            losses[node] = self.nodes[node].backward(batch, pieces)
+        return losses
+
+    def digests(self) -> list[str | None]:
+        """Each living node's: its weights, and what all share."""
+        shared = self.strategy.shared_state_dict()
+        return [
+            digest({"weights": self.local.row_views(node), "shared": shared})
+            if node in self.local.alive
+            else None
+            for node in range(self.local.rows)
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs: tensors, which share storage, and plain data.
+
+        Raises:
+            PhaseError: a round is in flight.
+        """
+        return {
+            "step": self.step,
+            "local": self.local.state_dict(),
+            "strategy": self.strategy.state_dict(),
+            "attendance": self.peers.attendance.state_dict(),
+            "history": [asdict(row) for row in self.result.history],
+            "rounds": [{**asdict(r), "place": r.place.name} for r in self.peers.rounds],
+            "heals": [asdict(heal) for heal in self.peers.heals],
+            "digests": list(self.result.digests),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse, into a run of the same experiment."""
+        self.step = state["step"]
+        self.local.load_state_dict(state["local"])
+        self.strategy.load_state_dict(state["strategy"])
+        self.peers.attendance.load_state_dict(state["attendance"])
+        self.result.history[:] = [StepRow(**row) for row in state["history"]]
+        self.peers.rounds[:] = [
+            RoundRecord(**{**record, "place": Place[record["place"]]}) for record in state["rounds"]
+        ]
+        self.peers.heals[:] = [HealRecord(**heal) for heal in state["heals"]]
+        self.result.digests[:] = [(step, list(of)) for step, of in state["digests"]]

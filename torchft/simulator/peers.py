@@ -1,0 +1,220 @@
+"""`Peers` among nodes that are rows of one process.
+
+A round opens with those that are up to date; those that wait to heal do so then, from a donor's
+row. It comes to nothing when a member is gone before it closes. Each is recorded, with the bytes
+that real processes would have sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchft.peers import Place
+from torchft.simulator.events import Attendance
+from torchft.simulator.stacked import StackedLocal
+from torchft.strategies.parts.ordered import ordered_mean
+from torchft.strategies.recipe import Recipe
+
+__all__ = ["HealRecord", "RoundRecord", "StackedPeers", "StackedRound"]
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """A round that has closed."""
+
+    step: int
+    """Inner step in which it closed, from 0."""
+    place: Place
+    kind: str
+    """average, ordered, gather or islands."""
+    members: tuple[int, ...]
+    counted: tuple[int, ...]
+    """Those whose contribution went in: a member that has just healed has none of its own."""
+    committed: bool
+    bytes_per_node: dict[int, int]
+    """Payload that each member sent."""
+    collectives: int = 1
+    recipe: int = 0
+    """Position in the strategy."""
+
+
+@dataclass(frozen=True)
+class HealRecord:
+    """A node got another's state."""
+
+    step: int
+    node: int
+    donor: int
+    nbytes: int
+
+
+class StackedPeers:
+    """The rows of `local`. `recipes` are those of the strategy that opens the rounds."""
+
+    def __init__(
+        self,
+        local: StackedLocal,
+        attendance: Attendance,
+        recipes: Sequence[Recipe],
+        *,
+        deterministic: bool = False,
+    ) -> None:
+        self.now = 0
+        """The inner step that the nodes are in."""
+        self.rounds: list[RoundRecord] = []
+        self.heals: list[HealRecord] = []
+        self.deterministic = deterministic
+        """Averages count the bytes of the collective that adds in node order."""
+        self.local, self.attendance = local, attendance
+        self._recipes = recipes
+        for row in set(range(local.rows)) - set(attendance.alive):
+            local.die(row)
+
+    def begin(self, step: int) -> None:
+        """An inner step begins: those that are due are gone, or wait to heal."""
+        self.now = step
+        for node in self.attendance.begin(step):
+            self.local.die(node)
+
+    def open(self, place: Place) -> StackedRound:
+        """Heal whoever waits, and begin."""
+        healed = self.attendance.admit()
+        for node, donor in healed:
+            self._heal(node, donor)
+        members = tuple(self.attendance.alive)
+        newcomers = {node for node, _ in healed}
+        counted = members
+        if place is Place.AFTER:
+            counted = tuple(node for node in members if node not in newcomers)
+        opened = StackedRound(self, place, members, counted)
+        for node in self.attendance.strike(self.now):
+            self.local.die(node)
+        return opened
+
+    def _heal(self, node: int, donor: int) -> None:
+        self.local.heal(node, donor)
+        self.heals.append(HealRecord(self.now, node, donor, self.local.row_bytes(donor)))
+        for recipe in self._recipes:
+            for tensors in recipe.own.values():
+                for tensor in tensors:
+                    tensor[node].zero_()
+        with self.local.limited_to([node]):
+            for recipe in self._recipes:
+                recipe.settle_in()
+
+    def closed(self, record: RoundRecord) -> None:
+        """Remember a round; whoever missed its commit waits to heal."""
+        self.rounds.append(record)
+        if record.committed:
+            for node in self.attendance.miss(self.now):
+                self.local.die(node)
+
+
+class StackedRound:
+    """One round."""
+
+    opening = False
+
+    def __init__(
+        self,
+        peers: StackedPeers,
+        place: Place,
+        members: tuple[int, ...],
+        counted: tuple[int, ...],
+    ) -> None:
+        self.failed = False
+        self.members, self.counted = members, counted
+        self._peers, self._place = peers, place
+        self._lives = [peers.attendance.lives[node] for node in members]
+        self._kind = "average"
+        self._sent = dict.fromkeys(members, 0)
+        self._collectives = 0
+
+    def average(self, tensors: Sequence[Tensor]) -> _Ready:
+        """Row by row in node order, as everywhere: `[rows, n]` → `[1, n]`."""
+        self._kind = "ordered" if self._peers.deterministic else "average"
+        for tensor in tensors:
+            self._count(tensor, self._kind, self.members)
+        return _Ready([ordered_mean(tensor, self.counted) for tensor in tensors])
+
+    def gather(self, tensors: Sequence[Tensor]) -> _Ready:
+        """The counted rows."""
+        self._kind = "gather"
+        for tensor in tensors:
+            self._count(tensor, "gather", self.members)
+        return _Ready([self._counted_rows(tensor) for tensor in tensors])
+
+    def _counted_rows(self, tensor: Tensor) -> Tensor:
+        if len(self.counted) == tensor.shape[0]:
+            return tensor
+        return tensor.index_select(0, torch.tensor(self.counted, device=tensor.device))
+
+    @torch.no_grad()
+    def average_within(
+        self, tensors: Sequence[Tensor], islands: Callable[[int], list[list[int]]]
+    ) -> _Ready:
+        """Each island's mean in the rows of its nodes; other rows as they are."""
+        self._kind = "islands"
+        drawn = [[self.counted[at] for at in island] for island in islands(len(self.counted))]
+        means = []
+        for tensor in tensors:
+            mean = tensor.clone()
+            for nodes in drawn:
+                self._count(tensor, "average", tuple(nodes))
+                mean[nodes] = ordered_mean(tensor, nodes)
+            self._collectives -= len(drawn) - 1  # they run at the same time
+            means.append(mean)
+        return _Ready(means)
+
+    def fail(self, error: Exception) -> None:
+        """Its close will be a no."""
+        self.failed = True
+
+    def close(self) -> bool:
+        """Yes, unless it was given up, voted down, or a member is gone."""
+        there = self._lives == [self._peers.attendance.lives[node] for node in self.members]
+        committed = there and not self.failed and self._peers.attendance.goes(self._peers.now)
+        self._peers.closed(
+            RoundRecord(
+                step=self._peers.now,
+                place=self._place,
+                kind=self._kind,
+                members=self.members,
+                counted=self.counted,
+                committed=committed,
+                bytes_per_node=self._sent,
+                collectives=self._collectives,
+            )
+        )
+        return committed
+
+    def _count(self, tensor: Tensor, kind: str, among: tuple[int, ...]) -> None:
+        if not tensor[:1].numel():
+            return
+        self._collectives += 1
+        sent = bytes_of(kind, tensor.shape[1:].numel(), tensor.element_size(), len(among))
+        for node in among:
+            self._sent[node] += sent
+
+
+class _Ready:
+    """What was averaged or gathered at once."""
+
+    def __init__(self, values: list[Tensor]) -> None:
+        self._values = values
+
+    def wait(self) -> list[Tensor]:
+        return self._values
+
+
+def bytes_of(kind: str, numel: int, itemsize: int, members: int) -> int:
+    """What each member sends: a ring's all-reduce, an ordered one in two phases, a gathering."""
+    if kind == "ordered":
+        return 2 * (members - 1) * -(-numel // members) * itemsize
+    if kind == "gather":
+        return (members - 1) * numel * itemsize
+    return numel * itemsize * 2 * (members - 1) // members

@@ -1,0 +1,93 @@
+"""What a run leaves: how it learned, what it sent, and the models."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchft.simulator.events import Event
+from torchft.simulator.peers import HealRecord, RoundRecord
+
+__all__ = ["Result", "StepRow", "mean_model"]
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """One inner step."""
+
+    step: int
+    losses: dict[int, float]
+    """By node, of those that trained in this step."""
+    lr: float
+
+    @property
+    def loss(self) -> float:
+        """The mean over the nodes."""
+        return sum(self.losses.values()) / len(self.losses)
+
+
+@dataclass
+class Result:
+    """Of one run, simulated or real."""
+
+    num_nodes: int
+    events: list[Event] = field(default_factory=list)
+    history: list[StepRow] = field(default_factory=list)
+    validations: list[dict[str, Any]] = field(default_factory=list)
+    correlations: list[dict[str, Any]] = field(default_factory=list)
+    rounds: list[RoundRecord] = field(default_factory=list)
+    heals: list[HealRecord] = field(default_factory=list)
+    digests: list[tuple[int, list[str | None]]] = field(default_factory=list)
+    """After each step in which a round committed, if asked for: step, and each node's digest."""
+    models: list[nn.Module] = field(default_factory=list)
+    """Each node's, also of those that are gone: as they left."""
+    alive: list[int] = field(default_factory=list)
+    """The nodes that are there at the end."""
+    model: nn.Module | None = None
+    """The mean of the living: see `mean_model`."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time by name."""
+    simulated: Any = None
+    """Under the given weather: times, and what was lost."""
+
+    @property
+    def bytes_sent(self) -> list[int]:
+        """By each node, in rounds."""
+        sent = [0] * self.num_nodes
+        for record in self.rounds:
+            for node, amount in record.bytes_per_node.items():
+                sent[node] += amount
+        return sent
+
+    @property
+    def final_loss(self) -> float:
+        """The mean training loss of the last step."""
+        return self.history[-1].loss
+
+
+@torch.no_grad()
+def mean_model(models: Sequence[nn.Module]) -> nn.Module:
+    """A copy that holds the mean of all parameters and floating-point buffers.
+
+    Other buffers (BatchNorm's count of batches) are the first model's. Adds in the given order.
+    """
+    mean = copy.deepcopy(models[0])
+    for p in mean.parameters():
+        p.grad = None
+    others = [_floating(model) for model in models[1:]]
+    for name, value in _floating(mean).items():
+        for other in others:
+            value.add_(other[name])
+        value.div_(len(models))
+    return mean
+
+
+def _floating(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers that have a mean; what is tied once."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: t for name, t in named if t.is_floating_point() or t.is_complex()}

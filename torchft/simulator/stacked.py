@@ -1,0 +1,296 @@
+"""`Local` over all nodes of a simulation: one matrix of weights with a row per node.
+
+Every node's model is a copy whose parameters, and their gradients, are views into its row:
+
+    W [nodes, elements]     row 0 │ a of node 0 │ b of node 0 │ …
+                            row 1 │ a of node 1 │ b of node 1 │ …
+
+so a strategy's arithmetic runs once over all rows, and nothing is copied in or out. There is one
+such matrix per dtype. Rows begin at multiples of 64 bytes, so that what a kernel does with a row
+does not depend on which row it is.
+
+A frozen parameter is one tensor that all nodes share. Buffers are each node's own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchft.errors import SettingsError
+from torchft.strategies.inner import Inner
+from torchft.strategies.local import Fragment, Layout, even_runs
+
+__all__ = ["StackedLocal"]
+
+_ALIGNMENT = 64
+
+
+class StackedLocal:
+    """`rows` copies of `model`, stacked. All nodes are alive at first.
+
+    Raises:
+        SettingsError: nothing to train, or a parameter that cannot be averaged.
+    """
+
+    def __init__(self, model: nn.Module, rows: int, inner: Inner, max_steps: int) -> None:
+        self.rows = rows
+        self.names, trained = _trained(model)
+        self.whole = Fragment(0, range(len(trained)))
+        self._whole_layout = Layout(trained)
+        self._sizes = [p.numel() for p in trained]
+        self._places = _places(trained)
+        self._weights = [_matrix(rows, *of) for of in self._kinds()]
+        self._grads = [_matrix(rows, *of) for of in self._kinds()]
+        self._layouts: dict[range, Layout] = {}
+        self._shown: dict[tuple[int, range], list[Tensor]] = {}
+        self._row_grads = [self._row(self._grads, row) for row in range(rows)]
+        self._writes: list[int] | None = None
+        """The only rows that are written; None: all."""
+        self.alive = list(range(rows))
+        """The nodes that train, in order. `die` and `heal` change it."""
+        frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
+        self.models: list[nn.Module] = []
+        self.parameters: list[list[nn.Parameter]] = []
+        for row in range(rows):
+            self._move_in(row, copy.deepcopy(model, dict(frozen)))
+        self.inner = inner.build(self.parameters, max_steps)
+
+    def _kinds(self) -> Iterator[tuple[int, torch.dtype, torch.device]]:
+        layout = self._whole_layout
+        for size, (dtype, device) in zip(layout.sizes, layout.kinds, strict=True):
+            yield size, dtype, device
+
+    @torch.no_grad()
+    def _move_in(self, row: int, model: nn.Module) -> None:
+        """Give the parameters of `model` their storage in `row`."""
+        _, parameters = _trained(model)
+        for p, weights, grads in zip(
+            parameters, self._row(self._weights, row), self._row_grads[row], strict=True
+        ):
+            weights.copy_(p)
+            p.data = weights
+            p.grad = grads
+        self.models.append(model)
+        self.parameters.append(parameters)
+
+    def _row(self, flats: Sequence[Tensor], row: int) -> list[Tensor]:
+        return self._whole_layout.views([flat[row : row + 1] for flat in flats])
+
+    def row_views(self, row: int) -> dict[str, Tensor]:
+        """Parameter name → its weights at one node, sharing storage."""
+        return dict(zip(self.names, self._row(self._weights, row), strict=True))
+
+    def row_bytes(self, row: int) -> int:
+        """What a node that heals from this row gets: weights, inner state, buffers."""
+        state = [t for of in self.inner.node_state(row) for t in of.values()]
+        tensors = [*self.parameters[row], *self.models[row].buffers(), *state]
+        return sum(t.nbytes for t in tensors if isinstance(t, Tensor))
+
+    # --- what a strategy sees
+
+    def split(self, parts: int) -> list[Fragment]:
+        """Runs of about equal size, as everywhere."""
+        return [self.whole] if parts == 1 else even_runs(self._sizes, parts)
+
+    def views(self, fragment: Fragment, flats: Sequence[Tensor]) -> list[Tensor]:
+        """One view `[rows, *shape]` per parameter in `flats`."""
+        return self._layout(fragment).row_views(flats)
+
+    def named_views(self, fragment: Fragment, flats: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Parameter name → its view in `flats`, `[1, n]`."""
+        run = fragment.parameters
+        names = self.names[run.start : run.stop]
+        return dict(zip(names, self._layout(fragment).views(flats), strict=True))
+
+    def weights(self, fragment: Fragment) -> list[Tensor]:
+        """The storage itself, of all rows: nobody writes in it."""
+        return self._show(self._weights, fragment)
+
+    @torch.no_grad()
+    def delta(self, fragment: Fragment, base: Sequence[Tensor]) -> list[Tensor]:
+        """`base - weights`, made anew."""
+        return [
+            torch.sub(b.to(w.device), w) for b, w in zip(base, self.weights(fragment), strict=True)
+        ]
+
+    def set_weights(self, fragment: Fragment, values: Sequence[Tensor]) -> None:
+        """Write the weights of the living from `[1 or rows, n]`."""
+        self._write(self.weights(fragment), values)
+
+    def grads(self, fragment: Fragment) -> list[Tensor]:
+        """The storage itself, of all rows; zero where there is no gradient."""
+        return self._show(self._grads, fragment)
+
+    def set_grads(self, fragment: Fragment, values: Sequence[Tensor]) -> None:
+        """Write the gradients of the living from `[1 or rows, n]`."""
+        self._write(self.grads(fragment), values)
+
+    @torch.no_grad()
+    def select(self, fragment: Fragment, positions: Sequence[Tensor]) -> list[Tensor]:
+        """Some elements of every row: a copy."""
+        flats = self.weights(fragment)
+        return [flat.index_select(1, at) for flat, at in zip(flats, positions, strict=True)]
+
+    @torch.no_grad()
+    def put(
+        self, fragment: Fragment, positions: Sequence[Tensor], values: Sequence[Tensor]
+    ) -> None:
+        """Write some elements of the living."""
+        for flat, at, value in zip(self.weights(fragment), positions, values, strict=True):
+            for row in self._written():
+                flat[row].index_copy_(0, at, value[row if value.shape[0] > 1 else 0])
+
+    def zero_grads(self) -> None:
+        """Every gradient of every row is zero."""
+        for grads in self._grads:
+            grads.zero_()
+
+    def inner_step(self) -> None:
+        """Clip and step all that live."""
+        self.inner.step()
+
+    def release(self, tensors: Sequence[Tensor], *, reusable: bool) -> None:
+        """Nothing was lent: views stay, and what was made anew is let go."""
+
+    # --- what a runtime does
+
+    @contextmanager
+    def limited_to(self, rows: Sequence[int]) -> Iterator[None]:
+        """Weights and gradients of other rows are not written inside."""
+        before, self._writes = self._writes, list(rows)
+        try:
+            yield
+        finally:
+            self._writes = before
+
+    def die(self, row: int) -> None:
+        """From now on the optimizer and all writes pass over this row."""
+        if row in self.alive:
+            self.alive.remove(row)
+        for p in self.parameters[row]:
+            p.grad = None
+        self._writes = list(self.alive)
+
+    @torch.no_grad()
+    def heal(self, row: int, donor: int) -> None:
+        """Weights, inner state and buffers of `row` become those of `donor`; it lives."""
+        for flat in self._weights:
+            flat[row].copy_(flat[donor])
+        for flat in self._grads:
+            flat[row].zero_()
+        for p, grad in zip(self.parameters[row], self._row_grads[row], strict=True):
+            p.grad = grad
+        self.inner.heal(row, donor)
+        buffers = zip(self.models[row].buffers(), self.models[donor].buffers(), strict=True)
+        for mine, theirs in buffers:
+            mine.copy_(theirs)
+        self.alive = sorted({*self.alive, row})
+        self._writes = None if len(self.alive) == self.rows else list(self.alive)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, buffers, inner state, and who lives. Shares storage."""
+        return {
+            "weights": list(self._weights),
+            "buffers": [dict(model.named_buffers()) for model in self.models],
+            "inner": self.inner.state_dict(),
+            "alive": list(self.alive),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse."""
+        for mine, theirs in zip(self._weights, state["weights"], strict=True):
+            mine.copy_(theirs)
+        for model, saved in zip(self.models, state["buffers"], strict=True):
+            for name, buffer in model.named_buffers():
+                buffer.copy_(saved[name])
+        for row in range(self.rows):
+            if row in state["alive"] and row not in self.alive:
+                self.heal(row, row)
+            elif row not in state["alive"] and row in self.alive:
+                self.die(row)
+        self.inner.load_state_dict(state["inner"])
+
+    # --- inside
+
+    def _layout(self, fragment: Fragment) -> Layout:
+        layout = self._layouts.get(fragment.parameters)
+        if layout is None:
+            run = fragment.parameters
+            layout = Layout(self.parameters[0][run.start : run.stop])
+            self._layouts[run] = layout
+        return layout
+
+    def _show(self, flats: list[Tensor], fragment: Fragment) -> list[Tensor]:
+        """The part of `flats` that is `fragment`, in the order of its layout."""
+        key = (id(flats), fragment.parameters)
+        shown = self._shown.get(key)
+        if shown is None:
+            layout, run = self._layout(fragment), fragment.parameters
+            starts: dict[int, int] = {}
+            for kind, start in self._places[run.start : run.stop]:
+                starts.setdefault(kind, start)
+            shown = [
+                flats[kind][:, start : start + size]
+                for (kind, start), size in zip(starts.items(), layout.sizes, strict=True)
+            ]
+            self._shown[key] = shown
+        return shown
+
+    def _written(self) -> Sequence[int]:
+        return range(self.rows) if self._writes is None else self._writes
+
+    @torch.no_grad()
+    def _write(self, flats: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        for flat, value in zip(flats, values, strict=True):
+            if self._writes is None:
+                flat.copy_(value)
+                continue
+            for row in self._writes:
+                flat[row].copy_(value[row if value.shape[0] > 1 else 0])
+
+
+def _trained(model: nn.Module) -> tuple[list[str], list[nn.Parameter]]:
+    """What is trained, by name; a tied weight once.
+
+    Raises:
+        SettingsError: nothing is, or it cannot be averaged, or fused kernels would spoil it.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not named:
+        raise SettingsError("the model has no parameter that requires a gradient")
+    for name, p in named:
+        if not p.is_floating_point():
+            raise SettingsError(f"parameter {name} is {p.dtype}: it cannot be averaged")
+        if not p.is_contiguous():
+            raise SettingsError(
+                f"parameter {name} of shape {tuple(p.shape)} is not contiguous: "
+                "make it so before training (p.data = p.data.contiguous())"
+            )
+    return [name for name, _ in named], [p for _, p in named]
+
+
+def _places(parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """For each parameter: which matrix, and from which column on."""
+    kinds: list[tuple[torch.dtype, torch.device]] = []
+    filled: list[int] = []
+    places = []
+    for p in parameters:
+        if (p.dtype, p.device) not in kinds:
+            kinds.append((p.dtype, p.device))
+            filled.append(0)
+        kind = kinds.index((p.dtype, p.device))
+        places.append((kind, filled[kind]))
+        filled[kind] += p.numel()
+    return places
+
+
+def _matrix(rows: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    step = _ALIGNMENT // dtype.itemsize
+    return torch.zeros(rows, -(-size // step) * step, dtype=dtype, device=device)[:, :size]
