@@ -253,7 +253,9 @@ def test_a_quorum_that_never_comes_says_what_it_waits_for(tmp_path: Path) -> Non
 
     world = World(tmp_path, min_replicas=2)
     (message,) = world.run(story)
-    assert "1 of 2" in message or "min_replicas" in message, message
+    assert "no quorum for replica group_0:" in message
+    assert "1 of at least 2 replicas ask (min_replicas)" in message
+    assert message.count("no quorum") == message.count("replica group_0:") == 1, message
 
 
 def test_a_checkpoint_of_the_manager_goes_on_where_it_was(tmp_path: Path) -> None:

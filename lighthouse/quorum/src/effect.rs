@@ -70,10 +70,10 @@ pub enum Refusal {
     /// The state that this replica was to heal to is gone.
     #[error(transparent)]
     StateLost(#[from] StateLost),
-    /// The caller's deadline passed.
+    /// The caller's deadline passed. Who asked, and at which step, its own words say already.
     #[error(
-        "no quorum for replica {replica_id} at step {step} before its deadline: {}{waiting}",
-        own_silence(silent_for)
+        "waited until the deadline: {}{waiting}",
+        own_silence(replica_id, silent_for)
     )]
     Deadline {
         /// Who.
@@ -167,11 +167,11 @@ impl fmt::Display for Renewal {
     }
 }
 
-fn own_silence(silent_for: &Option<Duration>) -> String {
+fn own_silence(replica_id: &ReplicaId, silent_for: &Option<Duration>) -> String {
     match silent_for {
         None => String::new(),
         Some(age) => format!(
-            "it does not count, since it has sent no heartbeat for {} ms; besides, ",
+            "replica {replica_id} does not count, since it has sent no heartbeat for {} ms; besides, ",
             age.as_millis()
         ),
     }

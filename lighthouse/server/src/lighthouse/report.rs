@@ -21,7 +21,10 @@ pub fn formed(quorum: &Quorum, why: Formed, renewed: Option<&Renewal>) {
 pub fn refused(refusal: &Refusal) {
     match refusal {
         Refusal::StateLost(_) => tracing::error!("{refusal}"),
-        Refusal::Deadline { .. } | Refusal::Superseded { .. } => tracing::debug!("{refusal}"),
+        Refusal::Deadline {
+            replica_id, step, ..
+        } => tracing::debug!(replica = %replica_id, step, "{refusal}"),
+        Refusal::Superseded { .. } => tracing::debug!("{refusal}"),
         Refusal::BadMember(_) => tracing::warn!("{refusal}"),
     }
 }
