@@ -96,11 +96,13 @@ def exchange(
             f"{members[rank]} differs from {members[reference]}: {difference}. Start every group "
             "with the same script, model and settings"
         )
-    odd = [name for name, seen in zip(members, prints, strict=True) if seen != right]
+    odd = [other for other, seen in enumerate(prints) if seen != right]
     if odd:
+        there = json.loads(store.get(f"description/{odd[0]}"))
         raise CollectiveError(
-            f"{', '.join(odd)} runs another model or other settings than {members[reference]}: "
-            "nothing is averaged with it"
+            f"{', '.join(members[other] for other in odd)} runs another model or other settings "
+            f"than {members[reference]}: nothing is averaged with it. In {members[odd[0]]}, "
+            f"{compare(mine, there)}"
         )
 
 

@@ -58,12 +58,19 @@ def test_the_odd_one_stops_and_names_the_parameter_and_the_others_only_lose_the_
     assert "model: w is [3] float32 here and [2] float32 there" in str(raised[2])
     for other in raised[:2]:
         assert isinstance(other, CollectiveError)
-        assert "group_2" in str(other)
+        assert "group_2 runs another model or other settings than group_0" in str(other)
+        assert "In group_2, model: w is [2] float32 here and [3] float32 there" in str(other)
 
 
 def test_the_reference_is_right_even_when_it_is_outnumbered() -> None:
     raised = together([{"size": 1}, {"size": 1}, {"size": 2}], reference=2)
     assert [type(error) for error in raised] == [MismatchError, MismatchError, CollectiveError]
+
+
+def test_of_several_that_differ_all_are_named_and_the_first_is_explained() -> None:
+    first, _, _ = together([{"size": 1}, {"size": 3}, {"size": 2}])
+    assert "group_1, group_2 runs" in str(first)
+    assert str(first).endswith("In group_1, size is 1 here and 3 there")
 
 
 def test_registration_order_does_not_matter() -> None:
