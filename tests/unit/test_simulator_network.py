@@ -1,0 +1,288 @@
+"""What a run takes in simulated time. Times are small whole numbers, so that a reader can add."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchft.peers import Place
+from torchft.simulator.clocks import NodeSeconds, heal_seconds, round_seconds
+from torchft.simulator.events import Dies
+from torchft.simulator.network import SimulatedRun, forecast_records
+from torchft.simulator.weather import NodeWeather, Weather
+
+
+@dataclass(frozen=True)
+class Round:
+    step: int
+    members: tuple[int, ...] = (0, 1)
+    nbytes: int = 0
+    committed: bool = True
+    place: Place = Place.AFTER
+    kind: str = "average"
+    collectives: int = 1
+    counted: tuple[int, ...] = ()
+    bytes_per_node: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "counted", self.counted or self.members)
+        object.__setattr__(self, "bytes_per_node", dict.fromkeys(self.members, self.nbytes))
+
+
+@dataclass(frozen=True)
+class Heal:
+    step: int
+    node: int
+    donor: int
+    nbytes: int
+
+
+def run(
+    weather: Weather,
+    steps: int,
+    rounds: Sequence[Round] = (),
+    *,
+    nodes: int = 2,
+    away: dict[int, range] | None = None,
+    **more: Any,
+) -> SimulatedRun:
+    """`away`: steps that a node does not compute. The loss of a step is 10 minus its number."""
+    gone = away or {}
+    losses = [
+        {node: 10.0 - step for node in range(nodes) if step not in gone.get(node, range(0))}
+        for step in range(steps)
+    ]
+    return forecast_records(num_nodes=nodes, losses=losses, rounds=rounds, weather=weather, **more)
+
+
+def unequal(**link: float) -> Weather:
+    """Node 0 takes 1 s a step, node 1 takes 3 s."""
+    nodes = [NodeWeather(step_s=1.0, **link), NodeWeather(step_s=3.0, **link)]
+    return Weather(nodes=nodes, heartbeat_timeout_s=5.0)
+
+
+def test_alone_a_node_only_computes() -> None:
+    records = [Round(step, members=(0,), nbytes=1000) for step in range(4)]
+    slow = Weather(nodes=[NodeWeather(step_s=2.0, up_bps=1, down_bps=1, latency_s=100)])
+    simulated = run(slow, 4, records, nodes=1)
+    assert simulated.nodes == (NodeSeconds(compute_s=8.0),)
+    assert (simulated.elapsed_s, simulated.utilisation) == (8.0, 1.0)
+
+
+def test_the_fast_node_waits_for_the_slow_one_in_each_round() -> None:
+    simulated = run(unequal(), 4, [Round(1), Round(3)])
+    assert simulated.nodes[0] == NodeSeconds(compute_s=4.0, wait_s=8.0)
+    assert simulated.nodes[1] == NodeSeconds(compute_s=12.0)
+    assert simulated.step_ends_s == [3.0, 6.0, 9.0, 12.0]
+    assert simulated.utilisation == 16 / 24
+
+
+def test_without_rounds_it_waits_at_the_end_only() -> None:
+    simulated = run(unequal(), 2)
+    assert simulated.steps[0].nodes[0] == NodeSeconds(compute_s=1.0)
+    assert simulated.nodes[0] == NodeSeconds(compute_s=2.0, wait_s=4.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "members", "collectives", "messages"),
+    [("average", 2, 1, 2), ("average", 4, 3, 18), ("ordered", 4, 1, 6), ("gather", 4, 2, 6)],
+)
+def test_latencies_add_up_by_the_pattern(
+    kind: str, members: int, collectives: int, messages: int
+) -> None:
+    record = Round(0, members=tuple(range(members)), kind=kind, collectives=collectives)
+    links = [NodeWeather(latency_s=0.5)] * members
+    assert round_seconds(record, links) == messages * 0.5
+
+
+@pytest.mark.parametrize("slow", [{"up_bps": 8.0}, {"down_bps": 8.0}])
+def test_the_slowest_link_sets_the_pace_of_the_bytes(slow: dict[str, float]) -> None:
+    links = [NodeWeather(up_bps=800, down_bps=800), NodeWeather(**slow), NodeWeather()]
+    assert round_seconds(Round(0, members=(0, 1, 2), nbytes=100), links) == 100.0
+    assert round_seconds(Round(0, members=(0, 2), nbytes=100), links) == 1.0
+
+
+def test_a_heal_takes_the_slower_of_both_directions() -> None:
+    assert heal_seconds(100, NodeWeather(up_bps=80), NodeWeather(down_bps=800)) == 10.0
+    assert heal_seconds(100, NodeWeather(up_bps=800), NodeWeather(down_bps=80)) == 10.0
+    assert heal_seconds(100, NodeWeather(up_bps=80, latency_s=1), NodeWeather(), 2) == 21.0
+
+
+def test_a_death_between_rounds_delays_the_next_one_by_the_heartbeat_timeout() -> None:
+    rounds = [Round(0), Round(1, members=(0,))]
+    weather = replace(unequal(), nodes=[NodeWeather(step_s=1.0)])
+    simulated = run(weather, 2, rounds, away={1: range(1, 2)}, deaths=[Dies(1, 1)])
+    # Dead at 1 s, known at 6 s.
+    assert simulated.nodes[0] == NodeSeconds(compute_s=2.0, wait_s=4.0)
+    assert simulated.nodes[1] == NodeSeconds(compute_s=1.0, away_s=5.0)
+    assert simulated.lost.deaths == 1
+    assert simulated.lost.node_steps == 0
+
+
+def test_a_death_in_a_round_costs_the_survivors_the_timeout_and_all_their_work() -> None:
+    records = [Round(3, committed=False), Round(7, members=(0,))]
+    simulated = run(
+        unequal(), 8, records, away={1: range(4, 8)}, deaths=[Dies(1, 2, in_round=True)]
+    )
+    # They meet at 12 s; node 0 goes on at 17 s.
+    assert simulated.nodes[0] == NodeSeconds(compute_s=8.0, wait_s=8.0 + 5.0)
+    assert simulated.nodes[1] == NodeSeconds(compute_s=12.0, away_s=9.0)
+    assert simulated.lost.rounds == 1
+    assert simulated.lost.node_steps == 8
+
+
+def test_a_skipped_step_loses_one_step_of_each_member() -> None:
+    records = [Round(step, place=Place.BEFORE, committed=step != 2) for step in range(5)]
+    simulated = run(unequal(), 5, records)
+    assert (simulated.lost.rounds, simulated.lost.node_steps) == (1, 2)
+
+
+def test_one_that_heals_at_a_round_makes_the_others_wait_for_its_transfer() -> None:
+    nodes = [NodeWeather(step_s=1.0, up_bps=8.0, down_bps=8.0)]
+    records = [Round(0, members=(0,)), Round(1, counted=(0,)), Round(2)]
+    simulated = run(
+        Weather(nodes=nodes), 3, records, away={1: range(2)}, heals=[Heal(1, 1, 0, nbytes=10)]
+    )
+    assert simulated.nodes[0] == NodeSeconds(compute_s=3.0, wait_s=10.0)
+    assert simulated.nodes[1] == NodeSeconds(compute_s=1.0, away_s=2.0, heal_s=10.0)
+    assert (simulated.lost.heals, simulated.lost.heal_bytes) == (1, 10)
+    assert simulated.bytes_sent == (10, 0)
+
+
+def test_one_that_heals_before_a_gradient_step_computes_after_its_transfer() -> None:
+    nodes = [NodeWeather(step_s=1.0, up_bps=8.0)]
+    records = [Round(0, members=(0,), place=Place.BEFORE), Round(1, place=Place.BEFORE)]
+    simulated = run(
+        Weather(nodes=nodes), 2, records, away={1: range(1)}, heals=[Heal(1, 1, 0, nbytes=10)]
+    )
+    assert simulated.nodes[0] == NodeSeconds(compute_s=2.0, wait_s=10.0)
+    assert simulated.nodes[1] == NodeSeconds(compute_s=1.0, away_s=1.0, heal_s=10.0)
+
+
+def test_two_that_heal_from_one_share_its_uplink() -> None:
+    nodes = [NodeWeather(step_s=1.0, up_bps=8.0)]
+    heals = [Heal(0, node, 0, nbytes=10) for node in (1, 2)]
+    simulated = run(
+        Weather(nodes=nodes),
+        1,
+        [Round(0, members=(0, 1, 2), counted=(0,))],
+        nodes=3,
+        away={1: range(1), 2: range(1)},
+        heals=heals,
+    )
+    assert simulated.elapsed_s == 21.0
+
+
+def test_time_to_loss_is_the_end_of_the_first_step_that_is_good_enough() -> None:
+    simulated = run(unequal(), 10, [Round(step) for step in range(10)])
+    assert simulated.time_to_loss(7.0, window=1) == 12.0
+    assert simulated.time_to_loss(7.0, window=3) == 15.0
+    assert simulated.time_to_loss(0.5) is None
+
+
+links = st.builds(
+    NodeWeather,
+    step_s=st.floats(0.01, 10),
+    up_bps=st.floats(1, 1e6),
+    down_bps=st.floats(1, 1e6),
+    latency_s=st.floats(0, 1),
+)
+
+
+@st.composite
+def worlds(draw: st.DrawFn) -> dict[str, Any]:
+    """A run of 4 nodes: one dies between rounds, one in a round; both heal."""
+    steps, every = 12, draw(st.integers(1, 4))
+    place = draw(st.sampled_from(Place))
+    dead, back = 1, draw(st.integers(2, 6))
+    hit = draw(st.integers(0, steps - 1))
+    away = {1: range(dead, back)}
+    rounds, heals, waiting = [], [], True
+    for step in range(every - 1, steps, every):
+        members = [0, 1, 2, 3]
+        if step in away[1]:
+            members.remove(1)
+        if waiting and step >= back:
+            heals.append(Heal(step, 1, 0, draw(st.integers(0, 10_000))))
+            waiting = False
+        rounds.append(
+            Round(
+                step,
+                members=tuple(members),
+                nbytes=draw(st.integers(0, 10_000)),
+                committed=step != hit,
+                place=place,
+                kind=draw(st.sampled_from(["average", "gather"])),
+            )
+        )
+    if waiting:
+        away = {1: range(dead, steps)}
+    elif place is Place.AFTER:
+        away = {1: range(dead, heals[0].step + 1)}
+    else:
+        away = {1: range(dead, heals[0].step)}
+    rounds = [
+        replace(r, members=(0, 2, 3), counted=(0, 2, 3))
+        if 1 in r.members and r.step >= dead and (waiting or r.step < heals[0].step)
+        else r
+        for r in rounds
+    ]
+    return {
+        "steps": steps,
+        "rounds": rounds,
+        "heals": heals,
+        "away": away,
+        "deaths": [Dies(1, dead)],
+        "nodes": 4,
+    }
+
+
+@given(world=worlds(), nodes=st.lists(links, min_size=4, max_size=4), timeout=st.floats(0, 9))
+def test_every_nodes_seconds_add_up_to_the_whole(
+    world: dict[str, Any], nodes: list[NodeWeather], timeout: float
+) -> None:
+    simulated = run(Weather(nodes=nodes, heartbeat_timeout_s=timeout), **world)
+    for node in simulated.nodes:
+        assert node.elapsed_s == pytest.approx(simulated.elapsed_s)
+        assert min(vars(node).values()) >= 0
+    ends = simulated.step_ends_s
+    assert ends == sorted(ends)
+    assert ends[-1] <= simulated.elapsed_s
+    assert 0 < simulated.utilisation <= 1 + 1e-9
+
+
+@given(
+    world=worlds(),
+    nodes=st.lists(links, min_size=4, max_size=4),
+    which=st.integers(0, 3),
+    change=st.sampled_from(["step_s", "up_bps", "down_bps", "latency_s"]),
+    factor=st.floats(1, 10),
+)
+def test_a_slower_node_or_link_never_finishes_sooner(
+    world: dict[str, Any], nodes: list[NodeWeather], which: int, change: str, factor: float
+) -> None:
+    before = getattr(nodes[which], change)
+    value = before / factor if change.endswith("bps") else before * factor
+    worse = [*nodes]
+    worse[which] = replace(nodes[which], **{change: value})
+    good, bad = run(Weather(nodes=nodes), **world), run(Weather(nodes=worse), **world)
+    slack = 1e-9 * good.elapsed_s
+    pairs = zip(good.step_ends_s, bad.step_ends_s, strict=True)
+    assert all(later >= sooner - slack for sooner, later in pairs)
+    assert bad.elapsed_s >= good.elapsed_s - slack
+
+
+@given(world=worlds(), nodes=st.lists(links, min_size=4, max_size=4), more=st.integers(1, 1000))
+def test_more_bytes_never_finish_sooner(
+    world: dict[str, Any], nodes: list[NodeWeather], more: int
+) -> None:
+    fuller = [replace(r, nbytes=r.nbytes + more) for r in world["rounds"]]
+    good = run(Weather(nodes=nodes), **world)
+    bad = run(Weather(nodes=nodes), **{**world, "rounds": fuller})
+    assert bad.elapsed_s >= good.elapsed_s * (1 - 1e-9)
+    assert sum(bad.bytes_sent) > sum(good.bytes_sent)

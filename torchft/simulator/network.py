@@ -1,0 +1,219 @@
+"""How long a run would have taken in some weather: its record is read, and clocks are moved by it.
+
+What each thing costs is in `torchft.simulator.clocks`. Pure: no clock of this computer is read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from torchft.simulator.clocks import Clocks, HealLike, Lost, NodeSeconds, RoundLike
+from torchft.simulator.events import Dies
+from torchft.simulator.weather import Weather
+
+__all__ = ["SimulatedRun", "SimulatedStep", "forecast", "forecast_records"]
+
+
+@dataclass(frozen=True)
+class SimulatedStep:
+    """One step in simulated time."""
+
+    end_s: float
+    """When the last node that was there had ended it."""
+    nodes: tuple[NodeSeconds, ...]
+    """What each node spent in it."""
+
+
+@dataclass(frozen=True)
+class SimulatedRun:
+    """A run under one weather."""
+
+    elapsed_s: float
+    nodes: tuple[NodeSeconds, ...]
+    """Totals of each node; each adds up to `elapsed_s`."""
+    steps: tuple[SimulatedStep, ...]
+    losses: tuple[float, ...]
+    """Mean training loss of the nodes that computed, by step."""
+    bytes_sent: tuple[int, ...]
+    """By node: rounds, and state given to others."""
+    lost: Lost
+
+    @property
+    def step_ends_s(self) -> list[float]:
+        """Simulated seconds at the end of each step."""
+        return [step.end_s for step in self.steps]
+
+    @property
+    def utilisation(self) -> float:
+        """Share of the nodes' time, while they were there, that went into computing."""
+        there = sum(node.elapsed_s - node.away_s for node in self.nodes)
+        return sum(node.compute_s for node in self.nodes) / there if there else 0.0
+
+    def time_to_loss(self, threshold: float, *, window: int = 10) -> float | None:
+        """Simulated seconds until the mean training loss of the last `window` steps was at most
+        `threshold`; None when it never was."""
+        for last in range(min(window, len(self.losses)) - 1, len(self.losses)):
+            recent = self.losses[max(0, last + 1 - window) : last + 1]
+            if recent and sum(recent) / len(recent) <= threshold:
+                return self.steps[last].end_s
+        return None
+
+
+class ResultLike(Protocol):
+    """What is read of a result."""
+
+    @property
+    def num_nodes(self) -> int: ...
+    @property
+    def history(self) -> Sequence[StepLike]: ...
+    @property
+    def rounds(self) -> Sequence[RoundLike]: ...
+    @property
+    def heals(self) -> Sequence[HealLike]: ...
+    @property
+    def events(self) -> Sequence[object]: ...
+    @property
+    def seconds(self) -> Mapping[str, float]: ...
+
+
+class StepLike(Protocol):
+    """What is read of a step."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def losses(self) -> Mapping[int, float]: ...
+
+
+def forecast(
+    result: ResultLike, weather: Weather, *, measured_s: float | None = None
+) -> SimulatedRun:
+    """How long the run of `result` takes in this weather, and where the time goes.
+
+    The weather may be another than the one the run had: speeds and links change no learning. Only
+    failures and joins do, and those are the run's own, whatever `weather.events` says.
+
+        slow, fast = forecast(result, dsl), forecast(result, fibre)
+
+    `measured_s`: seconds of one inner step of a node of speed 1; by default those that the run took
+    here for one node. They wander, so give each node its `step_s` for figures that are to be equal
+    in the next run.
+
+    Raises:
+        SettingsError: the weather gives speeds, and nothing was measured.
+    """
+    if measured_s is None:
+        measured_s = _measured(result)
+    return forecast_records(
+        num_nodes=result.num_nodes,
+        losses=[row.losses for row in result.history],
+        rounds=result.rounds,
+        heals=result.heals,
+        deaths=[event for event in result.events if isinstance(event, Dies)],
+        weather=weather,
+        measured_s=measured_s,
+    )
+
+
+def forecast_records(
+    *,
+    num_nodes: int,
+    losses: Sequence[Mapping[int, float]],
+    rounds: Sequence[RoundLike],
+    heals: Sequence[HealLike] = (),
+    deaths: Sequence[Dies] = (),
+    weather: Weather,
+    measured_s: float | None = None,
+) -> SimulatedRun:
+    """`forecast` of bare records. `losses`: by step, the loss of each node that computed in it."""
+    links = [weather.of(node) for node in range(num_nodes)]
+    pace = [link.seconds_a_step(measured_s) for link in links]
+    there = set(losses[0]) if losses else set(range(num_nodes))
+    clocks = Clocks(links, weather.heartbeat_timeout_s, there)
+    record = _Record(rounds, heals, deaths)
+    steps: list[SimulatedStep] = []
+    for step, computed in enumerate(losses):
+        before = [spent.copy() for spent in clocks.spent]
+        _play(record, clocks, step, computed, pace)
+        end = max([steps[-1].end_s if steps else 0.0, clocks.latest()])
+        nodes = (now.since(then) for now, then in zip(clocks.spent, before, strict=True))
+        steps.append(SimulatedStep(end, tuple(nodes)))
+    return SimulatedRun(
+        elapsed_s=clocks.end(),
+        nodes=tuple(clocks.spent),
+        steps=tuple(steps),
+        losses=tuple(sum(row.values()) / len(row) if row else math.nan for row in losses),
+        bytes_sent=tuple(clocks.bytes_sent),
+        lost=clocks.lost,
+    )
+
+
+def _measured(result: ResultLike) -> float | None:
+    node_steps = sum(len(row.losses) for row in result.history)
+    seconds = result.seconds.get("train")
+    return seconds / node_steps if seconds and node_steps else None
+
+
+class _Record:
+    """What happened, by step."""
+
+    def __init__(
+        self,
+        rounds: Sequence[RoundLike],
+        heals: Sequence[HealLike],
+        deaths: Sequence[Dies],
+    ) -> None:
+        self.rounds = _by_step(rounds)
+        self.heals = _by_step(heals)
+        self.deaths = _by_step([death for death in deaths if not death.in_round])
+        self.doomed = [death for death in deaths if death.in_round]
+        """Those that die in a round, until that round has come."""
+
+    def struck(self, record: RoundLike) -> list[int]:
+        """Who dies in this round."""
+        if record.committed:
+            return []
+        hit = [d for d in self.doomed if d.step <= record.step and d.node in record.members]
+        self.doomed = [death for death in self.doomed if death not in hit]
+        return [death.node for death in hit]
+
+
+class _HasStep(Protocol):
+    @property
+    def step(self) -> int: ...
+
+
+R = TypeVar("R", bound=_HasStep)
+
+
+def _by_step(records: Sequence[R]) -> dict[int, list[R]]:
+    found: dict[int, list[R]] = {}
+    for record in records:
+        found.setdefault(record.step, []).append(record)
+    return found
+
+
+def _play(
+    record: _Record,
+    clocks: Clocks,
+    step: int,
+    computed: Iterable[int],
+    pace: Sequence[float],
+) -> None:
+    """Move the clocks by one step."""
+    for death in record.deaths.get(step, ()):
+        clocks.die(death.node)
+    heals = record.heals.get(step, [])
+    # Who heals and computes in one step healed before it: the round averages gradients.
+    early = [heal for heal in heals if heal.node in computed]
+    clocks.heal(early, computed)
+    for node in computed:
+        clocks.compute(node, pace[node])
+    late = [heal for heal in heals if heal not in early]
+    for one in record.rounds.get(step, ()):
+        clocks.heal([heal for heal in late if heal.node in one.members], one.members)
+        late = [heal for heal in late if heal.node not in one.members]
+        clocks.communicate(one, record.struck(one))
