@@ -22,6 +22,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future as ThreadFuture
+from contextlib import ExitStack
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -143,10 +144,7 @@ class Manager:
             connect_timeout=settings.timeout(settings.CONNECT_TIMEOUT_SEC, connect_timeout),
             max_retries=max_retries,
         )
-        with self.ledger.spending(Bucket.START):
-            self._transport: CheckpointTransport[Any] = checkpoint_transport or HTTPTransport(
-                timeout=options.timeout, num_chunks=0
-            )
+        with self.ledger.spending(Bucket.START), ExitStack() as undo:
             self._group = ReplicaGroup.join(
                 name=replica_id or "",
                 rank=rank,
@@ -160,11 +158,17 @@ class Manager:
                 connect_timeout=options.connect_timeout,
                 quorum_retries=settings.integer(settings.QUORUM_RETRIES, quorum_retries),
             )
+            undo.callback(self._group.leave)
+            self._log = StepLog(self._group, self.ledger)
+            undo.callback(self._log.close)
+            self._transport: CheckpointTransport[Any] = checkpoint_transport or HTTPTransport(
+                timeout=options.timeout, num_chunks=0
+            )
+            undo.pop_all()  # from here on `shutdown` frees them
         self._state = LiveState(options.timeout)
         if load_state_dict is not None and state_dict is not None:
             self.register_state_dict_fn("default", load_state_dict, state_dict)
         self._pg = pg
-        self._log = StepLog(self._group, self.ledger)
         self._former = Former(
             group=self._group,
             pg=pg,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import uuid
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -68,32 +69,36 @@ class ReplicaGroup:
         number = _given_or_variable(store_port, "MASTER_PORT", "store_port")
         store = _store(addr, number, connect_timeout)
         server = None
-        if rank == 0:
-            suffix = str(uuid.uuid4())
-            replica_id = f"{name}:{suffix}" if name else suffix
-            server = ManagerServer(
-                replica_id=replica_id,
-                lighthouse_addr=lighthouse_addr
-                or settings.required(settings.LIGHTHOUSE, "the lighthouse, http://host:port"),
-                hostname=hostname or socket.gethostname(),
-                bind=f"[::]:{settings.integer(settings.MANAGER_PORT, port or 0)}",
-                store_addr=f"{addr}:{number}",
+        with ExitStack() as undo:
+            if rank == 0:
+                suffix = str(uuid.uuid4())
+                replica_id = f"{name}:{suffix}" if name else suffix
+                server = ManagerServer(
+                    replica_id=replica_id,
+                    lighthouse_addr=lighthouse_addr
+                    or settings.required(settings.LIGHTHOUSE, "the lighthouse, http://host:port"),
+                    hostname=hostname or socket.gethostname(),
+                    bind=f"[::]:{settings.integer(settings.MANAGER_PORT, port or 0)}",
+                    store_addr=f"{addr}:{number}",
+                    world_size=world_size,
+                    heartbeat_interval=heartbeat_interval,
+                    connect_timeout=connect_timeout,
+                    quorum_retries=quorum_retries,
+                )
+                undo.callback(server.shutdown)
+                store.set(MANAGER_ADDR_KEY, server.address())
+                store.set(REPLICA_ID_KEY, replica_id)
+            address = store.get(MANAGER_ADDR_KEY).decode()
+            joined = cls(
+                rank=rank,
                 world_size=world_size,
-                heartbeat_interval=heartbeat_interval,
-                connect_timeout=connect_timeout,
-                quorum_retries=quorum_retries,
+                name=name,
+                replica_id=store.get(REPLICA_ID_KEY).decode(),
+                client=ManagerClient(address, connect_timeout=connect_timeout),
+                server=server,
             )
-            store.set(MANAGER_ADDR_KEY, server.address())
-            store.set(REPLICA_ID_KEY, replica_id)
-        address = store.get(MANAGER_ADDR_KEY).decode()
-        return cls(
-            rank=rank,
-            world_size=world_size,
-            name=name,
-            replica_id=store.get(REPLICA_ID_KEY).decode(),
-            client=ManagerClient(address, connect_timeout=connect_timeout),
-            server=server,
-        )
+            undo.pop_all()  # it stands: nothing is taken back
+            return joined
 
     def leave(self) -> None:
         """Stop the manager server, when it is here: whoever waits for a quorum is freed."""

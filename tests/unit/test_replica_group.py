@@ -5,12 +5,18 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import pytest
-from helpers.coordination import free_port
+from helpers.coordination import free_port, lighthouse
+from torch.distributed import TCPStore
 
+from torchft.coordination import ManagerClient
+from torchft.manager import Manager
+from torchft.process_group import ProcessGroupDummy
 from torchft.replica_group import _store
 
 
@@ -41,3 +47,53 @@ def test_a_signal_is_heard_while_the_store_is_waited_for() -> None:
     for thread in threading.enumerate():
         if thread.name == "torchft-attempt":
             thread.join(30)
+
+
+def unreachable(*_: Any, **__: Any) -> None:
+    raise TimeoutError("no connection")
+
+
+def open_ports() -> set[int]:
+    """Those that this process listens at."""
+    connections = psutil.Process().net_connections(kind="tcp")
+    return {c.laddr.port for c in connections if c.status == psutil.CONN_LISTEN}
+
+
+@pytest.fixture
+def store() -> Iterator[TCPStore]:
+    yield TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rank": None},
+        {"lighthouse_addr": "no address"},
+        {"timeout": timedelta(0)},
+        {"records": "/dev/null/steps.jsonl"},
+        {"client": unreachable},
+    ],
+    ids=["no rank", "no lighthouse", "no time", "no file of records", "its own server is silent"],
+)
+def test_a_manager_that_cannot_start_leaves_no_port_open(
+    store: TCPStore, monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any]
+) -> None:
+    wrong = dict(wrong)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("TORCHFT_STEP_RECORDS", wrong.pop("records", ""))
+    client = wrong.pop("client", ManagerClient)
+    monkeypatch.setattr("torchft.replica_group.ManagerClient", client)
+    with lighthouse() as server:
+        right: dict[str, Any] = {
+            "rank": 0,
+            "world_size": 1,
+            "store_addr": "127.0.0.1",
+            "store_port": store.port,
+            "lighthouse_addr": server.address(),
+            "hostname": "127.0.0.1",
+        }
+        before = open_ports()
+        # What was raised holds on to the frames, and to all that was made in them.
+        with pytest.raises((RuntimeError, ValueError, OSError)) as raised:
+            Manager(ProcessGroupDummy(0, 1), None, None, 1, **{**right, **wrong})
+        assert not open_ports() - before, raised
