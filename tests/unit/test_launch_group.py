@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -16,26 +16,54 @@ import pytest
 from torchft.launch.group import Group, GroupError, torchrun
 from torchft.launch.processes import born_at, kill_tree, psutil, tree
 
+TELL = """
+import os
+def tell(word):
+    with open(os.environ["TOLD"], "w") as told:
+        told.write(str(word))
+"""
 FAMILY = """
 import subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"],
                          start_new_session=True)
-print(child.pid, flush=True)
-{then}
+tell(child.pid)
 time.sleep(60)
 """
 """A parent and a child in a session of its own, as torchrun makes them."""
 
 MakeGroup = Callable[..., Group]
+Told = Callable[[], int]
 
 
 @pytest.fixture
-def make_group(tmp_path: Path) -> Iterator[MakeGroup]:
+def pipe(tmp_path: Path) -> Path:
+    path = tmp_path / "told"
+    os.mkfifo(path)
+    return path
+
+
+@pytest.fixture
+def told(pipe: Path) -> Iterator[Told]:
+    """Waits for the number that the group tells."""
+    end = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+
+    def number() -> int:
+        readable, _, _ = select.select([end], [], [], 20)
+        assert readable, "the group has told nothing"
+        return int(os.read(end, 100))
+
+    yield number
+    os.close(end)
+
+
+@pytest.fixture
+def make_group(tmp_path: Path, pipe: Path) -> Iterator[MakeGroup]:
     made: list[Group] = []
 
     def make(script: str) -> Group:
-        command = [sys.executable, "-S", "-c", script]
-        made.append(Group(0, command, dict(os.environ), tmp_path / "group.log"))
+        command = [sys.executable, "-S", "-c", TELL + script]
+        environment = {**os.environ, "TOLD": str(pipe)}
+        made.append(Group(0, command, environment, tmp_path / "group.log"))
         return made[-1]
 
     yield make
@@ -43,25 +71,15 @@ def make_group(tmp_path: Path) -> Iterator[MakeGroup]:
         group.stop(grace_s=0)
 
 
-def child_of(group: Group) -> int:
-    """The child's id, once the parent has told it."""
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        with contextlib.suppress(ValueError, IndexError):
-            return int(group.log.read_text().split()[-1])
-        time.sleep(0.01)
-    raise TimeoutError(group.log.read_text())
-
-
 def is_there(pid: int) -> bool:
     ps = psutil()
     return bool(ps.pid_exists(pid)) and ps.Process(pid).status() != ps.STATUS_ZOMBIE
 
 
-def test_a_kill_takes_the_children_in_other_sessions_too(make_group: MakeGroup) -> None:
-    group = make_group(FAMILY.format(then=""))
+def test_a_kill_takes_the_children_in_other_sessions_too(make_group: MakeGroup, told: Told) -> None:
+    group = make_group(FAMILY)
     group.start()
-    child = child_of(group)
+    child = told()
     assert is_there(child)
     life = group.kill()
     assert not is_there(life.pid)
@@ -98,29 +116,29 @@ def test_a_group_that_never_started_has_no_life(make_group: MakeGroup) -> None:
         _ = make_group("pass").life
 
 
-def test_stop_is_polite_first(make_group: MakeGroup) -> None:
+def test_stop_is_polite_first(make_group: MakeGroup, told: Told) -> None:
     polite = "import signal, sys; signal.signal(15, lambda *_: sys.exit(7)); "
-    group = make_group(polite + "print(1, flush=True); signal.pause()")
+    group = make_group(polite + "tell(1); signal.pause()")
     group.start()
-    child_of(group)
+    told()
     group.stop(grace_s=20)
     assert group.life.code == 7
     assert group.life.killed is None
 
 
-def test_stop_ends_who_does_not_listen_and_its_children(make_group: MakeGroup) -> None:
-    group = make_group("import signal; signal.signal(15, lambda *_: 0)\n" + FAMILY.format(then=""))
+def test_stop_ends_who_does_not_listen_and_its_children(make_group: MakeGroup, told: Told) -> None:
+    group = make_group("import signal; signal.signal(15, lambda *_: 0)\n" + FAMILY)
     group.start()
-    child = child_of(group)
+    child = told()
     group.stop(grace_s=0.05)
     assert group.life.code == -signal.SIGKILL
     assert not is_there(child)
 
 
-def test_stop_ends_workers_that_outlive_their_agent(make_group: MakeGroup) -> None:
-    group = make_group(FAMILY.format(then=""))  # the parent dies of SIGTERM and leaves its child
+def test_stop_ends_workers_that_outlive_their_agent(make_group: MakeGroup, told: Told) -> None:
+    group = make_group(FAMILY)  # the parent dies of SIGTERM and leaves its child
     group.start()
-    child = child_of(group)
+    child = told()
     group.stop(grace_s=20)
     assert group.life.code == -signal.SIGTERM
     assert not is_there(child)
@@ -135,8 +153,9 @@ def test_stop_twice_is_fine(make_group: MakeGroup) -> None:
 
 def test_what_a_group_prints_is_in_its_log(make_group: MakeGroup) -> None:
     group = make_group("print(42)")
-    group.start()
-    assert child_of(group) == 42
+    life = group.start()
+    os.waitid(os.P_PID, life.pid, os.WEXITED | os.WNOWAIT)
+    assert group.log.read_text() == "42\n"
 
 
 def test_the_tree_of_nobody_is_empty() -> None:
