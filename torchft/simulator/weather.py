@@ -155,6 +155,8 @@ class Weather:
     None: the slowest node's compute alone."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "nodes", tuple(self.nodes))
+        object.__setattr__(self, "events", tuple(self.events))
         _check(len(self.nodes) > 0, "weather needs one node at least")
         wait = self.heartbeat_timeout_s
         _check(0 <= wait < math.inf, f"heartbeat_timeout_s={wait} must be 0 or more")

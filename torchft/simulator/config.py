@@ -1,0 +1,356 @@
+"""What `torchft simulate` runs: one value, read from YAML or TOML, flags over it.
+
+A file says what differs from the defaults; `difference` gives that back. Settings that hold a list
+are swept: every combination is a run. What cannot be is refused before anything runs, with the
+nearest known name for one that is not known.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from torchft.errors import SettingsError
+from torchft.simulator.weather import NodeWeather, RandomFailures, Weather, WeatherEvent
+
+__all__ = [
+    "DATA",
+    "MODELS",
+    "STRATEGIES",
+    "SimulateConfig",
+    "StrategyConfig",
+    "difference",
+    "from_mapping",
+    "needed",
+    "read_config",
+    "read_settings",
+    "read_weather",
+    "whole",
+]
+
+STRATEGIES = (
+    "all_reduce",
+    "fedavg",
+    "local_sgd",
+    "diloco",
+    "streaming",
+    "sparta",
+    "sparta_diloco",
+    "demo",
+    "topk",
+)
+MODELS = ("mlp", "cnn", "gpt")
+DATA = ("digits", "stdlib-text")
+
+EVERYDAY = Weather(nodes=(NodeWeather(step_s=0.1, up_bps=100e6, down_bps=100e6, latency_s=0.02),))
+"""Simulated time needs some weather: a tenth of a second a step, 100 Mbit/s, 20 ms."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategyConfig:
+    """One strategy of a sweep."""
+
+    name: str
+    """A known one, or "package.module:factory", which is called with the options."""
+    label: str = ""
+    """In tables and plots; by default the name. Two entries of one name need two labels."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments, as the strategy takes them; `outer: {lr: 0.4}` is an optimizer, by default
+    SGD."""
+
+    @property
+    def shown(self) -> str:
+        """What it is called in tables."""
+        return self.label or self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulateConfig:
+    """A sweep: each strategy with each of nodes, every, lr and seeds."""
+
+    strategies: tuple[StrategyConfig, ...] = (
+        StrategyConfig(name="all_reduce"),
+        StrategyConfig(name="fedavg"),
+        StrategyConfig(name="diloco"),
+    )
+    nodes: tuple[int, ...] = (4,)
+    every: tuple[int, ...] = (20,)
+    """H: inner steps between synchronisations, for the strategies that have it."""
+    lr: tuple[float, ...] = (1e-3,)
+    seeds: tuple[int, ...] = (0,)
+
+    model: str = "mlp"
+    """mlp, cnn, gpt, or "package.module:factory" of a module that takes a batch and returns its
+    loss."""
+    model_options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the model."""
+    data: str | None = None
+    """digits, stdlib-text, a path to text, or "package.module:factory" of a pair of data sets, for
+    training and validation. None: what the model is for."""
+    optimizer: str = "adamw"
+    optimizer_options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the inner optimizer besides `lr`."""
+    max_norm: float | None = None
+    """Each node's gradient is clipped to this L2 norm."""
+
+    steps: int = 300
+    """Inner steps of each node; see `equal`."""
+    batch_size: int = 64
+    """Of each node."""
+    micro_batch_size: int | None = None
+    equal: Literal["tokens", "steps"] = "tokens"
+    """When nodes are swept. tokens: with more nodes than the fewest, proportionally fewer steps, so
+    that each run sees the same number of samples. steps: the same steps, so more samples."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = 0
+
+    validate_every: int = 50
+    """Steps between validations of the mean model; there is one at the end too."""
+    val_samples: int = 512
+
+    device: str = "cpu"
+    autocast: bool = False
+    deterministic: bool = False
+    """Average as `deterministic=True` does over real processes, and count its bytes."""
+
+    weather: Weather | None = EVERYDAY
+    """Speeds, links, failures and joins."""
+    networks: dict[str, Weather] = field(default_factory=dict)
+    """Further weathers by name: simulated time under each, without events."""
+    target_loss: float | None = None
+    """Time-to-loss is the time to this training loss. None: what every run of the sweep reached."""
+
+    def __post_init__(self) -> None:
+        for name in ("strategies", "nodes", "every", "lr", "seeds"):
+            _check_swept(name, getattr(self, name))
+        for name in ("steps", "batch_size", "micro_batch_size", "validate_every", "val_samples"):
+            value = getattr(self, name)
+            _check(value is None or value >= 1, f"{name}={value} must be 1 or more")
+        for name in ("nodes", "every"):
+            low = min(getattr(self, name))
+            _check(low >= 1, f"{name}: {low} must be 1 or more")
+        _check(min(self.lr) > 0, f"lr: {min(self.lr)} must be above 0")
+        _check(min(self.seeds) >= 0, f"seeds: {min(self.seeds)} must be 0 or more")
+        _check(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps} must be 0 or more")
+        _check_names("model", self.model, MODELS)
+        for strategy in self.strategies:
+            _check_names("strategies", strategy.name, STRATEGIES)
+        for name, network in self.networks.items():
+            own = network.events or network.trace or network.failures
+            _check(not own, f"networks.{name} has events: those belong into weather")
+
+    @property
+    def all_weathers(self) -> dict[str, Weather]:
+        """By name; the one with the events is called weather."""
+        first = {} if self.weather is None else {"weather": self.weather}
+        return {**first, **self.networks}
+
+
+def from_mapping(given: Mapping[str, Any], *, source: str = "the configuration") -> SimulateConfig:
+    """A checked configuration from what a file or flags say.
+
+    Raises:
+        SettingsError: a setting that there is not, or a value that cannot be; names all of them.
+    """
+    pydantic = needed("pydantic")
+    adapter = pydantic.TypeAdapter(SimulateConfig)
+    try:
+        return adapter.validate_python(_spread(given))
+    except pydantic.ValidationError as error:
+        said = "; ".join(_in_words(one) for one in error.errors())
+        raise SettingsError(f"{source}: {said}") from None
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """What a configuration file says. Weather may be a file of its own, named relative to it.
+
+    Raises:
+        SettingsError: a file cannot be read, or is neither YAML nor TOML.
+    """
+    given, folder = read_settings(path), Path(path).parent
+    if "weather" in given:
+        given["weather"] = _weather(given["weather"], folder)
+    if isinstance(given.get("networks"), dict):
+        given["networks"] = {k: _weather(one, folder) for k, one in given["networks"].items()}
+    return given
+
+
+def read_weather(path: str | Path) -> dict[str, Any]:
+    """What a weather file says. A trace is named relative to it.
+
+    Raises:
+        SettingsError: as `read_config`.
+    """
+    given: dict[str, Any] = _weather(read_settings(path), Path(path).parent)
+    return given
+
+
+def _weather(given: Any, folder: Path) -> Any:
+    if isinstance(given, str):
+        return read_weather(folder / given)
+    if isinstance(given, dict) and isinstance(given.get("trace"), str):
+        return {**given, "trace": folder / given["trace"]}
+    return given
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """A YAML or TOML file of names and values."""
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"cannot read {path}: {error}") from error
+    loaded = _loaded(path, text)
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise SettingsError(
+            f"{path} holds a {type(loaded).__name__}, no settings: write `name: value`"
+        )
+    return loaded
+
+
+def _loaded(path: Path, text: str) -> object:
+    suffix = path.suffix.lower()
+    if suffix == ".toml":
+        try:
+            return tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise SettingsError(f"{path} is no TOML: {error}") from error
+    if suffix not in (".yaml", ".yml"):
+        raise SettingsError(f"{path}: call it .yaml, .yml or .toml, so that it is clear what it is")
+    yaml = needed("yaml")
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path} is no YAML: {error}") from error
+
+
+def needed(module: str) -> ModuleType:
+    """A library of the extra `simulate`.
+
+    Raises:
+        SettingsError: it is not installed; says what to install.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise SettingsError(
+            f"`torchft simulate` needs {module}, which is not installed ({error}): install "
+            "torchft[simulate]"
+        ) from error
+
+
+def difference(config: SimulateConfig) -> dict[str, Any]:
+    """Only what differs from the defaults, as a file would say it."""
+    return _plain(config, brief=True)
+
+
+def whole(config: SimulateConfig) -> dict[str, Any]:
+    """Every setting, as a file would say it."""
+    return _plain(config, brief=False)
+
+
+def _plain(value: Any, *, brief: bool) -> Any:
+    if dataclasses.is_dataclass(value):
+        shown = {one.name: getattr(value, one.name) for one in dataclasses.fields(value)}
+        if brief:
+            shown = {
+                one.name: shown[one.name]
+                for one in dataclasses.fields(value)
+                if shown[one.name] != _default(one)
+            }
+        return {name: _plain(inside, brief=brief) for name, inside in shown.items()}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inside, brief=brief) for key, inside in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inside, brief=brief) for inside in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _default(one: dataclasses.Field[Any]) -> Any:
+    if one.default_factory is not dataclasses.MISSING:
+        return one.default_factory()
+    return one.default
+
+
+def _spread(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A single value where a list is swept, and a name where a strategy stands, are fine."""
+    spread = dict(given)
+    for name in ("strategies", "nodes", "every", "lr", "seeds"):
+        value = spread.get(name)
+        if value is not None and not isinstance(value, list | tuple):
+            spread[name] = [value]
+    if "strategies" in spread and spread["strategies"] is not None:
+        spread["strategies"] = [
+            {"name": one} if isinstance(one, str) else one for one in spread["strategies"]
+        ]
+    return spread
+
+
+def _in_words(error: Mapping[str, Any]) -> str:
+    where = [part for part in error["loc"] if not str(part).startswith("function-")]
+    name = ".".join(str(part) for part in where)
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = _known_at(where[:-1])
+        near = difflib.get_close_matches(str(where[-1]), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        return f"there is no setting {name}: {hint}"
+    said = error["msg"].removeprefix("Value error, ")
+    given = "" if error["type"] in ("value_error", "missing") else f", not {error['input']!r}"
+    return f"{name}: {said}{given}" if name else said
+
+
+def _known_at(where: Sequence[object]) -> list[str]:
+    """The settings that there are at a place."""
+    homes: dict[str, type] = {
+        "strategies": StrategyConfig,
+        "weather": Weather,
+        "networks": Weather,
+        "nodes": NodeWeather,
+        "events": WeatherEvent,
+        "failures": RandomFailures,
+    }
+    named = [homes[part] for part in where if isinstance(part, str) and part in homes]
+    return sorted(one.name for one in dataclasses.fields(named[-1] if named else SimulateConfig))
+
+
+def _check_swept(name: str, values: Sequence[Any]) -> None:
+    _check(len(values) > 0, f"{name} is empty: give at least one")
+    keys = [value.shown if isinstance(value, StrategyConfig) else value for value in values]
+    twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+    hint = ": give each a label of its own" if name == "strategies" else ""
+    _check(not twice, f"{name} has {', '.join(twice)} twice{hint}")
+
+
+def _check_names(setting: str, name: str, known: Sequence[str]) -> None:
+    if name in known or ":" in name:
+        return
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+    own = "your own is written package.module:factory"
+    raise SettingsError(f"{setting}: nothing is called {name!r}: {hint} ({own})")
+
+
+def _check(good: bool, otherwise: str) -> None:
+    if not good:
+        raise SettingsError(otherwise)
+
+
+_OWNERS: tuple[Any, ...] = (
+    SimulateConfig,
+    StrategyConfig,
+    Weather,
+    NodeWeather,
+    WeatherEvent,
+    RandomFailures,
+)
+for _owner in _OWNERS:
+    _owner.__pydantic_config__ = {"extra": "forbid"}  # pydantic reads this: no key is passed over
