@@ -6,33 +6,49 @@ both and over peers that live in one process.
 """
 
 from torchft.strategies.all_reduce import AllReduce
+from torchft.strategies.demo import DeMo
 from torchft.strategies.diloco import DiLoCo
 from torchft.strategies.fedavg import FedAvg
 from torchft.strategies.gym import (
+    DeMoStrategy,
     DiLoCoStrategy,
     FedAvgStrategy,
     LocalSGDStrategy,
     SimpleReduceStrategy,
+    SPARTADiLoCoStrategy,
+    SPARTAStrategy,
     StreamingDiLoCoStrategy,
+    TopKStrategy,
 )
 from torchft.strategies.inner import Inner, InnerOptimizer
 from torchft.strategies.local import Fragment, Layout, Local
 from torchft.strategies.local_sgd import LocalSGD
 from torchft.strategies.model_local import ModelLocal
 from torchft.strategies.optim_spec import OptimSpec, ensure_optim_spec
+from torchft.strategies.parts.selectors import (
+    IndexSelector,
+    PartitionedIndexSelector,
+    RandomIndexSelector,
+    ShuffledSequentialIndexSelector,
+)
 from torchft.strategies.recipe import By, Clock, Recipe
 from torchft.strategies.schedule import ScheduleSpec
+from torchft.strategies.sparta import Sparta
 from torchft.strategies.strategy import Strategy
+from torchft.strategies.top_k import TopK
 
 __all__ = [
     "AllReduce",
     "By",
     "Clock",
+    "DeMo",
+    "DeMoStrategy",
     "DiLoCo",
     "DiLoCoStrategy",
     "FedAvg",
     "FedAvgStrategy",
     "Fragment",
+    "IndexSelector",
     "Inner",
     "InnerOptimizer",
     "Layout",
@@ -41,10 +57,18 @@ __all__ = [
     "LocalSGDStrategy",
     "ModelLocal",
     "OptimSpec",
+    "PartitionedIndexSelector",
+    "RandomIndexSelector",
     "Recipe",
+    "SPARTADiLoCoStrategy",
+    "SPARTAStrategy",
     "ScheduleSpec",
+    "ShuffledSequentialIndexSelector",
     "SimpleReduceStrategy",
+    "Sparta",
     "Strategy",
     "StreamingDiLoCoStrategy",
+    "TopK",
+    "TopKStrategy",
     "ensure_optim_spec",
 ]

@@ -23,21 +23,29 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from torchft.errors import SettingsError
 from torchft.strategies.all_reduce import AllReduce
+from torchft.strategies.demo import DeMo
 from torchft.strategies.diloco import DiLoCo
 from torchft.strategies.fedavg import FedAvg
 from torchft.strategies.inner import Inner
 from torchft.strategies.local_sgd import LocalSGD
 from torchft.strategies.optim_spec import OptimSpec, ensure_optim_spec
+from torchft.strategies.parts.selectors import RandomIndexSelector, Selector
 from torchft.strategies.recipe import Recipe
 from torchft.strategies.schedule import ScheduleSpec
+from torchft.strategies.sparta import Sparta
 from torchft.strategies.strategy import Strategy
+from torchft.strategies.top_k import TopK
 
 __all__ = [
+    "DeMoStrategy",
     "DiLoCoStrategy",
     "FedAvgStrategy",
     "LocalSGDStrategy",
+    "SPARTADiLoCoStrategy",
+    "SPARTAStrategy",
     "SimpleReduceStrategy",
     "StreamingDiLoCoStrategy",
+    "TopKStrategy",
 ]
 
 Optim = OptimSpec | type[torch.optim.Optimizer] | str | None
@@ -55,6 +63,11 @@ class _Named(Strategy):
         self.settings = settings
 
 
+def _check_interval(name: str, steps: int) -> None:
+    if steps < 1:
+        raise SettingsError(f"{name}={steps}: nodes synchronise every 1 or more inner steps")
+
+
 def _inner(
     optim: OptimSpec, max_norm: float | None, scheduler: Scheduler, arguments: Arguments
 ) -> Inner:
@@ -65,11 +78,11 @@ def _inner(
     return Inner(optim, None, max_norm)
 
 
-def _one_of(**optims: Optim) -> OptimSpec:
+def _one_of(*, default: OptimSpec | None = None, **optims: Optim) -> OptimSpec:
     given = {name: value for name, value in optims.items() if value is not None}
     if len(given) > 1:
         raise SettingsError(f"{' and '.join(given)} name the same optimizer: give one of them")
-    return ensure_optim_spec(next(iter(given.values()), None))
+    return ensure_optim_spec(next(iter(given.values()), None), default)
 
 
 class SimpleReduceStrategy(_Named):
@@ -108,6 +121,7 @@ class FedAvgStrategy(_Named):
         lr_scheduler_kwargs: Arguments = None,
         seed: int = 0,
     ) -> None:
+        _check_interval("H", H)
         optim = _one_of(
             optim_spec=optim_spec, inner_optim=inner_optim, inner_optim_spec=inner_optim_spec
         )
@@ -136,6 +150,7 @@ class LocalSGDStrategy(_Named):
         lr_scheduler: Scheduler = None,
         lr_scheduler_kwargs: Arguments = None,
     ) -> None:
+        _check_interval("H", H)
         optim = _one_of(
             optim_spec=optim_spec, inner_optim=inner_optim, inner_optim_spec=inner_optim_spec
         )
@@ -159,6 +174,7 @@ class DiLoCoStrategy(_Named):
         lr_scheduler: Scheduler = None,
         lr_scheduler_kwargs: Arguments = None,
     ) -> None:
+        _check_interval("H", H)
         optim = _one_of(
             optim_spec=optim_spec, inner_optim=inner_optim, inner_optim_spec=inner_optim_spec
         )
@@ -184,6 +200,7 @@ class StreamingDiLoCoStrategy(_Named):
         lr_scheduler: Scheduler = None,
         lr_scheduler_kwargs: Arguments = None,
     ) -> None:
+        _check_interval("H", H)
         optim = _one_of(
             optim_spec=optim_spec, inner_optim=inner_optim, inner_optim_spec=inner_optim_spec
         )
@@ -197,3 +214,164 @@ class StreamingDiLoCoStrategy(_Named):
             fragments=fragments,
             outer=outer,
         )
+
+
+class SPARTAStrategy(_Named):
+    """Average a share `p_sparta` (0.005) of the weights, at random, every `sparta_interval` steps.
+
+    `index_selector` chooses them in another way; it stands instead of `p_sparta`.
+    """
+
+    def __init__(
+        self,
+        optim_spec: Optim = None,
+        p_sparta: float | None = None,
+        sparta_interval: int = 1,
+        max_norm: float | None = None,
+        *,
+        index_selector: Selector | None = None,
+        seed: int = 0,
+        inner_optim: Optim = None,
+        inner_optim_spec: Optim = None,
+        lr_scheduler: Scheduler = None,
+        lr_scheduler_kwargs: Arguments = None,
+    ) -> None:
+        _check_interval("sparta_interval", sparta_interval)
+        optim = _one_of(
+            optim_spec=optim_spec, inner_optim=inner_optim, inner_optim_spec=inner_optim_spec
+        )
+        inner = _inner(optim, max_norm, lr_scheduler, lr_scheduler_kwargs)
+        selector = _selector(p_sparta, index_selector)
+        recipe = Sparta(selector, sparta_interval, seed=seed)
+        settings = {"index_selector": selector, "sparta_interval": sparta_interval, "seed": seed}
+        super().__init__([recipe], inner, **settings)
+
+
+class SPARTADiLoCoStrategy(_Named):
+    """SPARTA between the rounds of DiLoCo. Where both are due, SPARTA goes first."""
+
+    def __init__(
+        self,
+        inner_optim_spec: Optim = None,
+        outer_optim_spec: Optim = None,
+        p_sparta: float | None = None,
+        sparta_interval: int = 1,
+        H: int = 100,
+        max_norm: float | None = None,
+        *,
+        index_selector: Selector | None = None,
+        seed: int = 0,
+        optim_spec: Optim = None,
+        inner_optim: Optim = None,
+        lr_scheduler: Scheduler = None,
+        lr_scheduler_kwargs: Arguments = None,
+    ) -> None:
+        _check_interval("H", H)
+        _check_interval("sparta_interval", sparta_interval)
+        optim = _one_of(
+            optim_spec=optim_spec, inner_optim=inner_optim, inner_optim_spec=inner_optim_spec
+        )
+        inner = _inner(optim, max_norm, lr_scheduler, lr_scheduler_kwargs)
+        outer = ensure_optim_spec(outer_optim_spec, OUTER)
+        selector = _selector(p_sparta, index_selector)
+        recipes = [
+            Sparta(selector, sparta_interval, seed=seed),
+            DiLoCo(outer, H, backup_device=None),
+        ]
+        settings = {"index_selector": selector, "sparta_interval": sparta_interval, "seed": seed}
+        super().__init__(recipes, inner, H=H, outer=outer, **settings)
+
+
+def _selector(p: float | None, selector: Selector | None) -> Selector:
+    if selector is None:
+        return RandomIndexSelector(0.005 if p is None else p)
+    if p is not None:
+        raise SettingsError("index_selector says which weights: leave p_sparta out")
+    return selector
+
+
+class DeMoStrategy(_Named):
+    """Send the largest DCT coefficients of each node's momentum; step with the sign of their mean.
+
+    The inner optimizer is SGD with lr 1e-3 unless another is given. `weight_decay` is decoupled:
+    w ← w - lr · weight_decay · w, whatever the gradient.
+    """
+
+    def __init__(
+        self,
+        compression_decay: float = 0.999,
+        compression_topk: int = 32,
+        compression_chunk: int = 64,
+        weight_decay: float = 0.0,
+        max_norm: float | None = None,
+        *,
+        optim_spec: Optim = None,
+        inner_optim: Optim = None,
+        inner_optim_spec: Optim = None,
+        lr_scheduler: Scheduler = None,
+        lr_scheduler_kwargs: Arguments = None,
+    ) -> None:
+        optim = _one_of(
+            default=OptimSpec(torch.optim.SGD, lr=1e-3),
+            optim_spec=optim_spec,
+            inner_optim=inner_optim,
+            inner_optim_spec=inner_optim_spec,
+        )
+        decayed = _with_decay(optim, weight_decay)
+        recipe = DeMo(compression_decay, compression_topk, compression_chunk, max_norm=max_norm)
+        super().__init__(
+            [recipe],
+            _inner(decayed, None, lr_scheduler, lr_scheduler_kwargs),
+            compression_decay=compression_decay,
+            compression_topk=compression_topk,
+            compression_chunk=compression_chunk,
+            weight_decay=weight_decay,
+            max_norm=max_norm,
+        )
+
+
+def _with_decay(optim: OptimSpec, weight_decay: float) -> OptimSpec:
+    if not weight_decay:
+        return optim
+    if "weight_decay" in optim.kwargs:
+        raise SettingsError(f"{optim!r} has a weight_decay: leave the strategy's out")
+    # Plain SGD adds the decay to the gradient and steps once: that is the decoupled one.
+    plain_sgd = optim.cls is torch.optim.SGD and not optim.kwargs.get("momentum")
+    if not (plain_sgd or optim.cls is torch.optim.AdamW):
+        raise SettingsError(
+            f"weight_decay={weight_decay} would not be decoupled in {optim!r}: use SGD without "
+            "momentum or AdamW, or give the optimizer its own weight_decay"
+        )
+    return OptimSpec(optim.cls, **optim.kwargs, weight_decay=weight_decay)
+
+
+class TopKStrategy(_Named):
+    """DiLoCo that sends `topk` of every `chunk` numbers, and keeps the rest for later rounds.
+
+    The outer optimizer is SGD with lr 1 unless another is given: the residual is its momentum.
+    """
+
+    def __init__(
+        self,
+        optim_spec: Optim = None,
+        outer_optim_spec: Optim = None,
+        H: int = 100,
+        topk: int = 64,
+        chunk: int = 4096,
+        decay: float = 0.95,
+        max_norm: float | None = None,
+        *,
+        inner_optim: Optim = None,
+        inner_optim_spec: Optim = None,
+        lr_scheduler: Scheduler = None,
+        lr_scheduler_kwargs: Arguments = None,
+    ) -> None:
+        _check_interval("H", H)
+        optim = _one_of(
+            optim_spec=optim_spec, inner_optim=inner_optim, inner_optim_spec=inner_optim_spec
+        )
+        inner = _inner(optim, max_norm, lr_scheduler, lr_scheduler_kwargs)
+        outer = ensure_optim_spec(outer_optim_spec, OptimSpec(torch.optim.SGD, lr=1.0))
+        recipe = TopK(outer, H, topk=topk, chunk=chunk, decay=decay)
+        settings = {"H": H, "topk": topk, "chunk": chunk, "decay": decay}
+        super().__init__([recipe], inner, outer=outer, **settings)

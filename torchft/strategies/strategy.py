@@ -31,6 +31,7 @@ from torch import Tensor
 from torchft.errors import HealError, PhaseError, SettingsError
 from torchft.peers import Handle, Peers, Place, Round
 from torchft.strategies.local import Fragment, Local
+from torchft.strategies.optim_spec import plain
 from torchft.strategies.parts import buckets
 from torchft.strategies.recipe import By, Clock, Recipe
 
@@ -38,6 +39,12 @@ if TYPE_CHECKING:
     from torchft.strategies.inner import Inner
 
 __all__ = ["Strategy"]
+
+
+_NO_JOIN = (
+    "no group can join others whose strategy communicates both before and after the inner step: "
+    "start all groups together"
+)
 
 
 @dataclass
@@ -110,15 +117,20 @@ class Strategy:
         self.local, self._peers, self._applying = local, peers, applying
         return self
 
+    @property
+    def opening(self) -> int:
+        """Position of the recipe whose round opened last, or opens now."""
+        return self._opening
+
     def config(self) -> dict[str, Any]:
         """All settings as plain data, for loggers."""
         recipes = [type(recipe).__name__ for recipe in self.recipes]
         inner = self.inner.config() if self.inner is not None else {}
         settings = {
-            name: value.config() if hasattr(value, "config") else value
+            name: value.config() if hasattr(value, "config") else plain(value)
             for name, value in self.settings.items()
         }
-        return {"strategy": type(self).__name__, "recipes": recipes, **settings, **inner}
+        return {"strategy": type(self).__name__, "recipes": recipes, **inner, **settings}
 
     def __repr__(self) -> str:
         config = self.config()
@@ -134,6 +146,7 @@ class Strategy:
 
         Raises:
             PhaseError: the others have another strategy or schedule.
+            SettingsError: no group can join others that communicate before and after the step.
         """
         recipes = self._at(Place.AFTER)
         while recipes and not self._join(recipes):
@@ -144,6 +157,9 @@ class Strategy:
         if peers_round.opening:
             return True
         healed = not peers_round.failed
+        if self._at(Place.BEFORE):
+            self._give_up(peers_round, SettingsError(_NO_JOIN))
+            raise SettingsError(_NO_JOIN)
         # The healed state says whose round this is.
         due = next((r for r in recipes if r.due() and self._position(r) >= self._opening), None)
         if due is None:
@@ -269,7 +285,7 @@ class Strategy:
             for recipe in recipes:
                 self._discard(recipe, recipe.fragment(), None)
             raise
-        for recipe in recipes:
+        for recipe in self.recipes:
             recipe.opened()
         return opened
 
@@ -281,7 +297,7 @@ class Strategy:
 
     def _send(self, recipe: Recipe, peers_round: Round) -> None:
         fragment = recipe.fragment()
-        if peers_round.failed and recipe.varies:
+        if peers_round.failed and (recipe.varies or len(self.recipes) > 1):
             # Whoever could not heal does not know what the others send now. Tensors of other
             # sizes would spoil their average, so nobody gets one.
             peers_round.fail(HealError("a joining group could not heal: the round is given up"))

@@ -1,0 +1,106 @@
+"""DeMo: each node keeps its momentum to itself and sends only what stands out of it.
+
+    m ← β m + g                          momentum, each node's own
+    q ← the k largest of DCT(m), by block of each parameter
+    m ← m - inverse DCT(q)               what was sent is forgotten, the rest goes on growing
+    g ← sign(inverse DCT(mean over the nodes of q))
+
+Example, one block of two numbers and k = 1: m = (3, 1) has the coefficients (2.83, 1.41). The first
+is sent; m keeps (1, -1), which is the second; a node alone goes on with g = sign(2, 2) = (1, 1).
+It sends 6 bytes for each of k numbers in a block of up to chunk x chunk, in every step.
+(Peng et al., arXiv 2411.19870.)
+
+The transform is linear and orthonormal, so the momentum is kept in coefficients: forgetting is
+setting to zero. After a no nothing is written: momentum and weights stand, the gradient is lost.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchft.errors import SettingsError
+from torchft.peers import Place
+from torchft.strategies.local import Fragment
+from torchft.strategies.parts.dct import Blocks, dct, inverse_dct
+from torchft.strategies.parts.largest import largest, mean_of, packed
+from torchft.strategies.recipe import By, Recipe
+
+__all__ = ["DeMo"]
+
+Draft = tuple[list[Tensor], list[Tensor]]
+"""The momentum with this step's gradient, and where in it is what was sent."""
+
+
+class DeMo(Recipe):
+    """`topk` coefficients of each block, whose sides are at most `chunk`; momentum by `decay`.
+
+    `max_norm` clips each node's gradient before the momentum takes it up; the sign is not clipped.
+    """
+
+    place = Place.BEFORE
+    by = By.GATHER
+
+    def __init__(
+        self,
+        decay: float = 0.999,
+        topk: int = 32,
+        chunk: int = 64,
+        *,
+        max_norm: float | None = None,
+    ) -> None:
+        if not 0 <= decay < 1:
+            raise SettingsError(f"compression_decay={decay} must be at least 0 and below 1")
+        if topk < 1 or chunk < 1:
+            raise SettingsError(f"compression_topk={topk}, compression_chunk={chunk}: 1 or more")
+        if max_norm is not None and not max_norm > 0:
+            raise SettingsError(f"max_norm={max_norm} must be above 0")
+        self.decay, self.topk, self.chunk, self.max_norm = decay, topk, chunk, max_norm
+
+    def setup(self) -> None:
+        """How the parameters are cut; no momentum yet."""
+        flats = self.local.weights(self.local.whole)
+        self._kinds = [(flat.shape[1], flat.dtype, flat.device) for flat in flats]
+        self.blocks = Blocks(self.local.views(self.local.whole, flats), self.chunk)
+        self.local.release(flats, reusable=True)
+        self.own["momentum"] = self.blocks.zeros(self.local.rows)
+
+    @torch.no_grad()
+    def contribution(self, fragment: Fragment) -> tuple[list[Tensor], Draft]:
+        """The largest coefficients, and where they are."""
+        grads = self.local.grads(fragment)
+        views = self.local.views(fragment, grads)
+        momentum = [old * self.decay for old in self.own["momentum"]]
+        for row in range(self.local.rows):
+            gradient = self._clipped(self.blocks.cut(views, row))
+            for new, blocks in zip(momentum, gradient, strict=True):
+                new[row] += dct(blocks).view(new.shape[1:])
+        self.local.release(grads, reusable=True)
+        where = largest(momentum, self.topk)
+        return packed(momentum, where), (momentum, where)
+
+    def _clipped(self, gradient: list[Tensor]) -> list[Tensor]:
+        if self.max_norm is not None:
+            norm = torch.stack([torch.linalg.vector_norm(blocks) for blocks in gradient]).norm()
+            for blocks in gradient:
+                blocks.mul_((self.max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return gradient
+
+    @torch.no_grad()
+    def apply(self, fragment: Fragment, received: list[Tensor]) -> list[Tensor]:
+        """The sign of the mean."""
+        means = mean_of(received, self.own["momentum"], self.topk)
+        news = [torch.empty(1, n, dtype=dtype, device=at) for n, dtype, at in self._kinds]
+        blocks = [
+            inverse_dct(mean.view(-1, *group.side))
+            for mean, group in zip(means, self.blocks.groups, strict=True)
+        ]
+        self.blocks.join(blocks, self.local.views(fragment, news))
+        return [flat.sign_() for flat in news]
+
+    @torch.no_grad()
+    def adopt(self, fragment: Fragment, news: list[Tensor], draft: Draft) -> None:
+        """Forget what was sent; the sign is this node's gradient."""
+        for old, new, sent in zip(self.own["momentum"], *draft, strict=True):
+            old.copy_(new.scatter_(-1, sent, 0.0))
+        self.local.set_grads(fragment, news)
