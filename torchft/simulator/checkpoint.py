@@ -130,7 +130,8 @@ def _read(path: Path) -> dict[str, Any]:
     except Exception as error:
         # Whatever torch says of a file that is cut off, or that was never one of ours.
         raise SettingsError(
-            f"{path} cannot be read as a checkpoint ({error}): remove it to resume from an older one"
+            f"{path} cannot be read as a checkpoint ({error}): remove it, to resume from an older "
+            "one"
         ) from error
     if not isinstance(content, dict) or not content.keys() >= _FIELDS:
         raise SettingsError(f"{path} is no checkpoint of a run: give one that a Trainer wrote")

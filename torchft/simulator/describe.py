@@ -60,5 +60,8 @@ def differences(saved: object, now: object, path: str = "") -> Iterator[str]:
         for key in [*saved, *(key for key in now if key not in saved)]:
             below = f"{path}.{key}" if path else str(key)
             yield from differences(saved.get(key, "nothing"), now.get(key, "nothing"), below)
+    elif isinstance(saved, list) and isinstance(now, list) and len(saved) == len(now):
+        for index, pair in enumerate(zip(saved, now, strict=True)):
+            yield from differences(*pair, f"{path}[{index}]")
     elif saved != now:
         yield f"{path}: {saved} → {now}"

@@ -16,7 +16,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO
 
@@ -27,9 +27,11 @@ __all__ = [
     "CSVLogger",
     "Kind",
     "Logger",
+    "LoggerName",
     "Row",
     "TensorBoardLogger",
     "WandbLogger",
+    "chosen",
     "perplexity",
 ]
 
@@ -166,6 +168,41 @@ class TensorBoardLogger:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+
+LoggerName = Literal["csv", "tensorboard", "none"]
+
+
+def chosen(
+    logger: LoggerName | Logger | Sequence[Logger] | None,
+    wandb_project: str | None,
+    folder: Path,
+    *,
+    axis: Axis = "step",
+) -> list[Logger]:
+    """The loggers of a run whose folder, and so whose name, is `folder`. By default CSV, or W&B
+    where a project is given; both where both are asked for.
+
+    Raises:
+        SettingsError: no such logger or axis, or its package is not installed.
+    """
+    if axis not in _COLUMN:
+        raise SettingsError(f"log_x_axis={axis!r}: it is 'step' or 'examples'")
+    wandb: list[Logger] = []
+    if wandb_project is not None:
+        wandb.append(WandbLogger(wandb_project, folder.name, axis=axis))
+    if logger is None:
+        return wandb or [CSVLogger(folder)]
+    if not isinstance(logger, str):
+        return [*wandb, *(logger if isinstance(logger, Sequence) else [logger])]
+    makers: dict[str, Callable[[], list[Logger]]] = {
+        "csv": lambda: [CSVLogger(folder)],
+        "tensorboard": lambda: [TensorBoardLogger(folder, axis=axis)],
+        "none": list,
+    }
+    if logger not in makers:
+        raise SettingsError(f"logger={logger!r}: use {', '.join(makers)}, or an object of your own")
+    return [*wandb, *makers[logger]()]
 
 
 def _imported(module: str, extra: str, name: str) -> Any:
