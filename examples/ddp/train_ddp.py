@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +25,14 @@ from torchft.cli.numbers import at_least
 from torchft.digest import digest
 from torchft.launch.bytes_lm import ByteCorpus, ByteTransformer, Order, next_byte_loss
 from torchft.launch.inside import average_inside, meet_inside
-from torchft.launch.shell import joining, run_script, show_events, which_group
+from torchft.launch.shell import (
+    joining,
+    require_torchrun,
+    run_script,
+    shared_flags,
+    show_events,
+    which_group,
+)
 from torchft.launch.together import Together
 
 STEPS = 10_000  # then it ends; some minutes on a laptop
@@ -107,43 +112,11 @@ def main() -> None:
 
 
 def command_line() -> argparse.Namespace:
-    about = (__doc__ or "").splitlines()[0]
-    parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
+    parser = shared_flags(__doc__, finish_together_s=FINISH_TOGETHER_S)
     parser.add_argument(
         "--steps", type=at_least(1), default=STEPS, metavar="N", help=f"to be committed ({STEPS})"
     )
-    parser.add_argument(
-        "--finish-together-s",
-        type=at_least(0),
-        default=FINISH_TOGETHER_S,
-        metavar="SECONDS",
-        help=f"go on so long for a group that is away at the end ({FINISH_TOGETHER_S})",
-    )
-    parser.add_argument(
-        "--corpus",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="a text file or a folder of them; may be repeated (the standard library's sources)",
-    )
     return parser.parse_args()
-
-
-def require_torchrun() -> None:
-    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in needed if name not in os.environ]
-    if missing:
-        sys.exit(
-            f"{', '.join(missing)} not set: start this script by torchrun, as in\n"
-            "  torchrun --master_port=29600 --nnodes=1 --nproc_per_node=1 examples/ddp/train_ddp.py"
-        )
-    if "TORCHFT_LIGHTHOUSE" not in os.environ:
-        sys.exit(
-            "TORCHFT_LIGHTHOUSE is not set: start a lighthouse by\n"
-            "  torchft_lighthouse --min_replicas 1\n"
-            "and set it to the address, such as http://localhost:29510"
-        )
 
 
 def pick_device(group: int) -> torch.device:
@@ -159,7 +132,4 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    # So that `finally` runs and frees the ports, whenever SIGTERM comes. The others miss this group
-    # one heartbeat timeout later.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.exit(run_script(main, "train_ddp.py"))

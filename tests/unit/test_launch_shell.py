@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from torchft.errors import CollectiveError, SettingsError, TorchftError, UnreachableError
 from torchft.launch import shell
-from torchft.launch.shell import joining, run_script, show_events, which_group
+from torchft.launch.shell import (
+    joining,
+    require_torchrun,
+    run_script,
+    shared_flags,
+    show_events,
+    which_group,
+)
 
 LOGGERS = ("torchft.manager", *shell.STRUCTURED)
 
@@ -20,6 +29,13 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith("TORCHELASTIC_") or name in ("RANK", "WORLD_SIZE"):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def own_sigterm() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture
@@ -76,7 +92,47 @@ def test_the_last_group_of_three(monkeypatch: pytest.MonkeyPatch) -> None:
     assert which_group() == (2, 3)
 
 
+# ---------------------------------------------------------------- the start
+
+
+def test_without_torchrun_the_line_to_type_names_this_script(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.argv", ["examples/train.py", "--steps=3"])
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        require_torchrun()
+    said = str(ended.value)
+    assert said.startswith("RANK, WORLD_SIZE, MASTER_PORT not set: start this script by torchrun")
+    assert said.endswith("--nproc_per_node=1 examples/train.py")
+
+
+def test_the_shared_flags_have_the_scripts_own_default(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = shared_flags("Trains.\n\nMore of it.", finish_together_s=7)
+    assert parser.parse_args([]).finish_together_s == 7
+    assert parser.parse_args(["--corpus=a", "--corpus=b"]).corpus == [Path("a"), Path("b")]
+    assert parser.description == "Trains."
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--finish-together-s=-1"])
+    assert "-1 is too small: it must be at least 0" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- the end
+
+
+def test_sigterm_lets_finally_run() -> None:
+    freed = []
+
+    def main() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            freed.append("the port")
+
+    with pytest.raises(SystemExit) as ended:
+        run_script(main, "train.py")
+    assert (freed, ended.value.code) == (["the port"], 128 + signal.SIGTERM)
 
 
 def test_an_error_is_one_last_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,13 @@
-"""What a training script in a shell owes its user: who takes part is seen, and what is wrong is
-said once, in a last line.
+"""What a training script in a shell owes its user: flags, who takes part is seen, and what is wrong
+is said once, in a last line.
+
+    sys.exit(run_script(main, "train.py"))      # and `main` begins with:
+    arguments = shared_flags(__doc__, finish_together_s=60).parse_args()
+    require_torchrun()
+    show_events()
+    group, groups = which_group()
+    with joining():
+        manager = Manager(...)
 
 Exit codes: 1 for what went wrong, 2 for what was typed or set wrongly. torchrun restarts a worker
 that failed; where that cannot help, because the same setting or the same absent lighthouse would
@@ -8,20 +16,69 @@ be met again, its agent is asked to end instead.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from torchft import settings
+from torchft.cli.numbers import at_least
 from torchft.errors import SettingsError, TorchftError, UnreachableError
 
-__all__ = ["joining", "run_script", "show_events", "which_group"]
+__all__ = [
+    "joining",
+    "require_torchrun",
+    "run_script",
+    "shared_flags",
+    "show_events",
+    "which_group",
+]
 
 STRUCTURED = ("torchft_quorums", "torchft_commits", "torchft_errors")
 """They say the same as `torchft.manager`, as fields: for programs."""
+
+
+def shared_flags(doc: str | None, *, finish_together_s: int) -> argparse.ArgumentParser:
+    """A command line with what all examples have, about the first line of `doc`; add your own."""
+    about = (doc or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
+    parser.add_argument(
+        "--finish-together-s",
+        type=at_least(0),
+        default=finish_together_s,
+        metavar="SECONDS",
+        help=f"go on so long for a group that is away at the end ({finish_together_s})",
+    )
+    parser.add_argument(
+        "--corpus",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a text file or a folder of them; may be repeated (the standard library's sources)",
+    )
+    return parser
+
+
+def require_torchrun() -> None:
+    """End with the lines to type where torchrun or the lighthouse's address is missing."""
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if settings.text(name) is None]
+    if missing:
+        sys.exit(
+            f"{', '.join(missing)} not set: start this script by torchrun, as in\n"
+            f"  torchrun --master_port=29600 --nnodes=1 --nproc_per_node=1 {sys.argv[0]}"
+        )
+    if settings.text(settings.LIGHTHOUSE) is None:
+        sys.exit(
+            f"{settings.LIGHTHOUSE} is not set: start a lighthouse by\n"
+            "  torchft_lighthouse --min_replicas 1\n"
+            "and set it to the address, such as http://localhost:29510"
+        )
 
 
 def show_events() -> None:
@@ -68,7 +125,12 @@ def joining() -> Iterator[None]:
 
 
 def run_script(main: Callable[[], None], name: str) -> int:
-    """Run `main` of the script `name`; an error of ours is one last line. Returns the exit code."""
+    """Run `main` of the script `name`; an error of ours is one last line. Returns the exit code.
+
+    From here on SIGTERM is raised as SystemExit, so that `finally` runs and frees the ports. The
+    other groups miss this one a heartbeat timeout later.
+    """
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         main()
     except (TorchftError, TimeoutError) as error:
