@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchft.records import StepRecord
 from torchft.simulator.events import Event
 from torchft.simulator.peers import HealRecord, RoundRecord
 
@@ -50,6 +51,8 @@ class Result:
     """The nodes that are there at the end."""
     model: nn.Module | None = None
     """The mean of the living: see `mean_model`."""
+    records: list[StepRecord] = field(default_factory=list)
+    """Of real processes: what each wrote of its rounds."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time by name."""
     simulated: Any = None
@@ -72,22 +75,23 @@ class Result:
 
 @torch.no_grad()
 def mean_model(models: Sequence[nn.Module]) -> nn.Module:
-    """A copy that holds the mean of all parameters and floating-point buffers.
+    """A copy that holds the mean of all trained parameters and floating-point buffers.
 
-    Other buffers (BatchNorm's count of batches) are the first model's. Adds in the given order.
+    Other buffers (BatchNorm's count of batches) and frozen parameters are the first model's. The
+    mean of equal models is that model, bit for bit.
     """
     mean = copy.deepcopy(models[0])
-    for p in mean.parameters():
-        p.grad = None
-    others = [_floating(model) for model in models[1:]]
-    for name, value in _floating(mean).items():
-        for other in others:
-            value.add_(other[name])
-        value.div_(len(models))
+    everyones = [_averaged(model) for model in models]
+    for name, value in _averaged(mean).items():
+        wide = value.dtype if value.device.type == "mps" else torch.float64
+        total = torch.zeros_like(value, dtype=wide)
+        for one in everyones:
+            total.add_(one[name])
+        value.copy_(total.div_(len(models)))
     return mean
 
 
-def _floating(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers that have a mean; what is tied once."""
-    named = [*model.named_parameters(), *model.named_buffers()]
-    return {name: t for name, t in named if t.is_floating_point() or t.is_complex()}
+def _averaged(model: nn.Module) -> dict[str, Tensor]:
+    """What has a mean; a tied weight once."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return trained | {name: b for name, b in model.named_buffers() if b.is_floating_point()}

@@ -1,0 +1,141 @@
+"""The same experiment on N real processes of this machine: gloo, the real manager, a lighthouse.
+
+    result = run_processes(Experiment(…, strategy=strategy, deterministic=True, digests=True))
+
+Each process has its own node: one model, one feed, the same strategy object bound to the manager.
+`Dies` is SIGKILL, `Joins` a new process that heals from the others. What the run did is in its step
+records, `result.records`, and `replay.events_of` gives a simulation the same events.
+
+With several CUDA devices the nodes take them in turn (not tested on a machine that has any).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from torch import nn
+
+from torchft.errors import SettingsError
+from torchft.launch.local_nodes import LocalNodes, Start
+from torchft.records import StepRecord, read_step_records
+from torchft.simulator.events import Dies, Joins
+from torchft.simulator.experiment import Experiment
+from torchft.simulator.real_node import RealNode, from_bytes
+from torchft.simulator.replay import heals_of, round_records_of, rounds_of
+from torchft.simulator.result import Result, StepRow, mean_model
+from torchft.simulator.seeds import kept_rng
+
+__all__ = ["run_processes"]
+
+
+def run_processes(
+    experiment: Experiment, *, folder: Path | None = None, method: str | None = None
+) -> Result:
+    """Run it to its end. The strategy object is not used up: each process has a copy.
+
+    Args:
+        folder: where the step records stay; None: nowhere.
+        method: how processes start, `fork` or `forkserver`; None: fork where that is safe.
+
+    Raises:
+        SettingsError: it cannot run.
+        NodeFailed: a process failed; with its traceback.
+    """
+    started = perf_counter()
+    experiment.check()
+    deaths = _deaths(experiment)
+    log = _Log(experiment.num_nodes)
+    with tempfile.TemporaryDirectory(prefix="torchft-") as temporary:
+        records = folder or Path(temporary)
+        nodes = LocalNodes(
+            RealNode(experiment, deaths),
+            _starts(experiment),
+            records,
+            mortal={death.node for death in deaths},
+            method=method,
+            preload=["torchft.simulator.real_node"],
+            news=log.add,
+        )
+        ends = nodes.run()
+        told = [read_step_records(path) for path in sorted(records.glob("node_*.jsonl"))]
+    result = _result(experiment, log, [record for life in told for record in life])
+    with kept_rng(experiment.torch_device):
+        _take_models(result, experiment, ends)
+    result.seconds["total"] = perf_counter() - started
+    return result
+
+
+def _starts(experiment: Experiment) -> list[Start]:
+    events = [e for e in experiment.all_events() if isinstance(e, Dies | Joins)]
+    first = {e.node: e for e in sorted(events, key=lambda e: -e.step)}
+    at_once = [n for n in range(experiment.num_nodes) if not isinstance(first.get(n), Joins)]
+    return [
+        *map(Start, at_once),
+        *(Start(e.node, at=e.step) for e in events if isinstance(e, Joins)),
+    ]
+
+
+def _deaths(experiment: Experiment) -> list[Dies]:
+    for event in experiment.all_events():
+        if not isinstance(event, Dies | Joins):
+            raise SettingsError(f"{event} is for simulations: real processes can die and join")
+    return [event for event in experiment.all_events() if isinstance(event, Dies)]
+
+
+class _Log:
+    """What the nodes told while they ran, by step."""
+
+    def __init__(self, nodes: int) -> None:
+        self._nodes = nodes
+        self._losses: dict[int, dict[int, float]] = {}
+        self._rates: dict[int, float] = {}
+        self._digests: dict[int, list[str | None]] = {}
+
+    def add(self, node: int, rows: Iterable[dict[str, Any]]) -> None:
+        """Some steps of one node."""
+        for row in rows:
+            step = row["step"]
+            if "loss" in row:
+                self._losses.setdefault(step, {})[node] = row["loss"]
+                self._rates[step] = row["lr"]
+            if "digest" in row:
+                self._digests.setdefault(step, [None] * self._nodes)[node] = row["digest"]
+
+    def history(self) -> list[StepRow]:
+        """A row for each step, nodes in order."""
+        return [
+            StepRow(step, dict(sorted(losses.items())), self._rates[step])
+            for step, losses in sorted(self._losses.items())
+        ]
+
+    def digests(self) -> list[tuple[int, list[str | None]]]:
+        """Of each step in which a round committed."""
+        return sorted(self._digests.items())
+
+
+def _result(experiment: Experiment, log: _Log, records: list[StepRecord]) -> Result:
+    rounds = rounds_of(records)
+    return Result(
+        experiment.num_nodes,
+        events=experiment.all_events(),
+        history=log.history(),
+        digests=log.digests(),
+        rounds=round_records_of(rounds),
+        heals=heals_of(rounds),
+        records=records,
+    )
+
+
+def _take_models(result: Result, experiment: Experiment, ends: dict[int, Any]) -> None:
+    """Of a node that was killed and not started again, the model that it began with."""
+    for node in range(experiment.num_nodes):
+        model: nn.Module = experiment.make_model()
+        if node in ends:
+            model.load_state_dict(from_bytes(ends[node]["model"]))
+        result.models.append(model)
+    result.alive = sorted(ends)
+    result.model = mean_model([result.models[node] for node in result.alive])

@@ -1,0 +1,249 @@
+"""One node of an experiment in a process of its own: what `processes` runs in each of them.
+
+The loop is that of the simulation, with one row: the strategy is bound to the manager.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from torchft.digest import digest
+from torchft.peers import Handle, Peers, Place, Round
+from torchft.simulator.events import Dies
+from torchft.simulator.experiment import Experiment
+from torchft.simulator.node import finite_losses
+from torchft.simulator.replay import note_of
+from torchft.simulator.seeds import kept_rng, seed_node
+from torchft.strategies.model_local import ModelLocal
+from torchft.strategies.recipe import Clock
+
+if TYPE_CHECKING:
+    from torchft.launch.local_node import LocalNode
+
+__all__ = ["RealNode", "from_bytes"]
+
+_ROWS = 100
+"""So many steps are told at once, if no round commits before."""
+
+
+@dataclass
+class RealNode:
+    """The story of each process. It pickles as far as the experiment does."""
+
+    experiment: Experiment
+    deaths: Sequence[Dies]
+
+    def __call__(self, node: LocalNode) -> dict[str, Any]:
+        """Train to the end. What is left: `model`, the bytes of its state."""
+        experiment = replace(self.experiment, device=_device_of(self.experiment, node.number))
+        with kept_rng(experiment.torch_device):
+            return _Trainer(experiment, node, self._death_of(node)).train()
+
+    def _death_of(self, node: LocalNode) -> Dies | None:
+        mine = sorted((d for d in self.deaths if d.node == node.number), key=lambda d: d.step)
+        return mine[node.life] if node.life < len(mine) else None
+
+
+def _device_of(experiment: Experiment, node: int) -> torch.device:
+    """Several CUDA devices are taken in turn, unless one is named."""
+    device = experiment.torch_device
+    if device.type == "cuda" and experiment.device in (None, "cuda"):
+        return torch.device("cuda", node % torch.cuda.device_count())
+    return device
+
+
+class _Trainer:
+    """The training loop of one node."""
+
+    def __init__(self, experiment: Experiment, node: LocalNode, death: Dies | None) -> None:
+        self._experiment, self._node, self._death = experiment, node, death
+        self._device = experiment.torch_device
+        self._feed = experiment.feed()
+        self._model = experiment.make_model()
+        trained = [p for p in self._model.parameters() if p.requires_grad]
+        self._inner = experiment.inner.build([trained], experiment.total_steps)
+        self._local = ModelLocal([self._model], self._inner)
+        self._train_node = experiment.make_node(self._model, node.number)
+        self._strategy = experiment.strategy
+        self._clock = self._strategy.clock
+        node.meet(self._load, self._save)
+        node.manager.offer_copies()  # buffers change while a round is open
+        node.manager.describe_model("model", list(self._model.named_parameters()))
+        self._peers = _Watched(node, self._clock, experiment.deterministic, death)
+        self._strategy.bind(self._local, self._peers)
+        self._rows: list[dict[str, Any]] = []
+
+    def train(self) -> dict[str, Any]:
+        """From the first round to the last."""
+        self._strategy.join()
+        if self._peers.committed:  # the others had begun already
+            self._keep({"step": self._clock.steps - 1})
+        while self._clock.steps < self._experiment.total_steps:
+            self._train_step()
+        self._strategy.finish()
+        self._node.manager.settle()
+        self._report()
+        self._feed.close()
+        return {"model": _to_bytes(self._model.state_dict())}
+
+    def _train_step(self) -> None:
+        self._die_before(self._clock.steps)
+        self._node.gate(self._clock.steps)
+        self._strategy.begin()
+        step = self._clock.steps  # that of the others, after a heal
+        self._local.zero_grads()
+        losses = finite_losses({self._node.number: self._backward(step)}, step)
+        row = {"step": step, "loss": losses[self._node.number], "lr": self._inner.lr}
+        self._strategy.step()
+        self._keep(row)
+
+    def _backward(self, step: int) -> Tensor:
+        batch = self._feed.batch(self._node.number, step)
+        seed_node(self._experiment.seed, self._node.number, step, self._device)
+        return self._train_node.backward(batch, self._experiment.micro_batch_size)
+
+    def _die_before(self, step: int) -> None:
+        death = self._death
+        if death is not None and not death.in_round and step >= death.step:
+            self._report()
+            self._node.dies()
+
+    def _keep(self, row: dict[str, Any]) -> None:
+        """Remember a step, with the digest where a round committed."""
+        committed, self._peers.committed = self._peers.committed, False
+        if committed and self._experiment.digests:
+            row["digest"] = self._digest()
+        self._rows.append(row)
+        if committed or len(self._rows) >= _ROWS:
+            self._report()
+
+    def _report(self) -> None:
+        rows, self._rows = self._rows, []
+        self._node.report(rows)
+
+    def _digest(self) -> str:
+        weights = dict(zip(self._local.names, self._local.parameters, strict=True))
+        return digest({"weights": weights, "shared": self._strategy.shared_state_dict()})
+
+    # --- what a node that heals gets
+
+    def _save(self) -> dict[str, Any]:
+        return {
+            "model": self._model.state_dict(),
+            "inner": self._inner.state_dict(),
+            "strategy": self._strategy.shared_state_dict(),
+            "node": self._node.number,
+        }
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self._model.load_state_dict(state["model"])
+        self._inner.load_state_dict(state["inner"])
+        self._strategy.load_shared_state_dict(state["strategy"])
+        if self._clock.steps:  # at the start all are equal, whoever gave whom what
+            self._node.manager.note(healed_from=state["node"])
+
+
+class _Watched:
+    """The manager as peers, which notes what a replay needs, and dies in a round if it is to."""
+
+    def __init__(
+        self, node: LocalNode, clock: Clock, deterministic: bool, death: Dies | None
+    ) -> None:
+        self.node = node
+        self.averages = "ordered" if deterministic else "average"
+        self.committed = False
+        """A round did, since this was last reset."""
+        self._clock, self._death = clock, death
+        self._peers: Peers = node.peers(deterministic=deterministic)
+
+    def open(self, place: Place) -> _WatchedRound:
+        """As the peers do."""
+        opened = self._peers.open(place)
+        self.node.joined()
+        return _WatchedRound(self, place, opened)
+
+    def step(self, place: Place) -> int:
+        """The inner step; after it the clock has counted it already."""
+        return self._clock.steps - (place is Place.AFTER)
+
+    def dies_in(self, step: int) -> bool:
+        """Whether this process is to be killed in a round of `step`."""
+        return self._death is not None and self._death.in_round and step >= self._death.step
+
+
+class _WatchedRound:
+    """A round, with its bytes."""
+
+    def __init__(self, peers: _Watched, place: Place, real: Round) -> None:
+        self.opening = real.opening
+        self._peers, self._place, self._real = peers, place, real
+        self._before = peers.node.pg.bytes_sent
+        self._kind, self._collectives = peers.averages, 0
+
+    @property
+    def failed(self) -> bool:
+        return self._real.failed
+
+    def average(self, tensors: Sequence[Tensor]) -> Handle:
+        self._collectives = sum(tensor.numel() > 0 for tensor in tensors)
+        return self._mortal(self._real.average(tensors))
+
+    def gather(self, tensors: Sequence[Tensor]) -> Handle:
+        self._kind, self._collectives = "gather", int(len(tensors) > 0)
+        return self._mortal(self._real.gather(tensors))
+
+    def average_within(
+        self, tensors: Sequence[Tensor], islands: Callable[[int], list[list[int]]]
+    ) -> Handle:
+        return self._real.average_within(tensors, islands)
+
+    def fail(self, error: Exception) -> None:
+        self._real.fail(error)
+
+    def close(self) -> bool:
+        node = self._peers.node
+        node.manager.note(
+            **note_of(
+                inner_step=self._peers.step(self._place),
+                place=self._place,
+                kind=self._kind,
+                collectives=self._collectives,
+                bytes_sent=node.pg.bytes_sent - self._before,
+            )
+        )
+        committed = self._real.close()
+        self._peers.committed |= committed
+        return committed
+
+    def _mortal(self, handle: Handle) -> Handle:
+        doomed = self._peers.dies_in(self._peers.step(self._place))
+        return _LastWords(self._peers.node) if doomed else handle
+
+
+class _LastWords:
+    """What waits for the killer."""
+
+    def __init__(self, node: LocalNode) -> None:
+        self._node = node
+
+    def wait(self) -> list[Tensor]:
+        self._node.dies()
+        raise AssertionError("killed, and still there")
+
+
+def _to_bytes(state: dict[str, Any]) -> bytes:
+    stream = io.BytesIO()
+    torch.save(state, stream)
+    return stream.getvalue()
+
+
+def from_bytes(state: bytes) -> dict[str, Any]:
+    """The state of a model, on the CPU."""
+    loaded: dict[str, Any] = torch.load(io.BytesIO(state), map_location="cpu", weights_only=True)
+    return loaded

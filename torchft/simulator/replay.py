@@ -1,0 +1,206 @@
+"""What real processes did, read from their step records, as events that a simulation repeats.
+
+    result = run_processes(experiment)
+    again = run_stacked(replace(experiment, events=events_of(result.records)))
+
+Each process wrote a record for each round that it closed. Records of one round are found by their
+inner step, quorum and manager's step. From who was a member, who says what, and who says nothing:
+
+    nobody committed, a member says nothing          it died in the round
+    nobody committed, all members say so             the round was discarded
+    some committed, a member did not                 that one missed it, and healed later
+    a process says nothing any more, others go on    it died after its last round
+    the first round of a process that healed         it joined there, from that donor
+
+Deaths and joins are exact to an inner step: with several rounds in one, the first of them counts.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from torchft.errors import SettingsError
+from torchft.peers import Place
+from torchft.records import StepRecord
+from torchft.simulator.events import Dies, Discards, Event, Joins, Misses
+from torchft.simulator.peers import HealRecord, RoundRecord
+
+__all__ = ["RealRound", "events_of", "heals_of", "note_of", "round_records_of", "rounds_of"]
+
+
+def note_of(
+    *, inner_step: int, place: Place, kind: str, collectives: int, bytes_sent: int
+) -> dict[str, object]:
+    """What a process adds to the step record of a round, so that it can be repeated."""
+    return {
+        "inner_step": inner_step,
+        "place": place.name,
+        "kind": kind,
+        "collectives": collectives,
+        "round_bytes": bytes_sent,
+    }
+
+
+@dataclass
+class RealRound:
+    """One round, as all that closed it saw it."""
+
+    inner_step: int
+    members: tuple[str, ...]
+    """Replica ids, in rank order."""
+    records: dict[str, StepRecord] = field(default_factory=dict)
+    """By replica id."""
+
+    @property
+    def committed(self) -> list[str]:
+        """Those for which it committed."""
+        return [one for one in self.members if one in self.records and self.records[one].committed]
+
+    @property
+    def silent(self) -> list[str]:
+        """Members that did not live to close it."""
+        return [one for one in self.members if one not in self.records]
+
+    def donor_of(self, replica: str) -> int | None:
+        """Which node `replica` healed from when this round opened."""
+        record = self.records.get(replica)
+        return None if record is None else record.extra.get("healed_from")
+
+
+def rounds_of(records: Iterable[StepRecord]) -> list[RealRound]:
+    """In the order in which they were opened.
+
+    Raises:
+        SettingsError: a record does not say its inner step.
+    """
+    rounds: dict[tuple[int, int, int], RealRound] = {}
+    for record in records:
+        step = record.extra.get("inner_step")
+        if step is None:
+            raise SettingsError(
+                f"the record of step {record.step} of {record.replica_id} has no inner_step: only "
+                "runs of the simulator's processes can be repeated"
+            )
+        key = (step, record.step, record.quorum_id)
+        rounds.setdefault(key, RealRound(step, record.members)).records[record.replica_id] = record
+    return [rounds[key] for key in sorted(rounds)]
+
+
+def events_of(records: Sequence[StepRecord]) -> list[Event]:
+    """What happened to the nodes, by the order of their names."""
+    return _Story(rounds_of(records)).events()
+
+
+class _Story:
+    """Reads rounds one after the other. A life is a replica id: one process."""
+
+    def __init__(self, rounds: Sequence[RealRound]) -> None:
+        self._rounds = rounds
+        lives = sorted({life for one in rounds for life in one.members})
+        self._node = _numbers(lives)
+        self._opens: dict[str, list[int]] = defaultdict(list)
+        """Life → the rounds in which it was a member."""
+        for at, one in enumerate(rounds):
+            for life in one.members:
+                self._opens[life].append(at)
+
+    def events(self) -> list[Event]:
+        """In the order of their steps."""
+        found: list[Event] = []
+        for at, one in enumerate(self._rounds):
+            found += self._joins(at, one)
+            if one.committed:
+                found += self._missed(at, one)
+            else:
+                found += self._failed(one)
+            found += self._gone_after(at, one)
+        return sorted(found, key=lambda event: event.step)
+
+    def _joins(self, at: int, one: RealRound) -> Iterable[Event]:
+        for life in one.members:
+            donor = one.donor_of(life)
+            if donor is not None and not self._was_up_to_date(life, at):
+                yield Joins(self._node[life], one.inner_step, donor)
+
+    def _was_up_to_date(self, life: str, at: int) -> bool:
+        """It had been there before, at the start or healed."""
+        return any(
+            life in self._rounds[before].committed for before in self._opens[life] if before < at
+        )
+
+    def _missed(self, at: int, one: RealRound) -> Iterable[Event]:
+        for life in one.members:
+            record = one.records.get(life)
+            if record is not None and not record.committed and self._was_there(life, at):
+                yield Misses(self._node[life], one.inner_step, self._next_donor(life, at))
+
+    def _was_there(self, life: str, at: int) -> bool:
+        """Not a newcomer whose heal failed."""
+        return at == 0 or self._was_up_to_date(life, at) or self._rounds[at].donor_of(life) is None
+
+    def _next_donor(self, life: str, at: int) -> int | None:
+        later = (self._rounds[one].donor_of(life) for one in self._opens[life] if one > at)
+        return next((donor for donor in later if donor is not None), None)
+
+    def _failed(self, one: RealRound) -> Iterable[Event]:
+        if not one.silent:
+            yield Discards(one.inner_step)
+        for life in one.silent:
+            yield Dies(self._node[life], one.inner_step, in_round=True)
+
+    def _gone_after(self, at: int, one: RealRound) -> Iterable[Event]:
+        """Members whose last round this is, while others open more."""
+        if at + 1 == len(self._rounds):
+            return
+        for life in one.members:
+            died_in_it = not one.committed and life in one.silent
+            if self._opens[life][-1] == at and not died_in_it:
+                yield Dies(self._node[life], one.inner_step + 1)
+
+
+def heals_of(rounds: Sequence[RealRound]) -> list[HealRecord]:
+    """Who got whose state."""
+    numbers = _numbers(sorted({life for one in rounds for life in one.members}))
+    return [
+        HealRecord(one.inner_step, numbers[life], donor, _bytes_healed(one.records[life]))
+        for one in rounds
+        for life in one.members
+        if (donor := one.donor_of(life)) is not None
+    ]
+
+
+def _bytes_healed(record: StepRecord) -> int:
+    """What was received beside the round's collectives, which move as much in as out."""
+    return record.bytes_received - record.extra["round_bytes"]
+
+
+def round_records_of(rounds: Sequence[RealRound]) -> list[RoundRecord]:
+    """As a simulation's, with the bytes that the processes counted."""
+    numbers = _numbers(sorted({life for one in rounds for life in one.members}))
+    return [_round_record(one, numbers) for one in rounds]
+
+
+def _round_record(one: RealRound, numbers: dict[str, int]) -> RoundRecord:
+    extra = next(iter(one.records.values())).extra
+    place = Place[extra["place"]]
+    members = [life for life in one.members if place is Place.BEFORE or one.donor_of(life) is None]
+    return RoundRecord(
+        step=one.inner_step,
+        place=place,
+        kind=extra["kind"],
+        members=tuple(numbers[life] for life in one.members),
+        counted=tuple(numbers[life] for life in members),
+        committed=bool(one.committed),
+        bytes_per_node={
+            numbers[life]: record.extra["round_bytes"] for life, record in one.records.items()
+        },
+        collectives=extra["collectives"],
+    )
+
+
+def _numbers(lives: Sequence[str]) -> dict[str, int]:
+    """Replica id → its node: the position of its name among all names."""
+    names = sorted({life.partition(":")[0] for life in lives})
+    return {life: names.index(life.partition(":")[0]) for life in lives}
