@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from torchft.simulator.experiment import Experiment
     from torchft.simulator.feed import Feed
     from torchft.simulator.loop import Run, run_stacked
+    from torchft.simulator.network import SimulatedRun, forecast
     from torchft.simulator.node import NodeError, TrainNode
     from torchft.simulator.result import Result
+    from torchft.simulator.weather import NodeWeather, RandomFailures, Weather, WeatherEvent
 
 __all__ = [
     "Dies",
@@ -29,9 +31,15 @@ __all__ = [
     "Joins",
     "Misses",
     "NodeError",
+    "NodeWeather",
+    "RandomFailures",
     "Result",
     "Run",
+    "SimulatedRun",
     "TrainNode",
+    "Weather",
+    "WeatherEvent",
+    "forecast",
     "run_stacked",
 ]
 
@@ -43,9 +51,15 @@ _HOMES = {
     "Joins": "events",
     "Misses": "events",
     "NodeError": "node",
+    "NodeWeather": "weather",
+    "RandomFailures": "weather",
     "Result": "result",
     "Run": "loop",
+    "SimulatedRun": "network",
     "TrainNode": "node",
+    "Weather": "weather",
+    "WeatherEvent": "weather",
+    "forecast": "network",
     "run_stacked": "loop",
 }
 

@@ -167,6 +167,8 @@ def check_events(num_nodes: int, events: Sequence[Event]) -> None:
     """
     ordered = sorted(events, key=lambda event: event.step)
     present = set(range(num_nodes)) - _absent_at_start(ordered)
+    if not present:
+        raise SettingsError("no node is there at the start: somebody must be, to heal from")
     for event in ordered:
         if event.step < 0:
             raise SettingsError(f"{event}: steps are counted from 0")
@@ -183,8 +185,6 @@ def check_events(num_nodes: int, events: Sequence[Event]) -> None:
             present.add(event.node)
         if not present:
             raise SettingsError(f"{event}: nobody is left after it: let some node live")
-    if not present:
-        raise SettingsError("no node is there at the start")
 
 
 def _absent_at_start(ordered: Sequence[Event]) -> set[int]:

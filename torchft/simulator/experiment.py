@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torchft.simulator.events import Event, check_events
 from torchft.simulator.feed import Feed
 from torchft.simulator.node import TrainNode
 from torchft.simulator.seeds import seed_everything, seed_of
+from torchft.simulator.weather import Weather
 from torchft.strategies.inner import Inner
 from torchft.strategies.strategy import Strategy
 
@@ -61,8 +62,9 @@ class Experiment:
     node_cls: type[TrainNode] = TrainNode
     dataloader_kwargs: Mapping[str, Any] | None = None
     events: Sequence[Event] = ()
-    weather: Any = None
-    """Speeds, networks and failures; has `to_events(num_nodes, total_steps)`."""
+    weather: Weather | None = None
+    """Speeds, networks and failures."""
+    _feed: Feed | None = field(default=None, init=False, repr=False, compare=False)
 
     def check(self) -> None:
         """Refuse what cannot run.
@@ -80,7 +82,7 @@ class Experiment:
             raise SettingsError(f"model is a {type(self.model).__name__}, not a torch module")
         if not (isinstance(self.node_cls, type) and issubclass(self.node_cls, TrainNode)):
             raise SettingsError(f"node_cls={self.node_cls!r} is no subclass of TrainNode")
-        _ = self.torch_device, self.inner
+        _ = self.torch_device, self.inner, self.autocast_dtype
         self.feed().check()
         check_events(self.num_nodes, self.all_events())
 
@@ -98,13 +100,17 @@ class Experiment:
         except RuntimeError as error:
             raise SettingsError(f"device={self.device!r}: {error}") from None
         _check_device(device)
-        return device
+        return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
-        """None: no autocast."""
-        if isinstance(self.autocast, torch.dtype):
-            return self.autocast
+        """None: no autocast.
+
+        Raises:
+            SettingsError: a type that needs its losses scaled.
+        """
+        if self.autocast not in (False, True, torch.bfloat16):
+            raise SettingsError(f"autocast={self.autocast}: use True or torch.bfloat16")
         return torch.bfloat16 if self.autocast else None
 
     @property
@@ -130,9 +136,8 @@ class Experiment:
 
     def feed(self) -> Feed:
         """The training batches. The same object at every call, so a factory is asked once."""
-        feed: Feed | None = self.__dict__.get("_feed")
-        if feed is None:
-            feed = self.__dict__["_feed"] = Feed(
+        if self._feed is None:
+            self._feed = Feed(
                 self.train_dataset,
                 num_nodes=self.num_nodes,
                 batch_size=self.batch_size,
@@ -140,7 +145,7 @@ class Experiment:
                 seed=self.seed,
                 dataloader_kwargs=self.dataloader_kwargs,
             )
-        return feed
+        return self._feed
 
     def all_events(self) -> list[Event]:
         """Those given, and those of the weather."""
@@ -170,7 +175,7 @@ class Experiment:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_feed"}
+        return {**self.__dict__, "_feed": None}
 
 
 def _check_count(name: str, value: object) -> None:

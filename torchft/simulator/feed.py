@@ -170,9 +170,8 @@ class _Shard:
                 f"batch_size={batch_size} is more than the {order.length} samples of node {node}: "
                 "use a smaller batch, fewer nodes or more data"
             )
-        cut = None if collate else _cutter(order.data)
-        self._fetch = cut or _sampler(order.data, collate or default_collate)
-        self._seeds = cut is None
+        self._collate = collate
+        self._fetch, self._seeds = self._fetching()
 
     def batch(self, step: int) -> Any:
         """Seeded where the data set's own code runs."""
@@ -183,6 +182,20 @@ class _Shard:
         return self._fetch(shard[number * self._size : (number + 1) * self._size])
 
     __getitem__ = batch
+
+    def _fetching(self) -> tuple[Fetch, bool]:
+        """How a batch is fetched, and whether that may draw random numbers."""
+        cut = None if self._collate else _cutter(self._order.data)
+        if cut is not None:
+            return cut, False
+        return _sampler(self._order.data, self._collate or default_collate), True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_fetch"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._fetch, self._seeds = self._fetching()
 
 
 class _Stream:

@@ -19,6 +19,7 @@ from torchft.digest import digest
 from torchft.peers import Place
 from torchft.simulator.events import Attendance
 from torchft.simulator.experiment import Experiment
+from torchft.simulator.network import forecast
 from torchft.simulator.node import finite_losses
 from torchft.simulator.peers import HealRecord, RoundRecord, StackedPeers
 from torchft.simulator.result import Result, StepRow, mean_model
@@ -26,6 +27,9 @@ from torchft.simulator.seeds import kept_rng, seed_node
 from torchft.simulator.stacked import StackedLocal
 
 __all__ = ["Run", "run_stacked"]
+
+_LOOKS_AT_FROZEN = 3
+"""First steps after which it is made sure that what all nodes share stays as it is."""
 
 
 def run_stacked(
@@ -52,10 +56,14 @@ def run_stacked(
                 run.load_state_dict(resume)
             run.result.seconds["setup"] = perf_counter() - started
             run.train(on_step)
+            run.local.move_out()
         finally:
             run.feed.close()
-    run.result.seconds["train"] = perf_counter() - started - run.result.seconds["setup"]
-    return run.result
+    result = run.result
+    result.seconds["train"] = perf_counter() - started - result.seconds["setup"]
+    if experiment.weather is not None:
+        result.simulated = forecast(result, experiment.weather)
+    return result
 
 
 class Run:
@@ -76,7 +84,7 @@ class Run:
         self.peers = StackedPeers(
             self.local,
             Attendance(experiment.num_nodes, events),
-            self.strategy.recipes,
+            self.strategy,
             deterministic=experiment.deterministic,
         )
         self.strategy.bind(self.local, self.peers)
@@ -98,6 +106,7 @@ class Run:
             if on_step is not None:
                 on_step(self)
         self.strategy.finish()
+        self.local.check_frozen()
         self.result.alive = list(self.local.alive)
         self.result.model = mean_model([self.local.models[node] for node in self.local.alive])
 
@@ -110,6 +119,8 @@ class Run:
         losses = finite_losses(self._backward(), self.step)
         self.result.history.append(StepRow(self.step, losses, self.local.inner.lr))
         self.strategy.step()
+        if self.step < _LOOKS_AT_FROZEN:
+            self.local.check_frozen()
         if self.experiment.digests and any(r.committed for r in self.peers.rounds[rounds:]):
             self.result.digests.append((self.step, self.digests()))
         self.step += 1
@@ -121,6 +132,7 @@ class Run:
             batch = self.feed.batch(node, self.step)
             seed_node(seed, node, self.step, self.device)
             losses[node] = self.nodes[node].backward(batch, pieces)
+            self.local.gather_grads(node)
         return losses
 
     def digests(self) -> list[str | None]:

@@ -95,9 +95,7 @@ def finite_losses(losses: Mapping[int, Tensor], step: int) -> dict[int, float]:
     Raises:
         NodeError: one is not finite.
     """
-    if not losses:
-        return {}
-    values = torch.stack([loss.reshape(()).float() for loss in losses.values()]).tolist()
+    values = _numbers(list(losses.values()))
     for node, value in zip(losses, values, strict=True):
         if not math.isfinite(value):
             raise NodeError(
@@ -105,6 +103,13 @@ def finite_losses(losses: Mapping[int, Tensor], step: int) -> dict[int, float]:
                 "clip with max_norm, or look for bad samples"
             )
     return dict(zip(losses, values, strict=True))
+
+
+def _numbers(losses: list[Tensor]) -> list[float]:
+    if all(loss.device.type == "cpu" for loss in losses):
+        return [loss.item() for loss in losses]
+    # One wait for the device instead of one for each.
+    return torch.stack([loss.reshape(()).float() for loss in losses]).tolist()
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -126,14 +131,22 @@ def micro_batches(batch: Any, size: int) -> Iterator[tuple[Any, float]]:
 
 
 def _samples(batch: Any) -> int:
-    if isinstance(batch, Tensor) and batch.dim():
-        return batch.shape[0]
-    inside = list(batch.values()) if isinstance(batch, Mapping) else batch
-    if isinstance(inside, list | tuple) and inside:
-        return _samples(inside[0])
-    raise SettingsError(
-        f"a batch of type {type(batch).__name__} cannot be cut: leave micro_batch_size out"
-    )
+    lengths = {tensor.shape[0] if tensor.dim() else None for tensor in _tensors(batch)}
+    length = lengths.pop() if len(lengths) == 1 else None
+    if length is None:
+        raise SettingsError(
+            f"a batch of type {type(batch).__name__} cannot be cut into micro-batches, since its "
+            "tensors have no common first dimension: leave micro_batch_size out"
+        )
+    return length
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping | list | tuple):
+        for inside in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _tensors(inside)
 
 
 def _mapped(batch: Any, change: Any) -> Any:

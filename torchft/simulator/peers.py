@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchft.ordered import ordered_bytes, ordered_mean
 from torchft.peers import Place
 from torchft.simulator.events import Attendance
 from torchft.simulator.stacked import StackedLocal
-from torchft.strategies.parts.ordered import ordered_mean
 from torchft.strategies.recipe import Recipe
+from torchft.strategies.strategy import Strategy
 
 __all__ = ["HealRecord", "RoundRecord", "StackedPeers", "StackedRound"]
 
@@ -40,6 +41,8 @@ class RoundRecord:
     collectives: int = 1
     recipe: int = 0
     """Position in the strategy."""
+    restores: bool = True
+    """After a no, this recipe takes something back: training since its last round was in vain."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,13 @@ class HealRecord:
 
 
 class StackedPeers:
-    """The rows of `local`. `recipes` are those of the strategy that opens the rounds."""
+    """The rows of `local`, for the rounds of `strategy`."""
 
     def __init__(
         self,
         local: StackedLocal,
         attendance: Attendance,
-        recipes: Sequence[Recipe],
+        strategy: Strategy,
         *,
         deterministic: bool = False,
     ) -> None:
@@ -70,7 +73,7 @@ class StackedPeers:
         self.deterministic = deterministic
         """Averages count the bytes of the collective that adds in node order."""
         self.local, self.attendance = local, attendance
-        self._recipes = recipes
+        self._strategy = strategy
         for row in set(range(local.rows)) - set(attendance.alive):
             local.die(row)
 
@@ -90,7 +93,7 @@ class StackedPeers:
         counted = members
         if place is Place.AFTER:
             counted = tuple(node for node in members if node not in newcomers)
-        opened = StackedRound(self, place, members, counted)
+        opened = StackedRound(self, place, members, counted, self._strategy.opening)
         for node in self.attendance.strike(self.now):
             self.local.die(node)
         return opened
@@ -98,13 +101,17 @@ class StackedPeers:
     def _heal(self, node: int, donor: int) -> None:
         self.local.heal(node, donor)
         self.heals.append(HealRecord(self.now, node, donor, self.local.row_bytes(donor)))
-        for recipe in self._recipes:
+        for recipe in self._strategy.recipes:
             for tensors in recipe.own.values():
                 for tensor in tensors:
                     tensor[node].zero_()
         with self.local.limited_to([node]):
-            for recipe in self._recipes:
+            for recipe in self._strategy.recipes:
                 recipe.settle_in()
+
+    def restores(self, recipe: int) -> bool:
+        """Whether this recipe takes something back after a no."""
+        return type(self._strategy.recipes[recipe]).discard is not Recipe.discard
 
     def closed(self, record: RoundRecord) -> None:
         """Remember a round; whoever missed its commit waits to heal."""
@@ -125,10 +132,11 @@ class StackedRound:
         place: Place,
         members: tuple[int, ...],
         counted: tuple[int, ...],
+        recipe: int,
     ) -> None:
         self.failed = False
         self.members, self.counted = members, counted
-        self._peers, self._place = peers, place
+        self._peers, self._place, self._recipe = peers, place, recipe
         self._lives = [peers.attendance.lives[node] for node in members]
         self._kind = "average"
         self._sent = dict.fromkeys(members, 0)
@@ -146,6 +154,7 @@ class StackedRound:
         self._kind = "gather"
         for tensor in tensors:
             self._count(tensor, "gather", self.members)
+        self._collectives = min(1, self._collectives)  # they travel as one
         return _Ready([self._counted_rows(tensor) for tensor in tensors])
 
     def _counted_rows(self, tensor: Tensor) -> Tensor:
@@ -188,6 +197,8 @@ class StackedRound:
                 committed=committed,
                 bytes_per_node=self._sent,
                 collectives=self._collectives,
+                recipe=self._recipe,
+                restores=self._peers.restores(self._recipe),
             )
         )
         return committed
@@ -214,7 +225,7 @@ class _Ready:
 def bytes_of(kind: str, numel: int, itemsize: int, members: int) -> int:
     """What each member sends: a ring's all-reduce, an ordered one in two phases, a gathering."""
     if kind == "ordered":
-        return 2 * (members - 1) * -(-numel // members) * itemsize
+        return ordered_bytes(numel, itemsize, members)
     if kind == "gather":
         return (members - 1) * numel * itemsize
     return numel * itemsize * 2 * (members - 1) // members

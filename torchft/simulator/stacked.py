@@ -55,6 +55,8 @@ class StackedLocal:
         self.alive = list(range(rows))
         """The nodes that train, in order. `die` and `heal` change it."""
         frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
+        self._frozen = list(frozen.values())
+        self._frozen_sums = self._sum_frozen()
         self.models: list[nn.Module] = []
         self.parameters: list[list[nn.Parameter]] = []
         for row in range(rows):
@@ -85,6 +87,41 @@ class StackedLocal:
     def row_views(self, row: int) -> dict[str, Tensor]:
         """Parameter name → its weights at one node, sharing storage."""
         return dict(zip(self.names, self._row(self._weights, row), strict=True))
+
+    @torch.no_grad()
+    def gather_grads(self, row: int) -> None:
+        """Gradients that a backward pass left elsewhere, as after `model.zero_grad()`, come home."""
+        for p, home in zip(self.parameters[row], self._row_grads[row], strict=True):
+            grad = p.grad
+            if grad is not home:
+                if grad is None:
+                    home.zero_()
+                else:
+                    home.copy_(grad.to_dense())
+                p.grad = home
+
+    def check_frozen(self) -> None:
+        """Nothing has written into the frozen parameters that all nodes share.
+
+        Raises:
+            SettingsError: something has.
+        """
+        if self._sum_frozen() != self._frozen_sums:
+            raise SettingsError(
+                "a parameter with requires_grad=False changed, and all nodes share it: make what "
+                "the model itself updates a buffer (register_buffer), which each node has alone"
+            )
+
+    @torch.no_grad()
+    def _sum_frozen(self) -> list[str]:
+        return [str(p.sum(dtype=torch.float32).item()) for p in self._frozen]
+
+    def move_out(self) -> None:
+        """The end: every model gets storage of its own, and this is of no use any more."""
+        for parameters in self.parameters:
+            for p in parameters:
+                p.data = p.data.clone()
+                p.grad = None
 
     def row_bytes(self, row: int) -> int:
         """What a node that heals from this row gets: weights, inner state, buffers."""
