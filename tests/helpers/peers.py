@@ -225,6 +225,19 @@ class InProcessRound:
         """Post this node's rows."""
         return _Gathering(self, self._post(tensors), list(tensors))
 
+    def average_within(
+        self, tensors: Sequence[Tensor], islands: Callable[[int], list[list[int]]]
+    ) -> _Within:
+        """Post this node's tensors; a newcomer gets its own back."""
+        drawn = islands(len(self.counted))
+        assert sorted(at for island in drawn for at in island) == list(range(len(self.counted)))
+        return _Within(self, self._post(tensors), list(tensors), drawn)
+
+    @property
+    def rank(self) -> int:
+        """Of the node whose view this is."""
+        return self._node.rank
+
     def _post(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
         assert not self.opening, "an opening round is not used"
         if self.lost:
@@ -287,3 +300,24 @@ class _Gathering:
         if self._round.is_spoilt(self._key):
             return self._tensors
         return [torch.cat(column) for column in zip(*self._round.rows(self._key), strict=True)]
+
+
+class _Within:
+    def __init__(
+        self,
+        over: InProcessRound,
+        key: tuple[Any, ...],
+        tensors: list[Tensor],
+        islands: list[list[int]],
+    ) -> None:
+        self._round, self._key, self._tensors, self._islands = over, key, tensors, islands
+
+    def wait(self) -> list[Tensor]:
+        if self._round.is_spoilt(self._key):
+            return [tensor.fill_(torch.nan) for tensor in self._tensors]
+        if self._round.rank not in self._round.counted:
+            return self._tensors
+        rows = self._round.rows(self._key)
+        mine = self._round.counted.index(self._round.rank)
+        island = next(i for i in self._islands if mine in i)
+        return [mean([column[at] for at in island]) for column in zip(*rows, strict=True)]

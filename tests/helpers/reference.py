@@ -6,6 +6,8 @@ Nothing here uses `torchft.strategies`. Nodes come, go and vote as the script sa
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,12 +27,20 @@ class Kind:
     """What is computed."""
 
     name: str
-    """all_reduce, local_sgd or diloco."""
-    every: int = 1
+    """all_reduce, local_sgd, diloco, islands, sparta (with DiLoCo if `every`), demo or top_k."""
+    every: int = 0
     fragments: int = 1
     delay: int = 0
     mix: float = 0.0
     backup: bool = True
+    islands: Callable[[int, int], list[list[int]]] = lambda step, participants: []
+    """Who averages with whom after `step`."""
+    share_every: int = 0
+    subset: Callable[[int, int], Tensor] = lambda turn, numel: torch.arange(numel)
+    """Which of `numel` weights are averaged for the `turn`-th time, from 0."""
+    topk: int = 0
+    chunk: int = 0
+    decay: float = 0.0
 
 
 class _Alone:
@@ -57,7 +67,13 @@ class _Alone:
 def reference(kind: Kind, script: Script, steps: int) -> dict[int, list[Tensor]]:
     """The parameters of each living node after `steps` inner steps."""
     nodes = {n: _Alone() for n in script.members(1)}
-    run = _all_reduce if kind.name == "all_reduce" else _weights
+    run = {
+        "all_reduce": _all_reduce,
+        "islands": _islands,
+        "sparta": _sparta,
+        "demo": _demo,
+        "top_k": _top_k,
+    }.get(kind.name, _weights)
     run(kind, script, steps, nodes)
     return {n: [p.detach().clone() for p in node.parameters] for n, node in nodes.items()}
 
@@ -153,3 +169,158 @@ def _advance(kind: Kind, backup: Tensor, momentum: Tensor, average: Tensor) -> N
 def _write(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
     for p, value in zip(parameters, values, strict=True):
         p.copy_(value)
+
+
+@torch.no_grad()
+def _step_all(nodes: dict[int, _Alone], step: int) -> None:
+    with torch.enable_grad():
+        for n, node in nodes.items():
+            node.step(n, step)
+
+
+@torch.no_grad()
+def _vector(node: _Alone) -> Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in node.parameters])
+
+
+@torch.no_grad()
+def _write_vector(node: _Alone, vector: Tensor) -> None:
+    parts = vector.split([p.numel() for p in node.parameters])
+    _write(node.parameters, [v.view(p.shape) for v, p in zip(parts, node.parameters, strict=True)])
+
+
+@torch.no_grad()
+def _islands(kind: Kind, script: Script, steps: int, nodes: dict[int, _Alone]) -> None:
+    number = 0
+    for step in range(1, steps + 1):
+        _step_all(nodes, step)
+        if step % kind.every:
+            continue
+        number += 1
+        members = _meet(script, number, nodes)
+        counted = [m for m in members if m not in script.newcomers(number)]
+        if script.goes(number):
+            for island in kind.islands(step, len(counted)):
+                average = mean([_vector(nodes[counted[at]]) for at in island])
+                for at in island:
+                    _write_vector(nodes[counted[at]], average)
+        _drop_lost(script, number, nodes)
+
+
+@torch.no_grad()
+def _sparta(kind: Kind, script: Script, steps: int, nodes: dict[int, _Alone]) -> None:
+    backup = _vector(_Alone())
+    momentum, number = torch.zeros_like(backup), 0
+
+    def counted() -> list[int]:
+        members = _meet(script, number, nodes)
+        newcomers = script.newcomers(number)
+        if kind.every:
+            for n in newcomers:
+                _write_vector(nodes[n], backup)
+        return [m for m in members if m not in newcomers]
+
+    for step in range(1, steps + 1):
+        _step_all(nodes, step)
+        if step % kind.share_every == 0:
+            number += 1
+            at = kind.subset(step // kind.share_every - 1, backup.numel())
+            average = mean([_vector(nodes[n])[at] for n in counted()])
+            _drop_lost(script, number, nodes)
+            if script.goes(number):
+                for node in nodes.values():
+                    _write_vector(node, _vector(node).index_copy(0, at, average))
+        if kind.every and step % kind.every == 0:
+            number += 1
+            average = mean([backup - _vector(nodes[n]) for n in counted()])
+            _drop_lost(script, number, nodes)
+            if script.goes(number):
+                _advance(kind, backup, momentum, average)
+            for node in nodes.values():
+                _write_vector(node, backup)
+
+
+@torch.no_grad()
+def _top_k(kind: Kind, script: Script, steps: int, nodes: dict[int, _Alone]) -> None:
+    backup = _vector(_Alone())
+    momentum, number = torch.zeros_like(backup), 0
+    residual = {n: torch.zeros_like(backup) for n in range(script.nodes)}
+    for step in range(1, steps + 1):
+        _step_all(nodes, step)
+        if step % kind.every:
+            continue
+        number += 1
+        members, newcomers = _meet(script, number, nodes), script.newcomers(number)
+        for n in newcomers:
+            _write_vector(nodes[n], backup)
+            residual[n].zero_()
+        grown = {n: kind.decay * residual[n] + backup - _vector(nodes[n]) for n in members}
+        sent = {
+            n: torch.cat([_largest(chunk, kind.topk) for chunk in grown[n].split(kind.chunk)])
+            for n in members
+        }
+        _drop_lost(script, number, nodes)
+        if script.goes(number):
+            average = mean([sent[n] for n in members if n not in newcomers])
+            _advance(kind, backup, momentum, average)
+            for n, node in nodes.items():
+                residual[n] = grown[n] - sent[n]
+                _write_vector(node, backup)
+
+
+def _largest(values: Tensor, k: int) -> Tensor:
+    """All others are zero."""
+    order = values.abs().reshape(-1).argsort(descending=True)
+    kept = torch.zeros_like(values).reshape(-1)
+    kept[order[:k]] = values.reshape(-1)[order[:k]]
+    return kept.view(values.shape)
+
+
+@torch.no_grad()
+def _demo(kind: Kind, script: Script, steps: int, nodes: dict[int, _Alone]) -> None:
+    momentum = {n: _zeros(nodes[0]) for n in range(script.nodes)}
+    for step in range(1, steps + 1):
+        members = _meet(script, step, nodes)
+        for n in script.newcomers(step):
+            momentum[n] = _zeros(nodes[n])
+        with torch.enable_grad():
+            for n in members:
+                nodes[n].gradients(n, step)
+        if script.goes(step):
+            sums = [torch.zeros_like(m) for m in momentum[0]]
+            for n in members:
+                for at, p in enumerate(nodes[n].parameters):
+                    grown = kind.decay * momentum[n][at] + p.grad.double()
+                    sent = _in_blocks(grown, kind)
+                    momentum[n][at] = grown - sent
+                    sums[at] += sent
+            for n in members:
+                for p, total in zip(nodes[n].parameters, sums, strict=True):
+                    p.grad.copy_(torch.where(total.abs() < 1e-12, 0.0, total).sign())
+                nodes[n].inner.step()
+        _drop_lost(script, step, nodes)
+
+
+def _zeros(node: _Alone) -> list[Tensor]:
+    return [torch.zeros(p.shape, dtype=torch.float64) for p in node.parameters]
+
+
+def _in_blocks(values: Tensor, kind: Kind) -> Tensor:
+    """What the largest coefficients of each block say, in the tensor's own terms."""
+    matrix = values.reshape(len(values), -1) if values.dim() > 1 else values.reshape(1, -1)
+    out = torch.zeros_like(matrix)
+    h, w = (max(d for d in range(1, kind.chunk + 1) if side % d == 0) for side in matrix.shape)
+    for top in range(0, matrix.shape[0], h):
+        for left in range(0, matrix.shape[1], w):
+            block = matrix[top : top + h, left : left + w]
+            down, across = _cosines(h), _cosines(w)
+            kept = _largest(down @ block @ across.T, kind.topk)
+            out[top : top + h, left : left + w] = down.T @ kept @ across
+    return out.view(values.shape)
+
+
+def _cosines(size: int) -> Tensor:
+    """Row k: the k-th cosine of the DCT-II, of length 1."""
+    rows = [[math.cos(math.pi * (n + 0.5) * k / size) for n in range(size)] for k in range(size)]
+    waves = torch.tensor(rows, dtype=torch.float64)
+    return waves / waves.norm(dim=1, keepdim=True)

@@ -1,0 +1,187 @@
+"""What one node runs in the battery, and its rows: each a strategy and what it must compute.
+
+A new strategy is a row here and its numbers in `reference.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from helpers.peers import Node
+from helpers.reference import INNER, OUTER, Kind
+from helpers.tiny import Tiny, backward, digest
+from torch import Tensor
+
+from torchft.strategies import (
+    AllReduce,
+    Clock,
+    DeMo,
+    DiLoCo,
+    FedAvg,
+    LocalSGD,
+    ModelLocal,
+    RandomIndexSelector,
+    Recipe,
+    Sparta,
+    Strategy,
+    TopK,
+)
+from torchft.strategies.parts.agreed import mixed
+from torchft.strategies.parts.outer import ModelOuter
+
+__all__ = ["ROWS", "STEPS", "Row", "Training"]
+
+STEPS = 24
+
+
+@dataclass(frozen=True)
+class Row:
+    """A strategy, and what it must compute."""
+
+    kind: Kind
+    make: Callable[[ModelLocal], Recipe | list[Recipe]]
+    bucket_bytes: int | None = None
+
+    @property
+    def gives_up_without_heal(self) -> bool:
+        """A member that does not know what is sent now spoils the round for all."""
+        return self.kind.fragments > 1 or self.kind.name == "sparta"
+
+    @property
+    def is_before(self) -> bool:
+        """It communicates gradients."""
+        return self.kind.name in ("all_reduce", "demo")
+
+
+def with_model_outer(**options: Any) -> Callable[[ModelLocal], Recipe]:
+    def make(local: ModelLocal) -> Recipe:
+        outer = ModelOuter(local, [OUTER(local.parameters)], keep_weights=options.get("mix", 0) > 0)
+        return DiLoCo(outer, **options)
+
+    return make
+
+
+def draw_of_islands(step: int, participants: int) -> list[list[int]]:
+    """What FedAvg draws."""
+    recipe = FedAvg(3, island_size=2, seed=5)
+    recipe.clock = Clock(step)
+    return recipe.islands(participants)
+
+
+def every_third(numel: int, iteration: int, seed: int) -> Tensor:
+    """A selector of one's own."""
+    return torch.arange(iteration % 3, numel, 3)
+
+
+def a_third(turn: int, numel: int) -> Tensor:
+    return every_third(numel, turn, 0)
+
+
+def at_random(turn: int, numel: int) -> Tensor:
+    return RandomIndexSelector(0.02)(numel, turn, mixed(7, 0))
+
+
+ROWS = {
+    "all-reduce": Row(Kind("all_reduce"), lambda _: AllReduce()),
+    "all-reduce in buckets": Row(Kind("all_reduce"), lambda _: AllReduce(), bucket_bytes=60),
+    "LocalSGD": Row(Kind("local_sgd", every=3), lambda _: LocalSGD(3)),
+    "LocalSGD without backup": Row(
+        Kind("local_sgd", every=3, backup=False), lambda _: LocalSGD(3, backup=False)
+    ),
+    "FedAvg": Row(Kind("local_sgd", every=3), lambda _: FedAvg(3)),
+    "FedAvg in islands": Row(
+        Kind("islands", every=3, islands=draw_of_islands),
+        lambda _: FedAvg(3, island_size=2, seed=5),
+    ),
+    "DiLoCo": Row(Kind("diloco", every=4), lambda _: DiLoCo(OUTER, 4)),
+    "DiLoCo, the model's outer": Row(Kind("diloco", every=4), with_model_outer(every=4)),
+    "DiLoCo in buckets": Row(Kind("diloco", every=4), lambda _: DiLoCo(OUTER, 4), bucket_bytes=36),
+    "DiLoCo, 2 fragments": Row(
+        Kind("diloco", every=4, fragments=2), lambda _: DiLoCo(OUTER, 4, fragments=2)
+    ),
+    "DiLoCo, 2 fragments, the model's outer": Row(
+        Kind("diloco", every=4, fragments=2), with_model_outer(every=4, fragments=2)
+    ),
+    "DiLoCo, mixed": Row(Kind("diloco", every=2, mix=0.25), lambda _: DiLoCo(OUTER, 2, mix=0.25)),
+    "DiLoCo, 2 fragments, delayed, mixed": Row(
+        Kind("diloco", every=6, fragments=2, delay=2, mix=0.5),
+        with_model_outer(every=6, fragments=2, delay=2, mix=0.5),
+    ),
+    "SPARTA": Row(Kind("sparta", share_every=2, subset=a_third), lambda _: Sparta(every_third, 2)),
+    "SPARTA, at random, often none": Row(
+        Kind("sparta", share_every=1, subset=at_random),
+        lambda _: Sparta(RandomIndexSelector(0.02), seed=7),
+        bucket_bytes=8,
+    ),
+    "SPARTA-DiLoCo": Row(
+        Kind("sparta", every=4, share_every=2, subset=a_third),
+        lambda _: [Sparta(every_third, 2), DiLoCo(OUTER, 4)],
+    ),
+    "DeMo": Row(
+        Kind("demo", topk=3, chunk=4, decay=0.9), lambda _: DeMo(decay=0.9, topk=3, chunk=4)
+    ),
+    "top-k": Row(
+        Kind("top_k", every=3, topk=5, chunk=16, decay=0.8),
+        lambda _: TopK(OUTER, 3, topk=5, chunk=16, decay=0.8),
+    ),
+}
+
+
+class Training:
+    """What one node runs."""
+
+    def __init__(self, row: Row, node: Node, *, seed: int = 0) -> None:
+        self.node, self.row = node, row
+        self.model = Tiny(seed)
+        fragments = [self.model.first, self.model.second]
+        modules = fragments if row.kind.fragments == 2 else [self.model]
+        self.inner = INNER([p for p in self.model.parameters() if p.requires_grad])
+        self.local = ModelLocal(modules, self.inner)
+        made = row.make(self.local)
+        recipes = made if isinstance(made, list) else [made]
+        self.recipe = recipes[0]
+        self.strategy = Strategy(recipes, bucket_bytes=row.bucket_bytes)
+        self.strategy.bind(self.local, node)
+        node.register(self.load, self.save)
+        node.register(self.strategy.load_shared_state_dict, self.strategy.shared_state_dict)
+
+    def save(self) -> Any:
+        return {"model": self.model.state_dict(), "inner": self.inner.state_dict()}
+
+    def load(self, state: Any) -> None:
+        self.model.load_state_dict(state["model"])
+        self.inner.load_state_dict(state["inner"])
+
+    @property
+    def weights(self) -> list[Tensor]:
+        return [p.detach().clone() for p in self.local.parameters]
+
+    @property
+    def gradients(self) -> list[Tensor | None]:
+        return [None if p.grad is None else p.grad.clone() for p in self.local.parameters]
+
+    def everything(self) -> str:
+        own = [recipe.own for recipe in self.strategy.recipes]
+        return digest([self.save(), self.strategy.shared_state_dict(), own, self.gradients])
+
+    def backward(self) -> None:
+        self.strategy.begin()
+        self.inner.zero_grad()
+        backward(self.model, self.node.rank, self.strategy.clock.steps + 1)
+        for opened in self.node.open_rounds:
+            opened.seen = self.node.watch() if self.node.watch else None
+
+    def run(self, steps: int = STEPS) -> Training:
+        if self.node.joins or self.node.script.opening:
+            self.strategy.join()
+        return self.go_on(steps)
+
+    def go_on(self, steps: int) -> Training:
+        while self.strategy.clock.steps < steps:
+            self.backward()
+            self.strategy.step()
+        self.strategy.finish()
+        return self
