@@ -1,9 +1,11 @@
 """Distributed training of N nodes in one process, by the strategies that real groups run.
 
-    from torchft.simulator import Experiment, run_stacked
+    from torchft.simulator import Trainer
+    from torchft.strategies import DiLoCoStrategy
 
-    result = run_stacked(Experiment(model=model, train_dataset=data, strategy=strategy,
-                                    num_nodes=4, max_steps=300))
+    model = Trainer(model, train_dataset, val_dataset).fit(1, DiLoCoStrategy(H=20), num_nodes=4)
+
+`Experiment` and `run_stacked` are the same without validation, logs and checkpoints.
 
 Names load when they are first used, so `import torchft.simulator` is light.
 """
@@ -14,21 +16,34 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torchft.simulator.diloco_simulator import (
+        DilocoSimulator,
+        DilocoSimulatorConfig,
+        EvalStats,
+        TrainStats,
+    )
     from torchft.simulator.events import Dies, Discards, Joins, Misses
     from torchft.simulator.experiment import Experiment
     from torchft.simulator.feed import Feed
+    from torchft.simulator.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
     from torchft.simulator.loop import Run, run_stacked
     from torchft.simulator.network import SimulatedRun, forecast
     from torchft.simulator.node import NodeError, TrainNode
     from torchft.simulator.result import Result
+    from torchft.simulator.trainer import Trainer
     from torchft.simulator.weather import NodeWeather, RandomFailures, Weather, WeatherEvent
 
 __all__ = [
+    "CSVLogger",
     "Dies",
+    "DilocoSimulator",
+    "DilocoSimulatorConfig",
     "Discards",
+    "EvalStats",
     "Experiment",
     "Feed",
     "Joins",
+    "Logger",
     "Misses",
     "NodeError",
     "NodeWeather",
@@ -36,7 +51,11 @@ __all__ = [
     "Result",
     "Run",
     "SimulatedRun",
+    "TensorBoardLogger",
     "TrainNode",
+    "TrainStats",
+    "Trainer",
+    "WandbLogger",
     "Weather",
     "WeatherEvent",
     "forecast",
@@ -44,11 +63,16 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CSVLogger": "loggers",
     "Dies": "events",
+    "DilocoSimulator": "diloco_simulator",
+    "DilocoSimulatorConfig": "diloco_simulator",
     "Discards": "events",
+    "EvalStats": "diloco_simulator",
     "Experiment": "experiment",
     "Feed": "feed",
     "Joins": "events",
+    "Logger": "loggers",
     "Misses": "events",
     "NodeError": "node",
     "NodeWeather": "weather",
@@ -56,7 +80,11 @@ _HOMES = {
     "Result": "result",
     "Run": "loop",
     "SimulatedRun": "network",
+    "TensorBoardLogger": "loggers",
     "TrainNode": "node",
+    "TrainStats": "diloco_simulator",
+    "Trainer": "trainer",
+    "WandbLogger": "loggers",
     "Weather": "weather",
     "WeatherEvent": "weather",
     "forecast": "network",

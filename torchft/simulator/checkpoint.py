@@ -21,7 +21,7 @@ import torch
 from torchft.errors import SettingsError
 from torchft.simulator.describe import differences
 
-__all__ = ["Checkpoints", "Saved", "load_checkpoint"]
+__all__ = ["Checkpoints", "Saved", "load_checkpoint", "write_whole"]
 
 _FORMAT = 1
 _NAME = re.compile(r"step_(\d+)\.pt")
@@ -76,14 +76,9 @@ class Checkpoints:
         Raises:
             SettingsError: the state holds something that is neither tensor nor plain data.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step_{step:08d}.pt"
-        part = path.with_suffix(".part")
-        try:
-            _write(part, {"format": _FORMAT, "step": step, "identity": identity, "state": state})
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        content = {"format": _FORMAT, "step": step, "identity": identity, "state": state}
+        write_whole(path, content)
         for old in self.all()[: -self._keep]:
             old.unlink()
         return path
@@ -92,6 +87,21 @@ class Checkpoints:
         """The file with the highest step."""
         found = self.all()
         return found[-1] if found else None
+
+
+def write_whole(path: Path, content: dict[str, Any]) -> None:
+    """Write a file that loads without running code, or leave what was there as it was.
+
+    Raises:
+        SettingsError: there is something in it that is neither tensor nor plain data.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    try:
+        _write(part, content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
