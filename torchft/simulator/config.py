@@ -61,7 +61,7 @@ class StrategyConfig:
     """A known one, or "package.module:factory", which is called with the options."""
     label: str = ""
     """In tables and plots; by default the name. Two entries of one name need two labels."""
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
     """Further arguments, as the strategy takes them; `outer: {lr: 0.4}` is an optimizer, by default
     SGD."""
 

@@ -1,0 +1,262 @@
+"""Many runs: each strategy with each number of nodes, H, learning rate and seed.
+
+Every run is one thread of computing, here or in a process of its own. What a finished run leaves
+is a JSON file named after all that it depends on, so a sweep that is started again does only what
+is missing; a run that fails is reported and costs no other one. Speeds and links are no part of
+that: simulated time is computed from the files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from torchft.errors import SettingsError
+from torchft.simulator import catalogue
+from torchft.simulator.config import SimulateConfig, StrategyConfig
+from torchft.simulator.events import Dies
+from torchft.simulator.experiment import Experiment
+from torchft.simulator.jobs import Ended, run_jobs, said
+from torchft.simulator.loop import Run, run_stacked
+from torchft.simulator.runs import RunReport, RunSpec, key_of, read_report, write_report
+from torchft.simulator.validation import Validator
+
+__all__ = ["Failure", "Sweep", "check_runs", "plan", "run_one", "run_sweep"]
+
+Data = tuple[Any, Any]
+
+WARM = (__name__, "torch._dynamo", "sklearn.datasets")
+"""Imported once for all processes: the first optimizer imports the second, the digits the third."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that came to no end."""
+
+    spec: RunSpec
+    error: str
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All runs of one configuration, in the order of the plan."""
+
+    config: SimulateConfig
+    reports: list[RunReport]
+    failures: list[Failure]
+    skipped: int
+    """Runs that an earlier sweep had finished."""
+
+
+def plan(config: SimulateConfig) -> list[RunSpec]:
+    """All runs.
+
+    Raises:
+        SettingsError: a run would be too short.
+    """
+    return [
+        _spec(config, strategy, nodes, every, lr, seed)
+        for strategy in config.strategies
+        for nodes in config.nodes
+        for every in (config.every if catalogue.has_interval(strategy) else (None,))
+        for lr in config.lr
+        for seed in config.seeds
+    ]
+
+
+def _spec(
+    config: SimulateConfig,
+    strategy: StrategyConfig,
+    nodes: int,
+    every: int | None,
+    lr: float,
+    seed: int,
+) -> RunSpec:
+    steps = config.steps
+    if config.equal == "tokens":
+        steps = steps * min(config.nodes) // nodes
+    if steps < (every or 1):
+        raise SettingsError(
+            f"{strategy.shown} on {nodes} nodes would end after {steps} steps, before the first of "
+            f"its rounds, which are {every or 1} steps apart: give more steps, or equal=steps"
+        )
+    return RunSpec(strategy=strategy, nodes=nodes, every=every, lr=lr, seed=seed, steps=steps)
+
+
+def check_runs(config: SimulateConfig, specs: Sequence[RunSpec], data: Data) -> None:
+    """Refuse what cannot run, before any of it runs.
+
+    Raises:
+        SettingsError: which run, and what would do.
+    """
+    for spec in specs:
+        try:
+            experiment_of(config, spec, data).check()
+        except SettingsError as error:
+            raise SettingsError(f"{spec}: {error}") from error
+
+
+def experiment_of(config: SimulateConfig, spec: RunSpec, data: Data) -> Experiment:
+    """What a specification describes."""
+    return Experiment(
+        model=catalogue.model_of(config),
+        train_dataset=data[0],
+        val_dataset=data[1],
+        strategy=catalogue.strategy_of(config, spec.strategy, every=spec.every, lr=spec.lr),
+        num_nodes=spec.nodes,
+        max_steps=spec.steps,
+        batch_size=config.batch_size,
+        micro_batch_size=config.micro_batch_size,
+        seed=spec.seed,
+        device=config.device,
+        autocast=config.autocast,
+        deterministic=config.deterministic,
+        weather=config.weather,
+    )
+
+
+def run_one(
+    config: SimulateConfig,
+    spec: RunSpec,
+    data: Data,
+    on_step: Callable[[], None] = lambda: None,
+) -> RunReport:
+    """One run, on one thread of this process. `on_step` is called after each of its steps.
+
+    Raises:
+        SettingsError: it cannot run.
+        NodeError: a loss is not finite.
+    """
+    experiment = experiment_of(config, spec, data)
+    looks = _Looks(experiment, config, on_step)
+    with one_thread():
+        result = run_stacked(experiment, on_step=looks)
+    model = result.model
+    assert model is not None
+    return RunReport(
+        spec=spec,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        losses=[row.losses for row in result.history],
+        validations=looks.found,
+        rounds=result.rounds,
+        heals=result.heals,
+        deaths=[event for event in result.events if isinstance(event, Dies)],
+        final_lr=result.history[-1].lr,
+        train_s=result.seconds["train"] - looks.seconds,
+    )
+
+
+class _Looks:
+    """Validates the mean model now and then, and knows how long that took."""
+
+    def __init__(
+        self, experiment: Experiment, config: SimulateConfig, on_step: Callable[[], None]
+    ) -> None:
+        self._validator = Validator(experiment, config.val_samples)
+        self._every, self._on_step = config.validate_every, on_step
+        self.found: list[tuple[int, float]] = []
+        self.seconds = 0.0
+
+    def __call__(self, run: Run) -> None:
+        if run.step:
+            self._on_step()
+        if run.step % self._every and run.step != run.total_steps:
+            return
+        began = perf_counter()
+        nodes = [run.nodes[node] for node in run.local.alive]
+        self.found.append((run.step, self._validator(nodes).global_loss))
+        self.seconds += perf_counter() - began
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Bits, and times, depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def run_sweep(
+    config: SimulateConfig,
+    out: Path,
+    *,
+    jobs: int = 1,
+    on_step: Callable[[int], None] = lambda steps: None,
+    on_run: Callable[[RunReport | Failure], None] = lambda ended: None,
+) -> Sweep:
+    """Do all runs that have not been done, `jobs` at a time, and keep what each leaves in
+    `out/runs`. `on_step` is told how many steps are done anew; with several jobs, as runs end.
+
+    Raises:
+        SettingsError: a run cannot be; nothing has run then.
+    """
+    specs, data = plan(config), catalogue.data_of(config)
+    check_runs(config, specs, data)
+    folder = out / "runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {spec: folder / f"{_key(config, spec)}.json" for spec in specs}
+    missing = [spec for spec in specs if not paths[spec].exists()]
+    on_step(sum(spec.steps for spec in specs if spec not in missing))
+    kept = [_Task(config, spec, paths[spec]) for spec in missing]
+    ended = _here(kept, data, on_step) if jobs == 1 else _apart(kept, jobs, on_step)
+    failures = []
+    for one in ended:
+        spec = one.job.spec
+        if one.error is not None:
+            failures.append(Failure(spec, one.error))
+        on_run(failures[-1] if one.error is not None else read_report(paths[spec], spec))
+    failed = {failure.spec for failure in failures}
+    reports = [read_report(paths[spec], spec) for spec in specs if spec not in failed]
+    return Sweep(config, reports, failures, skipped=len(specs) - len(missing))
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A run and the file that it leaves."""
+
+    config: SimulateConfig
+    spec: RunSpec
+    path: Path
+
+
+def _here(
+    tasks: Sequence[_Task], data: Data, on_step: Callable[[int], None]
+) -> Iterator[Ended[_Task]]:
+    for task in tasks:
+        error = None
+        try:
+            report = run_one(task.config, task.spec, data, partial(on_step, 1))
+            write_report(report, task.path)
+        except Exception as failure:
+            error = said(failure)
+        yield Ended(task, error)
+
+
+def _apart(
+    tasks: Sequence[_Task], jobs: int, on_step: Callable[[int], None]
+) -> Iterator[Ended[_Task]]:
+    for ended in run_jobs(_run_task, tasks, jobs, warm=WARM):
+        on_step(ended.job.spec.steps)
+        yield ended
+
+
+def _run_task(task: _Task) -> None:
+    """In a process of its own."""
+    report = run_one(task.config, task.spec, catalogue.data_of(task.config))
+    write_report(report, task.path)
+
+
+def _key(config: SimulateConfig, spec: RunSpec) -> str:
+    weather = config.weather
+    events = [] if weather is None else weather.to_events(spec.nodes, spec.steps)
+    return key_of(config, spec, events)
