@@ -33,10 +33,10 @@ from torch.futures import Future
 from torchft import settings
 from torchft.background import Background
 from torchft.checkpointing import CheckpointTransport, HTTPTransport
+from torchft.closing import Closer
 from torchft.communicate import Communicator
 from torchft.coordination import watch_parent
 from torchft.errors import (
-    DiscardedTooOften,
     HealError,
     PhaseError,
     QuorumError,
@@ -49,8 +49,9 @@ from torchft.ledger import Bucket, Ledger
 from torchft.live_state import LiveState
 from torchft.peers import Place
 from torchft.process_group import ProcessGroup
+from torchft.progress import Progress
 from torchft.replica_group import MANAGER_ADDR_KEY, REPLICA_ID_KEY, ReplicaGroup
-from torchft.step import Options, Phase, Plan, Why, WorldSizeMode, follow, objection
+from torchft.step import Options, Phase, WorldSizeMode, follow
 from torchft.step_log import StepLog
 from torchft.transaction import ExceptionWithTraceback, Transaction
 
@@ -179,13 +180,22 @@ class Manager:
             collect_state=lambda: self._state.collect(self.state_dict),
         )
         self._communicator = Communicator(pg)
+        self._progress = Progress(fresh=init_sync)
+        self._closer = Closer(
+            group=self._group,
+            transport=self._transport,
+            communicator=self._communicator,
+            options=options,
+            ledger=self.ledger,
+            log=self._log,
+            progress=self._progress,
+            load_staged=self._load_staged,
+            bytes_moved=self._former.bytes_moved,
+        )
         self._executor = Background("torchft_quorum")
         self._forming: ThreadFuture[None] | None = None
         self._transaction: Transaction | None = None
         self._phase = Phase.IDLE
-        self._step = 0
-        self._batches_committed = 0
-        self._commit_failures = 0
         self._settled = False
         # Names that scripts written for existing versions read.
         self._use_async_quorum = use_async_quorum
@@ -194,8 +204,6 @@ class Manager:
         self._max_retries = max_retries
         self._quorum_retries = quorum_retries
         self._replica_id = self._group.name
-        # Not in a quorum yet: this group wants the initial synchronisation.
-        self._fresh = init_sync
         if settings.under_torchrun():
             watch_parent()
 
@@ -234,12 +242,11 @@ class Manager:
 
     def state_dict(self) -> dict[str, int]:
         """To be saved with a checkpoint of the model: `step` and `batches_committed`."""
-        return {"step": self._step, "batches_committed": self._batches_committed}
+        return self._progress.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go on from a checkpoint of the model."""
-        self._step = state_dict["step"]
-        self._batches_committed = state_dict["batches_committed"]
+        self._progress.load_state_dict(state_dict)
 
     # ------------------------------------------------------------------ begin
 
@@ -274,9 +281,9 @@ class Manager:
         """A request for a quorum, from where this rank stands."""
         return Request(
             place=place,
-            step=self._step,
-            fresh=self._fresh,
-            commit_failures=self._commit_failures,
+            step=self._progress.step,
+            fresh=self._progress.fresh,
+            commit_failures=self._progress.discarded,
             allow_heal=allow_heal,
             shrink_only=shrink_only,
             settling=settling,
@@ -291,7 +298,7 @@ class Manager:
         self._phase = follow(self._phase, Phase.OPEN)
         self._settled = False
         self._transaction = transaction = Transaction(self.ledger, self._failed)
-        if self._options.sync or request.place is Place.AFTER or self._fresh:
+        if self._options.sync or request.place is Place.AFTER or self._progress.fresh:
             self._former.form(transaction, request)
             self.wait_quorum()
             self._load_staged(transaction)
@@ -315,7 +322,7 @@ class Manager:
         plan = transaction.plan
         if staged is None or plan is None or plan.donor is None:
             return
-        before = self._step
+        before = self._progress.step
         with self.ledger.spending(Bucket.HEAL):
             try:
                 self._state.load(staged["user"])
@@ -324,7 +331,9 @@ class Manager:
                 return
             self.load_state_dict(staged["torchft"])
         donor = plan.members[plan.donor.replica_rank]
-        self._log.say(logging.INFO, before, "healed from %s, now at step %d", donor, self._step)
+        self._log.say(
+            logging.INFO, before, "healed from %s, now at step %d", donor, self._progress.step
+        )
 
     # ------------------------------------------------------------------ communicate
 
@@ -392,7 +401,7 @@ class Manager:
         """An error of the step that runs: free the peers that wait for us in it."""
         if transaction is not self._transaction or transaction.error is None:
             return
-        self._log.error(self._step, transaction.error.original_exception)
+        self._log.error(self._progress.step, transaction.error.original_exception)
         if transaction.broken:
             self._former.abandon()
 
@@ -412,33 +421,16 @@ class Manager:
         try:
             plan = transaction.wait_formed()
             if plan.settling:
-                self._settled = self._close_without_step(transaction, plan, timeout)
+                self._settled = self._closer.close_without_step(transaction, plan, timeout)
                 return False
-            self._communicator.finish(transaction, plan, timeout)
-            self._load_staged(transaction)
-            why = objection(
-                failed=transaction.failed,
-                counted=len(plan.counted),
-                min_replica_size=self._options.min_replica_size,
-            )
-            committed = self._vote(plan, why is None, timeout)
+            return self._closer.close(transaction, plan, timeout)
         finally:
             self._phase = follow(self._phase, Phase.IDLE)
-        if committed:
-            self._fresh = False
-            self._step += 1
-            self._batches_committed += len(plan.counted)
-            self._commit_failures = 0
-        else:
-            self._commit_failures += 1
-        self._say_closed(transaction, plan, committed, why)
-        return committed
 
     def fall_behind(self) -> None:
         """The step that was just committed could not be applied here: heal it from the others."""
         plan = self._begun("fall_behind").wait_formed()
-        self._step = plan.step
-        self._batches_committed -= len(plan.counted)
+        self._progress.fall_behind(plan.step, len(plan.counted))
 
     def is_opening(self) -> bool:
         """Whether every group of this quorum is new, so that nobody has anything to contribute."""
@@ -453,7 +445,7 @@ class Manager:
         transaction = self._begun("close_opening")
         try:
             plan = transaction.wait_formed()
-            return self._close_without_step(transaction, plan, self._options.timeout)
+            return self._closer.close_without_step(transaction, plan, self._options.timeout)
         finally:
             self._phase = follow(self._phase, Phase.IDLE)
 
@@ -471,7 +463,7 @@ class Manager:
                 try:
                     self._settled = self._settle_once(left)
                 except (TimeoutError, QuorumError) as error:
-                    self._log.say(logging.WARNING, self._step, "not settled: %s", error)
+                    self._log.say(logging.WARNING, self._progress.step, "not settled: %s", error)
                     break
         return self._settled
 
@@ -479,67 +471,15 @@ class Manager:
         self._begin(self._request(Place.AFTER, timeout, settling=True))
         return self.close_opening()
 
-    def _close_without_step(self, transaction: Transaction, plan: Plan, timeout: timedelta) -> bool:
-        """All members meet, who is behind heals, no step is counted. Whether that went well."""
-        self._communicator.finish(transaction, plan, timeout)
-        self._load_staged(transaction)
-        why = Why.ERROR if transaction.failed else None
-        healed = self._vote(plan, why is None, timeout)
-        if healed:
-            self._fresh, self._commit_failures = False, 0
-        else:
-            self._commit_failures += 1
-            self._say_closed(transaction, plan, False, why)
-        return healed
-
-    def _vote(self, plan: Plan, yes: bool, timeout: timedelta) -> bool:
-        try:
-            with self.ledger.spending(Bucket.VOTE):
-                return self._group.client.should_commit(
-                    self._group.rank, plan.step, yes, timeout=timeout
-                )
-        finally:
-            with self.ledger.spending(Bucket.HEAL):
-                self._transport.disallow_checkpoint()
-
-    def _say_closed(
-        self, transaction: Transaction, plan: Plan, committed: bool, why: Why | None
-    ) -> None:
-        """Record the step; after too many discarded ones, DiscardedTooOften."""
-        reason = None if committed else (why or Why.ANOTHER_RANK).value
-        if reason is not None and transaction.error is not None:
-            reason = f"{reason}: {transaction.error.original_exception}"
-        sent, received = self._former.bytes_moved()
-        sent_before, received_before = transaction.moved_before
-        self._log.closed(
-            transaction,
-            plan,
-            committed=committed,
-            why=reason,
-            sent=sent - sent_before,
-            received=received - received_before,
-        )
-        if committed:
-            return
-        failures, most = self._commit_failures, self._options.max_retries
-        self._log.say(
-            logging.WARNING, plan.step, "step discarded, %d in a row: %s", failures, reason
-        )
-        if most is not None and failures > most:
-            raise DiscardedTooOften(
-                f"{self._group.replica_id} discarded {failures} steps in a row at step "
-                f"{plan.step}, more than max_retries={most}; the last one because of: {reason}"
-            )
-
     # ------------------------------------------------------------------ who, where
 
     def current_step(self) -> int:
         """The last committed step, from 0."""
-        return self._step
+        return self._progress.step
 
     def batches_committed(self) -> int:
         """How many groups' batches the committed steps hold."""
-        return self._batches_committed
+        return self._progress.batches_committed
 
     def num_participants(self) -> int:
         """How many groups are counted in this step; waits for the quorum. 0 before the first."""

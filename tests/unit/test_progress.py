@@ -1,0 +1,33 @@
+"""How far a rank has come."""
+
+from __future__ import annotations
+
+from torchft.progress import Progress
+
+
+def test_a_commit_ends_a_row_of_discarded_steps_and_a_new_process_is_new_no_more() -> None:
+    progress = Progress(fresh=True)
+    progress.discard()
+    progress.discard()
+    assert (progress.fresh, progress.discarded, progress.step) == (True, 2, 0)
+    progress.commit(groups=3)
+    assert progress == Progress(fresh=False, step=1, batches_committed=3)
+
+
+def test_a_round_without_a_step_counts_none() -> None:
+    progress = Progress(fresh=True, step=7, discarded=1)
+    progress.meet()
+    assert progress == Progress(fresh=False, step=7)
+
+
+def test_a_step_that_could_not_be_applied_is_taken_back_with_its_batches() -> None:
+    progress = Progress(fresh=False, step=7, batches_committed=14)
+    progress.commit(groups=2)
+    progress.fall_behind(7, 2)
+    assert progress == Progress(fresh=False, step=7, batches_committed=14)
+
+
+def test_what_is_saved_is_how_far_it_came_and_not_how_it_fares() -> None:
+    healed = Progress(fresh=True, discarded=2)
+    healed.load_state_dict(Progress(fresh=False, step=7, batches_committed=14).state_dict())
+    assert healed == Progress(fresh=True, discarded=2, step=7, batches_committed=14)

@@ -1,0 +1,130 @@
+"""How a step closes: what is under way ends, a heal is loaded, the ranks of the group vote, and the
+step is recorded.
+
+The counterpart of `forming`, always on the training thread. To apply or to discard is the caller's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from torchft.checkpointing import CheckpointTransport
+from torchft.communicate import Communicator
+from torchft.errors import DiscardedTooOften
+from torchft.ledger import Bucket, Ledger
+from torchft.progress import Progress
+from torchft.replica_group import ReplicaGroup
+from torchft.step import Options, Plan, Why, objection
+from torchft.step_log import StepLog
+from torchft.transaction import Transaction
+
+__all__ = ["Closer"]
+
+
+class Closer:
+    """Closes one step after the other for one rank, and keeps count of how they ended."""
+
+    def __init__(
+        self,
+        *,
+        group: ReplicaGroup,
+        transport: CheckpointTransport[Any],
+        communicator: Communicator,
+        options: Options,
+        ledger: Ledger,
+        log: StepLog,
+        progress: Progress,
+        load_staged: Callable[[Transaction], None],
+        bytes_moved: Callable[[], tuple[int, int]],
+    ) -> None:
+        self._group = group
+        self._transport = transport
+        self._communicator = communicator
+        self._options = options
+        self._ledger = ledger
+        self._log = log
+        self._progress = progress
+        self._load_staged = load_staged
+        self._bytes_moved = bytes_moved
+
+    def close(self, transaction: Transaction, plan: Plan, timeout: timedelta) -> bool:
+        """Vote on the step: whether it is committed.
+
+        Raises:
+            TimeoutError: a rank of this group does not vote in `timeout`.
+            DiscardedTooOften: more discarded steps in a row than `max_retries`.
+        """
+        self._communicator.finish(transaction, plan, timeout)
+        self._load_staged(transaction)
+        why = objection(
+            failed=transaction.failed,
+            counted=len(plan.counted),
+            min_replica_size=self._options.min_replica_size,
+        )
+        committed = self._vote(plan, why is None, timeout)
+        if committed:
+            self._progress.commit(len(plan.counted))
+        else:
+            self._progress.discard()
+        self._record(transaction, plan, committed, why)
+        return committed
+
+    def close_without_step(self, transaction: Transaction, plan: Plan, timeout: timedelta) -> bool:
+        """All members meet, who is behind heals, no step is counted. Whether that went well.
+
+        Raises as `close` does.
+        """
+        self._communicator.finish(transaction, plan, timeout)
+        self._load_staged(transaction)
+        why = Why.ERROR if transaction.failed else None
+        healed = self._vote(plan, why is None, timeout)
+        if healed:
+            self._progress.meet()
+        else:
+            self._progress.discard()
+            self._record(transaction, plan, False, why)
+        return healed
+
+    def _vote(self, plan: Plan, yes: bool, timeout: timedelta) -> bool:
+        try:
+            with self._ledger.spending(Bucket.VOTE):
+                return self._group.client.should_commit(
+                    self._group.rank, plan.step, yes, timeout=timeout
+                )
+        finally:
+            with self._ledger.spending(Bucket.HEAL):
+                self._transport.disallow_checkpoint()
+
+    def _record(
+        self, transaction: Transaction, plan: Plan, committed: bool, why: Why | None
+    ) -> None:
+        reason = None if committed else (why or Why.ANOTHER_RANK).value
+        if reason is not None and transaction.error is not None:
+            reason = f"{reason}: {transaction.error.original_exception}"
+        sent, received = self._bytes_moved()
+        sent_before, received_before = transaction.moved_before
+        self._log.closed(
+            transaction,
+            plan,
+            committed=committed,
+            why=reason,
+            sent=sent - sent_before,
+            received=received - received_before,
+        )
+        if reason is not None:
+            self._warn(plan, reason)
+
+    def _warn(self, plan: Plan, reason: str) -> None:
+        """A step was discarded; after too many in a row it is no use to go on."""
+        failures, most = self._progress.discarded, self._options.max_retries
+        self._log.say(
+            logging.WARNING, plan.step, "step discarded, %d in a row: %s", failures, reason
+        )
+        if most is not None and failures > most:
+            raise DiscardedTooOften(
+                f"{self._group.replica_id} discarded {failures} steps in a row at step "
+                f"{plan.step}, more than max_retries={most}; the last one because of: {reason}"
+            )

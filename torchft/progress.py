@@ -1,0 +1,56 @@
+"""Where one rank stands: how far it has come, and how its last steps ended.
+
+progress = Progress(fresh=True)
+progress.commit(groups=3)       # step 1, 3 batches
+progress.discard()              # 1 in a row: the next process group is made anew
+progress.fall_behind(0, 3)      # the step that was committed could not be applied here
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Progress"]
+
+
+@dataclass
+class Progress:
+    """The steps of one rank so far."""
+
+    fresh: bool
+    """Not in a quorum yet, and wants the initial synchronisation."""
+    step: int = 0
+    """The last committed step."""
+    batches_committed: int = 0
+    """How many groups' batches the committed steps hold."""
+    discarded: int = 0
+    """Steps in a row that were not committed."""
+
+    def commit(self, groups: int) -> None:
+        """One more step, with a batch of each of so many groups."""
+        self.step += 1
+        self.batches_committed += groups
+        self.meet()
+
+    def meet(self) -> None:
+        """All members of a quorum met, and whoever was behind has healed."""
+        self.fresh = False
+        self.discarded = 0
+
+    def discard(self) -> None:
+        """A step came to nothing."""
+        self.discarded += 1
+
+    def fall_behind(self, step: int, groups: int) -> None:
+        """Back to `step`: the one after it, with batches of so many groups, was not applied."""
+        self.step = step
+        self.batches_committed -= groups
+
+    def state_dict(self) -> dict[str, int]:
+        """What is saved with a checkpoint, and given to a group that heals."""
+        return {"step": self.step, "batches_committed": self.batches_committed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from there."""
+        self.step = state["step"]
+        self.batches_committed = state["batches_committed"]
