@@ -344,6 +344,8 @@ def test_waiting_for_a_slow_group_is_booked_as_communication(tmp_path: Path) -> 
 
 
 def test_timeout_variables_reach_every_part_that_waits(tmp_path: Path, monkeypatch: Any) -> None:
+    """An old failing that must not come back: they reached only some of the parts,
+    and the others waited for their defaults."""
     monkeypatch.setenv("TORCHFT_TIMEOUT_SEC", "11")
     monkeypatch.setenv("TORCHFT_QUORUM_TIMEOUT_SEC", "1")
     monkeypatch.setenv("TORCHFT_CONNECT_TIMEOUT_SEC", "7")

@@ -124,6 +124,7 @@ class Among:
 
 
 def test_wait_keeps_its_timeout(transaction: Transaction, clock: Clock) -> None:
+    """An old failing that must not come back: a wait that is given a timeout ignores it."""
     average = Average(transaction, Stuck(clock), torch.ones(1), 1, Among())
     average.wait(timedelta(milliseconds=120))
     assert clock.now == pytest.approx(0.12, abs=0.002)

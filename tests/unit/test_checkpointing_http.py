@@ -214,6 +214,8 @@ class SlowHealer:
 def test_a_slow_healer_never_makes_the_donors_commit_raise(
     make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """An old failing that must not come back: the donor raised after its
+    group had decided to commit, and fell behind its own ranks."""
     donor = make(timeout=SHORT)
     donor.send_checkpoint([1], 3, torch.zeros(64 << 20, dtype=torch.uint8), LONG)
     healer = SlowHealer(donor, 3)
