@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from torchft.cli import demo, doctor
+from torchft.cli import demo, doctor, simulate
 from torchft.errors import TorchftError
 
 __all__ = ["main", "parser"]
@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     demo.add_command(commands)
     doctor.add_command(commands)
+    simulate.add_command(commands)
     return top
 
 

@@ -23,7 +23,7 @@ _HELD_OUT = 360
 """Of scikit-learn's 1797 digits; no image that is trained on is made from them."""
 
 
-def digits(train: int = 20_000, held_out: int = 2_048) -> tuple[TensorDataset, TensorDataset]:
+def digits(train: int = 60_000, held_out: int = 2_048) -> tuple[TensorDataset, TensorDataset]:
     """Images `[n, 1, 28, 28]` and their classes, made from scikit-learn's handwritten digits: each
     is enlarged, moved, and given another contrast and noise. The same at every call.
 

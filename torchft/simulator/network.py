@@ -14,7 +14,7 @@ from torchft.simulator.clocks import Clocks, HealLike, Lost, NodeSeconds, RoundL
 from torchft.simulator.events import Dies
 from torchft.simulator.weather import Weather
 
-__all__ = ["SimulatedRun", "SimulatedStep", "forecast", "forecast_records"]
+__all__ = ["SimulatedRun", "SimulatedStep", "forecast", "forecast_records", "smoothed"]
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,18 @@ class SimulatedRun:
     def time_to_loss(self, threshold: float, *, window: int = 10) -> float | None:
         """Simulated seconds until the mean training loss of the last `window` steps was at most
         `threshold`; None when it never was."""
-        for last in range(min(window, len(self.losses)) - 1, len(self.losses)):
-            recent = self.losses[max(0, last + 1 - window) : last + 1]
-            if recent and sum(recent) / len(recent) <= threshold:
-                return self.steps[last].end_s
-        return None
+        ends = zip(self.steps, smoothed(self.losses, window), strict=True)
+        return next((step.end_s for step, loss in ends if loss <= threshold), None)
+
+
+def smoothed(losses: Sequence[float], window: int) -> list[float]:
+    """At each step the mean of the last `window`; infinite where there are not so many yet, so
+    that a lucky start is not taken for learning. A shorter run has one such mean, at its end."""
+    if not losses:
+        return []
+    window = min(window, len(losses))
+    whole = [sum(losses[at - window : at]) / window for at in range(window, len(losses) + 1)]
+    return [math.inf] * (window - 1) + whole
 
 
 class ResultLike(Protocol):

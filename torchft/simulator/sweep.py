@@ -28,7 +28,7 @@ from torchft.simulator.loop import Run, run_stacked
 from torchft.simulator.runs import RunReport, RunSpec, key_of, read_report, write_report
 from torchft.simulator.validation import Validator
 
-__all__ = ["Failure", "Sweep", "check_runs", "plan", "run_one", "run_sweep"]
+__all__ = ["Failure", "Sweep", "check_runs", "files", "plan", "run_one", "run_sweep"]
 
 Data = tuple[Any, Any]
 
@@ -202,9 +202,8 @@ def run_sweep(
     """
     specs, data = plan(config), catalogue.data_of(config)
     check_runs(config, specs, data)
-    folder = out / "runs"
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {spec: folder / f"{_key(config, spec)}.json" for spec in specs}
+    paths = files(config, specs, out)
+    (out / "runs").mkdir(parents=True, exist_ok=True)
     missing = [spec for spec in specs if not paths[spec].exists()]
     on_step(sum(spec.steps for spec in specs if spec not in missing))
     kept = [_Task(config, spec, paths[spec]) for spec in missing]
@@ -218,6 +217,17 @@ def run_sweep(
     failed = {failure.spec for failure in failures}
     reports = [read_report(paths[spec], spec) for spec in specs if spec not in failed]
     return Sweep(config, reports, failures, skipped=len(specs) - len(missing))
+
+
+def files(config: SimulateConfig, specs: Sequence[RunSpec], out: Path) -> dict[RunSpec, Path]:
+    """Where each run leaves its report."""
+    return {spec: out / "runs" / f"{_key(config, spec)}.json" for spec in specs}
+
+
+def _key(config: SimulateConfig, spec: RunSpec) -> str:
+    weather = config.weather
+    events = [] if weather is None else weather.to_events(spec.nodes, spec.steps)
+    return key_of(config, spec, events)
 
 
 @dataclass(frozen=True)
@@ -254,9 +264,3 @@ def _run_task(task: _Task) -> None:
     """In a process of its own."""
     report = run_one(task.config, task.spec, catalogue.data_of(task.config))
     write_report(report, task.path)
-
-
-def _key(config: SimulateConfig, spec: RunSpec) -> str:
-    weather = config.weather
-    events = [] if weather is None else weather.to_events(spec.nodes, spec.steps)
-    return key_of(config, spec, events)
