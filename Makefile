@@ -9,10 +9,10 @@ export OMP_NUM_THREADS ?= 1
 # torch looks up the name of each peer that connects: a silent name server must not stall that.
 export RES_OPTIONS ?= timeout:1 attempts:1
 
-.PHONY: help demo test test-slow test-oldest check setup format lint types rust bench clean
+.PHONY: help demo test test-slow test-oldest check setup format lint types rust bench bench-simulator digests clean
 
 help: ## what there is to make
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
 
 demo: setup ## three replica groups train, one is killed and heals
 	$(RUN) torchft demo $(ARGS)
@@ -53,8 +53,14 @@ lint: setup
 types: setup
 	$(RUN) mypy
 
+digests: setup ## simulated and real nodes compute equal bits: a table
+	$(RUN) python -m torchft.launch.digests $(ARGS)
+
 bench: setup ## the figures in docs/benchmarks.md, each with its floor
 	$(RUN) python benchmarks/run.py $(ARGS)
+
+bench-simulator: setup ## the figures of the simulator alone
+	$(RUN) python benchmarks/run.py simulator $(ARGS)
 
 clean: ## remove what was built
 	cargo clean

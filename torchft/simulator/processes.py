@@ -24,6 +24,7 @@ from torchft.launch.local_nodes import LocalNodes, Start
 from torchft.records import StepRecord, read_step_records
 from torchft.simulator.events import Dies, Joins
 from torchft.simulator.experiment import Experiment
+from torchft.simulator.network import forecast
 from torchft.simulator.real_node import RealNode, from_bytes
 from torchft.simulator.replay import heals_of, round_records_of, rounds_of
 from torchft.simulator.result import Result, StepRow, mean_model
@@ -48,6 +49,8 @@ def run_processes(
     started = perf_counter()
     experiment.check()
     deaths = _deaths(experiment)
+    with kept_rng(experiment.torch_device):
+        _warm_up(experiment)
     log = _Log(experiment.num_nodes)
     with tempfile.TemporaryDirectory(prefix="torchft-") as temporary:
         records = folder or Path(temporary)
@@ -65,8 +68,17 @@ def run_processes(
     result = _result(experiment, log, [record for life in told for record in life])
     with kept_rng(experiment.torch_device):
         _take_models(result, experiment, ends)
-    result.seconds["total"] = perf_counter() - started
+    result.seconds["train"] = perf_counter() - started
+    if experiment.weather is not None:
+        result.simulated = forecast(result, experiment.weather)
     return result
+
+
+def _warm_up(experiment: Experiment) -> None:
+    """What every process would import for itself, were it not imported before they fork."""
+    model = experiment.make_model()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    experiment.inner.build([trained], experiment.total_steps).state_dict()
 
 
 def _starts(experiment: Experiment) -> list[Start]:

@@ -18,10 +18,10 @@ from torchft.peers import Handle, Peers, Place, Round
 from torchft.simulator.events import Dies
 from torchft.simulator.experiment import Experiment
 from torchft.simulator.node import finite_losses
-from torchft.simulator.replay import note_of
 from torchft.simulator.seeds import kept_rng, seed_node
 from torchft.strategies.model_local import ModelLocal
-from torchft.strategies.recipe import Clock
+from torchft.strategies.recipe import Recipe
+from torchft.strategies.strategy import Strategy
 
 if TYPE_CHECKING:
     from torchft.launch.local_node import LocalNode
@@ -75,7 +75,7 @@ class _Trainer:
         node.meet(self._load, self._save)
         node.manager.offer_copies()  # buffers change while a round is open
         node.manager.describe_model("model", list(self._model.named_parameters()))
-        self._peers = _Watched(node, self._clock, experiment.deterministic, death)
+        self._peers = _Watched(node, self._strategy, experiment.deterministic, death)
         self._strategy.bind(self._local, self._peers)
         self._rows: list[dict[str, Any]] = []
 
@@ -153,13 +153,13 @@ class _Watched:
     """The manager as peers, which notes what a replay needs, and dies in a round if it is to."""
 
     def __init__(
-        self, node: LocalNode, clock: Clock, deterministic: bool, death: Dies | None
+        self, node: LocalNode, strategy: Strategy, deterministic: bool, death: Dies | None
     ) -> None:
         self.node = node
         self.averages = "ordered" if deterministic else "average"
         self.committed = False
         """A round did, since this was last reset."""
-        self._clock, self._death = clock, death
+        self.strategy, self._death = strategy, death
         self._peers: Peers = node.peers(deterministic=deterministic)
 
     def open(self, place: Place) -> _WatchedRound:
@@ -170,7 +170,11 @@ class _Watched:
 
     def step(self, place: Place) -> int:
         """The inner step; after it the clock has counted it already."""
-        return self._clock.steps - (place is Place.AFTER)
+        return self.strategy.clock.steps - (place is Place.AFTER)
+
+    def restores(self, recipe: int) -> bool:
+        """Whether this recipe takes something back after a no."""
+        return type(self.strategy.recipes[recipe]).discard is not Recipe.discard
 
     def dies_in(self, step: int) -> bool:
         """Whether this process is to be killed in a round of `step`."""
@@ -185,6 +189,7 @@ class _WatchedRound:
         self._peers, self._place, self._real = peers, place, real
         self._before = peers.node.pg.bytes_sent
         self._kind, self._collectives = peers.averages, 0
+        self._recipe = peers.strategy.opening
 
     @property
     def failed(self) -> bool:
@@ -209,13 +214,13 @@ class _WatchedRound:
     def close(self) -> bool:
         node = self._peers.node
         node.manager.note(
-            **note_of(
-                inner_step=self._peers.step(self._place),
-                place=self._place,
-                kind=self._kind,
-                collectives=self._collectives,
-                bytes_sent=node.pg.bytes_sent - self._before,
-            )
+            inner_step=self._peers.step(self._place),
+            place=self._place.name,
+            recipe=self._recipe,
+            restores=self._peers.restores(self._recipe),
+            kind=self._kind,
+            collectives=self._collectives,
+            round_bytes=node.pg.bytes_sent - self._before,
         )
         committed = self._real.close()
         self._peers.committed |= committed

@@ -27,20 +27,7 @@ from torchft.records import StepRecord
 from torchft.simulator.events import Dies, Discards, Event, Joins, Misses
 from torchft.simulator.peers import HealRecord, RoundRecord
 
-__all__ = ["RealRound", "events_of", "heals_of", "note_of", "round_records_of", "rounds_of"]
-
-
-def note_of(
-    *, inner_step: int, place: Place, kind: str, collectives: int, bytes_sent: int
-) -> dict[str, object]:
-    """What a process adds to the step record of a round, so that it can be repeated."""
-    return {
-        "inner_step": inner_step,
-        "place": place.name,
-        "kind": kind,
-        "collectives": collectives,
-        "round_bytes": bytes_sent,
-    }
+__all__ = ["RealRound", "events_of", "heals_of", "round_records_of", "rounds_of"]
 
 
 @dataclass
@@ -89,7 +76,11 @@ def rounds_of(records: Iterable[StepRecord]) -> list[RealRound]:
 
 
 def events_of(records: Sequence[StepRecord]) -> list[Event]:
-    """What happened to the nodes, by the order of their names."""
+    """What happened to the nodes, for a simulation of the same experiment.
+
+    Raises:
+        SettingsError: records of something else than `run_processes`.
+    """
     return _Story(rounds_of(records)).events()
 
 
@@ -98,8 +89,6 @@ class _Story:
 
     def __init__(self, rounds: Sequence[RealRound]) -> None:
         self._rounds = rounds
-        lives = sorted({life for one in rounds for life in one.members})
-        self._node = _numbers(lives)
         self._opens: dict[str, list[int]] = defaultdict(list)
         """Life → the rounds in which it was a member."""
         for at, one in enumerate(rounds):
@@ -122,7 +111,7 @@ class _Story:
         for life in one.members:
             donor = one.donor_of(life)
             if donor is not None and not self._was_up_to_date(life, at):
-                yield Joins(self._node[life], one.inner_step, donor)
+                yield Joins(_node_of(life), one.inner_step, donor)
 
     def _was_up_to_date(self, life: str, at: int) -> bool:
         """It had been there before, at the start or healed."""
@@ -134,7 +123,7 @@ class _Story:
         for life in one.members:
             record = one.records.get(life)
             if record is not None and not record.committed and self._was_there(life, at):
-                yield Misses(self._node[life], one.inner_step, self._next_donor(life, at))
+                yield Misses(_node_of(life), one.inner_step, self._next_donor(life, at))
 
     def _was_there(self, life: str, at: int) -> bool:
         """Not a newcomer whose heal failed."""
@@ -148,7 +137,7 @@ class _Story:
         if not one.silent:
             yield Discards(one.inner_step)
         for life in one.silent:
-            yield Dies(self._node[life], one.inner_step, in_round=True)
+            yield Dies(_node_of(life), one.inner_step, in_round=True)
 
     def _gone_after(self, at: int, one: RealRound) -> Iterable[Event]:
         """Members whose last round this is, while others open more."""
@@ -157,14 +146,13 @@ class _Story:
         for life in one.members:
             died_in_it = not one.committed and life in one.silent
             if self._opens[life][-1] == at and not died_in_it:
-                yield Dies(self._node[life], one.inner_step + 1)
+                yield Dies(_node_of(life), one.inner_step + 1)
 
 
 def heals_of(rounds: Sequence[RealRound]) -> list[HealRecord]:
     """Who got whose state."""
-    numbers = _numbers(sorted({life for one in rounds for life in one.members}))
     return [
-        HealRecord(one.inner_step, numbers[life], donor, _bytes_healed(one.records[life]))
+        HealRecord(one.inner_step, _node_of(life), donor, _bytes_healed(one.records[life]))
         for one in rounds
         for life in one.members
         if (donor := one.donor_of(life)) is not None
@@ -178,11 +166,10 @@ def _bytes_healed(record: StepRecord) -> int:
 
 def round_records_of(rounds: Sequence[RealRound]) -> list[RoundRecord]:
     """As a simulation's, with the bytes that the processes counted."""
-    numbers = _numbers(sorted({life for one in rounds for life in one.members}))
-    return [_round_record(one, numbers) for one in rounds]
+    return [_round_record(one) for one in rounds]
 
 
-def _round_record(one: RealRound, numbers: dict[str, int]) -> RoundRecord:
+def _round_record(one: RealRound) -> RoundRecord:
     extra = next(iter(one.records.values())).extra
     place = Place[extra["place"]]
     members = [life for life in one.members if place is Place.BEFORE or one.donor_of(life) is None]
@@ -190,17 +177,20 @@ def _round_record(one: RealRound, numbers: dict[str, int]) -> RoundRecord:
         step=one.inner_step,
         place=place,
         kind=extra["kind"],
-        members=tuple(numbers[life] for life in one.members),
-        counted=tuple(numbers[life] for life in members),
+        members=tuple(map(_node_of, one.members)),
+        counted=tuple(map(_node_of, members)),
         committed=bool(one.committed),
         bytes_per_node={
-            numbers[life]: record.extra["round_bytes"] for life, record in one.records.items()
+            _node_of(life): one.records[life].extra["round_bytes"]
+            for life in one.members
+            if life in one.records
         },
         collectives=extra["collectives"],
+        recipe=extra["recipe"],
+        restores=extra["restores"],
     )
 
 
-def _numbers(lives: Sequence[str]) -> dict[str, int]:
-    """Replica id → its node: the position of its name among all names."""
-    names = sorted({life.partition(":")[0] for life in lives})
-    return {life: names.index(life.partition(":")[0]) for life in lives}
+def _node_of(life: str) -> int:
+    """`node_0007:…` → 7."""
+    return int(life.partition(":")[0].rpartition("_")[2])

@@ -1,0 +1,74 @@
+"""The same bits in the simulation and in real processes, at every synchronisation; `make digests`
+prints the long version. The bytes that a simulation counts are those that the processes counted."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from torchft.launch.digests import STRATEGIES, Pair, compare, main
+
+STEPS = 24
+
+
+@cache
+def _pair(name: str, deterministic: bool) -> Pair:
+    return compare(name, steps=STEPS, deterministic=deterministic, method="fork")
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_simulated_and_real_nodes_are_equal_at_every_synchronisation(name: str) -> None:
+    pair = _pair(name, True)
+    assert pair.equal, f"they part at step {pair.first_difference}"
+    every = {"LocalSGD": 10, "DiLoCo": 10, "Streaming DiLoCo": 4}.get(name, 1)
+    assert [step for step, _ in pair.real.digests] == list(range(every - 1, STEPS, every))
+    assert pair.real.history == pair.simulated.history
+    assert pair.real.final_loss < 4.7
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_simulated_bytes_are_those_that_the_processes_counted(
+    name: str, deterministic: bool
+) -> None:
+    pair = _pair(name, deterministic)
+    assert pair.real.rounds == pair.simulated.rounds
+    assert pair.real.bytes_sent == pair.simulated.bytes_sent
+    assert min(pair.real.bytes_sent) > 0
+    for record in pair.real.records:
+        healed = record.step == 0  # with gradients, the first round gives all equal state
+        assert record.bytes_sent == record.extra["round_bytes"] or healed
+
+
+def test_without_an_order_the_bits_part() -> None:
+    pair = _pair("all-reduce", False)
+    assert pair.first_difference == 0 and not pair.equal
+    assert pair.real.final_loss == pytest.approx(pair.simulated.final_loss, rel=1e-3)
+
+
+def test_models_are_equal_in_the_end() -> None:
+    pair = _pair("DiLoCo", True)
+    for real, simulated in zip(pair.real.models, pair.simulated.models, strict=True):
+        theirs = simulated.state_dict()
+        assert all(value.equal(theirs[name]) for name, value in real.state_dict().items())
+
+
+def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--steps", "10", "--nodes", "2", "--strategy", "LocalSGD"]) == 0
+    head, line = capsys.readouterr().out.splitlines()
+    assert head.split()[:3] == ["strategy", "synchr.", "equal"]
+    assert line.split()[:4] == ["LocalSGD", "1", "yes", "-"]
+
+
+def test_a_difference_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "torchft.launch.digests.compare", lambda *_, **__: _pair("all-reduce", False)
+    )
+    assert main(["--strategy", "all-reduce"]) == 1
+
+
+@pytest.mark.slow
+def test_twelve_processes_are_equal_too() -> None:
+    pair = compare("Streaming DiLoCo", steps=60, nodes=12, method="fork")
+    assert pair.equal and pair.synchronisations == 15
