@@ -11,11 +11,17 @@ import torch
 from helpers.peers import Node, Script, World
 from helpers.tiny import Tiny, digest
 from helpers.training import ROWS, Row, Training
+from torch import Tensor
 from torch.testing import assert_close
 
 from torchft.errors import PhaseError, SettingsError
 from torchft.peers import Place
 from torchft.strategies import LocalSGD, ModelLocal, Strategy
+
+
+def start() -> list[Tensor]:
+    """The weights that all begin with."""
+    return [p.detach() for p in Tiny().parameters() if p.requires_grad]
 
 
 class TestWhatANoLeavesBehind:
@@ -52,6 +58,7 @@ class TestWhatANoLeavesBehind:
         return {
             "weights": one.weights,
             "inner": digest(one.inner.state_dict()),
+            "own": digest([recipe.own for recipe in one.strategy.recipes]),
             "shared": self.without_clock(state),
         }
 
@@ -80,6 +87,26 @@ class TestWhatANoLeavesBehind:
         assert_close(one.weights, before["weights"], rtol=0, atol=0)
         assert self.parts(one)["inner"] == before["inner"]
 
+    @pytest.mark.parametrize(("name", "steps"), [("SPARTA", 2), ("FedAvg in islands", 3)])
+    def test_what_is_each_nodes_own_stands(self, name: str, steps: int) -> None:
+        one, before = self.after_a_no(ROWS[name], steps)
+        assert_close(one.weights, before["weights"], rtol=0, atol=0)
+        assert self.parts(one)["inner"] == before["inner"]
+
+    def test_demo_skips_the_step_and_its_momentum_stands(self) -> None:
+        one, before = self.after_a_no(ROWS["DeMo"], 1)
+        assert before["went"] is False
+        assert_close(one.weights, before["start"], rtol=0, atol=0)
+        assert self.parts(one)["inner"] == before["inner"]
+        assert self.parts(one)["own"] == before["own"]
+
+    def test_top_k_leaves_weights_residual_and_backup(self) -> None:
+        one, before = self.after_a_no(ROWS["top-k"], 3)
+        assert_close(one.weights, before["weights"], rtol=0, atol=0)
+        assert any(not torch.equal(a, b) for a, b in zip(one.weights, start(), strict=True))
+        for part in ("inner", "own", "shared"):
+            assert self.parts(one)[part] == before[part]
+
     @pytest.mark.parametrize("name", ["DiLoCo", "DiLoCo, the model's outer"])
     def test_diloco_restores_the_backup_and_leaves_the_outer_optimizer(self, name: str) -> None:
         one, before = self.after_a_no(ROWS[name], 4)
@@ -90,8 +117,8 @@ class TestWhatANoLeavesBehind:
     def test_a_fragment_is_restored_and_the_others_stand(self) -> None:
         one, before = self.after_a_no(ROWS["DiLoCo, 2 fragments"], 2)
         first, second = (f.parameters for f in one.recipe.fragments)  # type: ignore[attr-defined]
-        start = [p.detach() for p in Tiny().parameters() if p.requires_grad]
-        assert_close([one.weights[i] for i in first], [start[i] for i in first])
+        begun = start()
+        assert_close([one.weights[i] for i in first], [begun[i] for i in first])
         assert_close([one.weights[i] for i in second], [before["weights"][i] for i in second])
         assert self.parts(one)["inner"] == before["inner"]
         assert self.parts(one)["shared"] == before["shared"]
@@ -119,8 +146,7 @@ class TestErrorsInARound:
         return World(Script(1)).run(story)[0]
 
     def assert_as_at_the_start(self, one: Training) -> None:
-        start = [p.detach() for p in Tiny().parameters() if p.requires_grad]
-        assert_close(one.weights, start, rtol=0, atol=0)
+        assert_close(one.weights, start(), rtol=0, atol=0)
         state = one.recipe.state_dict()["0"]
         views = state["original_parameters"]
         names = dict(Tiny().named_parameters())

@@ -27,7 +27,12 @@ _NAMES = {
     "rmsprop": torch.optim.RMSprop,
     "adagrad": torch.optim.Adagrad,
 }
-_FUSED_ON = {"cpu", "cuda"}
+_FUSED_ON: dict[type[torch.optim.Optimizer], set[str]] = {
+    torch.optim.Adam: {"cpu", "cuda"},
+    torch.optim.AdamW: {"cpu", "cuda"},
+    torch.optim.SGD: {"cpu", "cuda"},
+    torch.optim.Adagrad: {"cpu"},
+}
 
 
 class OptimSpec:
@@ -40,11 +45,7 @@ class OptimSpec:
     def __init__(self, cls: type[torch.optim.Optimizer] = torch.optim.AdamW, **kwargs: Any) -> None:
         if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
             raise SettingsError(f"OptimSpec needs an optimizer class such as AdamW, not {cls!r}")
-        taken = inspect.signature(cls).parameters
-        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):
-            unknown = sorted(kwargs.keys() - taken.keys())
-            if unknown:
-                raise SettingsError(f"{cls.__name__} has no argument {', '.join(unknown)}")
+        check_arguments(cls, kwargs)
         self.cls = cls
         self.kwargs = kwargs
 
@@ -86,12 +87,23 @@ class OptimSpec:
 
     def _fused(self, params: list[nn.Parameter]) -> dict[str, bool]:
         spoken = self.kwargs.keys() & {"fused", "foreach", "differentiable"}
-        if spoken or "fused" not in inspect.signature(self.cls).parameters:
+        if spoken or isinstance(self.kwargs.get("lr"), torch.Tensor):
             return {}
-        if isinstance(self.kwargs.get("lr"), torch.Tensor):
-            return {}
-        fits = all(p.device.type in _FUSED_ON and p.is_floating_point() for p in params)
+        devices = _FUSED_ON.get(self.cls, set())
+        fits = all(p.device.type in devices and p.is_floating_point() for p in params)
         return {"fused": True} if fits and params else {}
+
+
+def check_arguments(cls: type, kwargs: dict[str, Any]) -> None:
+    """`cls(one, **kwargs)` is a call that `cls` takes.
+
+    Raises:
+        SettingsError: it has no such argument, or misses one.
+    """
+    try:
+        inspect.signature(cls).bind(None, **kwargs)
+    except TypeError as error:
+        raise SettingsError(f"{cls.__name__}: {error}") from None
 
 
 def plain(value: object) -> object:

@@ -6,16 +6,15 @@ ScheduleSpec(torch.optim.lr_scheduler.StepLR, step_size=30)
 
 from __future__ import annotations
 
-import inspect
 import math
 from functools import partial
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from torchft.errors import SettingsError
-from torchft.strategies.optim_spec import plain
+from torchft.strategies.optim_spec import check_arguments, plain
 
 __all__ = ["LAMBDA_COSINE", "ScheduleSpec", "warmup_cosine"]
 
@@ -39,14 +38,13 @@ class ScheduleSpec:
                 raise SettingsError(
                     f"no schedule is called {cls!r}: use {LAMBDA_COSINE!r} or a scheduler class"
                 )
-            known = {"warmup_steps", "cosine_anneal", "max_steps"}
+            _check_shape(**kwargs)
         elif isinstance(cls, type) and issubclass(cls, LRScheduler):
-            known = set(inspect.signature(cls).parameters) - {"optimizer"}
+            if issubclass(cls, ReduceLROnPlateau):
+                raise SettingsError("ReduceLROnPlateau needs a loss, and steps have none to give")
+            check_arguments(cls, kwargs)
         else:
             raise SettingsError(f"a schedule is a torch scheduler class, not {cls!r}")
-        unknown = sorted(kwargs.keys() - known)
-        if unknown:
-            raise SettingsError(f"the schedule {cls!r} has no argument {', '.join(unknown)}")
         self.cls = cls
         self.kwargs = kwargs
 
@@ -68,6 +66,15 @@ class ScheduleSpec:
 
     def __repr__(self) -> str:
         return f"ScheduleSpec({self.name!r}, {self.kwargs})"
+
+
+def _check_shape(**kwargs: Any) -> None:
+    unknown = sorted(kwargs.keys() - {"warmup_steps", "cosine_anneal", "max_steps"})
+    if unknown:
+        raise SettingsError(f"{LAMBDA_COSINE} has no argument {', '.join(unknown)}")
+    for name in ("warmup_steps", "max_steps"):
+        if kwargs.get(name, 0) < 0:
+            raise SettingsError(f"{name}={kwargs[name]}: there are no steps below 0")
 
 
 def warmup_cosine(
