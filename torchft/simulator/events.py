@@ -136,7 +136,7 @@ class Attendance:
         """Who is there now; events that are past follow from the step."""
         return {
             "alive": list(self.alive),
-            "waiting": dict(self.waiting),
+            "waiting": list(self.waiting.items()),
             "lives": list(self.lives),
             "pending": {
                 name: [asdict(event) for event in getattr(self, name)] for name in _PENDING

@@ -90,7 +90,7 @@ class StackedLocal:
 
     @torch.no_grad()
     def gather_grads(self, row: int) -> None:
-        """Gradients that a backward pass left elsewhere, as after `model.zero_grad()`, come home."""
+        """Gradients that backward left elsewhere, as after `model.zero_grad()`, come home."""
         for p, home in zip(self.parameters[row], self._row_grads[row], strict=True):
             grad = p.grad
             if grad is not home:

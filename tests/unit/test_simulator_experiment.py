@@ -1,0 +1,148 @@
+"""What an experiment refuses before its first step, and what it is made into."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from torchft.errors import SettingsError
+from torchft.simulator.events import Dies
+from torchft.simulator.experiment import Experiment
+from torchft.simulator.loop import run_stacked
+from torchft.simulator.weather import Weather, WeatherEvent
+from torchft.strategies import AllReduce, Inner, LocalSGD, Strategy
+
+
+class Fits(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Linear(3, 1)
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return self.line(batch).pow(2).mean()
+
+
+class Untouched(Fits):
+    """May not be run."""
+
+    def forward(self, batch: Tensor) -> Tensor:
+        raise AssertionError("a step was begun")
+
+
+def experiment(**settings: Any) -> Experiment:
+    defaults = {
+        "model": Untouched(),
+        "train_dataset": torch.ones(40, 3),
+        "strategy": Strategy([AllReduce()], inner=Inner()),
+        "num_nodes": 4,
+        "max_steps": 3,
+        "batch_size": 5,
+        "device": "cpu",
+    }
+    return Experiment(**{**defaults, **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_nodes": 0}, "num_nodes=0: it must be a whole number from 1 on"),
+        ({"num_nodes": -2}, "num_nodes=-2"),
+        ({"num_nodes": 2.0}, "num_nodes=2.0"),
+        ({"num_nodes": None}, "num_nodes=None"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": True}, "batch_size=True"),
+        ({"micro_batch_size": 0}, "micro_batch_size=0"),
+        ({"max_steps": 0}, "max_steps=0"),
+        ({"num_epochs": -1}, "num_epochs=-1"),
+        ({"max_steps": None}, "max_steps or num_epochs"),
+        ({"batch_size": 11}, "batch_size=11 is more than the 10 samples of node 0"),
+        ({"num_nodes": 41}, "40 samples are too few for 41 nodes"),
+        ({"train_dataset": lambda rank: None}, "must take"),
+        ({"train_dataset": lambda *a: None}, "NoneType has no length"),
+        ({"train_dataset": 5}, "int has no length"),
+        ({"strategy": AllReduce()}, "strategy is a AllReduce, not a Strategy"),
+        ({"strategy": Strategy([AllReduce()])}, "has no inner optimizer"),
+        ({"model": "resnet"}, "model is a str"),
+        ({"model": lambda: 3}, "the model factory made a int"),
+        ({"node_cls": nn.Module}, "no subclass of TrainNode"),
+        ({"device": "warp"}, "device='warp'"),
+        ({"device": "meta"}, "use cpu, cuda or mps"),
+        ({"autocast": torch.float16}, "autocast=torch.float16"),
+        ({"autocast": "bf16"}, "autocast=bf16"),
+        ({"events": [Dies(4, 1)]}, "the nodes are 0 to 3"),
+        ({"dataloader_kwargs": {"drop_last": True}}, "dataloader_kwargs has drop_last"),
+    ],
+    ids=str,
+)
+def test_what_cannot_run_is_refused_before_the_first_step(
+    settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SettingsError, match=message):
+        run_stacked(experiment(**settings))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
+def test_cuda_that_is_not_there_is_not_replaced() -> None:
+    with pytest.raises(SettingsError, match="CUDA is not there: use device='cpu'"):
+        experiment(device="cuda").check()
+
+
+def test_an_h_below_one_is_refused_with_the_strategy() -> None:
+    with pytest.raises(SettingsError, match="sync_every=0"):
+        LocalSGD(0)
+
+
+def test_an_unknown_name_is_no_setting() -> None:
+    with pytest.raises(TypeError, match="bananas"):
+        experiment(bananas=3)
+
+
+@pytest.mark.parametrize(
+    ("limits", "steps"),
+    [
+        ({"max_steps": 3}, 3),
+        ({"max_steps": None, "num_epochs": 4}, 8),
+        ({"max_steps": 5, "num_epochs": 4}, 5),
+        ({"max_steps": 9, "num_epochs": 4}, 8),
+    ],
+)
+def test_it_ends_with_whatever_ends_first(limits: dict[str, Any], steps: int) -> None:
+    assert experiment(**limits).total_steps == steps
+    assert len(run_stacked(experiment(model=Fits(), **limits)).history) == steps
+
+
+def test_it_travels_with_its_parts() -> None:
+    one = experiment(model=Fits(), seed=7)
+    one.check()
+    there = pickle.loads(pickle.dumps(one))
+    assert run_stacked(there).history == run_stacked(one).history
+
+
+def test_events_of_the_weather_come_too() -> None:
+    stormy = Weather(events=[WeatherEvent(node=2, event="dies", step=2)])
+    one = experiment(model=Fits(), events=[Dies(1, 1)], weather=stormy)
+    assert one.all_events() == [Dies(1, 1), Dies(2, 2)]
+    result = run_stacked(one)
+    assert result.alive == [0, 3]
+    assert result.simulated is not None
+
+
+def test_autocast_is_bfloat16() -> None:
+    assert experiment().autocast_dtype is None
+    assert experiment(autocast=True).autocast_dtype is torch.bfloat16
+    assert experiment(autocast=torch.bfloat16).autocast_dtype is torch.bfloat16
+
+
+def test_a_data_factory_is_asked_once_for_each_node() -> None:
+    calls: list[int] = []
+
+    def factory(rank: int, num_nodes: int, train_dataset: bool) -> Tensor:
+        calls.append(rank)
+        return torch.ones(10, 3)
+
+    run_stacked(experiment(model=Fits(), train_dataset=factory, max_steps=None, num_epochs=2))
+    assert sorted(calls) == [0, 1, 2, 3]

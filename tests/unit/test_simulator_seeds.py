@@ -1,0 +1,53 @@
+"""What a node draws follows from (seed, node, step)."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchft.simulator.seeds import kept_rng, seed_everything, seed_node, seed_of
+
+CPU = torch.device("cpu")
+
+
+def drawn(seed: int, node: int, step: int) -> Tensor:
+    seed_node(seed, node, step, CPU)
+    return torch.rand(8)
+
+
+def test_no_two_nodes_or_steps_share_a_seed() -> None:
+    seeds = {seed_of(s, n, t) for s in range(3) for n in range(64) for t in range(200)}
+    assert len(seeds) == 3 * 64 * 200
+    # Not even where the numbers add up to the same.
+    assert len({seed_of(1, 2, 3), seed_of(2, 1, 3), seed_of(3, 2, 1), seed_of(1, 3, 2)}) == 4
+
+
+def test_a_seed_is_the_same_on_every_machine() -> None:
+    assert seed_of(42, 0, 0) == 7138415436909018950
+    assert seed_of(-1, 7, 1000) == 15757034948959397931
+
+
+def test_a_step_is_drawn_again_alike() -> None:
+    first = drawn(1, 2, 3)
+    assert torch.equal(drawn(1, 2, 3), first)
+    assert not torch.equal(drawn(1, 3, 3), first)
+    assert not torch.equal(drawn(1, 2, 4), first)
+    assert not torch.equal(drawn(2, 2, 3), first)
+
+
+def test_the_callers_generators_go_on_where_they_were() -> None:
+    def draw() -> tuple[float, float, float]:
+        return torch.rand(()).item(), float(np.random.rand()), random.random()
+
+    seed_everything(5)
+    draw()
+    undisturbed = draw()
+    seed_everything(5)
+    draw()
+    with kept_rng(CPU):
+        seed_everything(6)
+        inside = draw()
+    assert draw() == undisturbed != inside
