@@ -12,7 +12,7 @@ Only one node computes at a time, so its pass is what must fit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +90,9 @@ def _bytes_of_a_sample(node: TrainNode, batch: Any, samples: int) -> float | Non
 
 
 def saved_bytes(node: TrainNode, batch: Any) -> int:
-    """What a forward pass keeps for the backward pass, apart from the model's own tensors."""
-    kept = {t.untyped_storage().data_ptr() for t in _tensors(node.model)}
+    """What a forward pass keeps for the backward pass, apart from the model and the batch."""
+    there = [*_tensors(node.model), *_tensors_of(batch)]
+    kept = {t.untyped_storage().data_ptr() for t in there}
     seen: dict[int, int] = {}
 
     def count(tensor: Tensor) -> Tensor:
@@ -109,6 +110,17 @@ def saved_bytes(node: TrainNode, batch: Any) -> int:
 
 def _tensors(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
+
+
+def _tensors_of(batch: Any) -> list[Tensor]:
+    """The tensors in a batch of tuples, lists and dicts."""
+    if isinstance(batch, Tensor):
+        return [batch]
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    if isinstance(batch, list | tuple):
+        return [tensor for item in batch for tensor in _tensors_of(item)]
+    return []
 
 
 def free_memory() -> int | None:

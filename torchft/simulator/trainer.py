@@ -76,7 +76,7 @@ class Trainer:
 
     def fit(
         self,
-        num_epochs: int | None = 1,
+        num_epochs: int | None = None,
         strategy: Strategy | None = None,
         num_nodes: int | None = None,
         max_steps: int | None = None,
@@ -111,9 +111,10 @@ class Trainer:
         """Train, and return the mean of all nodes' models.
 
         Args:
-            num_epochs: passes of all nodes together through the data.
+            num_epochs: passes of all nodes together through the data; 1 where nothing says how
+                long to train.
             strategy: what the nodes exchange, and how each steps; a new one for each run.
-            max_steps: steps of each node, if that ends before the epochs do.
+            max_steps: steps of each node. With both, whichever ends first.
             batch_size: of each node.
             minibatch_size: samples that go through the model at once; gradients add up to those
                 of the whole batch. None: the batch, or what memory allows.
@@ -151,7 +152,7 @@ class Trainer:
         experiment = self._experiment(
             strategy=_needed("strategy", strategy),
             num_nodes=_needed("num_nodes", num_nodes),
-            num_epochs=num_epochs,
+            num_epochs=1 if num_epochs is None and max_steps is None else num_epochs,
             max_steps=max_steps,
             batch_size=batch_size,
             micro_batch_size=minibatch_size,
@@ -167,6 +168,8 @@ class Trainer:
             events=events,
         )
         experiment.check()
+        if correlation_interval is not None and num_nodes == 1:
+            warnings.warn("correlation_interval: one node has none to correlate with", stacklevel=2)
         if processes:
             _check_processes(experiment, checkpoint_interval, correlation_interval, resume)
         saved = find_resumed(resume, save_dir, run_name)
