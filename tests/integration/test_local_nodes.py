@@ -1,0 +1,197 @@
+"""Nodes as processes of this machine: how they start, fail, die, come back, and leave nothing."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from torchft.errors import SettingsError
+from torchft.launch.digests import experiment_of
+from torchft.launch.local_nodes import LocalNode, LocalNodes, NodeFailed, Start
+from torchft.peers import Place
+from torchft.records import read_step_records
+from torchft.simulator.events import Dies, Discards, Joins
+from torchft.simulator.node import TrainNode
+from torchft.simulator.processes import run_processes
+
+DEADLINE_S = 30.0
+
+
+def _run(story: Callable[[LocalNode], Any], folder: Path, nodes: int = 3, **options: Any) -> Any:
+    starts = options.pop("starts", [Start(node) for node in range(nodes)])
+    return LocalNodes(story, starts, folder, method="fork", **options).run()
+
+
+def _gather_everything(node: LocalNode) -> list[Any]:
+    node.meet(lambda _: None, dict)
+    peers = node.peers()
+    while (opened := peers.open(Place.AFTER)).opening:
+        pass
+    mine = node.number + 1
+    sent = [
+        torch.tensor([[True, False, mine == 2]]),
+        torch.full((1, 3), -mine, dtype=torch.int16),
+        torch.full((1, 2, 2), mine / 3, dtype=torch.bfloat16),
+        torch.full((1, 1), mine, dtype=torch.int64),
+    ]
+    before = node.pg.bytes_sent
+    received = opened.gather(sent).wait()
+    none = opened.gather([]).wait()
+    moved = node.pg.bytes_sent - before
+    assert opened.close()
+    node.manager.settle()
+    return [none, moved, [(t.dtype, t.tolist()) for t in received]]
+
+
+def test_any_dtype_is_gathered_in_the_order_of_the_names(tmp_path: Path) -> None:
+    thirds = torch.tensor([1 / 3, 2 / 3, 1.0], dtype=torch.bfloat16).tolist()
+    expected = [
+        (torch.bool, [[True, False, False], [True, False, True], [True, False, False]]),
+        (torch.int16, [[-1] * 3, [-2] * 3, [-3] * 3]),
+        (torch.bfloat16, [[[third] * 2] * 2 for third in thirds]),
+        (torch.int64, [[1], [2], [3]]),
+    ]
+    results = _run(_gather_everything, tmp_path)
+    assert results == {node: [[], 2 * (3 + 6 + 8 + 8), expected] for node in range(3)}
+    for node in range(3):
+        (record,) = read_step_records(tmp_path / f"node_000{node}.0.jsonl")
+        assert [name.partition(":")[0] for name in record.members] == [
+            f"node_000{member}" for member in range(3)
+        ]
+
+
+def _fail(node: LocalNode) -> None:
+    node.meet(lambda _: None, dict)
+    if node.number == 1:
+        raise ValueError("the data are gone")
+    node.peers().open(Place.AFTER)
+
+
+def test_a_node_that_fails_ends_the_run_with_its_traceback(tmp_path: Path) -> None:
+    with pytest.raises(NodeFailed, match=r"node 1 failed:\n(.|\n)*data are gone"):
+        _run(_fail, tmp_path)
+    assert not psutil.Process().children()
+
+
+def _die(node: LocalNode) -> None:
+    if node.number == 2:
+        node.dies()
+    node.meet(lambda _: None, dict)
+
+
+def test_a_death_that_was_not_planned_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(NodeFailed, match=r"node 2 died \(exit code -9\)"):
+        _run(_die, tmp_path)
+
+
+def _return(value: Any, node: LocalNode) -> Any:
+    node.report(f"{value} {node.number}")
+    return value
+
+
+def test_news_outlive_their_process(tmp_path: Path) -> None:
+    heard: list[tuple[int, str]] = []
+    results = _run(partial(_return, "hello"), tmp_path, news=lambda *news: heard.append(news))
+    assert results == dict.fromkeys(range(3), "hello")
+    assert sorted(heard) == [(node, f"hello {node}") for node in range(3)]
+
+
+def test_a_node_starts_once_at_a_time(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="once"):
+        LocalNodes(_die, [Start(0), Start(0)], tmp_path)
+    with pytest.raises(SettingsError, match="start with the run"):
+        LocalNodes(_die, [Start(0, at=3)], tmp_path)
+
+
+PARENT = """
+import sys, time
+from pathlib import Path
+from torchft.launch.local_nodes import LocalNodes, Start
+
+def story(node):
+    node.meet(lambda _: None, dict)
+    node.report("met")
+    time.sleep(600)
+
+starts = [Start(0), Start(1)]
+tell = lambda node, news: print(news, flush=True)
+LocalNodes(story, starts, Path(sys.argv[1]), method="fork", news=tell).run()
+"""
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+def test_nothing_is_left_when_the_parent_ends(tmp_path: Path, end: signal.Signals) -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    assert [parent.stdout.readline() for _ in range(2)] == ["met\n"] * 2
+    children = psutil.Process(parent.pid).children(recursive=True)
+    assert len(children) == 3  # and the lighthouse
+    parent.send_signal(end)
+    parent.wait(DEADLINE_S)
+    _, alive = psutil.wait_procs(children, timeout=DEADLINE_S)
+    assert not alive
+
+
+# ---------------------------------------------------------------------- experiments
+
+
+class FailsAtStep3(TrainNode):
+    """The forward pass of node 1 gives NaN."""
+
+    passes = 0
+
+    def loss(self, batch: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        return super().loss(batch) * (float("nan") if self.node == self.passes - 3 == 1 else 1.0)
+
+
+def test_a_loss_that_is_not_finite_names_node_and_step() -> None:
+    experiment = experiment_of("DiLoCo", steps=20, nodes=2)
+    experiment.node_cls = FailsAtStep3
+    with pytest.raises(NodeFailed, match="loss of node 1 at step 3 is nan"):
+        run_processes(experiment, method="fork")
+
+
+def test_what_a_real_run_cannot_do_is_refused() -> None:
+    experiment = experiment_of("DiLoCo", steps=20, events=[Discards(3)])
+    with pytest.raises(SettingsError, match="is for simulations"):
+        run_processes(experiment)
+
+
+def test_a_node_that_starts_later_takes_part_from_then_on() -> None:
+    experiment = experiment_of("LocalSGD", steps=40, nodes=3, events=[Joins(1, 15)])
+    result = run_processes(experiment, method="fork")
+    first = min(row.step for row in result.history if 1 in row.losses)
+    assert first == result.heals[0].step + 1 == 20
+    assert result.heals[0].nbytes > 3 * 4 * sum(p.numel() for p in result.models[0].parameters())
+    assert [one.members for one in result.rounds] == [(0, 2), (0, 1, 2), (0, 1, 2), (0, 1, 2)]
+    assert [one.counted for one in result.rounds[:2]] == [(0, 2), (0, 2)]
+    assert len(set(result.digests[-1][1])) == 1
+
+
+def test_a_node_that_is_gone_for_good_is_not_waited_for(tmp_path: Path) -> None:
+    experiment = experiment_of("LocalSGD", steps=30, nodes=3, events=[Dies(0, 15)])
+    result = run_processes(experiment, method="fork", folder=tmp_path)
+    assert result.alive == [1, 2]
+    assert [one.members for one in result.rounds] == [(0, 1, 2), (1, 2), (1, 2)]
+    assert [0 in row.losses for row in result.history] == [True] * 15 + [False] * 15
+    assert len(read_step_records(tmp_path / "node_0000.0.jsonl")) == 1
+
+
+@pytest.mark.slow
+def test_processes_of_a_fork_server_do_the_same() -> None:
+    experiment = experiment_of("DiLoCo", steps=20, nodes=2)
+    forked = run_processes(experiment, method="fork")
+    served = run_processes(experiment, method="forkserver")
+    assert forked.digests == served.digests
