@@ -60,7 +60,7 @@ bench: setup ## the figures in docs/benchmarks.md, each with its floor
 	$(RUN) python benchmarks/run.py $(ARGS)
 
 bench-simulator: setup ## the figures of the simulator alone
-	$(RUN) python benchmarks/run.py simulator $(ARGS)
+	$(RUN) python benchmarks/run.py simulator simulator_starts $(ARGS)
 
 clean: ## remove what was built
 	cargo clean

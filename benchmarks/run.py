@@ -1,6 +1,6 @@
 """Runs the benchmarks one after the other and prints one markdown table of their figures.
 
-    python benchmarks/run.py                        all of them, about five minutes
+    python benchmarks/run.py                        all of them, about ten minutes
     python benchmarks/run.py startup recovery_time  these two
     python benchmarks/run.py --json > figures.jsonl one line of JSON each, with all details
 
@@ -25,6 +25,8 @@ BENCHMARKS = (
     "commit_latency",
     "allreduce_overhead",
     "recovery_time",
+    "simulator",
+    "simulator_starts",
 )
 """Each a script beside this one, in the order in which they run."""
 

@@ -22,15 +22,19 @@ class Verdict(enum.Enum):
 
 @dataclass(frozen=True)
 class Goal:
-    """At most `at_most`: of the floor when `ratio`, else of the figure in its own unit."""
+    """A bound, of the ratio to the floor when `ratio`, else of the figure in its own unit."""
 
-    at_most: float
+    bound: float
     ratio: bool = True
+    least: bool = False
+    """The bound is the least there may be, as of a speed; else the most."""
 
     def met_by(self, figure: Figure) -> bool:
         """Whether `figure` keeps to it."""
         reached = figure.ratio if self.ratio else figure.value
-        return reached is not None and reached <= self.at_most
+        if reached is None:
+            return False
+        return reached >= self.bound if self.least else reached <= self.bound
 
 
 GOALS = {
@@ -51,6 +55,19 @@ GOALS = {
     # recovery_time
     "recovery.next_commit": Goal(1.1),
     "recovery.digests_that_differ": Goal(0, ratio=False),
+    # simulator
+    "simulator.mlp.diloco": Goal(1.2, least=True),
+    "simulator.mlp.fedavg": Goal(1.2, least=True),
+    "simulator.mlp.all_reduce": Goal(1.1, least=True),
+    "simulator.mlp.sparta": Goal(1.0, least=True),
+    "simulator.mlp.demo": Goal(0.25, least=True),
+    "simulator.gpt.diloco": Goal(0.9, least=True),
+    "simulator.flat": Goal(1.1),
+    "simulator.start": Goal(1.1),
+    "simulator.cold": Goal(10.3, ratio=False),  # seconds
+    "simulator.warm": Goal(1.7, ratio=False),  # seconds
+    "simulator.memory.mlp": Goal(2560, ratio=False),  # MiB
+    "simulator.memory.gpt": Goal(4096, ratio=False),  # MiB
 }
 """By `Figure.key`."""
 

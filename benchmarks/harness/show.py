@@ -49,7 +49,8 @@ def _goal(figure: Figure) -> str:
     goal = GOALS.get(figure.key)
     if goal is None:
         return ""
-    return f"≤ {goal.at_most:g} {TIMES if goal.ratio else figure.unit}".rstrip()
+    bound = f"{'≥' if goal.least else '≤'} {goal.bound:g}"
+    return f"{bound} {TIMES if goal.ratio else figure.unit}".rstrip()
 
 
 def _number(value: float) -> str:

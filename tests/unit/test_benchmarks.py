@@ -59,8 +59,8 @@ def test_an_unknown_benchmark_is_refused_with_the_known_ones() -> None:
     assert "'speed' is not one of startup" in done.stderr
 
 
-LONG = {"recovery_time"}
-"""Even the least of a kill, a restart and a heal takes a while."""
+LONG = {"recovery_time", "simulator_starts"}
+"""Even the least of a kill, a restart and a heal takes a while, and so do five starts of torch."""
 
 
 @pytest.mark.parametrize(
@@ -112,6 +112,28 @@ def test_a_goal_is_on_the_ratio_or_on_the_figure() -> None:
         Verdict.NONE,
     )
     assert GOALS["commit.step"].met_by(step)
+
+
+def test_a_speed_is_held_to_the_least_it_may_be() -> None:
+    slow, fast = (
+        Figure("simulator.mlp.diloco", "speed", value, "node-steps/CPU s", Floor("plain", 100))
+        for value in (119, 121)
+    )
+    assert (judge(slow), judge(fast)) == (Verdict.MISSED, Verdict.MET)
+    assert "| ≥ 1.2 \N{MULTIPLICATION SIGN} | missed |" in as_markdown(
+        [Result("of_speed", (slow,), {}, {})]
+    )
+
+
+def test_simulator_and_plain_loop_take_turns_of_equal_work() -> None:
+    from harness.simulating import STRATEGIES, beside
+    from harness.small_work import work
+
+    mlp = work("mlp", images=256)
+    speeds, result = beside(mlp, STRATEGIES["all_reduce"](mlp), nodes=2, steps=6, block=2)
+    assert (len(speeds.ours_s), len(speeds.plain_s), speeds.node_steps) == (3, 3, 4)
+    parameters = 235_146
+    assert result.bytes_sent == [6 * 2 * (2 - 1) * parameters * 4 // 2] * 2
 
 
 def test_a_goal_on_the_ratio_is_missed_without_a_floor() -> None:
