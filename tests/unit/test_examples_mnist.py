@@ -56,16 +56,9 @@ def test_a_folder_without_mnist_is_named(tmp_path: Path) -> None:
         mnist(tmp_path)
 
 
-def test_the_digits_are_the_same_every_time() -> None:
-    once, again = digits(64, 32), digits(64, 32)
-    assert torch.equal(once.train.tensors[0], again.train.tensors[0])
-    assert torch.equal(once.held_out.tensors[1], again.held_out.tensors[1])
-
-
-def test_the_digits_look_like_mnist_and_are_moved_about() -> None:
-    train, labels = digits(256, 32).train.tensors
-    assert (train.shape, train.dtype) == ((256, 1, 28, 28), torch.float32)
-    assert set(labels.tolist()) == set(range(10))
-    background = train.amin()
-    tops = {int((one[0] > background).any(dim=1).nonzero()[0]) for one in train}
-    assert len(tops) > 5
+def test_the_digits_have_the_shape_of_mnist() -> None:
+    pictures = digits(64, 32)
+    for part, count in ((pictures.train, 64), (pictures.held_out, 32)):
+        images, labels = part.tensors
+        assert (images.shape, images.dtype) == ((count, 1, 28, 28), torch.float32)
+        assert labels.shape == (count,)
