@@ -22,7 +22,7 @@ from torch import nn
 from torchft.errors import SettingsError
 from torchft.launch.local_nodes import LocalNodes, Start
 from torchft.records import StepRecord, read_step_records
-from torchft.simulator.events import Dies, Joins
+from torchft.simulator.events import Dies, Event, Joins
 from torchft.simulator.experiment import Experiment
 from torchft.simulator.network import forecast
 from torchft.simulator.real_node import RealNode, from_bytes
@@ -83,7 +83,9 @@ def _warm_up(experiment: Experiment) -> None:
 
 def _starts(experiment: Experiment) -> list[Start]:
     events = [e for e in experiment.all_events() if isinstance(e, Dies | Joins)]
-    first = {e.node: e for e in sorted(events, key=lambda e: -e.step)}
+    first: dict[int, Event] = {}
+    for event in sorted(events, key=lambda e: e.step):
+        first.setdefault(event.node, event)
     at_once = [n for n in range(experiment.num_nodes) if not isinstance(first.get(n), Joins)]
     return [
         *map(Start, at_once),

@@ -18,7 +18,7 @@ Deaths and joins are exact to an inner step: with several rounds in one, the fir
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torchft.errors import SettingsError
@@ -94,58 +94,53 @@ class _Story:
         for at, one in enumerate(rounds):
             for life in one.members:
                 self._opens[life].append(at)
+        self._up_to_date = set(rounds[0].members) if rounds else set()
+        self._behind: set[str] = set()
+        """Lives that missed a round: that they heal is known."""
 
     def events(self) -> list[Event]:
         """In the order of their steps."""
         found: list[Event] = []
         for at, one in enumerate(self._rounds):
-            found += self._joins(at, one)
-            if one.committed:
-                found += self._missed(at, one)
-            else:
-                found += self._failed(one)
+            found += self._joined(one)
+            found += self._missed(at, one) if one.committed else self._failed(one)
             found += self._gone_after(at, one)
         return sorted(found, key=lambda event: event.step)
 
-    def _joins(self, at: int, one: RealRound) -> Iterable[Event]:
+    def _joined(self, one: RealRound) -> Iterator[Event]:
         for life in one.members:
-            donor = one.donor_of(life)
-            if donor is not None and not self._was_up_to_date(life, at):
-                yield Joins(_node_of(life), one.inner_step, donor)
+            healed = one.donor_of(life) is not None or life in one.committed
+            if not healed or life in self._up_to_date:
+                continue  # it could not heal, or need not
+            if life not in self._behind:
+                yield Joins(_node_of(life), one.inner_step, one.donor_of(life))
+            self._up_to_date.add(life)
 
-    def _was_up_to_date(self, life: str, at: int) -> bool:
-        """It had been there before, at the start or healed."""
-        return any(
-            life in self._rounds[before].committed for before in self._opens[life] if before < at
-        )
-
-    def _missed(self, at: int, one: RealRound) -> Iterable[Event]:
+    def _missed(self, at: int, one: RealRound) -> Iterator[Event]:
         for life in one.members:
-            record = one.records.get(life)
-            if record is not None and not record.committed and self._was_there(life, at):
+            if life in one.records and life not in one.committed and life in self._up_to_date:
+                self._up_to_date.remove(life)
+                self._behind.add(life)
                 yield Misses(_node_of(life), one.inner_step, self._next_donor(life, at))
-
-    def _was_there(self, life: str, at: int) -> bool:
-        """Not a newcomer whose heal failed."""
-        return at == 0 or self._was_up_to_date(life, at) or self._rounds[at].donor_of(life) is None
 
     def _next_donor(self, life: str, at: int) -> int | None:
         later = (self._rounds[one].donor_of(life) for one in self._opens[life] if one > at)
         return next((donor for donor in later if donor is not None), None)
 
-    def _failed(self, one: RealRound) -> Iterable[Event]:
-        if not one.silent:
+    def _failed(self, one: RealRound) -> Iterator[Event]:
+        died = [life for life in one.silent if life in self._up_to_date]
+        if not died:  # or only one that nobody knew yet
             yield Discards(one.inner_step)
-        for life in one.silent:
+        for life in died:
             yield Dies(_node_of(life), one.inner_step, in_round=True)
 
-    def _gone_after(self, at: int, one: RealRound) -> Iterable[Event]:
+    def _gone_after(self, at: int, one: RealRound) -> Iterator[Event]:
         """Members whose last round this is, while others open more."""
         if at + 1 == len(self._rounds):
             return
         for life in one.members:
             died_in_it = not one.committed and life in one.silent
-            if self._opens[life][-1] == at and not died_in_it:
+            if self._opens[life][-1] == at and not died_in_it and life in self._up_to_date:
                 yield Dies(_node_of(life), one.inner_step + 1)
 
 
