@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torchft.peers import Place
 from torchft.simulator.clocks import NodeSeconds, heal_seconds, round_seconds
 from torchft.simulator.events import Dies
-from torchft.simulator.network import SimulatedRun, forecast_records
+from torchft.simulator.network import SimulatedRun, forecast_records, smoothed
 from torchft.simulator.weather import NodeWeather, Weather
 
 
@@ -26,6 +26,7 @@ class Round:
     place: Place = Place.AFTER
     kind: str = "average"
     collectives: int = 1
+    restores: bool = True
     counted: tuple[int, ...] = ()
     bytes_per_node: dict[int, int] = field(default_factory=dict)
 
@@ -136,8 +137,16 @@ def test_a_death_in_a_round_costs_the_survivors_the_timeout_and_all_their_work()
     assert simulated.lost.node_steps == 8
 
 
+def test_a_failed_round_that_restores_nothing_loses_no_work() -> None:
+    records = [Round(3, committed=False, restores=False), Round(7)]
+    lost = run(unequal(), 8, records).lost
+    assert (lost.rounds, lost.node_steps) == (1, 0)
+
+
 def test_a_skipped_step_loses_one_step_of_each_member() -> None:
-    records = [Round(step, place=Place.BEFORE, committed=step != 2) for step in range(5)]
+    records = [
+        Round(step, place=Place.BEFORE, committed=step != 2, restores=False) for step in range(5)
+    ]
     simulated = run(unequal(), 5, records)
     assert (simulated.lost.rounds, simulated.lost.node_steps) == (1, 2)
 
@@ -183,6 +192,12 @@ def test_time_to_loss_is_the_end_of_the_first_step_that_is_good_enough() -> None
     assert simulated.time_to_loss(7.0, window=1) == 12.0
     assert simulated.time_to_loss(7.0, window=3) == 15.0
     assert simulated.time_to_loss(0.5) is None
+
+
+def test_a_mean_is_there_only_once_its_window_is_full() -> None:
+    assert smoothed([4.0, 2.0, 3.0], 2) == [float("inf"), 3.0, 2.5]
+    assert smoothed([4.0, 2.0], 10) == [float("inf"), 3.0]
+    assert smoothed([], 10) == []
 
 
 links = st.builds(

@@ -19,7 +19,7 @@ from torchft.simulator import datasets, zoo
 from torchft.simulator.config import SimulateConfig, StrategyConfig
 from torchft.strategies import OptimSpec, Strategy
 
-__all__ = ["data_of", "has_interval", "model_of", "strategy_of"]
+__all__ = ["data_name", "data_of", "has_interval", "model_of", "strategy_of"]
 
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "all_reduce": strategies.SimpleReduceStrategy,
@@ -84,7 +84,7 @@ def data_of(config: SimulateConfig) -> tuple[Any, Any]:
     Raises:
         SettingsError: there is no such data, or it does not come as a pair.
     """
-    name = config.data or DATA_OF.get(config.model)
+    name = data_name(config)
     if name is None:
         raise SettingsError(f"say what {config.model} learns from: data")
     if name == "digits":
@@ -98,6 +98,11 @@ def data_of(config: SimulateConfig) -> tuple[Any, Any]:
     if not isinstance(pair, tuple) or len(pair) != 2:
         raise SettingsError(f"{name} must return a pair of data sets, for training and validation")
     return pair
+
+
+def data_name(config: SimulateConfig) -> str | None:
+    """The given one, or that of the model."""
+    return config.data or DATA_OF.get(config.model)
 
 
 def found(name: str) -> Callable[..., Any]:

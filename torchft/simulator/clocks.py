@@ -53,6 +53,8 @@ class RoundLike(Protocol):
     def bytes_per_node(self) -> Mapping[int, int]: ...
     @property
     def collectives(self) -> int: ...
+    @property
+    def restores(self) -> bool: ...
 
 
 class HealLike(Protocol):
@@ -249,6 +251,6 @@ class Clocks:
 
 def _given_up(record: RoundLike, at_stake: int) -> int:
     """Inner steps that a member loses by a round that came to nothing."""
-    if not getattr(record, "restores", True):
-        return 0
-    return min(1, at_stake) if record.place is Place.BEFORE else at_stake
+    if record.place is Place.BEFORE:
+        return min(1, at_stake)  # the gradient
+    return at_stake if record.restores else 0

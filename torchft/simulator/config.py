@@ -113,7 +113,7 @@ class SimulateConfig:
 
     validate_every: int = 50
     """Steps between validations of the mean model; there is one at the end too."""
-    val_samples: int = 512
+    val_samples: int = 2048
 
     device: str = "cpu"
     autocast: bool = False

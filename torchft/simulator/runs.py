@@ -71,6 +71,8 @@ class RunReport:
     final_lr: float
     train_s: float
     """Wall time of the steps, without validation."""
+    cpu_s: float
+    """Processor time of the same."""
 
     @property
     def final_loss(self) -> float:
@@ -110,7 +112,7 @@ class RunReport:
             heals=self.heals,
             deaths=self.deaths,
             weather=weather,
-            measured_s=self.train_s / node_steps,
+            measured_s=self.cpu_s / node_steps,
         )
 
 

@@ -8,12 +8,13 @@ that: simulated time is computed from the files.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -25,15 +26,17 @@ from torchft.simulator.events import Dies
 from torchft.simulator.experiment import Experiment
 from torchft.simulator.jobs import Ended, run_jobs, said
 from torchft.simulator.loop import Run, run_stacked
+from torchft.simulator.result import mean_model
 from torchft.simulator.runs import RunReport, RunSpec, key_of, read_report, write_report
+from torchft.simulator.seeds import kept_rng
 from torchft.simulator.validation import Validator
 
 __all__ = ["Failure", "Sweep", "check_runs", "files", "plan", "run_one", "run_sweep"]
 
 Data = tuple[Any, Any]
 
-WARM = (__name__, "torch._dynamo", "sklearn.datasets")
-"""Imported once for all processes: the first optimizer imports the second, the digits the third."""
+WARM = (__name__, "torch._dynamo")
+"""Imported once for all processes: the first optimizer would import the second."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,8 @@ def check_runs(config: SimulateConfig, specs: Sequence[RunSpec], data: Data) -> 
     Raises:
         SettingsError: which run, and what would do.
     """
+    with kept_rng(torch.device("cpu")):
+        catalogue.model_of(config)()
     for spec in specs:
         try:
             experiment_of(config, spec, data).check()
@@ -149,12 +154,13 @@ def run_one(
         heals=result.heals,
         deaths=[event for event in result.events if isinstance(event, Dies)],
         final_lr=result.history[-1].lr,
-        train_s=result.seconds["train"] - looks.seconds,
+        train_s=looks.train_s,
+        cpu_s=looks.cpu_s,
     )
 
 
 class _Looks:
-    """Validates the mean model now and then, and knows how long that took."""
+    """Validates the mean model now and then, and knows how long the steps between took."""
 
     def __init__(
         self, experiment: Experiment, config: SimulateConfig, on_step: Callable[[], None]
@@ -162,17 +168,25 @@ class _Looks:
         self._validator = Validator(experiment, config.val_samples)
         self._every, self._on_step = config.validate_every, on_step
         self.found: list[tuple[int, float]] = []
-        self.seconds = 0.0
+        self.train_s = self.cpu_s = 0.0
+        self._left = (0.0, 0.0)
+        """Wall and processor time when training was last given the word."""
 
     def __call__(self, run: Run) -> None:
         if run.step:
+            wall, cpu = self._left
+            self.train_s += perf_counter() - wall
+            self.cpu_s += process_time() - cpu
             self._on_step()
-        if run.step % self._every and run.step != run.total_steps:
-            return
-        began = perf_counter()
+        if run.step % self._every == 0 or run.step == run.total_steps:
+            self.found.append((run.step, self._look(run)))
+        self._left = perf_counter(), process_time()
+
+    def _look(self, run: Run) -> float:
         nodes = [run.nodes[node] for node in run.local.alive]
-        self.found.append((run.step, self._validator(nodes).global_loss))
-        self.seconds += perf_counter() - began
+        mean = copy.copy(nodes[0])
+        mean.model = mean_model([node.model for node in nodes])
+        return self._validator.loss(mean)
 
 
 @contextmanager
@@ -255,12 +269,15 @@ def _here(
 def _apart(
     tasks: Sequence[_Task], jobs: int, on_step: Callable[[int], None]
 ) -> Iterator[Ended[_Task]]:
-    for ended in run_jobs(_run_task, tasks, jobs, warm=WARM):
+    digits = any(catalogue.data_name(task.config) == "digits" for task in tasks)
+    warm = (*WARM, "sklearn.datasets") if digits else WARM
+    for ended in run_jobs(_run_task, tasks, jobs, warm=warm):
         on_step(ended.job.spec.steps)
         yield ended
 
 
 def _run_task(task: _Task) -> None:
     """In a process of its own."""
-    report = run_one(task.config, task.spec, catalogue.data_of(task.config))
+    with one_thread():
+        report = run_one(task.config, task.spec, catalogue.data_of(task.config))
     write_report(report, task.path)
