@@ -167,6 +167,7 @@ class TestFactory:
         (NUMBERS, {"batch_size": 9}, "batch_size=9 is more than the 8 samples of node 0"),
         ((torch.arange(9), torch.arange(8)), {}, r"the tensors have \[8, 9\] samples"),
         (iter([1, 2]), {}, "has no length"),
+        (Samples, {}, "is the class Samples: give an instance"),
         (NUMBERS, {"dataloader_kwargs": {"shuffle": True}}, "dataloader_kwargs has shuffle"),
         (lambda r, n, t: NUMBERS[: 4 - 2 * r], {"batch_size": 3}, "2 samples of node 1"),
     ],

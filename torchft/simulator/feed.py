@@ -265,6 +265,8 @@ def _sampler(data: Any, collate: Callable[[list[Any]], Any]) -> Fetch:
 
 
 def _length(data: Any) -> int:
+    if isinstance(data, type):
+        raise SettingsError(f"the data set is the class {data.__name__}: give an instance of it")
     if isinstance(data, Tensor):
         return data.shape[0]
     columns = data.values() if isinstance(data, Mapping) else data

@@ -115,7 +115,6 @@ class Run:
         rounds = len(self.peers.rounds)
         self.peers.begin(self.step)
         self.strategy.begin()
-        self.local.zero_grads()
         losses = finite_losses(self._backward(), self.step)
         self.result.history.append(StepRow(self.step, losses, self.local.inner.lr))
         self.strategy.step()
@@ -130,6 +129,7 @@ class Run:
         losses = {}
         for node in self.local.alive:
             batch = self.feed.batch(node, self.step)
+            self.local.zero_row(node)
             seed_node(seed, node, self.step, self.device)
             losses[node] = self.nodes[node].backward(batch, pieces)
             self.local.gather_grads(node)

@@ -88,6 +88,11 @@ class StackedLocal:
         """Parameter name → its weights at one node, sharing storage."""
         return dict(zip(self.names, self._row(self._weights, row), strict=True))
 
+    def zero_row(self, row: int) -> None:
+        """The gradients of one node are zero: best done just before its backward pass."""
+        for grads in self._grads:
+            grads[row].zero_()
+
     @torch.no_grad()
     def gather_grads(self, row: int) -> None:
         """Gradients that backward left elsewhere, as after `model.zero_grad()`, come home."""
@@ -179,7 +184,8 @@ class StackedLocal:
         self, fragment: Fragment, positions: Sequence[Tensor], values: Sequence[Tensor]
     ) -> None:
         """Write some elements of the living."""
-        for flat, at, value in zip(self.weights(fragment), positions, values, strict=True):
+        for flat, at, given in zip(self.weights(fragment), positions, values, strict=True):
+            value = given.to(flat.device)
             for row in self._written():
                 flat[row].index_copy_(0, at, value[row if value.shape[0] > 1 else 0])
 
@@ -212,6 +218,7 @@ class StackedLocal:
             self.alive.remove(row)
         for p in self.parameters[row]:
             p.grad = None
+        self.zero_row(row)
         self._writes = list(self.alive)
 
     @torch.no_grad()
@@ -219,8 +226,7 @@ class StackedLocal:
         """Weights, inner state and buffers of `row` become those of `donor`; it lives."""
         for flat in self._weights:
             flat[row].copy_(flat[donor])
-        for flat in self._grads:
-            flat[row].zero_()
+        self.zero_row(row)
         for p, grad in zip(self.parameters[row], self._row_grads[row], strict=True):
             p.grad = grad
         self.inner.heal(row, donor)
@@ -285,7 +291,9 @@ class StackedLocal:
 
     @torch.no_grad()
     def _write(self, flats: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        for flat, value in zip(flats, values, strict=True):
+        for flat, given in zip(flats, values, strict=True):
+            # One row travels to another device, not a copy for each node.
+            value = given.to(flat.device)
             if self._writes is None:
                 flat.copy_(value)
                 continue
