@@ -224,6 +224,19 @@ def test_ctrl_c_keeps_what_has_ended(
     assert "2 runs ended, 1 of them earlier" in ran(capsys, tiny, "--out", tmp_path)[1]
 
 
+def test_a_factory_is_found_where_the_command_is_typed(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    tiny: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "my_models_here.py").write_text("from tests.helpers.sweeps import Line as mine\n")
+    monkeypatch.chdir(tmp_path)
+    code, said, _ = ran(capsys, tiny, "--model", "my_models_here:mine", "--out", "out")
+    assert code == 0
+    assert "2 runs ended" in said
+
+
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     code, said, _ = ran(capsys, "--help")
     assert code == 0

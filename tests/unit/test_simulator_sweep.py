@@ -14,8 +14,10 @@ from torchft.errors import SettingsError
 from torchft.simulator import catalogue, zoo
 from torchft.simulator.config import SimulateConfig, StrategyConfig, from_mapping
 from torchft.simulator.datasets import digits, text
+from torchft.simulator.loop import run_stacked
+from torchft.simulator.network import forecast
 from torchft.simulator.runs import RunReport
-from torchft.simulator.sweep import Failure, plan, run_one, run_sweep
+from torchft.simulator.sweep import Failure, experiment_of, plan, run_one, run_sweep
 from torchft.simulator.weather import NodeWeather, Weather
 
 HERE = "tests.helpers.sweeps"
@@ -161,6 +163,18 @@ def test_one_run_is_asked_about_two_networks(tmp_path: Path) -> None:
     slow = report.forecast(Weather(nodes=[NodeWeather(step_s=1.0, up_bps=64.0)]))
     # Each step sends 16 bytes, 128 bits, at 64 a second.
     assert (fast.elapsed_s, slow.elapsed_s) == (12.0, 36.0)
+
+
+def test_a_result_brings_its_forecast_and_can_be_asked_again() -> None:
+    config = tiny(strategies="diloco", weather={"nodes": [{"step_s": 1.0, "up_bps": 64.0}]})
+    (spec,) = plan(config)
+    result = run_stacked(experiment_of(config, spec, catalogue.data_of(config)))
+    # Three rounds of 16 bytes, 2 s each.
+    assert result.simulated.elapsed_s == 12 + 6
+    assert forecast(result, Weather(nodes=[NodeWeather(step_s=2.0)])).elapsed_s == 24
+    relative = forecast(result, Weather(nodes=[NodeWeather(speed=0.5)]), measured_s=3.0)
+    assert relative.elapsed_s == 72
+    assert forecast(result, Weather()).elapsed_s > 0  # as fast as this machine
 
 
 def test_failures_are_in_the_forecast(tmp_path: Path) -> None:
