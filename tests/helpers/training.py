@@ -121,7 +121,7 @@ ROWS = {
         lambda _: [Sparta(every_third, 2), DiLoCo(OUTER, 4)],
     ),
     "DeMo": Row(
-        Kind("demo", topk=3, chunk=4, decay=0.9), lambda _: DeMo(decay=0.9, topk=3, chunk=4)
+        Kind("demo", topk=3, chunk=8, decay=0.9), lambda _: DeMo(decay=0.9, topk=3, chunk=8)
     ),
     "top-k": Row(
         Kind("top_k", every=3, topk=5, chunk=16, decay=0.8),

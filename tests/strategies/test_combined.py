@@ -134,6 +134,15 @@ def test_a_group_that_falls_behind_settles_in_for_both_recipes() -> None:
     assert_close(seen["sent from"], seen["backup"], rtol=0, atol=0)
 
 
+def test_a_node_that_cannot_heal_gives_up_the_round_whatever_it_takes_it_for() -> None:
+    """It believes that DiLoCo's is open, where all tensors have always one size."""
+    row = Row(ROW.kind, lambda _: [DiLoCo(OUTER, 4), Sparta(every_third, 2)])
+    world = World(Script(3, joins={2: 1}, unhealed={2: 1}))
+    results = world.run(lambda node: Training(row, node).run())
+    assert world.given_up == {1}
+    assert len({digest(r.strategy.shared_state_dict()) for r in results.values()}) == 1
+
+
 def test_the_order_of_the_recipes_is_the_order_of_their_rounds() -> None:
     def opened(recipes: list[Recipe]) -> list[int]:
         def story(node: Node) -> list[int]:

@@ -64,6 +64,24 @@ def test_a_delta_is_base_minus_weights(sizes: list[Any]) -> None:
     assert_close(local.delta(local.whole, base), expected, rtol=0, atol=0)
 
 
+@given(ragged, st.data())
+def test_some_elements_go_out_and_come_back(sizes: list[Any], data: st.DataObject) -> None:
+    local = ModelLocal([model_of(sizes)])
+    before = local.weights(local.whole)
+    positions = [
+        torch.tensor(
+            data.draw(st.lists(st.integers(0, f.numel() - 1), unique=True)) if f.numel() else [],
+            dtype=torch.int64,
+        )
+        for f in before
+    ]
+    some = local.select(local.whole, positions)
+    assert_close(some, [f[:, at] for f, at in zip(before, positions, strict=True)], rtol=0, atol=0)
+    local.put(local.whole, positions, [s * 0 for s in some])
+    for now, was, at in zip(local.weights(local.whole), before, positions, strict=True):
+        assert torch.equal(now[0], was[0].index_fill(0, at, 0))
+
+
 @given(ragged, st.integers(1, 64))
 def test_buckets_cover_everything_once_and_none_is_too_large(sizes: list[Any], cap: int) -> None:
     local = ModelLocal([model_of(sizes)])

@@ -232,6 +232,24 @@ def test_a_healed_node_starts_from_the_global_weights_not_from_the_donors() -> N
     assert any(not torch.equal(seen["healed"][i], seen["donor's"][i]) for i in seen["second"])
 
 
+@pytest.mark.parametrize("name", ["DeMo", "top-k"])
+def test_a_group_that_heals_forgets_what_was_its_own_and_a_checkpoint_brings_it_back(
+    name: str,
+) -> None:
+    def story(node: Node) -> None:
+        one = Training(ROWS[name], node).go_on(5)
+        (own,) = one.recipe.own.values()
+        kept = [tensor.clone() for tensor in own]
+        saved = copy.deepcopy(one.strategy.state_dict())
+        assert any(tensor.any() for tensor in own)
+        one.strategy.load_shared_state_dict(copy.deepcopy(one.strategy.shared_state_dict()))
+        assert not any(tensor.any() for tensor in own)
+        one.strategy.load_state_dict(saved)
+        assert_close(own, kept, rtol=0, atol=0)
+
+    World(Script(1)).run(story)
+
+
 def test_gradients_without_begin_are_refused() -> None:
     def story(node: Node) -> None:
         one = Training(ROWS["all-reduce"], node)

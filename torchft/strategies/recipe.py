@@ -116,4 +116,5 @@ class Recipe:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse. A recipe that overrides `settle_in` sets `_healed` here."""
+        """The inverse. A strategy that heals then settles the recipe in; what loads a recipe by
+        itself relies on the recipe to set `_healed`."""

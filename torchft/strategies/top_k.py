@@ -117,4 +117,3 @@ class TopK(Recipe):
         self.backup.load(state["original_parameters"])
         self.outer.load_state_dict(self.local.whole, state["outer_optimizer"])
         self.clock.steps = state["inner_steps"]
-        self._healed = True
