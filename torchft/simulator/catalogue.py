@@ -118,7 +118,7 @@ def found(name: str) -> Callable[..., Any]:
         raise SettingsError(f"{name} cannot be found: {error}; is it on PYTHONPATH?") from error
     if not callable(value):
         raise SettingsError(f"{name} is a {type(value).__name__}, and not callable")
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def _factory(strategy: StrategyConfig) -> Callable[..., Any]:
