@@ -11,7 +11,8 @@
 
 Messages of a round among n members, one behind the other: 2(n-1) of an average (a ring, or an
 exchange and a gathering), n-1 of a gathering, for each operation. One node alone communicates not
-at all; islands take the messages of all as one. The sum of a node's seconds by kind is the run's elapsed time. Pure.
+at all; islands take as many messages as all together would. The sum of a node's seconds by kind is
+the run's elapsed time. Pure.
 """
 
 from __future__ import annotations
