@@ -96,6 +96,14 @@ def test_buckets_cover_everything_once_and_none_is_too_large(sizes: list[Any], c
     assert_close(buckets.join(elsewhere, flats), expected, rtol=0, atol=0)
 
 
+def test_averages_of_many_rows_come_back_as_one_and_the_rows_stand() -> None:
+    rows = torch.arange(15.0).view(3, 5)
+    averages = [bucket.mean(0, keepdim=True) for bucket in buckets.cut([rows], 8)]
+    (joined,) = buckets.join(averages, [rows])
+    assert joined.tolist() == [[5.0, 6.0, 7.0, 8.0, 9.0]]
+    assert torch.equal(rows, torch.arange(15.0).view(3, 5))
+
+
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=12), st.data())
 def test_runs_cover_all_parameters_in_order(sizes: list[int], data: st.DataObject) -> None:
     parts = data.draw(st.integers(1, len(sizes)))

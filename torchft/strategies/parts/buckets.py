@@ -7,8 +7,9 @@ A bucket is a slice of a flat tensor: it has one dtype, and no parameter is too 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 __all__ = ["cut", "join"]
@@ -26,17 +27,23 @@ def cut(flats: Sequence[Tensor], bucket_bytes: int) -> list[Tensor]:
 
 
 def join(buckets: Sequence[Tensor], flats: Sequence[Tensor]) -> list[Tensor]:
-    """Bring what became of the buckets back together in `flats`, which they were cut from.
+    """What became of the buckets, one tensor for each of `flats`, which they were cut from.
 
-    A bucket that was worked on in place is there already.
+    Where all were worked on in place that is the flat tensor itself; else it is made anew, with as
+    many rows as the buckets have, and the flat tensor stands.
     """
-    places = iter(buckets)
-    for flat in flats:
-        start = 0
-        while start < flat.shape[-1]:
-            bucket = next(places)
-            place = flat[..., start : start + bucket.shape[-1]]
-            if place.data_ptr() != bucket.data_ptr():
-                place.copy_(bucket)
-            start += bucket.shape[-1]
-    return list(flats)
+    rest = iter(buckets)
+    return [_whole(flat, rest) for flat in flats]
+
+
+def _whole(flat: Tensor, rest: Iterator[Tensor]) -> Tensor:
+    parts: list[Tensor] = []
+    start = 0
+    in_place = True
+    while start < flat.shape[-1]:
+        part = next(rest)
+        place = flat[..., start : start + part.shape[-1]]
+        in_place &= part.shape == place.shape and part.data_ptr() == place.data_ptr()
+        parts.append(part)
+        start += part.shape[-1]
+    return flat if in_place else torch.cat(parts, dim=-1)
