@@ -138,17 +138,12 @@ class Services:
         for logger in self.loggers:
             self._stack.callback(logger.close)
             logger.start(self.config, past)
-        if self.name is not None:
-            self._progress = Progress(self.name, run.total_steps, run.step)
-            self._stack.callback(self._progress.close)
+        self.show(run.total_steps, run.step)
 
     def _train_row(self, run: Run) -> None:
         closed = run.result.rounds[self._rounds :]
         self._rounds += len(closed)
-        row = self._figures.train(run.result.history[-1], closed)
-        self._log("train", row)
-        if self._progress is not None:
-            self._progress.step(row["train_loss"])
+        self._log("train", self._figures.train(run.result.history[-1], closed))
 
     def _validate(self, run: Run) -> None:
         if self.validator is None:
@@ -156,8 +151,12 @@ class Services:
         found = self.look([run.nodes[node] for node in run.local.alive], run.step)
         run.result.validations.append(found)
         self._log("validation", self._figures.validation(found))
-        if self._progress is not None:
-            self._progress.show(local=found["local_loss"], **{"global": found["global_loss"]})
+
+    def show(self, total: int, done: int = 0) -> None:
+        """Begin to show how far the run is."""
+        if self.name is not None:
+            self._progress = Progress(self.name, total, done)
+            self._stack.callback(self._progress.close)
 
     def look(self, nodes: Sequence[TrainNode], step: int) -> dict[str, Any]:
         """An entry of `Result.validations`."""
@@ -198,3 +197,9 @@ class Services:
     def _log(self, kind: Kind, row: Row) -> None:
         for logger in self.loggers:
             logger.log(kind, row)
+        if self._progress is None:
+            return
+        if kind == "train":
+            self._progress.step(row["train_loss"])
+        elif kind == "validation":
+            self._progress.show(local=row["local_loss"], **{"global": row["global_loss"]})

@@ -322,8 +322,12 @@ def _in_processes(experiment: Experiment, services: Services) -> Result:
     """Looked at before the first step and after the last one."""
     from torchft.simulator.processes import run_processes
 
-    fresh = [experiment.make_node(experiment.make_model(), 0)] if services.validator else []
-    before = [services.look(fresh, 0)] if fresh else []
+    services.show(experiment.total_steps)
+    before = []
+    if services.validator is not None:
+        model = experiment.make_model()
+        nodes = [experiment.make_node(model, node) for node in range(experiment.num_nodes)]
+        before = [services.look(nodes, 0)]
     result = run_processes(experiment)
     if services.validator is not None:
         nodes = [experiment.make_node(result.models[node], node) for node in result.alive]
