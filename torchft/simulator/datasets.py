@@ -35,7 +35,7 @@ def digits(train: int = 60_000, held_out: int = 2_048) -> tuple[TensorDataset, T
     except ImportError as error:
         raise SettingsError(
             f"the digits come with scikit-learn, which is not installed ({error}): install "
-            "torchft[examples], or use --model gpt, whose text is on this machine"
+            "torchft[simulate], or use --model gpt, whose text is on this machine"
         ) from error
     pixels, classes = load_digits(return_X_y=True)
     images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16
