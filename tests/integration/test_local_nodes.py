@@ -17,6 +17,8 @@ import torch
 from torchft.errors import SettingsError
 from torchft.launch.digests import experiment_of
 from torchft.launch.local_nodes import LocalNode, LocalNodes, NodeFailed, Start
+from torchft.local_sgd import DiLoCo, LocalSGD
+from torchft.ordered import ordered_mean
 from torchft.peers import Place
 from torchft.records import read_step_records
 from torchft.simulator.events import Dies, Discards, Joins
@@ -24,6 +26,12 @@ from torchft.simulator.node import TrainNode
 from torchft.simulator.processes import run_processes
 
 DEADLINE_S = 30.0
+
+
+@pytest.fixture(autouse=True, scope="module")
+def warm() -> None:
+    """What the first optimizer imports is imported before any process forks."""
+    torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
 
 
 def _run(story: Callable[[LocalNode], Any], folder: Path, nodes: int = 3, **options: Any) -> Any:
@@ -67,6 +75,35 @@ def test_any_dtype_is_gathered_in_the_order_of_the_names(tmp_path: Path) -> None
         assert [name.partition(":")[0] for name in record.members] == [
             f"node_000{member}" for member in range(3)
         ]
+
+
+def _moved(node: int) -> torch.Tensor:
+    return torch.randn(5, 7, generator=torch.Generator().manual_seed(node)) * 10.0**node
+
+
+def _through_a_door(door: str, node: LocalNode) -> bool:
+    model = torch.nn.Linear(7, 5, bias=False)
+    inner, outer = (torch.optim.SGD(model.parameters(), lr=1.0) for _ in range(2))
+    manager = node.meet()
+    entered: Any = (
+        LocalSGD(manager, model, inner, sync_every=1, deterministic=True)
+        if door == "LocalSGD"
+        else DiLoCo(manager, [model], inner, outer, sync_every=1, deterministic=True)
+    )
+    with entered:
+        start = model.weight.detach().clone()
+        model.weight.grad = _moved(node.number)
+        inner.step()
+    rows = torch.stack([start - _moved(n) for n in range(5)])
+    expected = ordered_mean(rows) if door == "LocalSGD" else start - ordered_mean(start - rows)
+    assert not torch.equal(ordered_mean(rows, range(4, -1, -1)), ordered_mean(rows))
+    return torch.equal(model.weight, expected[0])
+
+
+@pytest.mark.parametrize("door", ["LocalSGD", "DiLoCo"])
+def test_a_door_averages_in_the_order_of_the_names(tmp_path: Path, door: str) -> None:
+    results = _run(partial(_through_a_door, door), tmp_path, nodes=5)
+    assert results == dict.fromkeys(range(5), True)
 
 
 def _fail(node: LocalNode) -> None:

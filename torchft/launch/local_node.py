@@ -72,10 +72,16 @@ class LocalNode:
         self._store: TCPStore | None = None
         self._joined = False
 
-    def meet(self, load: Callable[[Any], None], save: Callable[[], Any], **options: Any) -> Manager:
+    def meet(
+        self,
+        load: Callable[[Any], None] | None = None,
+        save: Callable[[], Any] | None = None,
+        **options: Any,
+    ) -> Manager:
         """Make the manager, and wait until every node that starts with this one has its own.
 
-        `load` and `save` move what a node that heals needs; `options` are the manager's.
+        `load` and `save` move what a node that heals needs, if nobody else registers that;
+        `options` are the manager's.
         """
         self._store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
         timeout = self._seat.timeout

@@ -123,11 +123,9 @@ class LocalNodes:
             self._end(self._lives)
             return self._results
         finally:
+            self._kill(self._lives)
             self._end(helpers)
-            for life in [*self._lives, *helpers]:
-                life.process.kill()
-                life.process.join()
-                life.line.close()
+            self._kill(helpers)
 
     # --- processes
 
@@ -173,6 +171,14 @@ class LocalNodes:
             self._say(life, "end")
         for life in lives:
             life.process.join(_END_S)
+
+    @staticmethod
+    def _kill(lives: Sequence[_Life]) -> None:
+        for life in lives:
+            life.process.kill()
+        for life in lives:
+            life.process.join()
+            life.line.close()
 
     @staticmethod
     def _say(life: _Life, word: str) -> None:
