@@ -187,3 +187,64 @@ def test_fit_cuts_its_batches_to_what_was_found(
     assert seen[3:] == [5, 4]
     trainer.fit(1, DiLoCoStrategy(H=4), 1, 1, 9, force_minibatch_recalculate=True, **options)
     assert seen[5:] == [2, 5, 4]
+
+
+class Gpu:
+    """Says what a GPU would: how much is free, and what a pass takes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, free: int, per_sample: int = 0) -> None:
+        self.tried: list[int] = []
+        self.per_sample = per_sample
+        for name, answer in {
+            "mem_get_info": (free, 1 << 60),
+            "empty_cache": None,
+            "reset_peak_memory_stats": None,
+            "memory_allocated": 100,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: self.peak())
+
+    def peak(self) -> int:
+        return 100 + self.per_sample * self.tried[-1]
+
+
+def on_a_gpu(gpu: Gpu, holds: int, num_nodes: int = 1) -> int:
+    class Tight(Plain):
+        def forward(self, batch: Any) -> Tensor:
+            gpu.tried.append(len(batch[0]))
+            if len(batch[0]) > holds:
+                raise torch.cuda.OutOfMemoryError("no room")
+            return super().forward(batch)
+
+    run = experiment()
+    node, batch = run.make_node(Tight(), 0), run.feed().batch(0, 0)
+    return largest_that_fits(16, minibatch._cuda_probe(node, batch, num_nodes))
+
+
+def test_on_a_gpu_a_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(monkeypatch, free=1 << 40)
+    assert on_a_gpu(gpu, holds=5) == 4
+    assert gpu.tried == [16, 8, 4]
+
+
+def test_on_a_gpu_the_weights_of_all_nodes_have_their_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weights = 4 * 7 * 3 * 4  # with gradient and two moments
+    free = int((10 * weights + 1000) / 0.9) + 1
+    assert on_a_gpu(Gpu(monkeypatch, free, per_sample=100), holds=99, num_nodes=10) == 8
+    assert on_a_gpu(Gpu(monkeypatch, free, per_sample=100), holds=99, num_nodes=5) == 16
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_real_gpu_runs_out_of_memory_and_gets_less() -> None:
+    class Greedy(Plain):
+        def forward(self, batch: Any) -> Tensor:
+            free, _ = torch.cuda.mem_get_info()
+            torch.empty(len(batch[0]) * free // 8, dtype=torch.uint8, device=batch[0].device)
+            return super().forward(batch)
+
+    run = experiment(Greedy())
+    run.device = "cuda"
+    assert fitting_size(run) == 4

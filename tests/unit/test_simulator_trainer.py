@@ -18,7 +18,15 @@ from torch.utils.data import Dataset
 
 from torchft.errors import SettingsError
 from torchft.simulator import NodeError, Trainer, TrainNode
-from torchft.strategies import DiLoCoStrategy, LocalSGDStrategy, OptimSpec, SimpleReduceStrategy
+from torchft.strategies import (
+    DiLoCo,
+    DiLoCoStrategy,
+    Inner,
+    LocalSGDStrategy,
+    OptimSpec,
+    SimpleReduceStrategy,
+    Strategy,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -188,6 +196,13 @@ def test_autocast_computes_in_bfloat16_and_keeps_the_weights(autocast: Any) -> N
     assert Linear.seen == torch.float
 
 
+def test_loading_in_other_processes_gives_the_same_run() -> None:
+    here = fit(val=pairs(20)).result
+    there = fit(val=pairs(20), dataloader_kwargs={"num_workers": 1}).result
+    assert here is not None and there is not None
+    assert bits(here) == bits(there)
+
+
 # --- logs
 
 
@@ -289,6 +304,13 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "several devices": ({"on": {"device": None, "devices": [0, 1]}}, "processes=True"),
     "devices of a CPU": ({"on": {"device": "cpu", "devices": [0, 1]}}, "numbers of CUDA devices"),
     "checkpoints of processes": ({"processes": True, "checkpoint_interval": 5}, "processes=True"),
+    "checkpoints of rounds in flight": (
+        {
+            "strategy": Strategy([DiLoCo(OptimSpec(lr=1.0), 4, delay=1)], inner=Inner()),
+            "checkpoint_interval": 5,
+        },
+        "DiLoCo has delay=1",
+    ),
     "resuming processes": ({"processes": True, "resume": True}, "processes=True"),
 }
 

@@ -13,6 +13,7 @@ Only one node computes at a time, so its pass is what must fit.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def fitting_size(experiment: Experiment) -> int:
     if device.type == "mps" or batch_size == 1:
         return batch_size  # MPS pages into the host's memory and does not say what is free
     with kept_rng(device):
-        batch = experiment.feed().batch(0, 0)
+        batch = _without_workers(experiment).feed().batch(0, 0)
         if not _can_be_cut(batch):
             return batch_size
         node = experiment.make_node(experiment.make_model().train(), 0)
@@ -49,6 +50,15 @@ def fitting_size(experiment: Experiment) -> int:
         if device.type == "cuda":
             return largest_that_fits(batch_size, _cuda_probe(node, batch, experiment.num_nodes))
         return largest_that_fits(batch_size, _cpu_probe(node, batch, batch_size))
+
+
+def _without_workers(experiment: Experiment) -> Experiment:
+    """The same data, without starting the processes that load it."""
+    options = dict(experiment.dataloader_kwargs or {})
+    if not options.keys() - {"collate_fn"}:
+        return experiment
+    collate = {k: v for k, v in options.items() if k == "collate_fn"}
+    return replace(experiment, dataloader_kwargs=collate)
 
 
 def largest_that_fits(batch_size: int, fits: Callable[[int], bool]) -> int:

@@ -189,6 +189,7 @@ class Trainer:
             resumed=saved,
         )
         if checkpoint_interval is not None:
+            _check_keepable(experiment.strategy)
             services.checkpoints = naming.checkpoints(keep_checkpoints)
         if self.val_dataset is not None and val_size:
             services.validator = Validator(experiment, val_size)
@@ -302,6 +303,15 @@ def _check_processes(
     }
     for name in (name for name, given in asked.items() if given):
         raise SettingsError(f"{name} is for nodes of one process: leave it out with processes=True")
+
+
+def _check_keepable(strategy: Strategy) -> None:
+    for recipe in strategy.recipes:
+        if recipe.delay:
+            raise SettingsError(
+                f"{type(recipe).__name__} has delay={recipe.delay}, so rounds are open between "
+                "steps and cannot be kept: leave checkpoint_interval or the delay out"
+            )
 
 
 def _check_steps_left(saved: Saved, experiment: Experiment) -> None:
