@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from torchft.simulator.loop import Run, run_stacked
     from torchft.simulator.network import SimulatedRun, forecast
     from torchft.simulator.node import NodeError, TrainNode
+    from torchft.simulator.processes import run_processes
+    from torchft.simulator.replay import events_of
     from torchft.simulator.result import Result
     from torchft.simulator.trainer import Trainer
     from torchft.simulator.weather import NodeWeather, RandomFailures, Weather, WeatherEvent
@@ -58,7 +60,9 @@ __all__ = [
     "WandbLogger",
     "Weather",
     "WeatherEvent",
+    "events_of",
     "forecast",
+    "run_processes",
     "run_stacked",
 ]
 
@@ -87,7 +91,9 @@ _HOMES = {
     "WandbLogger": "loggers",
     "Weather": "weather",
     "WeatherEvent": "weather",
+    "events_of": "replay",
     "forecast": "network",
+    "run_processes": "processes",
     "run_stacked": "loop",
 }
 
