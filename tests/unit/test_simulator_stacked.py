@@ -313,7 +313,7 @@ class TestLives:
     ("model", "message"),
     [
         (nn.Flatten(), "no parameter that requires a gradient"),
-        (nn.Linear(3, 4).to(torch.complex64), "is torch.complex64: it cannot be averaged"),
+        (nn.ParameterList([torch.zeros(2) * 1j]), "is torch.complex64: it cannot be averaged"),
         (nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last), "is not contiguous"),
     ],
 )
