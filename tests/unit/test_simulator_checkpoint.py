@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,26 @@ def test_what_would_need_code_to_load_is_not_written(tmp_path: Path) -> None:
         write_whole(path, {"thing": Checkpoints(tmp_path)})
     assert torch.load(path, weights_only=True) == {"kept": 1}
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_process_that_ends_while_it_writes_leaves_the_older_file_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(3, {}, {"weights": torch.ones(10)})
+
+    def half(content: Any, file: Any) -> None:
+        file.write(b"PK half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", half)
+    for step in (3, 4):
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.save(step, {}, {"weights": torch.zeros(10)})
+    monkeypatch.undo()
+    saved = load_checkpoint(tmp_path)
+    assert saved.step == 3 and torch.equal(saved.state["weights"], torch.ones(10))
+    assert os.listdir(tmp_path) == ["step_00000003.pt"]
 
 
 def test_a_file_that_is_cut_off_is_refused_by_name(tmp_path: Path) -> None:

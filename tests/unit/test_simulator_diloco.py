@@ -195,7 +195,15 @@ def test_steps_that_are_left_over_are_averaged_into_the_model() -> None:
 
 
 def test_minibatches_average_their_gradients() -> None:
-    whole, cut = train(max_local_step=4), train(max_local_step=4, max_minibatch_size=3)
+    seen: list[int] = []
+
+    def watched(output: Tensor, y: Tensor) -> Tensor:
+        seen.append(len(y))
+        return cross_entropy(output, y)
+
+    whole = train(max_local_step=4)
+    cut = train(max_local_step=4, max_minibatch_size=3, loss_fn=watched)
+    assert seen == [3, 1] * 4 * 2
     assert whole.model is not None and cut.model is not None
     for name, value in whole.model.named_parameters():
         torch.testing.assert_close(cut.model.get_parameter(name), value, rtol=1e-3, atol=1e-5)
@@ -283,6 +291,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no interval": ({"diloco_interval": 0}, "diloco_interval=0"),
     "a negative interval": ({"diloco_interval": -1}, "diloco_interval=-1"),
     "no evaluation": ({"eval_iters": 0}, "eval_iters=0"),
+    "no minibatch": ({"max_minibatch_size": 0}, "max_minibatch_size=0"),
     "no checkpoint": ({"ckpt_interval": 0, "save_dir": "kept"}, "ckpt_interval=0"),
     "no folder": ({"ckpt_interval": 2}, "save_dir"),
     "a delay": ({"async_sparta_delay": 1}, "async_sparta_delay=1"),

@@ -128,7 +128,8 @@ class DilocoSimulatorConfig:
         Raises:
             SettingsError: which option, and what would do.
         """
-        for name in ("diloco_interval", "eval_iters", "ckpt_interval", "eval_interval"):
+        counts = ("diloco_interval", "eval_iters", "eval_interval", "ckpt_interval")
+        for name in (*counts, "max_minibatch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"{name}={value}: it must be 1 or more")
