@@ -15,13 +15,14 @@ import pytest
 import torch
 
 from torchft.errors import SettingsError
-from torchft.launch.digests import experiment_of
+from torchft.launch.digests import OddModel, experiment_of
 from torchft.launch.local_nodes import LocalNode, LocalNodes, NodeFailed, Start
 from torchft.local_sgd import DiLoCo, LocalSGD
 from torchft.ordered import ordered_mean
 from torchft.peers import Place
 from torchft.records import read_step_records
 from torchft.simulator.events import Dies, Discards, Joins
+from torchft.simulator.loop import run_stacked
 from torchft.simulator.node import TrainNode
 from torchft.simulator.processes import run_processes
 
@@ -206,6 +207,15 @@ def test_what_a_real_run_cannot_do_is_refused() -> None:
         run_processes(experiment)
 
 
+def test_a_strategy_that_ran_already_is_refused() -> None:
+    experiment = experiment_of("LocalSGD", steps=10, nodes=2)
+    run_processes(experiment, method="fork")
+    run_processes(experiment, method="fork")  # each process had its own copy
+    run_stacked(experiment)
+    with pytest.raises(SettingsError, match="LocalSGDStrategy is in use"):
+        run_processes(experiment, method="fork")
+
+
 def test_a_node_that_starts_later_takes_part_from_then_on() -> None:
     experiment = experiment_of("LocalSGD", steps=40, nodes=3, events=[Joins(1, 15)])
     result = run_processes(experiment, method="fork")
@@ -224,6 +234,14 @@ def test_a_node_that_is_gone_for_good_is_not_waited_for(tmp_path: Path) -> None:
     assert [one.members for one in result.rounds] == [(0, 1, 2), (1, 2), (1, 2)]
     assert [0 in row.losses for row in result.history] == [True] * 15 + [False] * 15
     assert len(read_step_records(tmp_path / "node_0000.0.jsonl")) == 1
+
+
+@pytest.mark.slow
+def test_what_does_not_pickle_is_named_with_the_way_out() -> None:
+    experiment = experiment_of("DiLoCo", steps=20, nodes=2)
+    experiment.model = lambda: OddModel()
+    with pytest.raises(SettingsError, match=r"<lambda>(.|\n)*top of a module"):
+        run_processes(experiment, method="forkserver")
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from torchft.errors import SettingsError
 from torchft.launch.text import read_text
-from torchft.simulator.events import Dies, Event
+from torchft.simulator.events import Event
 from torchft.simulator.experiment import Experiment
 from torchft.simulator.loop import run_stacked
 from torchft.simulator.node import TrainNode
@@ -143,9 +143,10 @@ class Pair:
         if real is None or simulated is None:
             return False
         # Whoever was killed after a round may not have lived to tell its digest of it.
-        mortal = {event.node for event in self.real.events if isinstance(event, Dies)}
+        killed = set(range(self.real.num_nodes)) - set(self.real.alive)
+        killed |= {heal.node for heal in self.real.heals}
         pairs = enumerate(zip(real, simulated, strict=True))
-        return all(a == b or (a is None and node in mortal) for node, (a, b) in pairs)
+        return all(a == b or (a is None and node in killed) for node, (a, b) in pairs)
 
     @property
     def equal(self) -> bool:

@@ -139,7 +139,14 @@ class LocalNodes:
     def _spawn(self, context: Any, node: int, target: Callable[..., None], *args: Any) -> _Life:
         mine, theirs = context.Pipe()
         process = context.Process(target=target, args=(*args, theirs))
-        process.start()
+        try:
+            process.start()
+        except Exception as error:
+            raise SettingsError(
+                f"a process cannot be started: {error}. Where this one has threads, all that a "
+                "process needs must pickle: define models and data sets at the top of a module, "
+                "or start Python with OMP_NUM_THREADS=1, so that it can fork"
+            ) from error
         theirs.close()
         return _Life(node, process, mine)
 

@@ -26,7 +26,7 @@ from torchft.simulator.events import Dies, Event, Joins
 from torchft.simulator.experiment import Experiment
 from torchft.simulator.network import forecast
 from torchft.simulator.real_node import RealNode, from_bytes
-from torchft.simulator.replay import heals_of, round_records_of, rounds_of
+from torchft.simulator.replay import events_of, heals_of, round_records_of, rounds_of
 from torchft.simulator.result import Result, StepRow, mean_model
 from torchft.simulator.seeds import kept_rng
 
@@ -48,6 +48,9 @@ def run_processes(
     """
     started = perf_counter()
     experiment.check()
+    strategy = experiment.strategy
+    if hasattr(strategy, "local"):  # bound
+        raise SettingsError(f"this {type(strategy).__name__} is in use: make one for each run")
     deaths = _deaths(experiment)
     with kept_rng(experiment.torch_device):
         _warm_up(experiment)
@@ -135,7 +138,7 @@ def _result(experiment: Experiment, log: _Log, records: list[StepRecord]) -> Res
     rounds = rounds_of(records)
     return Result(
         experiment.num_nodes,
-        events=experiment.all_events(),
+        events=events_of(records),
         history=log.history(),
         digests=log.digests(),
         rounds=round_records_of(rounds),
