@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import wandb
 from helpers.small_runs import Interrupt, bits, pairs
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -278,6 +279,7 @@ def test_nothing_is_written_unless_asked_for() -> None:
 def test_weights_and_biases_gets_the_run_under_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb.teardown()  # it remembers the folder that an earlier run of this process was in
     train(wandb_project="project", wandb_name="name", max_local_step=2)
     assert list(Path("wandb").glob("offline-run-*/*.wandb"))
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import wandb
 from helpers.small_runs import Odd, bits, odd, pairs
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -251,6 +252,7 @@ def test_the_line_at_the_end_has_losses_and_speed(capsys: pytest.CaptureFixture[
 def test_weights_and_biases_gets_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb.teardown()  # it remembers the folder that an earlier run of this process was in
     fit(wandb_project="project", val=pairs(20), correlation_interval=3)
     assert list(Path("wandb").glob("offline-run-*/*.wandb"))
     assert not Path("logs").exists()
