@@ -63,6 +63,12 @@ GOALS = {
     "simulator.mlp.demo": Goal(0.25, least=True),
     "simulator.gpt.diloco": Goal(0.9, least=True),
     "simulator.flat": Goal(1.1),
+    # nats: a tenth, twice the spread of seeds, over one seed of a reference of a few lines
+    "simulator.learning.diloco.2": Goal(0.434 * 1.1, ratio=False),
+    "simulator.learning.diloco.4": Goal(0.395 * 1.1, ratio=False),
+    "simulator.learning.fedavg.2": Goal(0.532 * 1.1, ratio=False),
+    "simulator.learning.fedavg.4": Goal(0.477 * 1.1, ratio=False),
+    # simulator_starts
     "simulator.start": Goal(1.1),
     "simulator.cold": Goal(10.3, ratio=False),  # seconds
     "simulator.warm": Goal(1.7, ratio=False),  # seconds
