@@ -1,0 +1,46 @@
+"""Which codec: by name, or by what a device is good at."""
+
+from __future__ import annotations
+
+import torch
+
+from torchft.errors import SettingsError
+from torchft.quantization.codec import Codec
+from torchft.quantization.float8 import Float8
+from torchft.quantization.integers import Int4, Int8
+from torchft.quantization.plain import BFloat16, Identity
+
+__all__ = ["codec_names", "codec_of", "default_codec"]
+
+_CODECS: dict[str, Codec] = {
+    codec.name: codec for codec in (Identity(), BFloat16(), Float8(), Int8(), Int4())
+}
+
+
+def codec_names() -> tuple[str, ...]:
+    """Those that `codec_of` knows."""
+    return tuple(_CODECS)
+
+
+def codec_of(codec: str | Codec) -> Codec:
+    """The codec of that name; a codec is itself.
+
+    Raises:
+        SettingsError: there is none.
+    """
+    if isinstance(codec, Codec):
+        return codec
+    if codec not in _CODECS:
+        raise SettingsError(f"no codec {codec!r}: give one of {', '.join(_CODECS)}, or a Codec")
+    return _CODECS[codec]
+
+
+def default_codec(device: torch.device | str) -> Codec:
+    """What `should_quantize=True` means: fp8 on CUDA devices from capability 9.0 on, else int8.
+
+    All members must use the same one: where their devices differ, name the codec.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+        return _CODECS["fp8"]
+    return _CODECS["int8"]

@@ -1,0 +1,40 @@
+"""Whether Triton kernels compute a tensor's codes. They are loaded when the first one needs them.
+
+They give the same bytes as the torch operations in `blockwise`, and faster; so where Triton is not
+installed nothing but time is lost.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+from torch import Tensor
+
+__all__ = ["decode", "encode", "serve"]
+
+
+def serve(rows: Tensor) -> bool:
+    """Whether `encode` and `decode` take this tensor."""
+    return rows.is_cuda and rows.numel() > 0 and _has_triton()
+
+
+def encode(kind: str, block: int, rows: Tensor, scales: Tensor, codes: Tensor) -> None:
+    """Write the scales `[rows, blocks]` and codes of `rows` `[rows, n]`."""
+    from torchft.quantization import triton_kernels
+
+    triton_kernels.encode(kind, block, rows, scales, codes)
+
+
+def decode(
+    kind: str, block: int, scales: Tensor, codes: Tensor, rows: Tensor, *, add: bool
+) -> None:
+    """Write codes times scales into `rows`, or add them to it."""
+    from torchft.quantization import triton_kernels
+
+    triton_kernels.decode(kind, block, scales, codes, rows, add=add)
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
