@@ -12,4 +12,6 @@ workers     functions in processes of their own
 lighthouse  a lighthouse in a process of its own
 group       the manager of a replica group, in a worker
 training    a replica group that trains and tells of each step
+small_work  models and data that train on one CPU thread
+simulating  a simulated run in turns with the plain loop
 """
