@@ -27,6 +27,7 @@ BENCHMARKS = (
     "recovery_time",
     "simulator",
     "simulator_starts",
+    "codecs",
 )
 """Each a script beside this one, in the order in which they run."""
 

@@ -74,6 +74,14 @@ GOALS = {
     "simulator.warm": Goal(1.7, ratio=False),  # seconds
     "simulator.memory.mlp": Goal(2560, ratio=False),  # MiB
     "simulator.memory.gpt": Goal(4096, ratio=False),  # MiB
+    # codecs: GB/s of fp32, on one core
+    **{
+        f"codecs.{codec}.{act}": Goal(1, ratio=False, least=True)
+        for codec in ("bf16", "fp8", "int8", "int4")
+        for act in ("encode", "decode", "decode_and_add")
+    },
+    **{f"codecs.{codec}.size": Goal(0.27, ratio=False) for codec in ("fp8", "int8")},
+    "codecs.int4.size": Goal(0.15, ratio=False),
 }
 """By `Figure.key`."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchft.quantization.codec import Codec, into, numbers_of, typed, wire_of
+from torchft.quantization.codec import Codec, numbers_of, typed, wire_of
 
 __all__ = ["BFloat16", "Identity"]
 
@@ -34,9 +34,8 @@ class _Plain(Codec):
     ) -> Tensor:
         """A cast; without `out` it may share storage."""
         rows = typed(wire_of(encoded, self.encoded_bytes(n)), self.wire)
-        return into(
-            out, rows.view(*encoded.shape[:-1], n).to(out.dtype if out is not None else dtype)
-        )
+        numbers = rows.view(*encoded.shape[:-1], n)
+        return numbers.to(dtype) if out is None else out.copy_(numbers)
 
     def decode_add_(self, total: Tensor, encoded: Tensor) -> Tensor:
         """Without a cast of the whole."""
