@@ -64,8 +64,8 @@ def test_micro_batches_have_the_gradient_of_the_whole(kind: Any, size: int) -> N
 
 def test_every_sample_is_in_one_micro_batch() -> None:
     pieces = list(micro_batches({"a": torch.arange(7), "b": [torch.arange(7)]}, 3))
-    assert [piece["a"].tolist() for piece, _ in pieces] == [[0, 1, 2], [3, 4, 5], [6]]
-    assert [share for _, share in pieces] == [3 / 7, 3 / 7, 1 / 7]
+    assert [piece["a"].tolist() for piece, _ in pieces] == [[0, 1, 2], [3, 4], [5, 6]]
+    assert [share for _, share in pieces] == [3 / 7, 2 / 7, 2 / 7]
     assert all(torch.equal(piece["a"], piece["b"][0]) for piece, _ in pieces)
 
 

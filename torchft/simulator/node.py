@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -122,10 +123,14 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def micro_batches(batch: Any, size: int) -> Iterator[tuple[Any, float]]:
-    """Pieces of at most `size` samples, with their share of the batch."""
+    """Pieces of about equal length, at most `size` samples, with their share of the batch.
+
+    About equal, so that no lonely last sample meets a BatchNorm.
+    """
     length = _samples(batch)
-    for start in range(0, length, size):
-        stop = min(start + size, length)
+    count = -(-length // size)
+    bounds = [-(-length * piece // count) for piece in range(count + 1)]
+    for start, stop in pairwise(bounds):
         piece = _mapped(batch, lambda tensor, a=start, b=stop: tensor[a:b])
         yield piece, (stop - start) / length
 
