@@ -16,6 +16,7 @@ from torchft.quantization.codec import Codec
 from torchft.quantization.error_feedback import Draft, ErrorFeedback
 from torchft.quantization.float8 import Float8
 from torchft.quantization.integers import Int4, Int8
+from torchft.quantization.mean import mean_bytes, quantized_mean
 from torchft.quantization.plain import BFloat16, Identity
 
 __all__ = [
@@ -30,4 +31,6 @@ __all__ = [
     "codec_names",
     "codec_of",
     "default_codec",
+    "mean_bytes",
+    "quantized_mean",
 ]

@@ -21,18 +21,18 @@ def serve(rows: Tensor) -> bool:
 
 def encode(kind: str, block: int, rows: Tensor, scales: Tensor, codes: Tensor) -> None:
     """Write the scales `[rows, blocks]` and codes of `rows` `[rows, n]`."""
-    from torchft.quantization import triton_kernels
+    from torchft.quantization.triton_kernels import encode as on_gpu
 
-    triton_kernels.encode(kind, block, rows, scales, codes)
+    on_gpu(kind, block, rows, scales, codes)
 
 
 def decode(
     kind: str, block: int, scales: Tensor, codes: Tensor, rows: Tensor, *, add: bool
 ) -> None:
     """Write codes times scales into `rows`, or add them to it."""
-    from torchft.quantization import triton_kernels
+    from torchft.quantization.triton_kernels import decode as on_gpu
 
-    triton_kernels.decode(kind, block, scales, codes, rows, add=add)
+    on_gpu(kind, block, scales, codes, rows, add=add)
 
 
 @cache
