@@ -132,11 +132,8 @@ class OrderedMean(Work):
             raise self._error
         if getattr(self._group, "generation", None) is not self._generation:
             raise CollectiveError("its members were exchanged before it was waited for")
-        rows = self._codec.decode(self._received, self._tensor.dtype)
-        # Where nobody is counted, the step will be discarded.
-        mean = ordered_mean(rows, self._counted) if self._counted else torch.zeros_like(rows[:1])
-        mine = self._codec.encode(mean)
-        self._gathered = mine.new_empty(rows.shape[0], mine.shape[1])
+        mine = self._codec.encode(self._mean(self._received))
+        self._gathered = mine.new_empty(self._received.shape[0], mine.shape[1])
         try:
             self._means = self._group.allgather(
                 [list(self._gathered.unbind())], [mine[0]], AllgatherOptions()
@@ -144,6 +141,12 @@ class OrderedMean(Work):
         except Exception as error:
             self._error = error
             raise
+
+    def _mean(self, received: Tensor) -> Tensor:
+        """`[members, m]` bytes → `[1, chunk]`, the mean of those that are counted."""
+        rows = self._codec.decode(received, self._tensor.dtype)
+        # Where nobody is counted, the step will be discarded.
+        return ordered_mean(rows, self._counted) if self._counted else torch.zeros_like(rows[:1])
 
     def _keep(self) -> None:
         means = self._codec.decode(self._gathered, self._tensor.dtype).reshape(-1)
