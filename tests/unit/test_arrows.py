@@ -19,8 +19,7 @@ BASE = {
     *("peers", "records", "settings", "work"),
 }
 NUMBERS = {"compression", "quantization"}
-COLLECTIVES = {"collectives", "collectives_quantized"}
-COMMUNICATION = {"checkpointing", "coordination", "process_group"} | COLLECTIVES
+COMMUNICATION = {"checkpointing", "collectives", "coordination", "process_group"}
 DOORS = {"data", "ddp", "hsdp", "local_sgd", "optim"}
 RUNTIMES = {"parameter_server", "simulator"}
 FACES = {"cli", "integrations", "launch", "torchx"}
@@ -42,7 +41,7 @@ LIBRARY = NUMBERS | COMMUNICATION | DOORS | RUNTIMES | MANAGER | {"strategies", 
 MAY_IMPORT: dict[str, Set[str]] = {
     **dict.fromkeys(BASE | NUMBERS | {"process_group"}, frozenset()),
     "coordination": EXTENSION,
-    **dict.fromkeys(COLLECTIVES, COLLECTIVES | {"process_group", "quantization"}),
+    "collectives": {"process_group", "quantization"},
     "checkpointing": {"process_group", "coordination"},
     "strategies": NUMBERS,
     **dict.fromkeys(MANAGER, COMMUNICATION | MANAGER),

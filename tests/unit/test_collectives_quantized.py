@@ -4,17 +4,19 @@ those who are not counted or die."""
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import ReduceOp
+from torch.distributed.distributed_c10d import AllreduceOptions
 
 from tests.helpers.ranks import Rank, ranks
 from torchft.average import Average
-from torchft.collectives import as_bytes
-from torchft.collectives_quantized import QuantizedMean
+from torchft.collectives import QuantizedMean, allreduce_quantized, as_bytes
 from torchft.digest import digest
-from torchft.errors import SettingsError
+from torchft.errors import PhaseError, SettingsError
 from torchft.ledger import Ledger
 from torchft.ordered import ordered_bytes, ordered_mean
 from torchft.quantization import codec_names, codec_of, mean_bytes, quantized_mean
@@ -123,6 +125,30 @@ def test_a_member_that_dies_between_the_halves_frees_the_others() -> None:
             assert unchanged
 
 
+def _sum_and_average(rank: Rank) -> None:
+    group, members = rank.configure(), rank.world_size
+    opts = AllreduceOptions()
+    opts.reduceOp = ReduceOp.AVG
+    tensors = [_row(rank.rank, n) for n in (300, 7, 0)]
+    averaging = allreduce_quantized(tensors[:2], opts, group)
+    summing = allreduce_quantized(tensors[2:], ReduceOp.SUM, group, codec="fp8")
+    third = _row(rank.rank, 41)
+    tripled = allreduce_quantized([third], ReduceOp.SUM, group, codec="int4")
+    for work in (averaging, summing, tripled):
+        assert not work.is_completed()
+        assert work.wait(SOON) and work.wait() and work.is_completed()
+    for tensor in tensors[:2]:
+        rows = _rows(members, tensor.numel())
+        assert torch.equal(tensor, quantized_mean(rows, codec_of("int8"))[0])
+    assert torch.equal(third, quantized_mean(_rows(members, 41), codec_of("int4"))[0] * members)
+    rank.tell("equal")
+
+
+def test_several_tensors_are_summed_or_averaged_in_place() -> None:
+    with ranks(3, _sum_and_average) as world:
+        assert world.hear_all() == ["equal"] * 3
+
+
 # ---------------------------------------------------------------------- in one process
 
 
@@ -161,6 +187,16 @@ def test_the_fp32_codec_is_the_ordered_mean() -> None:
     mean = quantized_mean(rows.view(4, 1, 131), codec_of("fp32"), [3, 0])
     assert torch.equal(mean, ordered_mean(rows.view(4, 1, 131), [3, 0]))
     assert mean_bytes(codec_of("fp32"), 131, 4) == ordered_bytes(131, 4, 4)
+
+
+def test_other_operations_streams_and_futures_are_refused() -> None:
+    group: Any = Unasked()
+    with pytest.raises(NotImplementedError, match="SUM or AVG"):
+        allreduce_quantized([torch.ones(2)], ReduceOp.MAX, group)
+    with pytest.raises(SettingsError, match="sync_stream"):
+        allreduce_quantized([torch.ones(2)], ReduceOp.SUM, group, object())  # type: ignore[arg-type]
+    with pytest.raises(PhaseError, match="who waits"):
+        allreduce_quantized([torch.empty(0)], ReduceOp.SUM, group).get_future()
 
 
 def test_a_quarter_of_the_bytes_travels() -> None:

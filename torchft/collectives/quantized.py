@@ -1,0 +1,141 @@
+"""The ordered all-reduce over encoded chunks: fewer bytes, equal bits at all members.
+
+    encode       each member its chunks, one for every member
+    all-to-all   of the bytes
+    mean         decode the counted members' chunks, sum them in fp32 in rank order, divide
+    all-gather   of the mean, encoded again
+    decode       all members the same bytes
+
+`torchft.quantization.quantized_mean` says the same in one process. All members must use one codec:
+its bytes say nothing of what made them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+from torch.distributed import ReduceOp, Work
+from torch.distributed.distributed_c10d import AllreduceOptions
+from torch.futures import Future
+
+from torchft.collectives.ordered import OrderedMean
+from torchft.errors import PhaseError, SettingsError
+from torchft.ordered import chunk_of
+from torchft.process_group import ProcessGroup
+from torchft.quantization import Codec, codec_of, default_codec
+
+__all__ = ["QuantizedMean", "allreduce_quantized"]
+
+
+class QuantizedMean(OrderedMean):
+    """The mean of the counted members' tensors, under way; `tensor` holds it when `wait` returns.
+
+    It counts and fails as `OrderedMean` does, and like that one it is finished by who waits.
+    """
+
+    def __init__(
+        self, group: ProcessGroup, tensor: Tensor, counted: Sequence[int], codec: str | Codec
+    ) -> None:
+        if not tensor.is_floating_point():
+            raise ValueError(f"a quantised mean is of floating-point numbers, not {tensor.dtype}")
+        self._numbers = codec_of(codec)
+        self._chunk = chunk_of(tensor.numel(), group.size())
+        super().__init__(group, tensor, counted, _OfChunks(self._numbers, self._chunk))
+
+    def _mean(self, received: Tensor) -> Tensor:
+        """The same sum, without all decoded rows in memory."""
+        total = torch.zeros(1, self._chunk, device=received.device)
+        if not self._counted:
+            return total
+        first, *others = self._counted
+        self._numbers.decode(received[first : first + 1], self._chunk, out=total)
+        for member in others:
+            self._numbers.decode_add_(total, received[member : member + 1])
+        return total.div_(len(self._counted))
+
+
+def allreduce_quantized(
+    tensors: Sequence[Tensor],
+    opts: AllreduceOptions | ReduceOp | ReduceOp.RedOpType,
+    pg: ProcessGroup,
+    sync_stream: torch.cuda.Stream | None = None,
+    *,
+    codec: str | Codec | None = None,
+) -> Work:
+    """Sum or average all members' tensors, in place; finished by who waits, in order.
+
+    Args:
+        codec: the same at all members; by default what `default_codec` says of each tensor's
+            device.
+
+    Raises:
+        NotImplementedError: neither SUM nor AVG.
+        SettingsError: a `sync_stream`; the current stream is used.
+    """
+    op = opts.reduceOp if isinstance(opts, AllreduceOptions) else opts
+    summed, averaged = op == ReduceOp.SUM, op == ReduceOp.AVG
+    if not (summed or averaged):
+        raise NotImplementedError("a quantised all-reduce sums or averages: give SUM or AVG")
+    if sync_stream is not None:
+        raise SettingsError("sync_stream is not used here: wait in the stream that you want")
+    factor = pg.size() if summed else 1
+    members = range(pg.size())
+    codecs = [codec or default_codec(tensor.device) for tensor in tensors]
+    return _Several(
+        [QuantizedMean(pg, one, members, by) for one, by in zip(tensors, codecs, strict=True)],
+        list(tensors),
+        factor,
+    )
+
+
+class _Several(Work):
+    """Means under way, each multiplied by `factor` in the end."""
+
+    def __init__(self, means: list[QuantizedMean], tensors: list[Tensor], factor: int) -> None:
+        super().__init__()
+        self._means = means
+        self._tensors = tensors
+        self._factor = factor
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        """All of them, in order. May be given too little time and called again."""
+        until = None if timeout is None else time.monotonic() + timeout.total_seconds()
+        while self._means:
+            left = None if until is None else max(0.001, until - time.monotonic())
+            self._means[0].wait(None if left is None else timedelta(seconds=left))
+            self._means.pop(0)
+            self._tensors.pop(0).detach().mul_(self._factor)
+        return True
+
+    def get_future(self) -> Future[list[Tensor]]:
+        """PhaseError: nothing completes by itself here."""
+        raise PhaseError("a quantised all-reduce has no future: who waits does its second half")
+
+    def is_completed(self) -> bool:
+        """Whether all results are there."""
+        return not self._means
+
+    def synchronize(self) -> None:
+        """The same as `wait`."""
+        self.wait()
+
+
+class _OfChunks:
+    """A codec for rows of one length. What it decodes to is fp32, whatever was encoded, since
+    sums over members need the digits."""
+
+    def __init__(self, codec: Codec, length: int) -> None:
+        self._codec = codec
+        self._length = length
+
+    def encode(self, rows: Tensor) -> Tensor:
+        """`[k, length]` → `[k, bytes]`."""
+        return self._codec.encode(rows)
+
+    def decode(self, wire: Tensor, dtype: torch.dtype) -> Tensor:
+        """`[k, bytes]` → fp32 `[k, length]`."""
+        return self._codec.decode(wire, self._length)
