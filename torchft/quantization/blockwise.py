@@ -150,7 +150,7 @@ class Blockwise(Codec):
             scale, inverse = self._scales(torch.abs(source, out=scaled).amax(-1))
             torch.mul(source, inverse.unsqueeze(-1), out=scaled)
             broken = scale.isnan()
-            if rows.is_cuda or bool(broken.any()):
+            if rows.device.type != "cpu" or bool(broken.any()):
                 scaled.masked_fill_(broken.unsqueeze(-1), 0.0)
             self._blocks_in(scales, tile).copy_(scale)
             self.pack(scaled.flatten(1), self._codes_in(codes, tile))
@@ -203,7 +203,7 @@ class Blockwise(Codec):
 
 
 def _workspace(rows: Tensor) -> Tensor:
-    numbers = rows.numel() if rows.is_cuda else min(rows.numel(), TILE)
+    numbers = min(rows.numel(), TILE) if rows.device.type == "cpu" else rows.numel()
     return torch.empty(numbers, dtype=torch.float32, device=rows.device)
 
 
@@ -220,7 +220,7 @@ def _part(rows: Tensor, start: int, stop: int, width: int) -> Iterator[Tile]:
     count, length = rows.shape[0], stop - start
     if not count or not length:
         return
-    if rows.is_cuda:
+    if rows.device.type != "cpu":
         yield Tile(slice(0, count), start, stop, width)
     elif length > TILE:
         for row in range(count):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import cache
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 __all__ = ["decode", "encode", "serve"]
@@ -23,7 +24,8 @@ def encode(kind: str, block: int, rows: Tensor, scales: Tensor, codes: Tensor) -
     """Write the scales `[rows, blocks]` and codes of `rows` `[rows, n]`."""
     from torchft.quantization.triton_kernels import encode as on_gpu
 
-    on_gpu(kind, block, rows, scales, codes)
+    with torch.cuda.device(rows.device):
+        on_gpu(kind, block, rows, scales, codes)
 
 
 def decode(
@@ -32,7 +34,8 @@ def decode(
     """Write codes times scales into `rows`, or add them to it."""
     from torchft.quantization.triton_kernels import decode as on_gpu
 
-    on_gpu(kind, block, scales, codes, rows, add=add)
+    with torch.cuda.device(rows.device):
+        on_gpu(kind, block, scales, codes, rows, add=add)
 
 
 @cache
