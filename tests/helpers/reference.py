@@ -52,8 +52,7 @@ class _Alone:
         self.inner = INNER(self.parameters)
 
     def step(self, node: int, step: int) -> None:
-        self.inner.zero_grad()
-        backward(self.model, node, step)
+        self.gradients(node, step)
         self.inner.step()
 
     def gradients(self, node: int, step: int) -> None:

@@ -227,3 +227,13 @@ def test_sharded_parameters_synchronise_by_their_local_part(mesh: Any) -> None:
     strategy.after()
     assert all(isinstance(p, DTensor) for p in model.parameters())
     assert_close([p.full_tensor().detach() for p in model.parameters()], [p - 0.5 for p in start])
+
+
+def test_a_gradient_that_is_read_has_no_negative_zero() -> None:
+    # Stacked nodes add theirs to zeros, and both must compute the same bits.
+    model = nn.ParameterList([nn.Parameter(torch.ones(3))])
+    model[0].grad = torch.tensor([-0.0, 1.0, -2.0])
+    local = ModelLocal([model])
+    (read,) = local.grads(local.whole)
+    assert torch.equal(read, torch.tensor([[0.0, 1.0, -2.0]]))
+    assert not torch.signbit(read[0, 0])

@@ -61,6 +61,7 @@ def test_one_row_and_many_rows_compute_the_same_bits(name: str, rows: int) -> No
         recipe.bind(local, clock)
     for step in range(3):
         clock.steps = step + 1
+        stack.zero_grads()
         for row, local in enumerate(alone):
             disturb(stack.parameters[row], seed=100 * step + row)
             copy_values(stack.parameters[row], local.parameters)
@@ -76,6 +77,7 @@ def test_one_row_and_many_rows_compute_the_same_bits(name: str, rows: int) -> No
         for row, local in enumerate(alone):
             for mine, theirs in zip(stack.parameters[row], local.parameters, strict=True):
                 assert torch.equal(mine, theirs)
+                assert mine.grad is not None and theirs.grad is not None
                 assert torch.equal(mine.grad, theirs.grad)
             for name_, tensors in recipes[1 + row].own.items():
                 for one, many in zip(tensors, recipes[0].own[name_], strict=True):
@@ -87,14 +89,14 @@ def disturb(parameters: list[nn.Parameter], seed: int) -> None:
     draws = torch.Generator().manual_seed(seed)
     for p in parameters:
         p.add_(torch.randn(p.shape, generator=draws), alpha=0.1)
-        p.grad.copy_(torch.randn(p.shape, generator=draws))
+        p.grad = torch.randn(p.shape, generator=draws)
 
 
 @torch.no_grad()
 def copy_values(source: list[nn.Parameter], target: list[nn.Parameter]) -> None:
     for mine, theirs in zip(target, source, strict=True):
         mine.copy_(theirs)
-        mine.grad = theirs.grad.clone()
+        mine.grad = None if theirs.grad is None else theirs.grad.clone()
 
 
 def receive(recipe: Recipe, sent: list[list[Tensor]]) -> list[Tensor]:

@@ -196,10 +196,9 @@ class TestErrorsInARound:
                 one.backward()
                 mine = one.gradients
                 one.strategy.step()
-            assert [g is None for g in mine] == [g is None for g in one.gradients]
-            assert_close(
-                [g for g in one.gradients if g is not None], [g for g in mine if g is not None]
-            )
+            # The inner step has made the one that was missing, of a parameter nobody used.
+            was = [torch.zeros_like(w) if g is None else g for g, w in zip(mine, one.weights)]
+            assert_close(one.gradients, was)
 
         World(Script(1)).run(story)
 

@@ -154,15 +154,25 @@ class TestStorage:
         local.grads(local.whole)[0].fill_(3.0)
         local.zero_grads()
         local.models[0](torch.ones(4, 5)).sum().backward()
-        assert local.models[0].first.unused.grad.tolist() == [0, 0, 0]
+        grads = local.views(local.whole, local.grads(local.whole))
+        assert grads[local.names.index("first.unused")].tolist() == [[0, 0, 0], [0, 0, 0]]
 
-    def test_gradients_that_were_taken_off_come_home(self) -> None:
+    def test_the_optimizer_decays_what_nobody_used(self) -> None:
         local = stacked(Tiny(), 2)
+        local.grads(local.whole)[0].fill_(3.0)
+        local.zero_grads()
+        before = local.models[0].first.unused.detach().clone()
+        local.models[0](torch.ones(4, 5)).sum().backward()
+        local.inner_step()
+        after = local.models[0].first.unused
+        assert (after.abs() < before.abs()).all()  # as with a gradient of zero
+
+    def test_gradients_come_home_when_a_strategy_asks(self) -> None:
+        local = stacked(Tiny(), 2)
+        local.zero_grads()
         model = local.models[1]
-        model.zero_grad(set_to_none=True)
         model(torch.ones(4, 5)).sum().backward()
         elsewhere = model.first[0].weight.grad.clone()
-        local.gather_grads(1)
         grads = local.views(local.whole, local.grads(local.whole))
         row = grads[local.names.index("first.0.weight")][1]
         assert torch.equal(row, elsewhere)

@@ -293,7 +293,7 @@ def test_missing_scikit_learn_names_the_extra(monkeypatch: pytest.MonkeyPatch) -
     import sys
 
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(SettingsError, match=r"install torchft\[examples\], or use --model gpt"):
+    with pytest.raises(SettingsError, match=r"install torchft\[simulate\], or use --model gpt"):
         digits()
 
 

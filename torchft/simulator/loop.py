@@ -88,6 +88,8 @@ class Run:
             deterministic=experiment.deterministic,
         )
         self.strategy.bind(self.local, self.peers)
+        recipes = self.strategy.recipes
+        self.local.grads_at_home = any(recipe.place is Place.BEFORE for recipe in recipes)
         self.nodes = [experiment.make_node(m, n) for n, m in enumerate(self.local.models)]
         self.result = Result(
             experiment.num_nodes,
@@ -132,7 +134,6 @@ class Run:
             self.local.zero_row(node)
             seed_node(seed, node, self.step, self.device)
             losses[node] = self.nodes[node].backward(batch, pieces)
-            self.local.gather_grads(node)
         return losses
 
     def digests(self) -> list[str | None]:

@@ -50,6 +50,9 @@ class StackedLocal:
         self._layouts: dict[range, Layout] = {}
         self._shown: dict[tuple[int, range], list[Tensor]] = {}
         self._row_grads = [self._row(self._grads, row) for row in range(rows)]
+        self.grads_at_home = False
+        """Backward passes add to the matrix, for a strategy that reads gradients in every step.
+        Otherwise they stay where autograd left them, which costs no copy, until one asks."""
         self._writes: list[int] | None = None
         """The only rows that are written; None: all."""
         self.alive = list(range(rows))
@@ -72,12 +75,9 @@ class StackedLocal:
     def _move_in(self, row: int, model: nn.Module) -> None:
         """Give the parameters of `model` their storage in `row`."""
         _, parameters = _trained(model)
-        for p, weights, grads in zip(
-            parameters, self._row(self._weights, row), self._row_grads[row], strict=True
-        ):
+        for p, weights in zip(parameters, self._row(self._weights, row), strict=True):
             weights.copy_(p)
             p.data = weights
-            p.grad = grads
         self.models.append(model)
         self.parameters.append(parameters)
 
@@ -89,21 +89,32 @@ class StackedLocal:
         return dict(zip(self.names, self._row(self._weights, row), strict=True))
 
     def zero_row(self, row: int) -> None:
-        """The gradients of one node are zero: best done just before its backward pass."""
-        for grads in self._grads:
-            grads[row].zero_()
+        """No gradient of this node is left: best said just before its backward pass."""
+        if self.grads_at_home:
+            for grads in self._grads:
+                grads[row].zero_()
+        homes = self._row_grads[row]
+        for p, home in zip(self.parameters[row], homes, strict=True):
+            p.grad = home if self.grads_at_home else None
 
     @torch.no_grad()
-    def gather_grads(self, row: int) -> None:
-        """Gradients that backward left elsewhere, as after `model.zero_grad()`, come home."""
-        for p, home in zip(self.parameters[row], self._row_grads[row], strict=True):
-            grad = p.grad
-            if grad is not home:
-                if grad is None:
+    def _bring_home(self) -> None:
+        for row in self.alive:
+            for p, home in zip(self.parameters[row], self._row_grads[row], strict=True):
+                if p.grad is None:
                     home.zero_()
-                else:
-                    home.copy_(grad.to_dense())
+                elif p.grad is not home:
+                    torch.add(p.grad.to_dense(), 0.0, out=home)  # as if added to zeros
                 p.grad = home
+
+    def _complete_grads(self) -> None:
+        """For the optimizer: a parameter that nobody used has a zero gradient, none is sparse."""
+        for row in self.alive:
+            for p, home in zip(self.parameters[row], self._row_grads[row], strict=True):
+                if p.grad is None:
+                    p.grad = home.zero_()
+                elif p.grad.layout is not torch.strided:
+                    p.grad = home.copy_(p.grad.to_dense())
 
     def check_frozen(self) -> None:
         """Nothing has written into the frozen parameters that all nodes share.
@@ -167,6 +178,7 @@ class StackedLocal:
 
     def grads(self, fragment: Fragment) -> list[Tensor]:
         """The storage itself, of all rows; zero where there is no gradient."""
+        self._bring_home()
         return self._show(self._grads, fragment)
 
     def set_grads(self, fragment: Fragment, values: Sequence[Tensor]) -> None:
@@ -190,12 +202,13 @@ class StackedLocal:
                 flat[row].index_copy_(0, at, value[row if value.shape[0] > 1 else 0])
 
     def zero_grads(self) -> None:
-        """Every gradient of every row is zero."""
-        for grads in self._grads:
-            grads.zero_()
+        """No gradient of any living row is left from before."""
+        for row in self.alive:
+            self.zero_row(row)
 
     def inner_step(self) -> None:
         """Clip and step all that live."""
+        self._complete_grads()
         self.inner.step()
 
     def release(self, tensors: Sequence[Tensor], *, reusable: bool) -> None:
@@ -218,7 +231,8 @@ class StackedLocal:
             self.alive.remove(row)
         for p in self.parameters[row]:
             p.grad = None
-        self.zero_row(row)
+        for grads in self._grads:
+            grads[row].zero_()
         self._writes = list(self.alive)
 
     @torch.no_grad()
@@ -226,7 +240,8 @@ class StackedLocal:
         """Weights, inner state and buffers of `row` become those of `donor`; it lives."""
         for flat in self._weights:
             flat[row].copy_(flat[donor])
-        self.zero_row(row)
+        for grads in self._grads:
+            grads[row].zero_()
         for p, grad in zip(self.parameters[row], self._row_grads[row], strict=True):
             p.grad = grad
         self.inner.heal(row, donor)

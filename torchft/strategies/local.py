@@ -91,7 +91,7 @@ class Local(Protocol):
         ...
 
     def zero_grads(self) -> None:
-        """Every gradient is there and zero, also where nothing will use the parameter."""
+        """Before a backward pass: no gradient is left from the one before."""
         ...
 
     def views(self, fragment: Fragment, flats: Sequence[Tensor]) -> list[Tensor]:
@@ -103,7 +103,7 @@ class Local(Protocol):
         ...
 
     def inner_step(self) -> None:
-        """The step of the inner optimizer, on all rows."""
+        """The step of the inner optimizer, on all rows. No gradient counts as a zero one."""
         ...
 
     def release(self, tensors: Sequence[Tensor], *, reusable: bool) -> None:

@@ -156,7 +156,8 @@ class ModelLocal:
             if parameter.grad is None:
                 view.zero_()
             else:
-                view.copy_(local_part(parameter.grad).to_dense())
+                # As where gradients are added to zeros: no zero is negative.
+                torch.add(local_part(parameter.grad).to_dense(), 0.0, out=view)
         return out
 
     @torch.no_grad()
@@ -169,21 +170,21 @@ class ModelLocal:
                 local_part(parameter.grad).copy_(view)
 
     def zero_grads(self) -> None:
-        """Every gradient is there and zero."""
+        """No gradient is left from before."""
         for parameter in self.parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            else:
-                parameter.grad.zero_()
+            parameter.grad = None
 
     def inner_step(self) -> None:
-        """Step the optimizer.
+        """Step the optimizer. A parameter that nobody used has a zero gradient.
 
         Raises:
-            SettingsError: none was given.
+            SettingsError: no optimizer was given.
         """
         if self._optimizer is None:
             raise SettingsError("ModelLocal needs an optimizer to take an inner step")
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         self._optimizer.step()
 
     def release(self, tensors: Sequence[Tensor], *, reusable: bool) -> None:
