@@ -38,6 +38,15 @@ def test_a_step_is_drawn_again_alike() -> None:
     assert not torch.equal(drawn(2, 2, 3), first)
 
 
+def test_what_a_model_draws_from_python_and_numpy_follows_too() -> None:
+    def draw(before: int) -> tuple[float, float]:
+        seed_everything(before)
+        seed_node(1, 2, 3, CPU)
+        return float(np.random.rand()), random.random()
+
+    assert draw(before=5) == draw(before=6)
+
+
 def test_the_callers_generators_go_on_where_they_were() -> None:
     def draw() -> tuple[float, float, float]:
         return torch.rand(()).item(), float(np.random.rand()), random.random()

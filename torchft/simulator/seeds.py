@@ -33,9 +33,10 @@ def _mixed(value: int) -> int:
 
 
 def seed_node(seed: int, node: int, step: int, device: torch.device) -> None:
-    """Set torch's generators, of the CPU and of `device`, for one node's step."""
+    """Set Python's, numpy's and torch's generators, of the CPU and of `device`, for one node's
+    step."""
     mixed = seed_of(seed, node, step)
-    torch.default_generator.manual_seed(mixed)
+    seed_everything(mixed)
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(mixed)
@@ -44,7 +45,7 @@ def seed_node(seed: int, node: int, step: int, device: torch.device) -> None:
 
 
 def seed_everything(mixed: int) -> None:
-    """Set torch's CPU generator, numpy's and Python's: what a data set may draw from."""
+    """Set torch's CPU generator, numpy's and Python's: what models and data sets may draw from."""
     torch.default_generator.manual_seed(mixed)
     np.random.seed(mixed & 0xFFFFFFFF)
     random.seed(mixed)
