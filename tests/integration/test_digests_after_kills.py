@@ -37,6 +37,8 @@ def _after_a_kill(name: str, *, in_round: bool, node_cls: type[TrainNode] = Trai
     )
     assert pair.equal, f"they part at step {pair.first_difference}: {pair.simulated.events}"
     assert [heal.node for heal in pair.real.heals] == [VICTIM]
+    (sent,), (counted,) = pair.real.heals, pair.simulated.heals
+    assert counted.nbytes < sent.nbytes < 1.12 * counted.nbytes  # names and shapes travel too
     replayed = [type(event) for event in pair.simulated.events]
     assert replayed.count(Dies) == replayed.count(Joins) == 1
     last = pair.real.digests[-1][1]

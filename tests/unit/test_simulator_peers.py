@@ -83,7 +83,8 @@ class TestJoining:
         assert world.recipe.own["residual"][0].tolist() == [[1, 1], [0, 0], [1, 1]]
         (heal,) = world.peers.heals
         assert (heal.step, heal.node, heal.donor) == (4, 1, 2)
-        assert heal.nbytes >= world.weights[0].nbytes
+        model, backup = world.local.models[2], world.weights[2]
+        assert heal.nbytes == backup.nbytes + sum(t.nbytes for t in model.state_dict().values())
 
     def test_it_waits_for_a_round(self) -> None:
         world = World(Joins(1, 2))

@@ -7,8 +7,9 @@ that real processes would have sent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,7 +101,7 @@ class StackedPeers:
 
     def _heal(self, node: int, donor: int) -> None:
         self.local.heal(node, donor)
-        self.heals.append(HealRecord(self.now, node, donor, self.local.row_bytes(donor)))
+        self.heals.append(HealRecord(self.now, node, donor, self._heal_bytes(donor)))
         for recipe in self._strategy.recipes:
             for tensors in recipe.own.values():
                 for tensor in tensors:
@@ -108,6 +109,12 @@ class StackedPeers:
         with self.local.limited_to([node]):
             for recipe in self._strategy.recipes:
                 recipe.settle_in()
+
+    def _heal_bytes(self, donor: int) -> int:
+        """What a real process would send: its model, its inner state, and what all share."""
+        model = self.local.models[donor].state_dict()
+        inner = self.local.inner.node_state(donor)
+        return sum(_nbytes(of) for of in (model, inner, self._strategy.shared_state_dict()))
 
     def restores(self, recipe: int) -> bool:
         """Whether this recipe takes something back after a no."""
@@ -220,6 +227,17 @@ class _Ready:
 
     def wait(self) -> list[Tensor]:
         return self._values
+
+
+def _nbytes(state: Any) -> int:
+    """Of all tensors in dicts and lists."""
+    if isinstance(state, Tensor):
+        return state.nbytes
+    if isinstance(state, Mapping):
+        state = state.values()
+    elif not isinstance(state, list | tuple):
+        return 0
+    return sum(_nbytes(inside) for inside in state)
 
 
 def bytes_of(kind: str, numel: int, itemsize: int, members: int) -> int:
