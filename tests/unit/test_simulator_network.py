@@ -137,6 +137,19 @@ def test_a_death_in_a_round_costs_the_survivors_the_timeout_and_all_their_work()
     assert simulated.lost.node_steps == 8
 
 
+def test_one_that_dies_in_the_very_first_round_was_there_until_then() -> None:
+    records = [Round(0, committed=False, place=Place.BEFORE), Round(1, members=(0,))]
+    simulated = run(
+        unequal(latency_s=1.0),
+        2,
+        records,
+        away={1: range(2)},
+        deaths=[Dies(1, 0, in_round=True)],
+    )
+    assert simulated.nodes[0] == NodeSeconds(compute_s=2.0, wait_s=5.0)
+    assert simulated.nodes[1] == NodeSeconds(wait_s=1.0, away_s=6.0)
+
+
 def test_a_failed_round_that_restores_nothing_loses_no_work() -> None:
     records = [Round(3, committed=False, restores=False), Round(7)]
     lost = run(unequal(), 8, records).lost

@@ -138,9 +138,8 @@ def forecast_records(
     """`forecast` of bare records. `losses`: by step, the loss of each node that computed in it."""
     links = [weather.of(node) for node in range(num_nodes)]
     pace = [link.seconds_a_step(measured_s) for link in links]
-    there = set(losses[0]) if losses else set(range(num_nodes))
-    clocks = Clocks(links, weather.heartbeat_timeout_s, there)
     record = _Record(rounds, heals, deaths)
+    clocks = Clocks(links, weather.heartbeat_timeout_s, _there_at_first(losses, record, num_nodes))
     steps: list[SimulatedStep] = []
     for step, computed in enumerate(losses):
         before = [spent.copy() for spent in clocks.spent]
@@ -156,6 +155,16 @@ def forecast_records(
         bytes_sent=tuple(clocks.bytes_sent),
         lost=clocks.lost,
     )
+
+
+def _there_at_first(
+    losses: Sequence[Mapping[int, float]], record: _Record, num_nodes: int
+) -> set[int]:
+    """Also those that died in a round of the first step, before they had computed anything."""
+    if not losses:
+        return set(range(num_nodes))
+    members = {node for one in record.rounds.get(0, ()) for node in one.members}
+    return set(losses[0]) | (members - {heal.node for heal in record.heals.get(0, ())})
 
 
 def _measured(result: ResultLike) -> float | None:
