@@ -139,9 +139,9 @@ class TestEveryName:
 
 
 @with_rounds
-@pytest.mark.parametrize("H", [0, -1])
-def test_rounds_that_never_come_are_refused(cls: Any, H: int) -> None:
-    with pytest.raises(SettingsError, match=f"H={H}"):
+@pytest.mark.parametrize("H", [0, -1, 1.5, "5"])
+def test_rounds_that_never_come_are_refused(cls: Any, H: Any) -> None:
+    with pytest.raises(SettingsError, match=f"H={H!r}"):
         cls(H=H)
 
 

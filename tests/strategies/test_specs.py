@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
+from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 from torch.optim import lr_scheduler as torch_schedules
 from torch.testing import assert_close
 
@@ -68,6 +68,7 @@ class TestOptimSpec:
             (lambda: OptimSpec(nn.Linear), "optimizer class"),  # type: ignore[arg-type]
             (lambda: OptimSpec(SGD([nn.Parameter()])), "optimizer class"),  # type: ignore[arg-type]
             (lambda: OptimSpec.from_string("adamv"), "adamw"),
+            (lambda: OptimSpec(LBFGS), "LBFGS .* closure"),
             (lambda: ensure_optim_spec(OptimSpec(SGD), lr=1), "lr"),
             (lambda: ensure_optim_spec(3), "optimizer class"),  # type: ignore[arg-type]
         ],

@@ -58,6 +58,7 @@ def experiment(**settings: Any) -> Experiment:
         ({"micro_batch_size": 0}, "micro_batch_size=0"),
         ({"max_steps": 0}, "max_steps=0"),
         ({"num_epochs": -1}, "num_epochs=-1"),
+        ({"seed": None}, "seed=None: it must be a whole number"),
         ({"max_steps": None}, "max_steps or num_epochs"),
         ({"batch_size": 11}, "batch_size=11 is more than the 10 samples of node 0"),
         ({"num_nodes": 41}, "40 samples are too few for 41 nodes"),

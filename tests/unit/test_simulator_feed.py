@@ -95,6 +95,12 @@ class TestFetching:
         (cut,) = feed(part).batch(1, 2)
         assert cut.tolist() == [(24 - i) * 10 for i in feed().batch(1, 2).tolist()]
 
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    def test_tensors_are_cut_where_they_lie(self) -> None:
+        batch = feed(NUMBERS.cuda()).batch(1, 2)
+        assert batch.is_cuda
+        assert batch.tolist() == feed().batch(1, 2).tolist()
+
     def test_a_list_of_samples_is_asked_one_by_one_and_collated(self) -> None:
         samples = [(float(i), {"twice": 2 * i}) for i in range(25)]
         x, inside = feed(samples).batch(1, 2)

@@ -119,6 +119,11 @@ def test_validation_data_without_samples_is_refused_before_the_first_step() -> N
         Validator(experiment(val_dataset=TensorDataset(torch.zeros(0, 7), torch.zeros(0))), 4)
 
 
+def test_a_factory_of_validation_data_with_other_arguments_is_refused() -> None:
+    with pytest.raises(SettingsError, match="must take"):
+        Validator(experiment(val_dataset=lambda: torch.ones(5, 7)), 4)
+
+
 class Restless(Odd):
     """Counts its passes in a buffer, replaces another, and draws even where it only evaluates."""
 

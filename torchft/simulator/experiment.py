@@ -74,6 +74,8 @@ class Experiment:
         """
         for name in ("num_nodes", "batch_size", "micro_batch_size", "max_steps", "num_epochs"):
             _check_count(name, getattr(self, name))
+        if not isinstance(self.seed, int):
+            raise SettingsError(f"seed={self.seed!r}: it must be a whole number")
         if self.max_steps is None and self.num_epochs is None:
             raise SettingsError("say how long to train: max_steps or num_epochs")
         if not isinstance(self.strategy, Strategy):

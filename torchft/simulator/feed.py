@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset,
 from torchft.errors import SettingsError
 from torchft.simulator.seeds import seed_everything, seed_of
 
-__all__ = ["Feed", "is_factory"]
+__all__ = ["Feed", "check_factory", "is_factory"]
 
 _FETCHING = 1 << 32
 """Apart from the nodes' own numbers, so that fetching never draws what the model draws."""
@@ -75,11 +75,11 @@ class Feed:
         self._streams: dict[int, _Stream] = {}
         self._own = is_factory(data)
         if self._own:
-            _check_factory(data)
+            check_factory(data)
         self._common = None if self._own else _Order(data, num_nodes, shuffle, seed)
 
     def batch(self, node: int, step: int) -> Any:
-        """What `node` trains on at `step`, on the CPU."""
+        """What `node` trains on at `step`, where the data are: on the CPU, as a rule."""
         if self._loader.get("num_workers") or self._loader.get("pin_memory"):
             return self._stream(node).batch(step)
         return self._shard(node).batch(step)
@@ -242,17 +242,21 @@ def _as_it_is(batch: Any) -> Any:
 def _cutter(data: Any) -> Fetch | None:
     """How a batch is cut out of tensors at once; None: this data set has none to show."""
     if isinstance(data, Tensor):
-        return lambda at: data.index_select(0, at)
+        return lambda at: _cut(data, at)
     if isinstance(data, tuple) and data and all(isinstance(t, Tensor) for t in data):
-        return lambda at: [t.index_select(0, at) for t in data]
+        return lambda at: [_cut(t, at) for t in data]
     if isinstance(data, Mapping) and data and all(isinstance(t, Tensor) for t in data.values()):
-        return lambda at: {name: t.index_select(0, at) for name, t in data.items()}
+        return lambda at: {name: _cut(t, at) for name, t in data.items()}
     if isinstance(data, TensorDataset) and type(data).__getitem__ is TensorDataset.__getitem__:
         return _cutter(data.tensors)
     if isinstance(data, Subset) and type(data).__getitem__ is Subset.__getitem__:
         inner, places = _cutter(data.dataset), torch.as_tensor(data.indices)
         return None if inner is None else lambda at: inner(places[at])
     return None
+
+
+def _cut(data: Tensor, at: Tensor) -> Tensor:
+    return data.index_select(0, at.to(data.device))
 
 
 def _sampler(data: Any, collate: Callable[[list[Any]], Any]) -> Fetch:
@@ -287,7 +291,12 @@ def is_factory(data: Any) -> bool:
     return callable(data) and not hasattr(data, "__getitem__")
 
 
-def _check_factory(factory: Callable[..., Any]) -> None:
+def check_factory(factory: Callable[..., Any]) -> None:
+    """It can be called as a factory is.
+
+    Raises:
+        SettingsError: it takes other arguments.
+    """
     try:
         inspect.signature(factory).bind(0, 1, True)
     except TypeError as error:

@@ -29,6 +29,8 @@ from torchft.simulator.real_node import RealNode, from_bytes
 from torchft.simulator.replay import events_of, heals_of, round_records_of, rounds_of
 from torchft.simulator.result import Result, StepRow, mean_model
 from torchft.simulator.seeds import kept_rng
+from torchft.strategies.recipe import By
+from torchft.strategies.strategy import Strategy
 
 __all__ = ["run_processes"]
 
@@ -44,13 +46,14 @@ def run_processes(
 
     Raises:
         SettingsError: it cannot run.
-        NodeFailed: a process failed; with its traceback.
+        NodeFailed: a process failed, or its loss is not finite; with its traceback.
     """
     started = perf_counter()
     experiment.check()
     strategy = experiment.strategy
     if hasattr(strategy, "local"):  # bound
         raise SettingsError(f"this {type(strategy).__name__} is in use: make one for each run")
+    _check_islands(strategy)
     deaths = _deaths(experiment)
     with kept_rng(experiment.torch_device):
         _warm_up(experiment)
@@ -75,6 +78,16 @@ def run_processes(
     if experiment.weather is not None:
         result.simulated = forecast(result, experiment.weather)
     return result
+
+
+def _check_islands(strategy: Strategy) -> None:
+    """What replica groups would only refuse when their first round comes."""
+    for recipe in strategy.recipes:
+        if recipe.by is By.ISLANDS:
+            raise SettingsError(
+                f"{type(recipe).__name__} averages within islands, which real processes cannot "
+                "yet: simulate it, or leave island_size out"
+            )
 
 
 def _warm_up(experiment: Experiment) -> None:

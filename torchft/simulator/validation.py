@@ -19,7 +19,7 @@ from torch.utils.data import Subset
 
 from torchft.errors import SettingsError
 from torchft.simulator.experiment import Experiment
-from torchft.simulator.feed import Feed, is_factory
+from torchft.simulator.feed import Feed, check_factory, is_factory
 from torchft.simulator.node import TrainNode
 from torchft.simulator.result import mean_model
 from torchft.simulator.seeds import kept_rng, seed_node, seed_of
@@ -99,6 +99,7 @@ def _batches(experiment: Experiment, size: int) -> Iterator[tuple[Any, int]]:
     """Batches of a fixed random choice, the last one smaller; and how many samples each has."""
     data = experiment.val_dataset
     if is_factory(data):
+        check_factory(data)
         data = data(0, experiment.num_nodes, False)
     length = _length(data)
     choice = torch.Generator().manual_seed(seed_of(experiment.seed, _VALIDATION, 1))

@@ -64,8 +64,10 @@ class _Named(Strategy):
 
 
 def _check_interval(name: str, steps: int) -> None:
-    if steps < 1:
-        raise SettingsError(f"{name}={steps}: nodes synchronise every 1 or more inner steps")
+    if not isinstance(steps, int) or steps < 1:
+        raise SettingsError(
+            f"{name}={steps!r}: nodes synchronise every 1 or more whole inner steps"
+        )
 
 
 def _inner(

@@ -39,13 +39,15 @@ class OptimSpec:
     """`cls(parameters, **kwargs)`, when there are parameters.
 
     Raises:
-        SettingsError: `cls` is no optimizer class, or does not take one of the arguments.
+        SettingsError: `cls` is no optimizer class, does not take one of the arguments, or asks for
+            the loss in its step.
     """
 
     def __init__(self, cls: type[torch.optim.Optimizer] = torch.optim.AdamW, **kwargs: Any) -> None:
         if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
             raise SettingsError(f"OptimSpec needs an optimizer class such as AdamW, not {cls!r}")
         check_arguments(cls, kwargs)
+        _check_step(cls)
         self.cls = cls
         self.kwargs = kwargs
 
@@ -104,6 +106,15 @@ def check_arguments(cls: type, kwargs: dict[str, Any]) -> None:
         inspect.signature(cls).bind(None, **kwargs)
     except TypeError as error:
         raise SettingsError(f"{cls.__name__}: {error}") from None
+
+
+def _check_step(cls: type[torch.optim.Optimizer]) -> None:
+    closure = inspect.signature(cls.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise SettingsError(
+            f"{cls.__name__} computes the loss several times in a step (its closure), and a "
+            "strategy has one gradient to give: use another optimizer"
+        )
 
 
 def plain(value: object) -> object:
