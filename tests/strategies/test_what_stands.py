@@ -197,7 +197,10 @@ class TestErrorsInARound:
                 mine = one.gradients
                 one.strategy.step()
             # The inner step has made the one that was missing, of a parameter nobody used.
-            was = [torch.zeros_like(w) if g is None else g for g, w in zip(mine, one.weights)]
+            was = [
+                torch.zeros_like(w) if g is None else g
+                for g, w in zip(mine, one.weights, strict=True)
+            ]
             assert_close(one.gradients, was)
 
         World(Script(1)).run(story)
