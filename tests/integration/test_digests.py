@@ -61,6 +61,13 @@ def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert line.split()[:4] == ["LocalSGD", "1", "yes", "-"]
 
 
+def test_the_command_kills_a_node_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--steps", "30", "--nodes", "2", "--strategy", "DiLoCo"]) == 0
+    _, whole, killed = capsys.readouterr().out.splitlines()
+    assert whole.split()[:4] == ["DiLoCo", "3", "yes", "-"]
+    assert killed.split()[:5] == ["DiLoCo,", "killed", "2", "yes", "-"]
+
+
 def test_a_difference_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "torchft.launch.digests.compare", lambda *_, **__: _pair("all-reduce", False)

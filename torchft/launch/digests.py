@@ -5,15 +5,16 @@
 Each strategy runs twice: its nodes as rows of one process, and as real processes over gloo with the
 manager. After every step in which a round committed, each node's digest (its weights, and what all
 share) must be equal. The model has odd sizes, a tied weight, dropout and a parameter that nothing
-uses; it reads the bytes of Python's standard library. Prints a table; the exit code is 0 only if
-all digests are equal.
+uses; it reads the bytes of Python's standard library. Then some run again while a process is killed
+in a round and heals later; the simulation repeats that from the processes' step records. Prints a
+table; the exit code is 0 only if all digests are equal.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 
@@ -23,7 +24,7 @@ from torch.nn import functional
 
 from torchft.errors import SettingsError
 from torchft.launch.text import read_text
-from torchft.simulator.events import Event
+from torchft.simulator.events import Dies, Event, Joins
 from torchft.simulator.experiment import Experiment
 from torchft.simulator.loop import run_stacked
 from torchft.simulator.node import TrainNode
@@ -62,6 +63,8 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "SPARTA": lambda: SPARTAStrategy(ADAMW, p_sparta=0.05),
     "DeMo": lambda: DeMoStrategy(compression_topk=4, compression_chunk=16),
 }
+WITH_A_KILL = ("all-reduce", "DiLoCo")
+"""These run again, and lose a node for a while."""
 
 
 class OddModel(nn.Module):
@@ -181,7 +184,7 @@ def compare(
     return Pair(real, simulated, perf_counter() - started)
 
 
-COLUMNS = "{:<17} {:>8} {:>6} {:>11} {:>17} {:>8}"
+COLUMNS = "{:<18} {:>8} {:>6} {:>11} {:>17} {:>8}"
 
 
 def _line(name: str, pair: Pair) -> str:
@@ -205,6 +208,9 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--strategy", action="append", choices=list(STRATEGIES), help="only this one; repeatable"
     )
+    parser.add_argument(
+        "--no-kill", dest="kill", action="store_false", help="lose no node, in no run"
+    )
     return parser.parse_args(argv)
 
 
@@ -214,15 +220,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     print(COLUMNS.format("strategy", "synchr.", "equal", "difference", "last digest", "s"))
     equal = True
-    for name in options.strategy or STRATEGIES:
+    for name, events in _runs(options):
         try:
-            pair = compare(name, steps=options.steps, nodes=options.nodes)
+            pair = compare(name, steps=options.steps, nodes=options.nodes, events=events)
         except SettingsError as error:
             print(error, file=sys.stderr)
             return 2
-        equal = equal and pair.equal
-        print(_line(name, pair), flush=True)
+        equal = equal and pair.equal and len(pair.real.heals) == len(events) // 2
+        print(_line(f"{name}, killed" if events else name, pair), flush=True)
     return 0 if equal else 1
+
+
+def _runs(options: argparse.Namespace) -> Iterator[tuple[str, list[Event]]]:
+    """Strategies, and what happens to their nodes."""
+    asked = options.strategy or list(STRATEGIES)
+    for name in asked:
+        yield name, []
+    last, third = options.nodes - 1, options.steps // 3
+    for name in asked:
+        if name in WITH_A_KILL and options.kill:
+            yield name, [Dies(last, third, in_round=True), Joins(last, 2 * third)]
 
 
 if __name__ == "__main__":
