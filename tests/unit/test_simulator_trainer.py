@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from torchft.errors import SettingsError
 from torchft.simulator import NodeError, Trainer, TrainNode
+from torchft.simulator.zoo import Mlp
 from torchft.strategies import (
     DiLoCo,
     DiLoCoStrategy,
@@ -110,6 +111,24 @@ def test_a_run_follows_from_its_seed_alone() -> None:
         return bits(result)
 
     assert run(1) == run(1) != run(2)
+
+
+def test_a_deterministic_run_has_its_bits_whatever_threads_the_caller_has() -> None:
+    threads = torch.get_num_threads()
+    data = torch.randn(512, 1, 28, 28), torch.randint(0, 10, (512,))
+    model = Mlp()
+
+    def run(on: int) -> str:
+        torch.set_num_threads(on)
+        try:
+            result = fit(model, data, deterministic=True, batch_size=64, max_steps=4).result
+            assert torch.get_num_threads() == on
+        finally:
+            torch.set_num_threads(threads)
+        assert result is not None
+        return bits(result)
+
+    assert run(1) == run(2)
 
 
 def test_the_mean_model_holds_the_mean_of_the_nodes() -> None:

@@ -56,7 +56,8 @@ class Experiment:
     autocast: bool | torch.dtype = False
     """True: bfloat16."""
     deterministic: bool = False
-    """Average in node order also where processes talk, so that all runtimes compute equal bits."""
+    """Average in node order also where processes talk, so that all runtimes compute equal bits, if
+    each has one thread: processes have, and a Trainer sees to it."""
     digests: bool = False
     """Take each node's digest after every step in which a round committed."""
     node_cls: type[TrainNode] = TrainNode

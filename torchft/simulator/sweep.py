@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,7 @@ from torchft.simulator.loop import Run, run_stacked
 from torchft.simulator.result import mean_model
 from torchft.simulator.runs import RunReport, RunSpec, key_of, read_report, write_report
 from torchft.simulator.seeds import kept_rng
+from torchft.simulator.threads import one_thread
 from torchft.simulator.validation import Validator
 
 __all__ = ["Failure", "Sweep", "check_runs", "files", "plan", "run_one", "run_sweep"]
@@ -187,17 +187,6 @@ class _Looks:
         mean = copy.copy(nodes[0])
         mean.model = mean_model([node.model for node in nodes])
         return self._validator.loss(mean)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Bits, and times, depend on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def run_sweep(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +31,7 @@ from torchft.simulator.naming import Naming, find_resumed
 from torchft.simulator.node import TrainNode
 from torchft.simulator.result import Result
 from torchft.simulator.services import Services
+from torchft.simulator.threads import one_thread
 from torchft.simulator.validation import Validator
 from torchft.strategies import Strategy
 
@@ -137,7 +139,8 @@ class Trainer:
             keep_checkpoints: the newest that stay.
             resume: go on from the newest checkpoint of `run_name`, or from a file or folder.
             processes: real processes on this machine instead of rows of this one.
-            deterministic: real processes compute the same bits as the simulation.
+            deterministic: real processes compute the same bits as the simulation, which then has
+                one thread as each of them has.
             digests: keep each node's digest after every synchronisation.
             weather, events: speeds, networks, failures and joins.
 
@@ -195,7 +198,8 @@ class Trainer:
             services.validator = Validator(experiment, val_size)
         if not disable_logging:
             services.loggers = chosen(logger, wandb_project, naming.logs, axis=log_x_axis)
-        with services:
+        # Real processes have a thread each, and bits depend on that.
+        with services, one_thread() if deterministic else nullcontext():
             run = _in_processes if processes else _in_rows
             self.result = run(experiment, services)
         assert self.result.model is not None
