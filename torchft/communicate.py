@@ -7,17 +7,21 @@ After an error nothing more is sent. The vote finishes whatever is still under w
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 from torch.distributed import ReduceOp, Work
 from torch.distributed.distributed_c10d import AllgatherOptions
 
 from torchft.average import Average, Done, Members
-from torchft.collectives import OrderedMean, as_bytes
+from torchft.collectives import OrderedMean, QuantizedMean, adds, as_bytes
 from torchft.ledger import Bucket
 from torchft.process_group import ProcessGroup
 from torchft.step import Plan
 from torchft.transaction import Transaction
+
+if TYPE_CHECKING:
+    from torchft.quantization import Codec
 
 __all__ = ["Communicator"]
 
@@ -51,6 +55,26 @@ class Communicator:
             return Done(tensor)
         try:
             work = OrderedMean(self._pg, tensor, plan.counted)
+        except Exception as error:
+            transaction.report(error)
+            return Done(tensor)
+        return self._managed(transaction, work, tensor)
+
+    def quantized(
+        self,
+        transaction: Transaction,
+        tensor: torch.Tensor,
+        codec: Codec,
+        reduce_op: ReduceOp.RedOpType,
+    ) -> Work:
+        """The mean over the counted groups, or their sum, in place, of encoded numbers."""
+        summed = adds(reduce_op)
+        codec.check(tensor.dtype)
+        plan = transaction.wait_formed()
+        if transaction.broken or plan.settling:
+            return Done(tensor)
+        try:
+            work = QuantizedMean(self._pg, tensor, plan.counted, codec, summed=summed)
         except Exception as error:
             transaction.report(error)
             return Done(tensor)

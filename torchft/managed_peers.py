@@ -19,6 +19,7 @@ from torchft.peers import Place
 
 if TYPE_CHECKING:
     from torchft.manager import Manager
+    from torchft.quantization import Codec
 
 __all__ = ["ManagedPeers", "ManagedRound"]
 
@@ -33,6 +34,10 @@ class ManagedPeers:
     def __init__(self, manager: Manager, *, deterministic: bool = False) -> None:
         self._manager = manager
         self._deterministic = deterministic
+
+    def compare(self, setting: str, value: str) -> None:
+        """By the manager, whenever a process group is made."""
+        self._manager.describe_setting(setting, value)
 
     def open(self, place: Place) -> ManagedRound:
         """Form a quorum. With `Place.AFTER` it waits for it, and heals first.
@@ -66,9 +71,14 @@ class ManagedRound:
         """An error of this step is known already."""
         return self._manager.errored() is not None
 
-    def average(self, tensors: Sequence[Tensor]) -> _Averages:
+    def average(self, tensors: Sequence[Tensor], codec: Codec | None = None) -> _Averages:
         """Mean over the counted groups, in place; one all-reduce for each tensor."""
-        return _Averages(list(tensors), [self._average(tensor) for tensor in tensors])
+        if codec is None:
+            return _Averages(list(tensors), [self._average(tensor) for tensor in tensors])
+        for tensor in tensors:
+            codec.check(tensor.dtype)
+        reduce = self._manager.allreduce
+        return _Averages(list(tensors), [reduce(t, should_quantize=codec) for t in tensors])
 
     def gather(self, tensors: Sequence[Tensor]) -> _Averages | _Gathered:
         """The counted groups' rows, `[1, …]` each → `[n, …]`, in participating order.

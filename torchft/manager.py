@@ -24,7 +24,7 @@ from collections.abc import Callable
 from concurrent.futures import Future as ThreadFuture
 from contextlib import ExitStack
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.distributed import ReduceOp, Work
@@ -34,6 +34,7 @@ from torchft import settings
 from torchft.background import Background
 from torchft.checkpointing import CheckpointTransport, HTTPTransport
 from torchft.closing import Closer
+from torchft.collectives import codec_for
 from torchft.communicate import Communicator
 from torchft.coordination import watch_parent
 from torchft.errors import (
@@ -54,6 +55,9 @@ from torchft.replica_group import MANAGER_ADDR_KEY, REPLICA_ID_KEY, ReplicaGroup
 from torchft.step import Options, Phase, WorldSizeMode, follow
 from torchft.step_log import StepLog
 from torchft.transaction import ExceptionWithTraceback, Transaction
+
+if TYPE_CHECKING:
+    from torchft.quantization import Codec
 
 __all__ = [
     "MANAGER_ADDR_KEY",
@@ -232,6 +236,10 @@ class Manager:
         """Have `tensors` (names, shapes, dtypes) compared with the other groups before averages."""
         self._former.description[key] = describe(tensors)
 
+    def describe_setting(self, name: str, value: str) -> None:
+        """Have a setting compared with the other groups before averages, e.g. the codec."""
+        self._former.description[name] = value
+
     def allow_state_dict_read(self) -> None:
         """The parameters are whole again: donors may read them."""
         self._state.allow_read()
@@ -340,7 +348,7 @@ class Manager:
     def allreduce(
         self,
         tensor: torch.Tensor,
-        should_quantize: bool = False,
+        should_quantize: bool | str | Codec = False,
         reduce_op: ReduceOp.RedOpType = ReduceOp.AVG,
     ) -> Work:
         """Reduce `tensor` over the counted groups, in place; AVG divides by their number.
@@ -348,12 +356,21 @@ class Manager:
         A group that is not counted sends zeros. After an error of this step the tensor stays as it
         is. Errors discard the step; only a quorum that never formed is raised.
 
+        `should_quantize` makes what travels smaller: True means int8, or fp8 on CUDA devices from
+        capability 9.0 on; a name, or a codec, that one. All groups must mean the same: where their
+        devices differ, name it, and `describe_setting` has them compare it. Half of the work is
+        done by who waits: wait for these in the order in which you began them.
+
         Raises:
-            ValueError: AVG of a tensor that is neither floating-point nor complex.
+            ValueError: AVG of a tensor that is neither floating-point nor complex; a codec that
+                does not exist, or cannot hold the tensor's dtype.
+            NotImplementedError: quantised, and neither SUM nor AVG.
         """
-        if should_quantize:
-            raise SettingsError("should_quantize=True is not available yet: pass False")
-        return self._communicator.reduce(self._begun("allreduce"), tensor, reduce_op)
+        transaction = self._begun("allreduce")
+        codec = codec_for(should_quantize, tensor.device)
+        if codec is not None:
+            return self._communicator.quantized(transaction, tensor, codec, reduce_op)
+        return self._communicator.reduce(transaction, tensor, reduce_op)
 
     def ordered_mean(self, tensor: torch.Tensor) -> Work:
         """Average `tensor` over the counted groups, in place, added in the order of their ids.

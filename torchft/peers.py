@@ -19,9 +19,12 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torchft.quantization import Codec
 
 __all__ = ["Handle", "Peers", "Place", "Round"]
 
@@ -60,8 +63,14 @@ class Round(Protocol):
         others' sake, and its own close will be a no."""
         ...
 
-    def average(self, tensors: Sequence[Tensor]) -> Handle:
-        """Mean over the participating nodes, `[rows, ...]` → `[1 or rows, ...]`, maybe in place."""
+    def average(self, tensors: Sequence[Tensor], codec: Codec | None = None) -> Handle:
+        """Mean over the participating nodes, `[rows, ...]` → `[1 or rows, ...]`, maybe in place.
+
+        With a codec that is `torchft.quantization.quantized_mean` of the members' rows.
+
+        Raises:
+            SettingsError: the codec cannot hold a tensor's dtype. Nothing has been sent.
+        """
         ...
 
     def gather(self, tensors: Sequence[Tensor]) -> Handle:
@@ -91,6 +100,11 @@ class Round(Protocol):
 
 class Peers(Protocol):
     """The other groups."""
+
+    def compare(self, setting: str, value: str) -> None:
+        """Before the first round: a setting that decides about what travels. Groups that meet with
+        another value are refused before any number is mixed."""
+        ...
 
     def open(self, place: Place) -> Round:
         """Begin a round. It may heal this group first: state that a strategy registered is then

@@ -13,9 +13,11 @@ from helpers.peers import InProcessRound, Node
 from torch import Tensor
 from torch.distributed import Work
 
+from torchft.collectives import codec_for
 from torchft.errors import PhaseError
 from torchft.ledger import Ledger
 from torchft.peers import Place
+from torchft.quantization import Codec
 from torchft.work import _DummyWork
 
 __all__ = ["InProcessManager"]
@@ -67,6 +69,9 @@ class InProcessManager:
     def describe_model(self, key: str, tensors: list[tuple[str, Tensor]]) -> None:
         self.described[key] = [name for name, _ in tensors]
 
+    def describe_setting(self, name: str, value: str) -> None:
+        self.described[name] = [value]
+
     def disallow_state_dict_read(self) -> None:
         self.readable = False
 
@@ -95,10 +100,11 @@ class InProcessManager:
         self._open = False
         return True
 
-    def allreduce(self, tensor: Tensor) -> Work:
+    def allreduce(self, tensor: Tensor, should_quantize: bool | Codec = False) -> Work:
         assert self._round is not None, "call start_quorum first"
         self.reductions.append(tensor.numel())
-        self._round.average([tensor[None]]).wait()
+        codec = codec_for(should_quantize, tensor.device)
+        self._round.average([tensor[None]], codec).wait()
         return _DummyWork(tensor)
 
     def allgather(self, tensor: Tensor) -> tuple[Work, list[Tensor]]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from torchft.peers import Place
+from torchft.quantization import Codec, quantized_mean
 
 __all__ = ["Lost", "Node", "Script", "World", "mean"]
 
@@ -168,6 +169,7 @@ class Node:
         self.next_round = number
         self.joins = number == self.script.joins.get(rank)
         """It comes when the others are there already, and heals."""
+        self.compared: dict[str, str] = {}
         self.open_rounds: list[InProcessRound] = []
         self.watch: Callable[[], Any] | None = None
         """Taken when a round has opened and again before it closes: both must be equal."""
@@ -176,6 +178,10 @@ class Node:
     def register(self, load: Callable[[Any], None], save: Callable[[], Any]) -> None:
         """State that a newcomer gets."""
         self._state.append((load, save))
+
+    def compare(self, setting: str, value: str) -> None:
+        """What the others would compare."""
+        self.compared[setting] = value
 
     def open(self, place: Place) -> InProcessRound:
         """Meet the members of the next round; newcomers load the first old member's state."""
@@ -217,9 +223,9 @@ class InProcessRound:
         self._node = node
         self._collectives = 0
 
-    def average(self, tensors: Sequence[Tensor]) -> _Average:
+    def average(self, tensors: Sequence[Tensor], codec: Codec | None = None) -> _Average:
         """Post this node's tensors; a newcomer's are zeros that do not count."""
-        return _Average(self, self._post(tensors), list(tensors))
+        return _Average(self, self._post(tensors), list(tensors), codec)
 
     def gather(self, tensors: Sequence[Tensor]) -> _Gathering:
         """Post this node's rows."""
@@ -265,9 +271,9 @@ class InProcessRound:
             return True
         return not self._node.world.is_whole(key, self.number, self.members)
 
-    def rows(self, key: tuple[Any, ...]) -> list[list[Tensor]]:
-        """What the counted sent."""
-        return self._node.world.collect(key, self.counted)
+    def rows(self, key: tuple[Any, ...], of: Sequence[int] | None = None) -> list[list[Tensor]]:
+        """What the counted sent, or others."""
+        return self._node.world.collect(key, self.counted if of is None else of)
 
     def close(self) -> bool:
         """The vote, in the order of opening."""
@@ -279,17 +285,29 @@ class InProcessRound:
 
 
 class _Average:
-    def __init__(self, over: InProcessRound, key: tuple[Any, ...], tensors: list[Tensor]) -> None:
-        self._round, self._key, self._tensors = over, key, tensors
+    def __init__(
+        self,
+        over: InProcessRound,
+        key: tuple[Any, ...],
+        tensors: list[Tensor],
+        codec: Codec | None,
+    ) -> None:
+        self._round, self._key, self._tensors, self._codec = over, key, tensors, codec
 
     def wait(self) -> list[Tensor]:
         if self._round.is_spoilt(self._key):
             # An abandoned collective leaves anything at all behind.
             return [tensor.fill_(torch.nan) for tensor in self._tensors]
-        rows = self._round.rows(self._key)
+        members = self._round.members
+        rows = self._round.rows(self._key, self._round.counted if self._codec is None else members)
         for tensor, column in zip(self._tensors, zip(*rows, strict=True), strict=True):
-            tensor.copy_(mean(column))
+            tensor.copy_(mean(column) if self._codec is None else self._encoded(column))
         return self._tensors
+
+    def _encoded(self, column: Sequence[Tensor]) -> Tensor:
+        assert self._codec is not None
+        which = [self._round.members.index(node) for node in self._round.counted]
+        return quantized_mean(torch.cat(list(column)), self._codec, which)
 
 
 class _Gathering:

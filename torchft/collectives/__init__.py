@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from torchft.collectives.ordered import AsIs, Codec, OrderedMean, as_bytes
-from torchft.collectives.quantized import QuantizedMean, allreduce_quantized
+from torchft.collectives.quantized import (
+    QuantizedMean,
+    adds,
+    allreduce_quantized,
+    codec_for,
+)
 
 __all__ = [
     "AsIs",
     "Codec",
     "OrderedMean",
     "QuantizedMean",
+    "adds",
     "allreduce_quantized",
     "as_bytes",
+    "codec_for",
 ]

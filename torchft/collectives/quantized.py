@@ -28,22 +28,32 @@ from torchft.ordered import chunk_of
 from torchft.process_group import ProcessGroup
 from torchft.quantization import Codec, codec_of, default_codec
 
-__all__ = ["QuantizedMean", "allreduce_quantized"]
+__all__ = ["QuantizedMean", "adds", "allreduce_quantized", "codec_for"]
 
 
 class QuantizedMean(OrderedMean):
     """The mean of the counted members' tensors, under way; `tensor` holds it when `wait` returns.
 
-    It counts and fails as `OrderedMean` does, and like that one it is finished by who waits.
+    It counts and fails as `OrderedMean` does, and like that one it is finished by who waits. With
+    `summed` it is their sum: the mean times their number.
+
+    Raises:
+        SettingsError: the codec cannot hold the tensor's dtype, or there is no such codec.
     """
 
     def __init__(
-        self, group: ProcessGroup, tensor: Tensor, counted: Sequence[int], codec: str | Codec
+        self,
+        group: ProcessGroup,
+        tensor: Tensor,
+        counted: Sequence[int],
+        codec: str | Codec,
+        *,
+        summed: bool = False,
     ) -> None:
-        if not tensor.is_floating_point():
-            raise ValueError(f"a quantised mean is of floating-point numbers, not {tensor.dtype}")
         self._numbers = codec_of(codec)
+        self._numbers.check(tensor.dtype)
         self._chunk = chunk_of(tensor.numel(), group.size())
+        self._summed = summed
         super().__init__(group, tensor, counted, _OfChunks(self._numbers, self._chunk))
 
     def _mean(self, received: Tensor) -> Tensor:
@@ -56,6 +66,35 @@ class QuantizedMean(OrderedMean):
         for member in others:
             self._numbers.decode_add_(total, received[member : member + 1])
         return total.div_(len(self._counted))
+
+    def _keep(self) -> None:
+        super()._keep()
+        if self._summed:
+            self._tensor.detach().mul_(len(self._counted))
+
+
+def codec_for(should_quantize: bool | str | Codec | None, device: torch.device) -> Codec | None:
+    """What `should_quantize` asks for: True is what `default_codec` says of `device`, a name or a
+    codec that one, False or None no codec.
+
+    Raises:
+        SettingsError: there is no codec of that name.
+    """
+    if should_quantize is None or should_quantize is False:
+        return None
+    return default_codec(device) if should_quantize is True else codec_of(should_quantize)
+
+
+def adds(op: ReduceOp | ReduceOp.RedOpType) -> bool:
+    """Whether `op` is SUM; else it is AVG.
+
+    Raises:
+        NotImplementedError: neither.
+    """
+    summed, averaged = op == ReduceOp.SUM, op == ReduceOp.AVG
+    if not (summed or averaged):
+        raise NotImplementedError("a quantised all-reduce sums or averages: give SUM or AVG")
+    return bool(summed)
 
 
 def allreduce_quantized(
@@ -77,29 +116,27 @@ def allreduce_quantized(
         SettingsError: a `sync_stream`; the current stream is used.
     """
     op = opts.reduceOp if isinstance(opts, AllreduceOptions) else opts
-    summed, averaged = op == ReduceOp.SUM, op == ReduceOp.AVG
-    if not (summed or averaged):
-        raise NotImplementedError("a quantised all-reduce sums or averages: give SUM or AVG")
+    summed = adds(op)
     if sync_stream is not None:
         raise SettingsError("sync_stream is not used here: wait in the stream that you want")
-    factor = pg.size() if summed else 1
     members = range(pg.size())
     codecs = [codec or default_codec(tensor.device) for tensor in tensors]
+    for tensor, by in zip(tensors, codecs, strict=True):
+        codec_of(by).check(tensor.dtype)
     return _Several(
-        [QuantizedMean(pg, one, members, by) for one, by in zip(tensors, codecs, strict=True)],
-        list(tensors),
-        factor,
+        [
+            QuantizedMean(pg, one, members, by, summed=summed)
+            for one, by in zip(tensors, codecs, strict=True)
+        ]
     )
 
 
 class _Several(Work):
-    """Means under way, each multiplied by `factor` in the end."""
+    """Means or sums under way."""
 
-    def __init__(self, means: list[QuantizedMean], tensors: list[Tensor], factor: int) -> None:
+    def __init__(self, means: list[QuantizedMean]) -> None:
         super().__init__()
         self._means = means
-        self._tensors = tensors
-        self._factor = factor
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """All of them, in order. May be given too little time and called again."""
@@ -108,7 +145,6 @@ class _Several(Work):
             left = None if until is None else max(0.001, until - time.monotonic())
             self._means[0].wait(None if left is None else timedelta(seconds=left))
             self._means.pop(0)
-            self._tensors.pop(0).detach().mul_(self._factor)
         return True
 
     def get_future(self) -> Future[list[Tensor]]:

@@ -30,6 +30,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from torchft.errors import SettingsError
+
 __all__ = ["Codec", "into", "rows_of"]
 
 _MANY = 1 << 20
@@ -40,6 +42,18 @@ class Codec(ABC):
 
     name: str
     """Says all that a peer needs to decode: members compare it."""
+
+    def check(self, dtype: torch.dtype) -> None:
+        """Refuse what cannot be encoded, before anything is sent.
+
+        Raises:
+            SettingsError: also a ValueError.
+        """
+        if not dtype.is_floating_point:
+            raise SettingsError(
+                f"the codec {self.name} encodes floating-point numbers, not {dtype}: average these "
+                "without a codec"
+            )
 
     @abstractmethod
     def encoded_bytes(self, n: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchft.errors import SettingsError
 from torchft.quantization.codec import Codec, numbers_of, typed, wire_of
 
 __all__ = ["BFloat16", "Identity"]
@@ -49,14 +50,21 @@ class Identity(_Plain):
     name = "fp32"
     wire = torch.float32
 
+    def check(self, dtype: torch.dtype) -> None:
+        """Not fp64 either: it would lose digits."""
+        super().check(dtype)
+        if dtype == torch.float64:
+            raise SettingsError(
+                "the codec fp32 loses nothing, so it takes no float64: cast it before"
+            )
+
     def encode(self, values: Tensor) -> Tensor:
         """The same storage where it is fp32 and contiguous.
 
         Raises:
-            ValueError: fp64, which would lose digits.
+            ValueError: fp64.
         """
-        if values.dtype == torch.float64:
-            raise ValueError("the codec fp32 loses nothing, so it takes no float64: cast it before")
+        self.check(values.dtype)
         return super().encode(values)
 
     def error_bound(self, values: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torchft.ordered import ordered_bytes, ordered_mean
 from torchft.peers import Place
+from torchft.quantization import Codec, mean_bytes, quantized_mean
 from torchft.simulator.events import Attendance
 from torchft.simulator.stacked import StackedLocal
 from torchft.strategies.recipe import Recipe
@@ -32,7 +33,7 @@ class RoundRecord:
     """Inner step in which it closed, from 0."""
     place: Place
     kind: str
-    """average, ordered, gather or islands."""
+    """average, ordered, quantized, gather or islands."""
     members: tuple[int, ...]
     counted: tuple[int, ...]
     """Those whose contribution went in: a member that has just healed has none of its own."""
@@ -77,6 +78,9 @@ class StackedPeers:
         self._strategy = strategy
         for row in set(range(local.rows)) - set(attendance.alive):
             local.die(row)
+
+    def compare(self, setting: str, value: str) -> None:
+        """All nodes have one strategy object: there is nothing to compare."""
 
     def begin(self, step: int) -> None:
         """An inner step begins: those that are due are gone, or wait to heal."""
@@ -149,12 +153,24 @@ class StackedRound:
         self._sent = dict.fromkeys(members, 0)
         self._collectives = 0
 
-    def average(self, tensors: Sequence[Tensor]) -> _Ready:
+    def average(self, tensors: Sequence[Tensor], codec: Codec | None = None) -> _Ready:
         """Row by row in node order, as everywhere: `[rows, n]` → `[1, n]`."""
+        if codec is not None:
+            return self._average_encoded(tensors, codec)
         self._kind = "ordered" if self._peers.deterministic else "average"
         for tensor in tensors:
             self._count(tensor, self._kind, self.members)
         return _Ready([ordered_mean(tensor, self.counted) for tensor in tensors])
+
+    def _average_encoded(self, tensors: Sequence[Tensor], codec: Codec) -> _Ready:
+        self._kind = "quantized"
+        for tensor in tensors:
+            codec.check(tensor.dtype)
+            self._count(tensor, "quantized", self.members, codec)
+        # Members that are not counted sum a chunk too.
+        which = [at for at, node in enumerate(self.members) if node in self.counted]
+        rows = (self._rows_of(self.members, tensor) for tensor in tensors)
+        return _Ready([quantized_mean(row, codec, which) for row in rows])
 
     def gather(self, tensors: Sequence[Tensor]) -> _Ready:
         """The counted rows."""
@@ -162,12 +178,13 @@ class StackedRound:
         for tensor in tensors:
             self._count(tensor, "gather", self.members)
         self._collectives = min(1, self._collectives)  # they travel as one
-        return _Ready([self._counted_rows(tensor) for tensor in tensors])
+        return _Ready([self._rows_of(self.counted, tensor) for tensor in tensors])
 
-    def _counted_rows(self, tensor: Tensor) -> Tensor:
-        if len(self.counted) == tensor.shape[0]:
+    @staticmethod
+    def _rows_of(nodes: Sequence[int], tensor: Tensor) -> Tensor:
+        if len(nodes) == tensor.shape[0]:
             return tensor
-        return tensor.index_select(0, torch.tensor(self.counted, device=tensor.device))
+        return tensor.index_select(0, torch.tensor(nodes, device=tensor.device))
 
     @torch.no_grad()
     def average_within(
@@ -210,11 +227,17 @@ class StackedRound:
         )
         return committed
 
-    def _count(self, tensor: Tensor, kind: str, among: tuple[int, ...]) -> None:
-        if not tensor[:1].numel():
+    def _count(
+        self, tensor: Tensor, kind: str, among: tuple[int, ...], codec: Codec | None = None
+    ) -> None:
+        numel = tensor.shape[1:].numel()
+        if not numel:
             return
         self._collectives += 1
-        sent = bytes_of(kind, tensor.shape[1:].numel(), tensor.element_size(), len(among))
+        if codec is None:
+            sent = bytes_of(kind, numel, tensor.element_size(), len(among))
+        else:
+            sent = mean_bytes(codec, numel, len(among))
         for node in among:
             self._sent[node] += sent
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from torchft.digest import digest
 from torchft.peers import Handle, Peers, Place, Round
+from torchft.quantization import Codec
 from torchft.simulator.events import Dies
 from torchft.simulator.experiment import Experiment
 from torchft.simulator.node import finite_losses
@@ -162,6 +163,10 @@ class _Watched:
         self.strategy, self._death = strategy, death
         self._peers: Peers = node.peers(deterministic=deterministic)
 
+    def compare(self, setting: str, value: str) -> None:
+        """As the peers do."""
+        self._peers.compare(setting, value)
+
     def open(self, place: Place) -> _WatchedRound:
         """As the peers do."""
         opened = self._peers.open(place)
@@ -195,9 +200,10 @@ class _WatchedRound:
     def failed(self) -> bool:
         return self._real.failed
 
-    def average(self, tensors: Sequence[Tensor]) -> Handle:
+    def average(self, tensors: Sequence[Tensor], codec: Codec | None = None) -> Handle:
+        self._kind = self._kind if codec is None else "quantized"
         self._collectives = sum(tensor.numel() > 0 for tensor in tensors)
-        return self._mortal(self._real.average(tensors))
+        return self._mortal(self._real.average(tensors, codec))
 
     def gather(self, tensors: Sequence[Tensor]) -> Handle:
         self._kind, self._collectives = "gather", int(len(tensors) > 0)

@@ -10,6 +10,9 @@ Each takes, besides what is its own:
     max_norm                                    each node's gradient is clipped to this L2 norm
     lr_scheduler, lr_scheduler_kwargs           "lambda_cosine" or a torch scheduler class
 
+Those that average take a `codec` too, which makes what travels smaller: "bf16", "fp8", "int8",
+"int4", or a `torchft.quantization.Codec`. None: every bit travels.
+
 An argument that is not listed is an error, as in any Python call.
 """
 
@@ -22,6 +25,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from torchft.errors import SettingsError
+from torchft.quantization import Codec, codec_of
 from torchft.strategies.all_reduce import AllReduce
 from torchft.strategies.demo import DeMo
 from torchft.strategies.diloco import DiLoCo
@@ -63,6 +67,24 @@ class _Named(Strategy):
         self.settings = settings
 
 
+class _Averaged(_Named):
+    """One whose averages may be encoded."""
+
+    def __init__(
+        self,
+        recipes: Sequence[Recipe],
+        inner: Inner,
+        *,
+        codec: Codec | str | None,
+        **settings: Any,
+    ) -> None:
+        by = None if codec is None else codec_of(codec)
+        super().__init__(recipes, inner, codec=None if by is None else by.name, **settings)
+        for recipe in self.recipes:
+            recipe.codec = by
+        self._check_codecs()
+
+
 def _check_interval(name: str, steps: int) -> None:
     if not isinstance(steps, int) or steps < 1:
         raise SettingsError(
@@ -87,7 +109,7 @@ def _one_of(*, default: OptimSpec | None = None, **optims: Optim) -> OptimSpec:
     return ensure_optim_spec(next(iter(given.values()), None), default)
 
 
-class SimpleReduceStrategy(_Named):
+class SimpleReduceStrategy(_Averaged):
     """Average all gradients in every step."""
 
     def __init__(
@@ -99,15 +121,16 @@ class SimpleReduceStrategy(_Named):
         inner_optim_spec: Optim = None,
         lr_scheduler: Scheduler = None,
         lr_scheduler_kwargs: Arguments = None,
+        codec: Codec | str | None = None,
     ) -> None:
         optim = _one_of(
             optim_spec=optim_spec, inner_optim=inner_optim, inner_optim_spec=inner_optim_spec
         )
         inner = _inner(optim, max_norm, lr_scheduler, lr_scheduler_kwargs)
-        super().__init__([AllReduce()], inner)
+        super().__init__([AllReduce()], inner, codec=codec)
 
 
-class FedAvgStrategy(_Named):
+class FedAvgStrategy(_Averaged):
     """Average the weights every H steps, among all or within random islands of `island_size`."""
 
     def __init__(
@@ -121,6 +144,7 @@ class FedAvgStrategy(_Named):
         inner_optim_spec: Optim = None,
         lr_scheduler: Scheduler = None,
         lr_scheduler_kwargs: Arguments = None,
+        codec: Codec | str | None = None,
         seed: int = 0,
     ) -> None:
         _check_interval("H", H)
@@ -132,13 +156,14 @@ class FedAvgStrategy(_Named):
         super().__init__(
             [recipe],
             inner,
+            codec=codec,
             H=H,
             island_size=island_size,
             seed=seed,
         )
 
 
-class LocalSGDStrategy(_Named):
+class LocalSGDStrategy(_Averaged):
     """Average the weights among all every H steps; after a no they go back to the last average."""
 
     def __init__(
@@ -151,6 +176,7 @@ class LocalSGDStrategy(_Named):
         inner_optim_spec: Optim = None,
         lr_scheduler: Scheduler = None,
         lr_scheduler_kwargs: Arguments = None,
+        codec: Codec | str | None = None,
     ) -> None:
         _check_interval("H", H)
         optim = _one_of(
@@ -158,10 +184,10 @@ class LocalSGDStrategy(_Named):
         )
         inner = _inner(optim, max_norm, lr_scheduler, lr_scheduler_kwargs)
         recipe = LocalSGD(H, backup_device=None)
-        super().__init__([recipe], inner, H=H)
+        super().__init__([recipe], inner, codec=codec, H=H)
 
 
-class DiLoCoStrategy(_Named):
+class DiLoCoStrategy(_Averaged):
     """Every H steps, exactly, an outer optimizer steps with the mean of what the nodes moved."""
 
     def __init__(
@@ -175,6 +201,7 @@ class DiLoCoStrategy(_Named):
         inner_optim_spec: Optim = None,
         lr_scheduler: Scheduler = None,
         lr_scheduler_kwargs: Arguments = None,
+        codec: Codec | str | None = None,
     ) -> None:
         _check_interval("H", H)
         optim = _one_of(
@@ -183,10 +210,10 @@ class DiLoCoStrategy(_Named):
         inner = _inner(optim, max_norm, lr_scheduler, lr_scheduler_kwargs)
         outer = ensure_optim_spec(outer_optim_spec, OUTER)
         recipe = DiLoCo(outer, H, backup_device=None)
-        super().__init__([recipe], inner, H=H, outer=outer)
+        super().__init__([recipe], inner, codec=codec, H=H, outer=outer)
 
 
-class StreamingDiLoCoStrategy(_Named):
+class StreamingDiLoCoStrategy(_Averaged):
     """DiLoCo by fragments: one of `fragments` synchronises every H / `fragments` steps, in turn."""
 
     def __init__(
@@ -201,6 +228,7 @@ class StreamingDiLoCoStrategy(_Named):
         inner_optim_spec: Optim = None,
         lr_scheduler: Scheduler = None,
         lr_scheduler_kwargs: Arguments = None,
+        codec: Codec | str | None = None,
     ) -> None:
         _check_interval("H", H)
         optim = _one_of(
@@ -212,13 +240,14 @@ class StreamingDiLoCoStrategy(_Named):
         super().__init__(
             [recipe],
             inner,
+            codec=codec,
             H=H,
             fragments=fragments,
             outer=outer,
         )
 
 
-class SPARTAStrategy(_Named):
+class SPARTAStrategy(_Averaged):
     """Average a share `p_sparta` (0.005) of the weights, at random, every `sparta_interval` steps.
 
     `index_selector` chooses them in another way; it stands instead of `p_sparta`.
@@ -237,6 +266,7 @@ class SPARTAStrategy(_Named):
         inner_optim_spec: Optim = None,
         lr_scheduler: Scheduler = None,
         lr_scheduler_kwargs: Arguments = None,
+        codec: Codec | str | None = None,
     ) -> None:
         _check_interval("sparta_interval", sparta_interval)
         optim = _one_of(
@@ -246,10 +276,10 @@ class SPARTAStrategy(_Named):
         selector = _selector(p_sparta, index_selector)
         recipe = Sparta(selector, sparta_interval, seed=seed)
         settings = {"index_selector": selector, "sparta_interval": sparta_interval, "seed": seed}
-        super().__init__([recipe], inner, **settings)
+        super().__init__([recipe], inner, codec=codec, **settings)
 
 
-class SPARTADiLoCoStrategy(_Named):
+class SPARTADiLoCoStrategy(_Averaged):
     """SPARTA between the rounds of DiLoCo. Where both are due, SPARTA goes first."""
 
     def __init__(
@@ -267,6 +297,7 @@ class SPARTADiLoCoStrategy(_Named):
         inner_optim: Optim = None,
         lr_scheduler: Scheduler = None,
         lr_scheduler_kwargs: Arguments = None,
+        codec: Codec | str | None = None,
     ) -> None:
         _check_interval("H", H)
         _check_interval("sparta_interval", sparta_interval)
@@ -281,7 +312,7 @@ class SPARTADiLoCoStrategy(_Named):
             DiLoCo(outer, H, backup_device=None),
         ]
         settings = {"index_selector": selector, "sparta_interval": sparta_interval, "seed": seed}
-        super().__init__(recipes, inner, H=H, outer=outer, **settings)
+        super().__init__(recipes, inner, codec=codec, H=H, outer=outer, **settings)
 
 
 def _selector(p: float | None, selector: Selector | None) -> Selector:

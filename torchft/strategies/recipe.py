@@ -1,7 +1,7 @@
 """A recipe: what differs between all-reduce, LocalSGD, DiLoCo and their kin.
 
-It says *when* a round is due, *what* it sends and *how* the result is applied; a `Strategy` drives
-it. Two kinds of state:
+It says *when* a round is due, *what* it sends, *how small*, and *how* the result is applied; a
+`Strategy` drives it. Two kinds of state:
 
 - *shared*: equal at all nodes after every round, so it heals, is digested, and may live at a
   server. `state_dict` is the shared state: a backup, outer momentum.
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from torchft.errors import SettingsError
 from torchft.peers import Place
+from torchft.quantization import Codec
 from torchft.strategies.local import Fragment, Local
 
 __all__ = ["By", "Clock", "Recipe"]
@@ -51,6 +52,8 @@ class Recipe:
     delay: int = 0
     """Inner steps between a round's opening and its close."""
 
+    codec: Codec | None = None
+    """How small: averages travel as it encodes them. None: as they are."""
     varies: bool = False
     """Rounds differ in what they send, so that only an agreed clock says what is sent now."""
 

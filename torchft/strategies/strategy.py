@@ -108,14 +108,29 @@ class Strategy:
         doors lock out readers in it).
 
         Raises:
-            SettingsError: it, or one of its recipes, is in use already.
+            SettingsError: it, or one of its recipes, is in use already, or has a codec and nothing
+                to average.
         """
         if self._peers is not None:
             raise SettingsError(f"this {type(self).__name__} is in use: make one for each run")
+        self._check_codecs()
         for recipe in self.recipes:
             recipe.bind(local, self.clock)
         self.local, self._peers, self._applying = local, peers, applying
+        if any(recipe.codec is not None for recipe in self.recipes):
+            names = [
+                "none" if recipe.codec is None else recipe.codec.name for recipe in self.recipes
+            ]
+            peers.compare("codec", ", ".join(names))
         return self
+
+    def _check_codecs(self) -> None:
+        for recipe in self.recipes:
+            if recipe.codec is not None and recipe.by is not By.AVERAGE:
+                raise SettingsError(
+                    f"{type(recipe).__name__} does not average among all, so the codec "
+                    f"{recipe.codec.name} has nothing to encode: leave it out"
+                )
 
     @property
     def opening(self) -> int:
@@ -321,8 +336,8 @@ class Strategy:
         if recipe.by is By.ISLANDS:
             return peers_round.average_within(sent, recipe.islands)
         if self._bucket_bytes is None:
-            return peers_round.average(sent)
-        return peers_round.average(buckets.cut(sent, self._bucket_bytes))
+            return peers_round.average(sent, recipe.codec)
+        return peers_round.average(buckets.cut(sent, self._bucket_bytes), recipe.codec)
 
     def _close_due(self, recipe: Recipe) -> bool:
         """Close what is due of `recipe`; False when any of it came to nothing."""
