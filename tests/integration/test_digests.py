@@ -10,6 +10,14 @@ import pytest
 from torchft.launch.digests import STRATEGIES, Pair, compare, main
 
 STEPS = 24
+EVERY = {
+    "LocalSGD": 10,
+    "DiLoCo": 10,
+    "DiLoCo int8": 10,
+    "Streaming DiLoCo": 4,
+    "Streaming int4": 4,
+}
+"""Steps between two rounds, if more than one."""
 
 
 @cache
@@ -21,7 +29,7 @@ def _pair(name: str, deterministic: bool) -> Pair:
 def test_simulated_and_real_nodes_are_equal_at_every_synchronisation(name: str) -> None:
     pair = _pair(name, True)
     assert pair.equal, f"they part at step {pair.first_difference}"
-    every = {"LocalSGD": 10, "DiLoCo": 10, "Streaming DiLoCo": 4}.get(name, 1)
+    every = EVERY.get(name, 1)
     assert [step for step, _ in pair.real.digests] == list(range(every - 1, STEPS, every))
     assert pair.real.history == pair.simulated.history
     assert pair.real.final_loss < 4.7
