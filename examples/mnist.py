@@ -170,7 +170,7 @@ class Row:
     @classmethod
     def of(cls, strategy: str, results: Sequence[Result]) -> Row:
         """Means, but every loss."""
-        seconds = [result.seconds["train"] for result in results]
+        seconds = [result.seconds["steps"] for result in results]
         steps = [len(result.history) for result in results]
         return cls(
             strategy,
@@ -270,7 +270,7 @@ def report(name: str, results: Sequence[Result]) -> None:
         sent = max(result.bytes_sent) / 1e6
         print(
             f"{name}, seed {seed}: held-out loss {final_loss(result):.4f} in "
-            f"{result.seconds['train']:.1f} s; each node sent {sent:.1f} MB",
+            f"{result.seconds['steps']:.1f} s; each node sent {sent:.1f} MB",
             flush=True,
         )
 

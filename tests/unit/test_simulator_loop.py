@@ -19,7 +19,7 @@ from torchft.errors import SettingsError
 from torchft.simulator.events import Dies, Discards, Event, Joins
 from torchft.simulator.experiment import Experiment
 from torchft.simulator.loop import Run, run_stacked
-from torchft.simulator.node import NodeError
+from torchft.simulator.node import NodeError, TrainNode
 from torchft.simulator.result import Result, mean_model
 from torchft.strategies import (
     AllReduce,
@@ -182,6 +182,36 @@ class TestRepeating:
         noise = run_stacked(experiment(LocalSGD(100), model=Noise(), max_steps=4))
         losses = [loss for row in noise.history for loss in row.losses.values()]
         assert len(set(losses)) == len(losses) == 12
+
+    def test_a_model_left_in_evaluation_mode_is_trained(self) -> None:
+        trained = run_stacked(dropping())
+        left = dropping()
+        left.model.eval()
+        assert run_stacked(left).history == trained.history
+        assert not left.model.training
+
+    def test_only_steps_count_as_steps_also_after_resuming(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        clock = [0.0]
+        monkeypatch.setattr("torchft.simulator.loop.perf_counter", lambda: clock[0])
+        saved: list[dict[str, Any]] = []
+
+        class Timed(TrainNode):
+            def loss(self, batch: Any) -> Tensor:
+                clock[0] += 1.0
+                return super().loss(batch)
+
+        def look(run: Run) -> None:
+            clock[0] += 100.0
+            if run.step == 2:
+                saved.append(copy.deepcopy(run.state_dict()))
+
+        whole = run_stacked(dropping(node_cls=Timed, max_steps=4), on_step=look)
+        assert whole.seconds["steps"] == 4 * whole.num_nodes
+        assert whole.seconds["train"] == 5 * 100 + 4 * whole.num_nodes
+        resumed = run_stacked(dropping(node_cls=Timed, max_steps=4), resume=saved[0])
+        assert resumed.seconds["steps"] == whole.seconds["steps"]
 
     def test_the_callers_random_numbers_and_model_are_untouched(self) -> None:
         one = dropping()

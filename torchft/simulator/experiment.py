@@ -164,12 +164,17 @@ class Experiment:
             SettingsError: the factory makes something else.
         """
         if isinstance(self.model, nn.Module):
-            return copy.deepcopy(self.model).to(self.torch_device)
-        seed_everything(seed_of(self.seed, _MODEL, 0))
-        made = self.model()
-        if not isinstance(made, nn.Module):
-            raise SettingsError(f"the model factory made a {type(made).__name__}, no torch module")
-        return made.to(self.torch_device)
+            model = copy.deepcopy(self.model)
+        else:
+            seed_everything(seed_of(self.seed, _MODEL, 0))
+            model = self.model()
+            if not isinstance(model, nn.Module):
+                raise SettingsError(
+                    f"the model factory made a {type(model).__name__}, no torch module"
+                )
+        if not model.training:
+            model.train()  # the whole was left in evaluation mode; parts of it stay as they are
+        return model.to(self.torch_device)
 
     def make_node(self, model: nn.Module, node: int) -> TrainNode:
         """One node's forward and backward pass."""

@@ -9,8 +9,9 @@ for each step:   who is gone, who waits to heal
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +26,7 @@ from torchft.simulator.peers import HealRecord, RoundRecord, StackedPeers
 from torchft.simulator.result import Result, StepRow, mean_model
 from torchft.simulator.seeds import kept_rng, seed_node
 from torchft.simulator.stacked import StackedLocal
+from torchft.simulator.threads import one_thread
 
 __all__ = ["Run", "run_stacked"]
 
@@ -49,7 +51,9 @@ def run_stacked(
     """
     started = perf_counter()
     experiment.check()
-    with kept_rng(experiment.torch_device):
+    # Real processes have a thread each, and bits depend on that.
+    one = one_thread() if experiment.deterministic else nullcontext()
+    with one, kept_rng(experiment.torch_device):
         run = Run(experiment)
         try:
             if resume is not None:
@@ -104,13 +108,19 @@ class Run:
         if on_step is not None:
             on_step(self)
         while self.step < self.total_steps:
+            wall, cpu = perf_counter(), process_time()
             self.train_step()
+            self._spend("steps", perf_counter() - wall)
+            self._spend("steps_cpu", process_time() - cpu)
             if on_step is not None:
                 on_step(self)
         self.strategy.finish()
         self.local.check_frozen()
         self.result.alive = list(self.local.alive)
         self.result.model = mean_model([self.local.models[node] for node in self.local.alive])
+
+    def _spend(self, what: str, seconds: float) -> None:
+        self.result.seconds[what] = self.result.seconds.get(what, 0.0) + seconds
 
     def train_step(self) -> None:
         """One inner step of every node."""
@@ -161,6 +171,7 @@ class Run:
             "rounds": [{**asdict(r), "place": r.place.name} for r in self.peers.rounds],
             "heals": [asdict(heal) for heal in self.peers.heals],
             "digests": list(self.result.digests),
+            "seconds": dict(self.result.seconds),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -175,3 +186,4 @@ class Run:
         ]
         self.peers.heals[:] = [HealRecord(**heal) for heal in state["heals"]]
         self.result.digests[:] = [(step, list(of)) for step, of in state["digests"]]
+        self.result.seconds.update(state["seconds"])

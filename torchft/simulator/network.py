@@ -169,7 +169,7 @@ def _there_at_first(
 
 def _measured(result: ResultLike) -> float | None:
     node_steps = sum(len(row.losses) for row in result.history)
-    seconds = result.seconds.get("train")
+    seconds = result.seconds.get("steps")
     return seconds / node_steps if seconds and node_steps else None
 
 

@@ -75,6 +75,7 @@ def run_processes(
     with kept_rng(experiment.torch_device):
         _take_models(result, experiment, ends)
     result.seconds["train"] = perf_counter() - started
+    result.seconds["steps"] = log.compute_s
     if experiment.weather is not None:
         result.simulated = forecast(result, experiment.weather)
     return result
@@ -124,6 +125,8 @@ class _Log:
         self._losses: dict[int, dict[int, float]] = {}
         self._rates: dict[int, float] = {}
         self._digests: dict[int, list[str | None]] = {}
+        self.compute_s = 0.0
+        """Of all nodes together, in forward and backward passes."""
 
     def add(self, node: int, rows: Iterable[dict[str, Any]]) -> None:
         """Some steps of one node."""
@@ -132,6 +135,7 @@ class _Log:
             if "loss" in row:
                 self._losses.setdefault(step, {})[node] = row["loss"]
                 self._rates[step] = row["lr"]
+                self.compute_s += row["compute_s"]
             if "digest" in row:
                 self._digests.setdefault(step, [None] * self._nodes)[node] = row["digest"]
 

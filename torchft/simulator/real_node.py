@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,13 +102,17 @@ class _Trainer:
         self._local.zero_grads()
         losses = finite_losses({self._node.number: self._backward(step)}, step)
         row = {"step": step, "loss": losses[self._node.number], "lr": self._inner.lr}
+        row["compute_s"] = self._compute_s
         self._strategy.step()
         self._keep(row)
 
     def _backward(self, step: int) -> Tensor:
+        began = perf_counter()
         batch = self._feed.batch(self._node.number, step)
         seed_node(self._experiment.seed, self._node.number, step, self._device)
-        return self._train_node.backward(batch, self._experiment.micro_batch_size)
+        loss = self._train_node.backward(batch, self._experiment.micro_batch_size)
+        self._compute_s = perf_counter() - began
+        return loss
 
     def _die_before(self, step: int) -> None:
         death = self._death

@@ -54,7 +54,10 @@ class Result:
     records: list[StepRecord] = field(default_factory=list)
     """Of real processes: what each wrote of its rounds."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Wall time by name."""
+    """By name: `setup`, `train` with all that happens meanwhile, and of this the steps alone, by
+    wall time (`steps`) and processor time (`steps_cpu`), earlier parts of a resumed run included.
+    Of real processes: `train` from their start to their end, and `steps` is what all of them
+    together spent in forward and backward passes."""
     simulated: Any = None
     """Under the given weather: times, and what was lost."""
 

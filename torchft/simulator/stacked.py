@@ -139,12 +139,6 @@ class StackedLocal:
                 p.data = p.data.clone()
                 p.grad = None
 
-    def row_bytes(self, row: int) -> int:
-        """What a node that heals from this row gets: weights, inner state, buffers."""
-        state = [t for of in self.inner.node_state(row) for t in of.values()]
-        tensors = [*self.parameters[row], *self.models[row].buffers(), *state]
-        return sum(t.nbytes for t in tensors if isinstance(t, Tensor))
-
     # --- what a strategy sees
 
     def split(self, parts: int) -> list[Fragment]:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -154,13 +153,13 @@ def run_one(
         heals=result.heals,
         deaths=[event for event in result.events if isinstance(event, Dies)],
         final_lr=result.history[-1].lr,
-        train_s=looks.train_s,
-        cpu_s=looks.cpu_s,
+        train_s=result.seconds["steps"],
+        cpu_s=result.seconds["steps_cpu"],
     )
 
 
 class _Looks:
-    """Validates the mean model now and then, and knows how long the steps between took."""
+    """Validates the mean model now and then."""
 
     def __init__(
         self, experiment: Experiment, config: SimulateConfig, on_step: Callable[[], None]
@@ -168,19 +167,12 @@ class _Looks:
         self._validator = Validator(experiment, config.val_samples)
         self._every, self._on_step = config.validate_every, on_step
         self.found: list[tuple[int, float]] = []
-        self.train_s = self.cpu_s = 0.0
-        self._left = (0.0, 0.0)
-        """Wall and processor time when training was last given the word."""
 
     def __call__(self, run: Run) -> None:
         if run.step:
-            wall, cpu = self._left
-            self.train_s += perf_counter() - wall
-            self.cpu_s += process_time() - cpu
             self._on_step()
         if run.step % self._every == 0 or run.step == run.total_steps:
             self.found.append((run.step, self._look(run)))
-        self._left = perf_counter(), process_time()
 
     def _look(self, run: Run) -> float:
         nodes = [run.nodes[node] for node in run.local.alive]

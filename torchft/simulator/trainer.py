@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +30,6 @@ from torchft.simulator.naming import Naming, find_resumed
 from torchft.simulator.node import TrainNode
 from torchft.simulator.result import Result
 from torchft.simulator.services import Services
-from torchft.simulator.threads import one_thread
 from torchft.simulator.validation import Validator
 from torchft.strategies import Strategy
 
@@ -198,8 +196,7 @@ class Trainer:
             services.validator = Validator(experiment, val_size)
         if not disable_logging:
             services.loggers = chosen(logger, wandb_project, naming.logs, axis=log_x_axis)
-        # Real processes have a thread each, and bits depend on that.
-        with services, one_thread() if deterministic else nullcontext():
+        with services:
             run = _in_processes if processes else _in_rows
             self.result = run(experiment, services)
         assert self.result.model is not None

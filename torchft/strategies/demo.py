@@ -8,7 +8,8 @@
 Example, one block of two numbers and k = 1: m = (3, 1) has the coefficients (2.83, 1.41). The first
 is sent; m keeps (1, -1), which is the second; a node alone goes on with g = sign(2, 2) = (1, 1).
 It sends 6 bytes for each of k numbers in a block of up to chunk x chunk, in every step.
-(Peng et al., arXiv 2411.19870.)
+(Peng et al., arXiv 2411.19870.) The mean is over all nodes: one that did not send a coefficient
+counts with zero. EXO Gym's takes it over those that sent it, which lets a single node outvote.
 
 The transform is linear and orthonormal, so the momentum is kept in coefficients: forgetting is
 setting to zero. After a no nothing is written: momentum and weights stand, the gradient is lost.
