@@ -17,6 +17,7 @@ from torch.testing import assert_close
 import torchft.strategies
 from torchft.errors import SettingsError
 from torchft.peers import Place
+from torchft.quantization import Int8, codec_of
 from torchft.strategies import (
     DeMoStrategy,
     DiLoCoStrategy,
@@ -46,6 +47,8 @@ EVERY = [
     StreamingDiLoCoStrategy,
     TopKStrategy,
 ]
+
+AVERAGED = [cls for cls in EVERY if cls not in (DeMoStrategy, TopKStrategy)]
 
 every_name = pytest.mark.parametrize("cls", EVERY, ids=lambda cls: cls.__name__)
 with_rounds = pytest.mark.parametrize(
@@ -136,6 +139,48 @@ class TestEveryName:
         strategy.bind(ModelLocal([two_layers()]), node)
         with pytest.raises(SettingsError, match="in use"):
             strategy.bind(ModelLocal([two_layers()]), node)
+
+
+@pytest.mark.parametrize("cls", AVERAGED, ids=lambda cls: cls.__name__)
+class TestCodec:
+    """How small what they average travels."""
+
+    @pytest.mark.parametrize("codec", ["bf16", "fp8", "int8", "int4", Int8(64)], ids=str)
+    def test_every_recipe_has_it_and_the_settings_show_it(self, cls: Any, codec: Any) -> None:
+        strategy = pickle.loads(pickle.dumps(cls(codec=codec)))
+        name = codec_of(codec).name
+        assert {r.codec.name for r in strategy.recipes} == {name}
+        assert strategy.config()["codec"] == name
+        assert f"codec={name!r}" in repr(strategy)
+
+    def test_without_one_every_bit_travels(self, cls: Any) -> None:
+        strategy = cls()
+        assert [recipe.codec for recipe in strategy.recipes] == [None] * len(strategy.recipes)
+        assert strategy.config()["codec"] is None
+
+    def test_groups_compare_its_name(self, cls: Any) -> None:
+        strategy, plain = cls(codec="int4"), cls()
+        node, other = (Node(World(Script(1)), 0, 1) for _ in range(2))
+        strategy.bind(ModelLocal([two_layers()]), node)
+        plain.bind(ModelLocal([two_layers()]), other)
+        assert node.compared == {"codec": ", ".join(["int4"] * len(strategy.recipes))}
+        assert other.compared == {}
+
+    @pytest.mark.parametrize("unknown", ["int5", "", True, 8])
+    def test_one_that_does_not_exist_is_refused(self, cls: Any, unknown: Any) -> None:
+        with pytest.raises(SettingsError, match=r"give one of fp32, bf16, fp8, int8, int4"):
+            cls(codec=unknown)
+
+
+def test_a_codec_that_has_nothing_to_encode_is_refused() -> None:
+    with pytest.raises(SettingsError, match=r"FedAvg does not average among all.* int8"):
+        FedAvgStrategy(island_size=2, codec="int8")
+    strategy = DeMoStrategy()
+    strategy.recipes[0].codec = Int8()
+    with pytest.raises(SettingsError, match="DeMo does not average"):
+        strategy.bind(ModelLocal([two_layers()]), Node(World(Script(1)), 0, 1))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'codec'"):
+        TopKStrategy(codec="int8")  # type: ignore[call-arg]
 
 
 @with_rounds
