@@ -3,11 +3,19 @@ prints the long version. The bytes that a simulation counts are those that the p
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import pytest
 
-from torchft.launch.digests import STRATEGIES, Pair, compare, main
+from torchft.launch.digests import ADAMW, STRATEGIES, Pair, compare, main
+from torchft.quantization import Int8
+from torchft.strategies import (
+    LocalSGDStrategy,
+    SimpleReduceStrategy,
+    SPARTADiLoCoStrategy,
+    Strategy,
+)
 
 STEPS = 24
 EVERY = {
@@ -47,6 +55,24 @@ def test_simulated_bytes_are_those_that_the_processes_counted(
     for record in pair.real.records:
         healed = record.step == 0  # with gradients, the first round gives all equal state
         assert record.bytes_sent == record.extra["round_bytes"] or healed
+
+
+ENCODED: dict[str, Callable[[], Strategy]] = {
+    "all-reduce": lambda: SimpleReduceStrategy(ADAMW, codec="fp8"),
+    "LocalSGD": lambda: LocalSGDStrategy(ADAMW, H=3, codec=Int8(32)),
+    "SPARTA-DiLoCo": lambda: SPARTADiLoCoStrategy(ADAMW, p_sparta=0.1, H=4, codec="bf16"),
+}
+
+
+@pytest.mark.parametrize("name", ENCODED)
+def test_encoded_gradients_weights_and_subsets_too(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(STRATEGIES, name, ENCODED[name])
+    pair = compare(name, steps=9, nodes=3, method="fork")
+    assert pair.equal, f"they part at step {pair.first_difference}"
+    assert pair.real.rounds == pair.simulated.rounds
+    assert {one.kind for one in pair.real.rounds} == {"quantized"}
 
 
 def test_without_an_order_the_bits_part() -> None:

@@ -46,7 +46,7 @@ def _after_a_kill(name: str, *, in_round: bool, node_cls: type[TrainNode] = Trai
     return pair
 
 
-@pytest.mark.parametrize("name", ["all-reduce", "DiLoCo"])
+@pytest.mark.parametrize("name", ["all-reduce", "DiLoCo", "DiLoCo int8"])
 def test_a_node_is_killed_in_a_round_and_heals(name: str) -> None:
     pair = _after_a_kill(name, in_round=True)
     assert Dies(VICTIM, 13 if name == "all-reduce" else 19, in_round=True) in pair.simulated.events

@@ -8,7 +8,10 @@ from helpers.tiny import Tiny
 from torch import Tensor
 from torch.testing import assert_close
 
+from torchft.errors import SettingsError
+from torchft.ordered import ordered_mean
 from torchft.peers import Place
+from torchft.quantization import codec_of, mean_bytes, quantized_mean
 from torchft.simulator.events import Attendance, Dies, Discards, Event, Joins, Misses
 from torchft.simulator.peers import StackedPeers
 from torchft.simulator.stacked import StackedLocal
@@ -138,6 +141,50 @@ class TestNo:
         world.peers.begin(4)
         assert world.peers.open(Place.AFTER).counted == (0, 2)
         assert world.local.alive == [0, 1, 2]
+
+
+class TestCodec:
+    @pytest.mark.parametrize("codec", ["bf16", "fp8", "int8", "int4"])
+    def test_an_average_is_the_quantised_mean_of_the_members_rows(self, codec: str) -> None:
+        sent = torch.randn(3, 999, generator=torch.Generator().manual_seed(0))
+        opened = World().peers.open(Place.AFTER)
+        (mean,) = opened.average([sent], codec_of(codec)).wait()
+        assert torch.equal(mean, quantized_mean(sent, codec_of(codec)))
+        assert not torch.equal(mean, ordered_mean(sent))
+
+    def test_one_that_heals_sums_a_chunk_and_leaves_no_trace(self) -> None:
+        world = World(Joins(1, 4), Dies(3, 4), nodes=4)
+        world.peers.begin(4)
+        opened = world.peers.open(Place.AFTER)
+        assert (opened.members, opened.counted) == ((0, 1, 2), (0, 2))
+        sent = torch.randn(4, 999, generator=torch.Generator().manual_seed(0))
+        (mean,) = opened.average([sent], codec_of("int8")).wait()
+        assert torch.equal(mean, quantized_mean(sent[:3], codec_of("int8"), [0, 2]))
+        opened.close()
+        one = mean_bytes(codec_of("int8"), 999, 3)
+        assert world.peers.rounds[0].bytes_per_node == dict.fromkeys(range(3), one)
+
+    @pytest.mark.parametrize("deterministic", [True, False])
+    def test_bytes_are_those_of_the_codec_in_any_order(self, deterministic: bool) -> None:
+        world = World(deterministic=deterministic)
+        opened = world.peers.open(Place.AFTER)
+        opened.average([rows(), rows(size=4), torch.zeros(3, 0)], codec_of("int8"))
+        opened.close()
+        (record,) = world.peers.rounds
+        assert (record.kind, record.collectives) == ("quantized", 2)
+        # Chunks of 2 and 2 numbers with a scale of 4 bytes each, to 2 others, twice.
+        assert record.bytes_per_node == dict.fromkeys(range(3), 2 * 2 * (6 + 6))
+
+    def test_what_one_node_has_overflown_is_seen_in_the_average(self) -> None:
+        sent = rows(size=600)
+        sent[1, 5] = torch.inf
+        (mean,) = World().peers.open(Place.AFTER).average([sent], codec_of("int8")).wait()
+        assert not mean[0, 5].isfinite() and mean[0, 200:].isfinite().all()
+
+    def test_a_dtype_that_it_cannot_hold_is_refused(self) -> None:
+        opened = World().peers.open(Place.AFTER)
+        with pytest.raises(SettingsError, match="no float64: cast it before"):
+            opened.average([rows().double()], codec_of("fp32"))
 
 
 class TestIslands:

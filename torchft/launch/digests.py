@@ -65,7 +65,7 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "SPARTA": lambda: SPARTAStrategy(ADAMW, p_sparta=0.05),
     "DeMo": lambda: DeMoStrategy(compression_topk=4, compression_chunk=16),
 }
-WITH_A_KILL = ("all-reduce", "DiLoCo")
+WITH_A_KILL = ("all-reduce", "DiLoCo", "DiLoCo int8")
 """These run again, and lose a node for a while."""
 
 
