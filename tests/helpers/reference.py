@@ -41,6 +41,8 @@ class Kind:
     topk: int = 0
     chunk: int = 0
     decay: float = 0.0
+    skips_unused: bool = False
+    """A script steps its own optimizer: torch's passes over a parameter that has no gradient."""
 
 
 class _Alone:
@@ -51,8 +53,12 @@ class _Alone:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.inner = INNER(self.parameters)
 
-    def step(self, node: int, step: int) -> None:
-        self.gradients(node, step)
+    def step(self, node: int, step: int, *, skips_unused: bool) -> None:
+        if skips_unused:
+            self.inner.zero_grad()
+            backward(self.model, node, step)
+        else:
+            self.gradients(node, step)
         self.inner.step()
 
     def gradients(self, node: int, step: int) -> None:
@@ -119,38 +125,51 @@ def _weights(kind: Kind, script: Script, steps: int, nodes: dict[int, _Alone]) -
     parts = [everything] if kind.fragments == 1 else [first, rest]
     backup = [p.clone() for p in start.parameters]
     momentum = [torch.zeros_like(p) for p in start.parameters]
-    period, number, committed = kind.every // kind.fragments, 0, 0
-    sent: list[Tensor] = []
-    for step in range(1, steps + 1):
-        with torch.enable_grad():
-            for n, node in nodes.items():
-                node.step(n, step)
+    slots = {k * kind.every // kind.fragments for k in range(1, steps + kind.every + 1)}
+    number, committed = 0, 0
+    in_flight: tuple[list[int], list[Tensor]] | None = None
+
+    def opens() -> tuple[list[int], list[Tensor]]:
         part = parts[committed % len(parts)]
-        if (step + kind.delay) % period == 0:
-            number += 1
-            members = _meet(script, number, nodes)
-            counted = [m for m in members if m not in script.newcomers(number)]
-            for n in script.newcomers(number):
-                if kind.backup:
-                    _write(nodes[n].parameters, backup)
-            sent = [
-                mean([_sent(kind, backup[i], nodes[n].parameters[i]) for n in counted])
-                for i in part
-            ]
-            _drop_lost(script, number, nodes)
-        if step % period:
-            continue
+        members = _meet(script, number, nodes)
+        counted = [m for m in members if m not in script.newcomers(number)]
+        for n in script.newcomers(number):
+            if kind.backup:
+                _write(nodes[n].parameters, backup)
+        sent = [
+            mean([_sent(kind, backup[i], nodes[n].parameters[i]) for n in counted]) for i in part
+        ]
+        _drop_lost(script, number, nodes)
+        return part, sent
+
+    def closes(part: list[int], sent: list[Tensor]) -> int:
         if not script.goes(number):
             if kind.backup:
                 for node in nodes.values():
                     _write([node.parameters[i] for i in part], [backup[i] for i in part])
-            continue
-        committed += 1
+            return 0
         for i, average in zip(part, sent, strict=True):
             _advance(kind, backup[i], momentum[i], average)
             for node in nodes.values():
                 p = node.parameters[i]
                 p.copy_(kind.mix * p + (1 - kind.mix) * backup[i])
+        return 1
+
+    for step in range(1, steps + 1):
+        with torch.enable_grad():
+            for n, node in nodes.items():
+                node.step(n, step, skips_unused=kind.skips_unused)
+        if step in slots and in_flight is not None:
+            committed += closes(*in_flight)
+            in_flight = None
+        if step + kind.delay in slots:
+            number += 1
+            in_flight = opens()
+            if not kind.delay:
+                committed += closes(*in_flight)
+                in_flight = None
+    if in_flight is not None:
+        closes(*in_flight)
 
 
 def _sent(kind: Kind, backup: Tensor, weights: Tensor) -> Tensor:
@@ -174,7 +193,7 @@ def _write(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
 def _step_all(nodes: dict[int, _Alone], step: int) -> None:
     with torch.enable_grad():
         for n, node in nodes.items():
-            node.step(n, step)
+            node.step(n, step, skips_unused=False)
 
 
 @torch.no_grad()

@@ -110,6 +110,17 @@ ROWS = {
         Kind("diloco", every=6, fragments=2, delay=2, mix=0.5),
         with_model_outer(every=6, fragments=2, delay=2, mix=0.5),
     ),
+    "DiLoCo, 2 fragments in 5 steps": Row(
+        Kind("diloco", every=5, fragments=2), lambda _: DiLoCo(OUTER, 5, fragments=2)
+    ),
+    "DiLoCo, 2 fragments in 5 steps, the longest delay": Row(
+        Kind("diloco", every=5, fragments=2, delay=2),
+        lambda _: DiLoCo(OUTER, 5, fragments=2, delay=2),
+    ),
+    "DiLoCo, 2 fragments, a round closes where the next opens": Row(
+        Kind("diloco", every=6, fragments=2, delay=3, mix=0.5),
+        with_model_outer(every=6, fragments=2, delay=3, mix=0.5),
+    ),
     "SPARTA": Row(Kind("sparta", share_every=2, subset=a_third), lambda _: Sparta(every_third, 2)),
     "SPARTA, at random, often none": Row(
         Kind("sparta", share_every=1, subset=at_random),

@@ -97,11 +97,13 @@ class Row:
 
 
 ROWS = {
-    "LocalSGD": Row(local_sgd, Kind("local_sgd", every=3)),
-    "DiLoCo": Row(diloco, Kind("diloco", every=4)),
-    "DiLoCo in buckets": Row(bucketised, Kind("diloco", every=4)),
-    "DiLoCo, 2 fragments": Row(streaming, Kind("diloco", every=4, fragments=2)),
-    "DiLoCo, delayed, mixed": Row(delayed, Kind("diloco", every=4, delay=1, mix=0.5)),
+    "LocalSGD": Row(local_sgd, Kind("local_sgd", every=3, skips_unused=True)),
+    "DiLoCo": Row(diloco, Kind("diloco", every=4, skips_unused=True)),
+    "DiLoCo in buckets": Row(bucketised, Kind("diloco", every=4, skips_unused=True)),
+    "DiLoCo, 2 fragments": Row(streaming, Kind("diloco", every=4, fragments=2, skips_unused=True)),
+    "DiLoCo, delayed, mixed": Row(
+        delayed, Kind("diloco", every=4, delay=1, mix=0.5, skips_unused=True)
+    ),
 }
 every_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
 

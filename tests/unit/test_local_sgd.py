@@ -63,10 +63,10 @@ def diloco(group: Group, **options: Any) -> DiLoCo:
     return DiLoCo(group.manager, [group.model], group.inner, outer, 4, **options)
 
 
-def streaming(group: Group, **options: Any) -> DiLoCo:
+def streaming(group: Group, every: int = 4, **options: Any) -> DiLoCo:
     fragments = [group.model.first, group.model.second]
     outer = [OUTER([p for p in f.parameters() if p.requires_grad]) for f in fragments]
-    return DiLoCo(group.manager, fragments, group.inner, outer, 4, **options)
+    return DiLoCo(group.manager, fragments, group.inner, outer, every, **options)
 
 
 def one_outer_for_all(group: Group, **options: Any) -> DiLoCo:
@@ -75,16 +75,23 @@ def one_outer_for_all(group: Group, **options: Any) -> DiLoCo:
 
 
 DOORS: dict[str, tuple[Kind, Callable[[Group], Any]]] = {
-    "LocalSGD": (Kind("local_sgd", every=3), local_sgd),
+    "LocalSGD": (Kind("local_sgd", every=3, skips_unused=True), local_sgd),
     "LocalSGD without backup": (
-        Kind("local_sgd", every=3, backup=False),
+        Kind("local_sgd", every=3, backup=False, skips_unused=True),
         lambda g: local_sgd(g, backup=False),
     ),
-    "DiLoCo": (Kind("diloco", every=4), diloco),
-    "DiLoCo, 2 fragments": (Kind("diloco", every=4, fragments=2), streaming),
-    "DiLoCo, 2 fragments, 1 outer": (Kind("diloco", every=4, fragments=2), one_outer_for_all),
+    "DiLoCo": (Kind("diloco", every=4, skips_unused=True), diloco),
+    "DiLoCo, 2 fragments": (Kind("diloco", every=4, fragments=2, skips_unused=True), streaming),
+    "DiLoCo, 2 fragments, 1 outer": (
+        Kind("diloco", every=4, fragments=2, skips_unused=True),
+        one_outer_for_all,
+    ),
+    "DiLoCo, 2 fragments in 5 steps, the longest delay": (
+        Kind("diloco", every=5, fragments=2, delay=2, skips_unused=True),
+        lambda g: streaming(g, every=5, fragment_sync_delay=2),
+    ),
     "DiLoCo, delayed, mixed": (
-        Kind("diloco", every=4, delay=1, mix=0.5),
+        Kind("diloco", every=4, delay=1, mix=0.5, skips_unused=True),
         lambda g: diloco(g, fragment_sync_delay=1, fragment_update_alpha=0.5),
     ),
 }
@@ -282,7 +289,7 @@ class TestBuckets:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         groups = self.run(monkeypatch, use_bucketization=True, bucket_cap_mb=1)
-        expected = reference(Kind("diloco", every=4), Script(2), STEPS)
+        expected = reference(Kind("diloco", every=4, skips_unused=True), Script(2), STEPS)
         for node, group in groups.items():
             assert_close(group.weights, expected[node], rtol=0, atol=2e-6)
             assert max(group.manager.reductions) == 10
@@ -323,10 +330,10 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("every", "options", "says"),
         [
-            (1, {}, "less than the 2 fragments.*use 2 or a multiple"),
-            (5, {}, "4 or 6 would fit"),
-            (4, {"fragment_sync_delay": 2}, "use 0 to 1"),
-            (4, {"fragment_sync_delay": -1}, "use 0 to 1"),
+            (1, {}, "less than the 2 fragments.*use 2 or more"),
+            (4, {"fragment_sync_delay": 3}, "2 inner steps apart: use 0 to 2"),
+            (5, {"fragment_sync_delay": 3}, "2 inner steps apart or one more: use 0 to 2"),
+            (4, {"fragment_sync_delay": -1}, "use 0 to 2"),
             (4, {"fragment_update_alpha": 1.5}, "is not a share"),
             (4, {"fragment_update_alpha": -0.1}, "is not a share"),
             (4, {"bucket_cap_mb": 0}, "must be above 0"),

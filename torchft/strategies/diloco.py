@@ -8,13 +8,16 @@ With an outer learning rate of 1 and no momentum this is LocalSGD. Example: both
 and reach 0.6 and 0.8; the mean delta is 0.3, and an outer rate of 0.7 gives 1 - 0.21 = 0.79.
 (Douillard et al., arXiv 2311.08105.)
 
-With n fragments one of them synchronises every S = H/n inner steps, in turn, so that the peak of
-what travels is 1/n of the model. With `delay` the average travels while training goes on, and
-`mix` keeps a share of what was learned meanwhile: w ← mix · w + (1 - mix) · backup. (Streaming
-DiLoCo: Douillard et al., arXiv 2501.18512.)
+With n fragments one of them synchronises at a time, in turn, so that the peak of what travels is
+1/n of the model. The k-th round closes after inner step ⌊kH/n⌋, for any H ≥ n: H = 5 with two
+fragments gives 2, 5, 7, 10. With `delay` it opens so many steps earlier, and the average travels
+while training goes on; `mix` keeps a share of what was learned meanwhile: w ← mix · w + (1 - mix) ·
+backup. A delay as long as the shortest distance ⌊H/n⌋ is the longest: one round closes, and at the
+same point the next one opens. (Streaming DiLoCo: Douillard et al., arXiv 2501.18512.)
 
 After a no, the fragment's weights go back to its backup, which like the outer optimizer stands
-untouched; the same fragment is tried again S steps later. The inner optimizer's state stands.
+untouched; the same fragment is tried again in the next round, so that all others come later by one.
+The inner optimizer's state stands.
 """
 
 from __future__ import annotations
@@ -49,7 +52,7 @@ class DiLoCo(Recipe):
     ) -> None:
         check_schedule(every, fragments, delay, mix)
         self.outer: Outer = FlatOuter(outer) if callable(outer) else outer
-        self.period = every // fragments
+        self.every = every
         self.fragments: list[Fragment] = []
         self.backups: list[Backup] = []
         self.rounds = 0
@@ -67,8 +70,8 @@ class DiLoCo(Recipe):
         self.outer.bind(self.fragments, self.backups)
 
     def due(self) -> bool:
-        """After every S-th step, or `delay` steps earlier."""
-        return self.clock.steps % self.period == -self.delay % self.period
+        """`delay` steps before a round must close."""
+        return is_slot(self.clock.steps + self.delay, self.every, self._parts)
 
     def fragment(self) -> Fragment:
         """In turn; one that failed is tried again."""
@@ -133,6 +136,11 @@ class DiLoCo(Recipe):
             self.load_fragment_state(fragment, state[str(fragment.index)])
 
 
+def is_slot(step: int, every: int, fragments: int) -> bool:
+    """Whether `step` is ⌊k · every / fragments⌋ for a whole k."""
+    return -(-step * fragments // every) * every < (step + 1) * fragments
+
+
 def check_schedule(every: int, fragments: int, delay: int, mix: float) -> None:
     """Refuse a schedule that does not fit the fragments, and say what would.
 
@@ -144,21 +152,20 @@ def check_schedule(every: int, fragments: int, delay: int, mix: float) -> None:
     if every < fragments:
         raise SettingsError(
             f"sync_every={every} is less than the {fragments} fragments, one of which synchronises "
-            f"at a time: use {fragments} or a multiple of it"
+            f"at a time: use {fragments} or more"
         )
-    if every % fragments:
-        below = every - every % fragments
-        raise SettingsError(
-            f"sync_every={every} is no multiple of the {fragments} fragments: "
-            f"{below} or {below + fragments} would fit"
-        )
-    if not 0 <= delay < every // fragments:
+    if not 0 <= delay <= every // fragments:
         raise SettingsError(
             f"fragment_sync_delay={delay} does not fit between two synchronisations, which are "
-            f"{every // fragments} inner steps apart: use 0 to {every // fragments - 1}"
+            f"{every // fragments} inner steps apart{_at_least(every, fragments)}: use 0 to "
+            f"{every // fragments}"
         )
     if not 0.0 <= mix <= 1.0:
         raise SettingsError(
             f"fragment_update_alpha={mix} is not a share: use 0 (take the global weights) to 1 "
             "(keep the local ones)"
         )
+
+
+def _at_least(every: int, fragments: int) -> str:
+    return "" if every % fragments == 0 else " or one more"

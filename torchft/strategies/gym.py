@@ -214,7 +214,7 @@ class DiLoCoStrategy(_Averaged):
 
 
 class StreamingDiLoCoStrategy(_Averaged):
-    """DiLoCo by fragments: one of `fragments` synchronises every H / `fragments` steps, in turn."""
+    """DiLoCo by `fragments` in turn: the k-th round closes after step ⌊kH/fragments⌋, for any H."""
 
     def __init__(
         self,

@@ -177,7 +177,8 @@ class Strategy:
             raise SettingsError(_NO_JOIN)
         # The healed state says whose round this is.
         due = next((r for r in recipes if r.due() and self._position(r) >= self._opening), None)
-        if due is None:
+        if due is None or (due.delay and not healed):
+            # A round that stays open would be in the way of the next attempt to heal.
             self._refuse_round(peers_round, healed)
             return False
         self._send(due, peers_round)

@@ -1,0 +1,80 @@
+"""When fragments synchronise: after inner step ⌊kH/n⌋, for any H and any number of fragments."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from helpers.peers import Node, Script, World
+from helpers.reference import OUTER
+from helpers.tiny import Tiny
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchft.errors import SettingsError
+from torchft.peers import Place
+from torchft.strategies import DiLoCo, ModelLocal, Strategy
+from torchft.strategies.diloco import check_schedule, is_slot
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> tuple[int, int]:
+    every = draw(st.integers(1, 200))
+    return every, draw(st.integers(1, every))
+
+
+@given(schedules())
+def test_every_fragment_has_its_turn_once_in_h_steps(schedule: tuple[int, int]) -> None:
+    every, fragments = schedule
+    slots = [step for step in range(1, 3 * every + 1) if is_slot(step, every, fragments)]
+    assert slots == [k * every // fragments for k in range(1, 3 * fragments + 1)]
+    gaps = {later - earlier for earlier, later in pairwise([0, *slots])}
+    assert gaps <= {every // fragments, -(-every // fragments)}
+
+
+@given(schedules(), st.data())
+def test_a_delay_fits_until_the_next_round(schedule: tuple[int, int], data: st.DataObject) -> None:
+    every, fragments = schedule
+    longest = every // fragments
+    check_schedule(every, fragments, data.draw(st.integers(0, longest)), 0.0)
+    with pytest.raises(SettingsError, match=f"use 0 to {longest}"):
+        check_schedule(every, fragments, longest + data.draw(st.integers(1, 50)), 0.0)
+
+
+def rounds_of(every: int, delay: int, steps: int) -> list[tuple[int, int, int]]:
+    """(opened after step, closed after step, fragment) of each round of two fragments."""
+    seen: list[tuple[int, int, int]] = []
+
+    def story(node: Node) -> None:
+        recipe = DiLoCo(OUTER, every, fragments=2, delay=delay)
+        strategy = Strategy([recipe]).bind(ModelLocal([Tiny()]), node)
+        opened: list[int] = []
+        real = node.open
+
+        def spied(place: Place) -> object:
+            assert node.open_rounds == [], "a round opens while another is open"
+            opened.append(strategy.clock.steps)
+            return real(place)
+
+        node.open = spied  # type: ignore[assignment,method-assign]
+        apply = recipe.apply
+
+        def applied(fragment: object, received: object) -> object:
+            seen.append((opened[len(seen)], strategy.clock.steps, fragment.index))  # type: ignore[attr-defined]
+            return apply(fragment, received)  # type: ignore[arg-type]
+
+        recipe.apply = applied  # type: ignore[assignment,method-assign]
+        for _ in range(steps):
+            strategy.after()
+
+    World(Script(1)).run(story)
+    return seen
+
+
+def test_an_h_that_fragments_do_not_divide() -> None:
+    assert rounds_of(5, 0, 10) == [(2, 2, 0), (5, 5, 1), (7, 7, 0), (10, 10, 1)]
+
+
+def test_a_round_closes_before_the_next_opens_at_the_same_step() -> None:
+    # Nothing has moved before the first step, so the first slot only opens.
+    assert rounds_of(6, 3, 12) == [(3, 6, 0), (6, 9, 1), (9, 12, 0)]
