@@ -231,6 +231,16 @@ def test_every_named_strategy_runs(name: str, tmp_path: Path) -> None:
     assert report.final_lr < config.lr[0]
 
 
+def test_a_codec_is_an_option_and_makes_a_run_send_less(tmp_path: Path) -> None:
+    entries = [
+        {"name": "diloco", "label": codec or "plain", "options": {"codec": codec}}
+        for codec in (None, "int8", "int4")
+    ]
+    plain, int8, int4 = run_sweep(tiny(strategies=entries), tmp_path).reports
+    assert int4.bytes_per_node < int8.bytes_per_node < plain.bytes_per_node
+    assert len(plain.rounds) == len(int8.rounds) == len(int4.rounds)
+
+
 def test_the_names_of_the_configuration_are_those_of_the_catalogue() -> None:
     from torchft.simulator import config
 
