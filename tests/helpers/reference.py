@@ -16,6 +16,8 @@ from helpers.peers import Script, mean
 from helpers.tiny import Tiny, backward
 from torch import Tensor, nn
 
+from torchft.quantization import Codec, quantized_mean
+
 __all__ = ["INNER", "OUTER", "Kind", "reference"]
 
 INNER = partial(torch.optim.AdamW, lr=0.03, weight_decay=0.01)
@@ -43,6 +45,8 @@ class Kind:
     decay: float = 0.0
     skips_unused: bool = False
     """A script steps its own optimizer: torch's passes over a parameter that has no gradient."""
+    codec: Codec | None = None
+    """How averages travel. Not of islands, SPARTA and what is gathered."""
 
 
 class _Alone:
@@ -98,6 +102,24 @@ def _drop_lost(script: Script, number: int, nodes: dict[int, _Alone]) -> None:
             del nodes[node]
 
 
+def _average(
+    kind: Kind, members: list[int], counted: list[int], sent: Callable[[int], list[Tensor]]
+) -> list[Tensor]:
+    """The mean of what the counted send; with a codec all travels as one, in as many chunks as
+    there are members."""
+    if kind.codec is None:
+        return [mean(column) for column in zip(*(sent(n) for n in counted), strict=True)]
+    rows = torch.stack([torch.cat([t.reshape(-1) for t in sent(n)]) for n in members])
+    average = quantized_mean(rows, kind.codec, [members.index(n) for n in counted])[0]
+    like = sent(counted[0])
+    parts = average.split([t.numel() for t in like])
+    return [part.view(t.shape) for part, t in zip(parts, like, strict=True)]
+
+
+def _gradients(node: _Alone) -> list[Tensor]:
+    return [p.grad for p in node.parameters if p.grad is not None]
+
+
 @torch.no_grad()
 def _all_reduce(kind: Kind, script: Script, steps: int, nodes: dict[int, _Alone]) -> None:
     for step in range(1, steps + 1):
@@ -106,9 +128,9 @@ def _all_reduce(kind: Kind, script: Script, steps: int, nodes: dict[int, _Alone]
             for n in members:
                 nodes[n].gradients(n, step)
         if script.goes(step):
-            for column in zip(*(nodes[n].parameters for n in members), strict=True):
-                average = mean([p.grad for p in column])
-                for p in column:
+            averages = _average(kind, members, members, lambda n: _gradients(nodes[n]))
+            for n in members:
+                for p, average in zip(nodes[n].parameters, averages, strict=True):
                     p.grad.copy_(average)
             for n in members:
                 nodes[n].inner.step()
@@ -136,9 +158,11 @@ def _weights(kind: Kind, script: Script, steps: int, nodes: dict[int, _Alone]) -
         for n in script.newcomers(number):
             if kind.backup:
                 _write(nodes[n].parameters, backup)
-        sent = [
-            mean([_sent(kind, backup[i], nodes[n].parameters[i]) for n in counted]) for i in part
-        ]
+
+        def contribution(n: int) -> list[Tensor]:
+            return [_sent(kind, backup[i], nodes[n].parameters[i]) for i in part]
+
+        sent = _average(kind, members, counted, contribution)
         _drop_lost(script, number, nodes)
         return part, sent
 

@@ -15,6 +15,7 @@ from helpers.reference import INNER, OUTER, Kind
 from helpers.tiny import Tiny, backward, digest
 from torch import Tensor
 
+from torchft.quantization import BFloat16, Float8, Int4, Int8
 from torchft.strategies import (
     AllReduce,
     Clock,
@@ -87,6 +88,13 @@ def at_random(turn: int, numel: int) -> Tensor:
 ROWS = {
     "all-reduce": Row(Kind("all_reduce"), lambda _: AllReduce()),
     "all-reduce in buckets": Row(Kind("all_reduce"), lambda _: AllReduce(), bucket_bytes=60),
+    "all-reduce, fp8": Row(Kind("all_reduce", codec=Float8()), lambda _: AllReduce()),
+    "LocalSGD, bf16": Row(Kind("local_sgd", every=3, codec=BFloat16()), lambda _: LocalSGD(3)),
+    "DiLoCo, int8": Row(Kind("diloco", every=4, codec=Int8()), lambda _: DiLoCo(OUTER, 4)),
+    "DiLoCo, 2 fragments, int4": Row(
+        Kind("diloco", every=4, fragments=2, codec=Int4(16)),
+        lambda _: DiLoCo(OUTER, 4, fragments=2),
+    ),
     "LocalSGD": Row(Kind("local_sgd", every=3), lambda _: LocalSGD(3)),
     "LocalSGD without backup": Row(
         Kind("local_sgd", every=3, backup=False), lambda _: LocalSGD(3, backup=False)
@@ -154,6 +162,8 @@ class Training:
         made = row.make(self.local)
         recipes = made if isinstance(made, list) else [made]
         self.recipe = recipes[0]
+        for recipe in recipes:
+            recipe.codec = row.kind.codec
         self.strategy = Strategy(recipes, bucket_bytes=row.bucket_bytes)
         self.strategy.bind(self.local, node)
         node.register(self.load, self.save)
