@@ -69,6 +69,10 @@ class CollectiveError(StepError):
     """A collective failed, was abandoned, or lost a member while it ran."""
 
 
+class NotFiniteError(StepError):
+    """An average has NaN or infinity in it: every group discards the step."""
+
+
 class HealError(StepError):
     """The state of a live peer could not be fetched or loaded."""
 

@@ -39,6 +39,7 @@ from torchft.communicate import Communicator
 from torchft.coordination import watch_parent
 from torchft.errors import (
     HealError,
+    NotFiniteError,
     PhaseError,
     QuorumError,
     SettingsError,
@@ -389,7 +390,8 @@ class Manager:
 
     def report_error(self, e: Exception) -> None:
         """Discard the step that runs now, because of `e`."""
-        self._begun("report_error").report(e)
+        # All see the same average, so nobody waits for whoever finds it broken.
+        self._begun("report_error").report(e, at_home=isinstance(e, NotFiniteError))
 
     def errored(self) -> ExceptionWithTraceback | None:
         """The error of the step that runs now."""

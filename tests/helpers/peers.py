@@ -94,6 +94,8 @@ class World:
         self._errors: list[BaseException] = []
         self.given_up: set[int] = set()
         """Rounds that a member gave up."""
+        self.reasons: list[Exception] = []
+        """Why, in the words of each."""
 
     def run(self, train: Callable[[Node], Any]) -> dict[int, Any]:
         """Run `train` for every node and return what each of the living returned.
@@ -263,6 +265,7 @@ class InProcessRound:
     def fail(self, error: Exception) -> None:
         """Free the others."""
         self.failed = True
+        self._node.world.reasons.append(error)
         self._node.world.give_up(self.number)
 
     def is_spoilt(self, key: tuple[Any, ...]) -> bool:

@@ -26,6 +26,10 @@ class AllReduce(Recipe):
         """The gradients."""
         return self.local.grads(fragment), None
 
+    def named(self, fragment: Fragment, received: list[Tensor], draft: None) -> dict[str, Tensor]:
+        """By parameter."""
+        return self.local.named_views(fragment, received)
+
     def adopt(self, fragment: Fragment, news: list[Tensor], draft: None) -> None:
         """The mean gradients are this node's gradients."""
         self.local.set_grads(fragment, news)

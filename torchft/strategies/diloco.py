@@ -86,6 +86,10 @@ class DiLoCo(Recipe):
         """The delta."""
         return self.local.delta(fragment, self.backups[fragment.index].flats), None
 
+    def named(self, fragment: Fragment, received: list[Tensor], draft: None) -> dict[str, Tensor]:
+        """By parameter."""
+        return self.local.named_views(fragment, received)
+
     def apply(self, fragment: Fragment, received: list[Tensor]) -> list[Tensor]:
         """The outer step."""
         self.outer.step(fragment, received)

@@ -59,6 +59,10 @@ class LocalSGD(Recipe):
         """The weights."""
         return self.local.weights(fragment), None
 
+    def named(self, fragment: Fragment, received: list[Tensor], draft: None) -> dict[str, Tensor]:
+        """By parameter."""
+        return self.local.named_views(fragment, received)
+
     def adopt(self, fragment: Fragment, news: list[Tensor], draft: None) -> None:
         """The mean weights are this node's weights, and the next thing to go back to."""
         self.local.set_weights(fragment, news)

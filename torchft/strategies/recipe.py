@@ -14,6 +14,7 @@ Both go into a checkpoint.
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -102,6 +103,10 @@ class Recipe:
     def contribution(self, fragment: Fragment) -> tuple[list[Tensor], Any]:
         """Tensors `[rows, …]` to send, which the round may overwrite, and a draft kept at home."""
         raise NotImplementedError
+
+    def named(self, fragment: Fragment, received: list[Tensor], draft: Any) -> Mapping[str, Tensor]:
+        """What was received, by the names that an error message calls it."""
+        return {f"tensor {number}": tensor for number, tensor in enumerate(received)}
 
     def apply(self, fragment: Fragment, received: list[Tensor]) -> Any:
         """Advance the shared state; returns the news that each node adopts."""

@@ -13,6 +13,7 @@ After a no everything stands. A node that heals goes on from its donor's weights
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from torchft.errors import SettingsError
@@ -62,6 +63,16 @@ class Sparta(Recipe):
         subset = self.positions()
         some = self.local.select(fragment, subset)
         return [part for part in some if part.shape[1]], (subset, some)
+
+    def named(self, fragment: Fragment, received: list[Tensor], draft: Draft) -> dict[str, Tensor]:
+        """By parameter; what is not of the subset is zero."""
+        subset, _ = draft
+        arrived = iter(received)
+        whole = [torch.zeros(1, n, dtype=torch.double, device=at) for n, at in self._flats]
+        for flat, at in zip(whole, subset, strict=True):
+            if len(at):
+                flat[:, at] = next(arrived).to(flat.dtype)
+        return self.local.named_views(fragment, whole)
 
     def adopt(self, fragment: Fragment, news: list[Tensor], draft: Draft) -> None:
         """Their mean, in their place."""

@@ -10,7 +10,7 @@ drives recipes through the parts of a training step:
     after()         rounds of recipes with Place.AFTER open, average and close
 
     contribution(f) → tensors, draft       reads only
-    the round closes: the vote
+    the round closes: the vote, a no of all groups alike if an average has NaN or infinity in it
     yes:  news = apply(f, received)        shared state: backup, outer momentum
           adopt(f, news, draft)            local weights or gradients, own state
     no:   discard(f, draft)                what the table of the design brings back
@@ -33,6 +33,7 @@ from torchft.peers import Handle, Peers, Place, Round
 from torchft.strategies.local import Fragment, Local
 from torchft.strategies.optim_spec import plain
 from torchft.strategies.parts import buckets
+from torchft.strategies.parts.finite import are_finite, not_finite
 from torchft.strategies.recipe import By, Clock, Recipe
 
 if TYPE_CHECKING:
@@ -352,7 +353,7 @@ class Strategy:
     def _close(self, one: _InFlight) -> bool:
         applied = False
         try:
-            received = one.handle.wait()
+            received = self._judged(one, one.handle.wait())
             if one.round.close():
                 self._apply(one, received)
                 applied = True
@@ -365,9 +366,17 @@ class Strategy:
             self.local.release(one.sent, reusable=applied)
         return applied
 
-    def _apply(self, one: _InFlight, received: list[Tensor]) -> None:
-        if one.recipe.by is By.AVERAGE and self._bucket_bytes is not None:
+    def _judged(self, one: _InFlight, received: list[Tensor]) -> list[Tensor]:
+        """What was received, whole again. An average that is not finite fails the round."""
+        if one.recipe.by is not By.AVERAGE:
+            return received
+        if self._bucket_bytes is not None:
             received = buckets.join(received, one.sent)
+        if not one.round.failed and not are_finite(received):
+            one.round.fail(not_finite(one.recipe.named(one.fragment, received, one.draft)))
+        return received
+
+    def _apply(self, one: _InFlight, received: list[Tensor]) -> None:
         with self._applying():
             news = one.recipe.apply(one.fragment, received)
             one.recipe.adopt(one.fragment, news, one.draft)
