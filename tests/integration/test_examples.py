@@ -147,7 +147,8 @@ def test_two_shells_of_diloco_one_killed_and_started_again(make_group: MakeGroup
     for group in groups:
         group.start()
     for group in groups:
-        wait_for_line(group, r"outer optimizer steps completed: \[3\] loss = \d+\.\d+")
+        # The later one heals from the earlier, which may have gone on alone meanwhile.
+        wait_for_line(group, r"outer optimizer steps completed: \[([3-9]|\d\d)\] loss = \d+\.\d+")
     groups[1].kill()
     groups[1].log.unlink()
     groups[1].start()
