@@ -29,6 +29,7 @@ from torchft import settings
 from torchft.errors import SettingsError
 from torchft.ledger import Bucket
 from torchft.managed_peers import ManagedPeers
+from torchft.quantization import Codec, codec_for
 from torchft.strategies import diloco, local_sgd
 from torchft.strategies.local import Fragment, local_part
 from torchft.strategies.model_local import ModelLocal
@@ -59,9 +60,12 @@ class _Door:
         recipe: Recipe,
         optimizer: Optimizer,
         *,
+        should_quantize: bool | str | Codec,
         bucket_bytes: int | None = None,
         deterministic: bool = False,
     ) -> None:
+        # True means the same wherever the parameters lie on equal devices; groups compare it.
+        recipe.codec = codec_for(should_quantize, local.parameters[0].device)
         self._manager = manager
         self._optimizer = optimizer
         self._hooks: list[RemovableHandle] = []
@@ -134,10 +138,10 @@ class LocalSGD(_Door):
     A round that is discarded brings back the last average, from a backup on `backup_device` (the
     CPU by default; 4 bytes per fp32 parameter). With `backup=False` the local weights stand. With
     `deterministic=True` averages are summed in the order of the groups' names, as the simulator
-    does, so that a run can be repeated bit by bit.
+    does, so that a run can be repeated bit by bit. `should_quantize` is that of `DiLoCo`.
 
     Raises:
-        SettingsError: `sync_every` below 1, or nothing to train.
+        SettingsError: `sync_every` below 1, nothing to train, or no such codec.
     """
 
     def __init__(
@@ -150,6 +154,7 @@ class LocalSGD(_Door):
         backup: bool = True,
         backup_device: torch.device | None = None,
         pin_memory: bool = True,
+        should_quantize: bool | str | Codec = False,
         deterministic: bool = False,
     ) -> None:
         self._recipe = local_sgd.LocalSGD(
@@ -159,7 +164,14 @@ class LocalSGD(_Door):
             pin_memory=pin_memory,
         )
         local = ModelLocal([model])
-        super().__init__(manager, local, self._recipe, optimizer, deterministic=deterministic)
+        super().__init__(
+            manager,
+            local,
+            self._recipe,
+            optimizer,
+            should_quantize=should_quantize,
+            deterministic=deterministic,
+        )
         manager.describe_model(
             "LocalSGD", list(zip(local.names, map(local_part, local.parameters), strict=True))
         )
@@ -202,7 +214,8 @@ class DiLoCo(_Door):
         backup_device: where the last synchronised weights are kept; None is the CPU.
         pin_memory: pin that backup when the parameters are on a GPU.
         use_bucketization: send at most `bucket_cap_mb` MiB (1024 by default) in one collective.
-        should_quantize: not available yet.
+        should_quantize: send less. True means int8, or fp8 on CUDA devices from capability 9.0 on;
+            "bf16", "fp8", "int8", "int4" or a codec, that one. All groups must mean the same.
         fragment_sync_delay: inner steps that are taken while the average travels.
         fragment_update_alpha: the share of the local weights that is kept: 0 none, 1 all.
         deterministic: sum in the order of the groups' names, as the simulator does, so that a run
@@ -224,13 +237,13 @@ class DiLoCo(_Door):
         pin_memory: bool = True,
         use_bucketization: bool = False,
         bucket_cap_mb: int | None = None,
-        should_quantize: bool = False,
+        should_quantize: bool | str | Codec = False,
         fragment_sync_delay: int = 0,
         fragment_update_alpha: float = 0.0,
         *,
         deterministic: bool = False,
     ) -> None:
-        _refuse(manager, model_fragments, bucket_cap_mb, should_quantize)
+        _refuse(manager, model_fragments, bucket_cap_mb)
         outers = outer_optimizer if isinstance(outer_optimizer, list) else [outer_optimizer]
         if isinstance(outer_optimizer, list):
             assert len(outers) == len(model_fragments), (
@@ -257,6 +270,7 @@ class DiLoCo(_Door):
             local,
             self._recipe,
             inner_optimizer,
+            should_quantize=should_quantize,
             bucket_bytes=bucket_bytes,
             deterministic=deterministic,
         )
@@ -289,15 +303,11 @@ class DiLoCo(_Door):
         self._recipe.rounds = self._manager.current_step()
 
 
-def _refuse(
-    manager: Manager, fragments: object, bucket_cap_mb: int | None, should_quantize: bool
-) -> None:
+def _refuse(manager: Manager, fragments: object, bucket_cap_mb: int | None) -> None:
     if isinstance(fragments, nn.Module):
         raise SettingsError("model_fragments is a list of modules: for one fragment pass [model]")
     if manager._use_async_quorum:
         raise SettingsError("DiLoCo needs a manager with use_async_quorum=False")
-    if should_quantize:
-        raise SettingsError("should_quantize=True is not available yet: leave it out")
     if bucket_cap_mb is not None and bucket_cap_mb <= 0:
         raise SettingsError(f"bucket_cap_mb={bucket_cap_mb} must be above 0")
 

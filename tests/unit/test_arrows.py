@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, Set[str]] = {
     "checkpointing": {"process_group", "coordination"},
     "strategies": NUMBERS,
     **dict.fromkeys(MANAGER, COMMUNICATION | MANAGER),
-    **dict.fromkeys(DOORS, MANAGER | DOORS | {"process_group", "strategies"}),
+    **dict.fromkeys(DOORS, MANAGER | DOORS | NUMBERS | {"process_group", "strategies"}),
     "simulator": NUMBERS | {"strategies", "data", "launch"},
     "parameter_server": NUMBERS | {"strategies"},
     **dict.fromkeys(FACES, LIBRARY | FACES | EXTENSION),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from torchft.local_sgd import DiLoCo, LocalSGD, extract_local_tensor
+from torchft.quantization import BFloat16, Int8
 
 STEPS = 12
 
@@ -80,7 +81,15 @@ DOORS: dict[str, tuple[Kind, Callable[[Group], Any]]] = {
         Kind("local_sgd", every=3, backup=False, skips_unused=True),
         lambda g: local_sgd(g, backup=False),
     ),
+    "LocalSGD, bf16": (
+        Kind("local_sgd", every=3, skips_unused=True, codec=BFloat16()),
+        lambda g: local_sgd(g, should_quantize="bf16"),
+    ),
     "DiLoCo": (Kind("diloco", every=4, skips_unused=True), diloco),
+    "DiLoCo, quantised": (
+        Kind("diloco", every=4, skips_unused=True, codec=Int8()),
+        lambda g: diloco(g, should_quantize=True),
+    ),
     "DiLoCo, 2 fragments": (Kind("diloco", every=4, fragments=2, skips_unused=True), streaming),
     "DiLoCo, 2 fragments, 1 outer": (
         Kind("diloco", every=4, fragments=2, skips_unused=True),
@@ -324,6 +333,18 @@ def test_diloco_keeps_the_inner_state_as_documented() -> None:
     assert digest(group.inner.state_dict()) == inner[-1]
 
 
+@pytest.mark.parametrize(
+    ("given", "name"), [(True, "int8"), ("int4", "int4"), (Int8(64), "int8/64")]
+)
+def test_groups_compare_how_they_quantise(given: Any, name: str) -> None:
+    group = alone()
+    diloco(group, should_quantize=given)
+    assert group.manager.described["codec"] == [name]
+    plain = alone()
+    diloco(plain, should_quantize=False)
+    assert "codec" not in plain.manager.described
+
+
 class TestRefusals:
     """Each says what would fit, before anything runs."""
 
@@ -337,7 +358,7 @@ class TestRefusals:
             (4, {"fragment_update_alpha": 1.5}, "is not a share"),
             (4, {"fragment_update_alpha": -0.1}, "is not a share"),
             (4, {"bucket_cap_mb": 0}, "must be above 0"),
-            (4, {"should_quantize": True}, "not available yet"),
+            (4, {"should_quantize": "int5"}, "no codec 'int5': give one of fp32, bf16"),
         ],
     )
     def test_schedules_and_options(self, every: int, options: dict[str, Any], says: str) -> None:

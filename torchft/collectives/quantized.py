@@ -26,7 +26,7 @@ from torchft.collectives.ordered import OrderedMean
 from torchft.errors import PhaseError, SettingsError
 from torchft.ordered import chunk_of
 from torchft.process_group import ProcessGroup
-from torchft.quantization import Codec, codec_of, default_codec
+from torchft.quantization import Codec, codec_for, codec_of, default_codec
 
 __all__ = ["QuantizedMean", "adds", "allreduce_quantized", "codec_for"]
 
@@ -71,18 +71,6 @@ class QuantizedMean(OrderedMean):
         super()._keep()
         if self._summed:
             self._tensor.detach().mul_(len(self._counted))
-
-
-def codec_for(should_quantize: bool | str | Codec | None, device: torch.device) -> Codec | None:
-    """What `should_quantize` asks for: True is what `default_codec` says of `device`, a name or a
-    codec that one, False or None no codec.
-
-    Raises:
-        SettingsError: there is no codec of that name.
-    """
-    if should_quantize is None or should_quantize is False:
-        return None
-    return default_codec(device) if should_quantize is True else codec_of(should_quantize)
 
 
 def adds(op: ReduceOp | ReduceOp.RedOpType) -> bool:

@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from torchft.quantization.choice import codec_names, codec_of, default_codec
+from torchft.quantization.choice import codec_for, codec_names, codec_of, default_codec
 from torchft.quantization.codec import Codec
 from torchft.quantization.error_feedback import Draft, ErrorFeedback
 from torchft.quantization.float8 import Float8
@@ -28,6 +28,7 @@ __all__ = [
     "Identity",
     "Int4",
     "Int8",
+    "codec_for",
     "codec_names",
     "codec_of",
     "default_codec",

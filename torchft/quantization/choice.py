@@ -10,7 +10,7 @@ from torchft.quantization.float8 import Float8
 from torchft.quantization.integers import Int4, Int8
 from torchft.quantization.plain import BFloat16, Identity
 
-__all__ = ["codec_names", "codec_of", "default_codec"]
+__all__ = ["codec_for", "codec_names", "codec_of", "default_codec"]
 
 _CODECS: dict[str, Codec] = {
     codec.name: codec for codec in (Identity(), BFloat16(), Float8(), Int8(), Int4())
@@ -44,3 +44,15 @@ def default_codec(device: torch.device | str) -> Codec:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
         return _CODECS["fp8"]
     return _CODECS["int8"]
+
+
+def codec_for(should_quantize: bool | str | Codec | None, device: torch.device) -> Codec | None:
+    """What `should_quantize` asks for: True is what `default_codec` says of `device`, a name or a
+    codec that one, False or None no codec.
+
+    Raises:
+        SettingsError: there is no codec of that name.
+    """
+    if should_quantize is None or should_quantize is False:
+        return None
+    return default_codec(device) if should_quantize is True else codec_of(should_quantize)
