@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor, nn, strided
+from torch.optim import SGD, Optimizer
 
 from torchft.errors import SettingsError
 from torchft.strategies.local import Fragment
@@ -126,8 +126,9 @@ class ModelOuter:
         backup, local = self._backups[fragment.index], self._local
         mine = local.weights(fragment) if self._keep_weights else None
         backup.restore()
-        with self._lent_grads(fragment, average):
-            self._optimizer(fragment).step()
+        optimizer = self._optimizer(fragment)
+        with self._lent_grads(fragment, average), _fused(optimizer):
+            optimizer.step()
         local.read_weights(fragment, backup.flats)
         if mine is not None:
             local.set_weights(fragment, mine)
@@ -159,3 +160,31 @@ class ModelOuter:
         """Take over a donor's optimizer state."""
         if state:
             self._optimizer(fragment).load_state_dict(state)
+
+
+@contextmanager
+def _fused(optimizer: Optimizer) -> Iterator[None]:
+    """Let SGD step in one pass without temporaries, where its maker left that choice to torch."""
+    groups = [group for group in optimizer.param_groups if _may_fuse(optimizer, group)]
+    for group in groups:
+        group["fused"] = True
+    try:
+        yield
+    finally:
+        for group in groups:
+            group["fused"] = None
+
+
+def _may_fuse(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    """Elsewhere than on a CPU, torch's own choice is as good."""
+    if type(optimizer) is not SGD or isinstance(group["lr"], Tensor) or group["differentiable"]:
+        return False
+    spoken = group["fused"] is not None or group["foreach"] is not None
+    tensors = [t for p in group["params"] for t in (p, p.grad) if t is not None]
+    return not spoken and all(map(_is_plain, tensors))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    # The fused kernel takes a tensor with gaps for one without.
+    on_cpu = tensor.device.type == "cpu" and tensor.layout is strided
+    return on_cpu and tensor.is_contiguous() and not hasattr(tensor, "to_local")
