@@ -220,6 +220,9 @@ class DiLoCo(_Door):
         fragment_update_alpha: the share of the local weights that is kept: 0 none, 1 all.
         deterministic: sum in the order of the groups' names, as the simulator does, so that a run
             can be repeated bit by bit.
+        inner_state: after a discarded round the inner optimizer's state "stands", or is "restored"
+            with the weights: moments and counters, not the learning rate. That costs a copy of
+            them on `backup_device` (8 bytes a parameter for AdamW).
 
     Raises:
         SettingsError: also a ValueError; an argument that does not fit, and what would.
@@ -242,6 +245,7 @@ class DiLoCo(_Door):
         fragment_update_alpha: float = 0.0,
         *,
         deterministic: bool = False,
+        inner_state: str = "stands",
     ) -> None:
         _refuse(manager, model_fragments, bucket_cap_mb)
         outers = outer_optimizer if isinstance(outer_optimizer, list) else [outer_optimizer]
@@ -252,7 +256,7 @@ class DiLoCo(_Door):
         diloco.check_schedule(
             sync_every, len(model_fragments), fragment_sync_delay, fragment_update_alpha
         )
-        local = ModelLocal(model_fragments)
+        local = ModelLocal(model_fragments, inner_optimizer)
         _warn_of_strangers(local, inner_optimizer)
         self._recipe = diloco.DiLoCo(
             ModelOuter(local, outers, keep_weights=fragment_update_alpha > 0),
@@ -260,6 +264,7 @@ class DiLoCo(_Door):
             fragments=len(model_fragments),
             delay=fragment_sync_delay,
             mix=fragment_update_alpha,
+            inner_state=inner_state,
             backup_device=backup_device or "cpu",
             pin_memory=pin_memory,
         )
@@ -299,6 +304,8 @@ class DiLoCo(_Door):
     def _take_backup(self) -> None:
         for backup in self._recipe.backups:
             backup.take()
+        for inner in self._recipe.inner_backups:
+            inner.take()
         # A step of the manager is a round here, also after a checkpoint was loaded.
         self._recipe.rounds = self._manager.current_step()
 

@@ -43,6 +43,8 @@ class Kind:
     topk: int = 0
     chunk: int = 0
     decay: float = 0.0
+    restores_inner: bool = False
+    """A no brings back the inner state of the fragment's last synchronisation."""
     skips_unused: bool = False
     """A script steps its own optimizer: torch's passes over a parameter that has no gradient."""
     codec: Codec | None = None
@@ -151,11 +153,27 @@ def _weights(kind: Kind, script: Script, steps: int, nodes: dict[int, _Alone]) -
     number, committed = 0, 0
     in_flight: tuple[list[int], list[Tensor]] | None = None
 
+    inner: dict[tuple[int, int], dict] = {}
+
+    def keep(node: int, part: list[int]) -> None:
+        for i in part:
+            state = nodes[node].inner.state.get(nodes[node].parameters[i], {})
+            inner[node, i] = copy.deepcopy(dict(state))
+
+    def bring_back(part: list[int]) -> None:
+        for n, node in nodes.items():
+            for i in part if kind.restores_inner else ():
+                node.inner.state[node.parameters[i]] = copy.deepcopy(inner[n, i])
+
+    for n in nodes:
+        keep(n, everything)
+
     def opens() -> tuple[list[int], list[Tensor]]:
         part = parts[committed % len(parts)]
         members = _meet(script, number, nodes)
         counted = [m for m in members if m not in script.newcomers(number)]
         for n in script.newcomers(number):
+            keep(n, everything)
             if kind.backup:
                 _write(nodes[n].parameters, backup)
 
@@ -168,10 +186,13 @@ def _weights(kind: Kind, script: Script, steps: int, nodes: dict[int, _Alone]) -
 
     def closes(part: list[int], sent: list[Tensor]) -> int:
         if not script.goes(number):
+            bring_back(part)
             if kind.backup:
                 for node in nodes.values():
                     _write([node.parameters[i] for i in part], [backup[i] for i in part])
             return 0
+        for n in nodes:
+            keep(n, part)
         for i, average in zip(part, sent, strict=True):
             _advance(kind, backup[i], momentum[i], average)
             for node in nodes.values():

@@ -129,6 +129,14 @@ ROWS = {
         Kind("diloco", every=6, fragments=2, delay=3, mix=0.5),
         with_model_outer(every=6, fragments=2, delay=3, mix=0.5),
     ),
+    "DiLoCo, the inner state restored too": Row(
+        Kind("diloco", every=4, restores_inner=True),
+        lambda _: DiLoCo(OUTER, 4, inner_state="restored"),
+    ),
+    "DiLoCo, 2 fragments, delayed, the inner state restored too": Row(
+        Kind("diloco", every=6, fragments=2, delay=2, restores_inner=True),
+        with_model_outer(every=6, fragments=2, delay=2, inner_state="restored"),
+    ),
     "SPARTA": Row(Kind("sparta", share_every=2, subset=a_third), lambda _: Sparta(every_third, 2)),
     "SPARTA, at random, often none": Row(
         Kind("sparta", share_every=1, subset=at_random),

@@ -114,6 +114,11 @@ class TestWhatANoLeavesBehind:
         assert self.parts(one)["inner"] == before["inner"]
         assert self.parts(one)["shared"] == before["shared"]
 
+    def test_diloco_restores_the_inner_state_too_when_asked(self) -> None:
+        one, _ = self.after_a_no(ROWS["DiLoCo, the inner state restored too"], 4)
+        assert_close(one.weights, start(), rtol=0, atol=0)
+        assert all(not state for state in one.inner.state.values())
+
     def test_a_fragment_is_restored_and_the_others_stand(self) -> None:
         one, before = self.after_a_no(ROWS["DiLoCo, 2 fragments"], 2)
         first, second = (f.parameters for f in one.recipe.fragments)  # type: ignore[attr-defined]

@@ -99,6 +99,10 @@ DOORS: dict[str, tuple[Kind, Callable[[Group], Any]]] = {
         Kind("diloco", every=5, fragments=2, delay=2, skips_unused=True),
         lambda g: streaming(g, every=5, fragment_sync_delay=2),
     ),
+    "DiLoCo, the inner state restored too": (
+        Kind("diloco", every=4, restores_inner=True, skips_unused=True),
+        lambda g: diloco(g, inner_state="restored"),
+    ),
     "DiLoCo, delayed, mixed": (
         Kind("diloco", every=4, delay=1, mix=0.5, skips_unused=True),
         lambda g: diloco(g, fragment_sync_delay=1, fragment_update_alpha=0.5),
@@ -357,6 +361,7 @@ class TestRefusals:
             (4, {"fragment_sync_delay": -1}, "use 0 to 2"),
             (4, {"fragment_update_alpha": 1.5}, "is not a share"),
             (4, {"fragment_update_alpha": -0.1}, "is not a share"),
+            (4, {"inner_state": "kept"}, "'stands' or is 'restored'"),
             (4, {"bucket_cap_mb": 0}, "must be above 0"),
             (4, {"should_quantize": "int5"}, "no codec 'int5': give one of fp32, bf16"),
         ],

@@ -15,7 +15,7 @@ A frozen parameter is one tensor that all nodes share. Buffers are each node's o
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -204,6 +204,15 @@ class StackedLocal:
         """Clip and step all that live."""
         self._complete_grads()
         self.inner.step()
+
+    def inner_states(self, fragment: Fragment) -> dict[tuple[int, int], MutableMapping[str, Any]]:
+        """The optimizer's state of each parameter of `fragment`, at each node that is written."""
+        state = self.inner.optimizer.state
+        return {
+            (row, at): state[self.parameters[row][at]]
+            for row in self._written()
+            for at in fragment.parameters
+        }
 
     def release(self, tensors: Sequence[Tensor], *, reusable: bool) -> None:
         """Nothing was lent: views stay, and what was made anew is let go."""

@@ -13,9 +13,9 @@ is one slot, a missing gradient is zero, buffers stay local.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -104,6 +104,17 @@ class Local(Protocol):
 
     def inner_step(self) -> None:
         """The step of the inner optimizer, on all rows. No gradient counts as a zero one."""
+        ...
+
+    def inner_states(
+        self, fragment: Fragment
+    ) -> Mapping[tuple[int, int], MutableMapping[str, Any]]:
+        """The inner optimizer's state of each parameter, by row and position: its own dicts, so
+        that writing in them sets it. Of the rows that are written now.
+
+        Raises:
+            SettingsError: no optimizer with such state is known.
+        """
         ...
 
     def release(self, tensors: Sequence[Tensor], *, reusable: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -186,6 +186,19 @@ class ModelLocal:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         self._optimizer.step()
+
+    def inner_states(self, fragment: Fragment) -> dict[tuple[int, int], MutableMapping[str, Any]]:
+        """The optimizer's state of each parameter of `fragment`.
+
+        Raises:
+            SettingsError: no torch optimizer was given.
+        """
+        optimizer = getattr(self._optimizer, "optimizer", self._optimizer)
+        state = getattr(optimizer, "state", None)
+        if state is None:
+            raise SettingsError("inner_state='restored' needs the inner optimizer's state")
+        first = fragment.parameters.start
+        return {(0, first + at): state[p] for at, p in enumerate(self.of(fragment))}
 
     def release(self, tensors: Sequence[Tensor], *, reusable: bool) -> None:
         """Keep the scratch for the next round, or let it go."""

@@ -126,3 +126,13 @@ class Recipe:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse. A strategy that heals then settles the recipe in; what loads a recipe by
         itself relies on the recipe to set `_healed`."""
+
+    def own_state_dict(self) -> dict[str, Any]:
+        """The own state, for a checkpoint."""
+        return dict(self.own)
+
+    def load_own_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse."""
+        for name, tensors in self.own.items():
+            for mine, saved in zip(tensors, state[name], strict=True):
+                mine.copy_(saved)

@@ -256,16 +256,14 @@ class Strategy:
         """
         if self._flight:
             raise PhaseError("a round is in flight: save after finish(), or when none is open")
-        return {**self.shared_state_dict(), "own": [dict(recipe.own) for recipe in self.recipes]}
+        return {**self.shared_state_dict(), "own": [r.own_state_dict() for r in self.recipes]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse."""
         self.load_shared_state_dict(state)
         for recipe, theirs in zip(self.recipes, state["own"], strict=True):
             recipe._healed = False
-            for name, tensors in recipe.own.items():
-                for mine, saved in zip(tensors, theirs[name], strict=True):
-                    mine.copy_(saved)
+            recipe.load_own_state_dict(theirs)
 
     def shared_state_dict(self) -> dict[str, Any]:
         """What a node that heals gets: equal at all nodes, whenever a round opens."""
