@@ -22,6 +22,7 @@ from torchft.simulator.feed import Feed
 from torchft.simulator.node import TrainNode
 from torchft.simulator.seeds import seed_everything, seed_of
 from torchft.simulator.weather import Weather
+from torchft.strategies.checks import check_recipes
 from torchft.strategies.inner import Inner
 from torchft.strategies.strategy import Strategy
 
@@ -81,6 +82,7 @@ class Experiment:
             raise SettingsError("say how long to train: max_steps or num_epochs")
         if not isinstance(self.strategy, Strategy):
             raise SettingsError(f"strategy is a {type(self.strategy).__name__}, not a Strategy")
+        check_recipes(self.strategy.recipes)
         if not isinstance(self.model, nn.Module) and not callable(self.model):
             raise SettingsError(f"model is a {type(self.model).__name__}, not a torch module")
         if not (isinstance(self.node_cls, type) and issubclass(self.node_cls, TrainNode)):

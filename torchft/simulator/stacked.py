@@ -23,12 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from torchft.errors import SettingsError
+from torchft.strategies.checks import check_values
 from torchft.strategies.inner import Inner
 from torchft.strategies.local import Fragment, Layout, even_runs
 
 __all__ = ["StackedLocal"]
 
 _ALIGNMENT = 64
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class StackedLocal:
@@ -168,6 +170,7 @@ class StackedLocal:
 
     def set_weights(self, fragment: Fragment, values: Sequence[Tensor]) -> None:
         """Write the weights of the living from `[1 or rows, n]`."""
+        check_values("set_weights", self._layout(fragment).sizes, values, self.rows)
         self._write(self.weights(fragment), values)
 
     def grads(self, fragment: Fragment) -> list[Tensor]:
@@ -177,6 +180,7 @@ class StackedLocal:
 
     def set_grads(self, fragment: Fragment, values: Sequence[Tensor]) -> None:
         """Write the gradients of the living from `[1 or rows, n]`."""
+        check_values("set_grads", self._layout(fragment).sizes, values, self.rows)
         self._write(self.grads(fragment), values)
 
     @torch.no_grad()
@@ -190,6 +194,7 @@ class StackedLocal:
         self, fragment: Fragment, positions: Sequence[Tensor], values: Sequence[Tensor]
     ) -> None:
         """Write some elements of the living."""
+        check_values("put", [at.numel() for at in positions], values, self.rows)
         for flat, at, given in zip(self.weights(fragment), positions, values, strict=True):
             value = given.to(flat.device)
             for row in self._written():
@@ -218,6 +223,14 @@ class StackedLocal:
         """Nothing was lent: views stay, and what was made anew is let go."""
 
     # --- what a runtime does
+
+    @torch.no_grad()
+    def fingerprint(self) -> list[int]:
+        """Changes whenever somebody writes another bit into the weights, by whatever view."""
+        return [
+            int(flat.view(_BITS[flat.dtype.itemsize]).sum(dtype=torch.int64))
+            for flat in self._weights
+        ]
 
     @contextmanager
     def limited_to(self, rows: Sequence[int]) -> Iterator[None]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchft.errors import SettingsError
+from torchft.strategies.checks import check_values
 from torchft.strategies.local import Fragment, Layout, even_runs, local_part
 from torchft.strategies.parts.scratch import Scratch
 
@@ -126,6 +127,7 @@ class ModelLocal:
     @torch.no_grad()
     def set_weights(self, fragment: Fragment, values: Sequence[Tensor]) -> None:
         """Copy into the parameters, from whichever device."""
+        check_values("set_weights", self.layout(fragment).sizes, values)
         for view, parameter in zip(self._views(fragment, values), self.of(fragment), strict=True):
             local_part(parameter).copy_(view, non_blocking=True)
 
@@ -142,6 +144,7 @@ class ModelLocal:
         self, fragment: Fragment, positions: Sequence[Tensor], values: Sequence[Tensor]
     ) -> None:
         """Write some elements of the parameters."""
+        check_values("put", [at.numel() for at in positions], values)
         whole = self.weights(fragment)
         for flat, at, value in zip(whole, positions, values, strict=True):
             flat[:, at] = value
@@ -163,6 +166,7 @@ class ModelLocal:
     @torch.no_grad()
     def set_grads(self, fragment: Fragment, values: Sequence[Tensor]) -> None:
         """Copy into the gradients, making those that are missing."""
+        check_values("set_grads", self.layout(fragment).sizes, values)
         for view, parameter in zip(self._views(fragment, values), self.of(fragment), strict=True):
             if parameter.grad is None or parameter.grad.layout is not torch.strided:
                 parameter.grad = like_parameter(view.clone(), parameter)

@@ -63,6 +63,8 @@ class Recipe:
     own: dict[str, list[Tensor]]
     """Own state by name: tensors with a leading row for each node. Zero at the start."""
     _healed = False
+    _asked = False
+    """It has contributed to a round."""
 
     def bind(self, local: Local, clock: Clock) -> None:
         """Give the recipe the weights it works on, and the clock. Once.

@@ -30,8 +30,9 @@ from torch import Tensor
 
 from torchft.errors import HealError, PhaseError, SettingsError
 from torchft.peers import Handle, Peers, Place, Round
+from torchft.strategies import checks
 from torchft.strategies.local import Fragment, Local
-from torchft.strategies.optim_spec import plain
+from torchft.strategies.optim_spec import OptimSpec, plain
 from torchft.strategies.parts import buckets
 from torchft.strategies.parts.finite import are_finite, not_finite
 from torchft.strategies.recipe import By, Clock, Recipe
@@ -80,11 +81,11 @@ class Strategy:
         self,
         recipes: Sequence[Recipe],
         *,
-        inner: Inner | None = None,
+        inner: Inner | OptimSpec | None = None,
         bucket_bytes: int | None = None,
     ) -> None:
-        self.recipes = list(recipes)
-        self.inner = inner
+        self.recipes = checks.recipes_of(recipes)
+        self.inner = checks.inner_of(inner)
         self.settings: dict[str, Any] = {}
         """What a subclass was made with, for `config`."""
         self.clock = Clock()
@@ -114,6 +115,7 @@ class Strategy:
         """
         if self._peers is not None:
             raise SettingsError(f"this {type(self).__name__} is in use: make one for each run")
+        checks.check_recipes(self.recipes)
         self._check_codecs()
         for recipe in self.recipes:
             recipe.bind(local, self.clock)
@@ -317,7 +319,7 @@ class Strategy:
             # sizes would spoil their average, so nobody gets one.
             peers_round.fail(HealError("a joining group could not heal: the round is given up"))
         try:
-            sent, draft = recipe.contribution(fragment)
+            sent, draft = checks.contributed(recipe, fragment)
             handle = self._start(recipe, peers_round, sent)
         except Exception as error:
             self._discard(recipe, fragment, None)

@@ -1,0 +1,182 @@
+"""A recipe that somebody writes and that is not quite right is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from torchft.errors import SettingsError
+from torchft.peers import Place
+from torchft.simulator.experiment import Experiment
+from torchft.simulator.loop import run_stacked
+from torchft.strategies import AllReduce, DiLoCoStrategy, Inner, OptimSpec, Recipe, Strategy
+from torchft.strategies.model_local import ModelLocal
+from torchft.strategies.recipe import By
+
+
+class Fits(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Linear(3, 1)
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return self.line(batch).pow(2).mean()
+
+
+class Mine(Recipe):
+    """Right."""
+
+    def contribution(self, fragment: Any) -> Any:
+        return self.local.weights(fragment), None
+
+    def adopt(self, fragment: Any, news: Any, draft: Any) -> None:
+        self.local.set_weights(fragment, news)
+
+
+def contributes(what: Callable[[Mine, Any], Any]) -> Mine:
+    class Other(Mine):
+        def contribution(self, fragment: Any) -> Any:
+            return what(self, fragment)
+
+    return Other()
+
+
+def run(strategy: Strategy) -> None:
+    run_stacked(
+        Experiment(
+            model=Fits(),
+            train_dataset=torch.ones(40, 3),
+            strategy=strategy,
+            num_nodes=2,
+            max_steps=2,
+            batch_size=5,
+            device="cpu",
+        )
+    )
+
+
+def refused(recipe: Recipe, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        run(Strategy([recipe], inner=Inner()))
+
+
+def test_one_that_is_right_runs() -> None:
+    run(Strategy([Mine()], inner=Inner()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"place": "after"}, r"Other.place is 'after': it must be one of Place.\w+, Place.\w+"),
+        ({"by": "average"}, "Other.by is 'average': it must be one of By.AVERAGE"),
+        ({"delay": 1.5}, "Other.delay is 1.5: it must be a whole number"),
+        ({"contribution": Recipe.contribution}, "Other has no method contribution"),
+        ({"adopt": Recipe.adopt}, "Other has no method adopt"),
+        ({"by": By.ISLANDS}, "Other has no method islands: a recipe defines contribution and"),
+    ],
+)
+def test_settings_and_methods_are_looked_at_before_the_first_step(
+    settings: dict[str, Any], message: str
+) -> None:
+    refused(type("Other", (Mine,), settings)(), message)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (lambda r, f: r.local.weights(f), r"contribution returned a list of 1 \(Tensor\)"),
+        (lambda r, f: None, "Other.contribution returned None: contribution returns a pair"),
+        (lambda r, f: (r.local.weights(f)[0], None), "sends one tensor of shape"),
+        (lambda r, f: ([1.0], None), r"sends a list of 1 \(float\)"),
+        (lambda r, f: ([torch.zeros(1, 4)], None), r"tensor 0 has the shape \(1, 4\), and 2 node"),
+        (lambda r, f: ([torch.zeros(())], None), r"tensor 0 has the shape \(\)"),
+    ],
+)
+def test_a_contribution_that_is_no_pair_with_rows_is_refused(what: Any, message: str) -> None:
+    refused(contributes(what), message)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        lambda rows: [torch.zeros(rows, 1)],
+        lambda rows: [],
+        lambda rows: [torch.zeros(rows, 4), torch.zeros(rows, 4)],
+        lambda rows: [torch.zeros(rows, 4, 1)],
+    ],
+)
+def test_what_does_not_fit_the_weights_is_not_written_into_them(sent: Any) -> None:
+    message = r"set_weights was given tensors of shapes .* fragment has \[1 or 2, 4\]"
+    refused(contributes(lambda r, f: (sent(r.local.rows), None)), message)
+
+
+@pytest.mark.parametrize("write", ["set_weights", "set_grads"])
+def test_what_does_not_fit_a_real_model_is_not_written_into_it(write: str) -> None:
+    model = Fits()
+    local = ModelLocal([model])
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(SettingsError, match=rf"{write} was given .*\(1, 1\).* has \[1, 4\]"):
+        getattr(local, write)(local.whole, [torch.zeros(1, 1)])
+    assert all(map(torch.equal, before, model.parameters()))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_elements_and_their_positions_are_as_many() -> None:
+    local = ModelLocal([Fits()])
+    with pytest.raises(SettingsError, match=r"put was given .*\(1, 1\).* has \[1, 2\]"):
+        local.put(local.whole, [torch.tensor([0, 3])], [torch.zeros(1, 1)])
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda weights: weights.mul_(0.5),
+        lambda weights: weights.data.add_(1),
+        lambda weights: weights[1, 2:3].zero_(),
+    ],
+)
+@pytest.mark.parametrize("place", Place)
+def test_a_contribution_that_writes_into_the_weights_is_refused(write: Any, place: Place) -> None:
+    def what(recipe: Mine, fragment: Any) -> Any:
+        with torch.no_grad():
+            write(recipe.local.weights(fragment)[0])
+        return [torch.zeros(2, 1)], None
+
+    recipe = contributes(what)
+    type(recipe).place = place
+    refused(recipe, "Other.contribution wrote into the weights: it only reads")
+
+
+class TestStrategy:
+    def test_no_recipes(self) -> None:
+        with pytest.raises(SettingsError, match="the strategy has no recipe"):
+            run(Strategy([], inner=Inner()))
+
+    @pytest.mark.parametrize(
+        ("recipes", "message"),
+        [
+            (Mine(), r"write Strategy\(\[Mine\(…\)\]\)"),
+            (5, "a list of recipes, not a int"),
+            ("all_reduce", "a list of recipes, not a str"),
+            ([AllReduce], r"AllReduce is a class: give a recipe, AllReduce\(…\)"),
+            (["all_reduce"], "'all_reduce' is a str: derive its class"),
+        ],
+    )
+    def test_what_is_no_list_of_recipes(self, recipes: Any, message: str) -> None:
+        with pytest.raises(SettingsError, match=message):
+            Strategy(recipes)
+
+    def test_an_optimizer_alone_is_an_inner(self) -> None:
+        spec = OptimSpec(torch.optim.SGD, lr=0.1)
+        assert Strategy([Mine()], inner=spec).inner == Inner(spec)
+
+    def test_what_is_no_inner(self) -> None:
+        with pytest.raises(SettingsError, match="Strategy's inner is AdamW: give Inner"):
+            Strategy([Mine()], inner=torch.optim.AdamW)  # type: ignore[arg-type]
+
+    def test_a_whole_strategy_needs_no_recipes_from_its_user(self) -> None:
+        assert len(DiLoCoStrategy().recipes) == 1
