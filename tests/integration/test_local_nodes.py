@@ -263,3 +263,51 @@ def test_processes_of_a_fork_server_do_the_same() -> None:
     forked = run_processes(experiment, method="fork")
     served = run_processes(experiment, method="forkserver")
     assert forked.digests == served.digests
+
+
+SCRIPT = """
+import threading
+import torch
+from torchft.simulator import Trainer
+from torchft.strategies import DiLoCoStrategy
+
+class Model(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(3, 1)
+
+    def forward(self, batch):
+        return super().forward(batch[0]).square().mean()
+
+def main():
+    threading.Thread(target=threading.Event().wait, daemon=True).start()  # so it cannot fork
+    Trainer(Model(), torch.utils.data.TensorDataset(torch.ones(32, 3)), device="cpu").fit(
+        1, DiLoCoStrategy(H=2), 2, max_steps=4, batch_size=4, processes=True, disable_logging=True
+    )
+    print("trained")
+
+"""
+GUARD = "if __name__ == '__main__':"
+
+
+def _script(folder: Path, end: str) -> subprocess.CompletedProcess[str]:
+    path = folder / "script.py"
+    path.write_text(SCRIPT + end)
+    return subprocess.run(
+        [sys.executable, str(path)], capture_output=True, text=True, timeout=4 * DEADLINE_S
+    )
+
+
+def test_a_script_without_a_guard_is_told_where_to_put_it(tmp_path: Path) -> None:
+    ended = _script(tmp_path, "main()\n")
+    assert (ended.returncode, ended.stdout) == (1, "")
+    child, parent = (line for line in ended.stderr.splitlines() if GUARD in line)
+    assert child.startswith("torchft.errors.SettingsError: a process of this script imports it")
+    assert parent.startswith("torchft.errors.SettingsError: a process of this run failed before")
+    assert f"{tmp_path / 'script.py'}" in parent
+    assert "lighthouse" not in ended.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_script_with_a_guard_trains(tmp_path: Path) -> None:
+    ended = _script(tmp_path, f"{GUARD}\n    main()\n")
+    assert (ended.returncode, ended.stdout) == (0, "trained\n"), ended.stderr

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from torchft.errors import SettingsError, TorchftError
+from torchft.launch.guard import HINT, check_guarded, main_file
 from torchft.launch.local_node import LocalNode, Seat, Story, live, name_of, serve_lighthouse
 
 __all__ = ["LocalNode", "LocalNodes", "NodeFailed", "Start"]
@@ -110,7 +111,9 @@ class LocalNodes:
 
         Raises:
             NodeFailed: a story raised, or a process died that was not to.
+            SettingsError: the script that calls this does so whenever it is imported.
         """
+        check_guarded()
         context = self._context()
         helpers: list[_Life] = []
         try:
@@ -133,6 +136,7 @@ class LocalNodes:
 
     def _context(self) -> Any:
         method = self.method or ("fork" if _can_fork() else "forkserver")
+        self._imports = None if method == "fork" else main_file()
         context = multiprocessing.get_context(method)
         if method == "forkserver":
             context.set_forkserver_preload(["torch", "torchft.launch.local_node", *self.preload])
@@ -169,8 +173,9 @@ class LocalNodes:
     def _hear_address(self, lighthouse: _Life) -> str:
         try:
             address = lighthouse.line.recv()
-        except EOFError:
-            raise NodeFailed("the lighthouse of this run did not start") from None
+        except (EOFError, ConnectionResetError):
+            lighthouse.process.join(_END_S)
+            raise _not_started(lighthouse.process.exitcode, imports=self._imports) from None
         assert isinstance(address, str)
         return address
 
@@ -272,6 +277,17 @@ class LocalNodes:
 
     def _of(self, node: int) -> list[_Life]:
         return [life for life in self._lives if life.node == node]
+
+
+def _not_started(code: int | None, *, imports: str | None) -> TorchftError:
+    """Why the first process ended without a word: the only one of which that may be the script."""
+    if imports is None or code != 1:
+        return NodeFailed(f"the lighthouse of this run did not start (exit code {code})")
+    return SettingsError(
+        f"a process of this run failed before its part began (its error is above). It imports "
+        f"{imports} first, which has to be possible without training anew: {HINT}, or start Python "
+        "with OMP_NUM_THREADS=1, so that it can fork"
+    )
 
 
 def _can_fork() -> bool:

@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 
 from torchft.errors import SettingsError
+from torchft.launch.guard import check_guarded
 from torchft.launch.local_nodes import LocalNodes, Start
 from torchft.records import StepRecord, read_step_records
 from torchft.simulator.events import Dies, Event, Joins
@@ -49,6 +50,7 @@ def run_processes(
         NodeFailed: a process failed, or its loss is not finite; with its traceback.
     """
     started = perf_counter()
+    check_guarded()
     experiment.check()
     strategy = experiment.strategy
     if hasattr(strategy, "local"):  # bound

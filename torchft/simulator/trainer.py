@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from torchft.errors import SettingsError
+from torchft.launch.guard import check_guarded
 from torchft.simulator.checkpoint import Saved
 from torchft.simulator.events import Event
 from torchft.simulator.experiment import Experiment
@@ -146,6 +147,7 @@ class Trainer:
             SettingsError: it cannot run; before the first step wherever that can be known.
             NodeError: a loss is not finite; names node and step.
         """
+        check_guarded()
         _check_interval("val_size", val_size, least=0)
         _check_interval("val_interval", val_interval)
         _check_interval("checkpoint_interval", checkpoint_interval)
