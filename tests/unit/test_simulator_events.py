@@ -119,7 +119,7 @@ def test_it_goes_on_from_what_was_saved() -> None:
     [
         ([Dies(3, 1)], "the nodes are 0 to 2"),
         ([Dies(-1, 1)], "the nodes are 0 to 2"),
-        ([Dies(1, -1)], "counted from 0"),
+        ([Dies(1, -1)], "count steps from 0"),
         ([Dies(1, 1), Dies(1, 2)], "not there at that step"),
         ([Dies(1, 1), Joins(1, 2), Joins(1, 3)], "there already at that step"),
         ([Dies(1, 1), Misses(1, 2)], "not there at that step"),

@@ -14,7 +14,7 @@ from torchft.simulator.events import Dies
 from torchft.simulator.experiment import Experiment
 from torchft.simulator.loop import run_stacked
 from torchft.simulator.weather import Weather, WeatherEvent
-from torchft.strategies import AllReduce, Inner, LocalSGD, Strategy
+from torchft.strategies import AllReduce, DiLoCoStrategy, Inner, LocalSGD, Strategy
 
 
 class Fits(nn.Module):
@@ -75,6 +75,17 @@ def experiment(**settings: Any) -> Experiment:
         ({"autocast": torch.float16}, "autocast=torch.float16"),
         ({"autocast": "bf16"}, "autocast=bf16"),
         ({"events": [Dies(4, 1)]}, "the nodes are 0 to 3"),
+        ({"events": Dies(0, 3)}, r"events is one Dies: give a list, \[Dies\(node=0, step=3"),
+        ({"events": [3]}, r"3 among the events is none: use Dies\(node, step\)"),
+        ({"events": [Dies]}, "Dies among the events is none"),
+        ({"events": "Dies"}, "events is a str: give a list"),
+        ({"events": [Dies(1, 2.5)]}, r"Dies\(node=1, step=2.5.*: step must be a whole number"),
+        ({"events": [Dies(True, 2)]}, "node must be a whole number"),
+        ({"events": [Dies(1, 2, 3)]}, "in_round must be True or False"),
+        ({"events": [Dies(1, 2), Dies(1, 3)]}, "at that step .events count steps from 0"),
+        ({"weather": "fast"}, r"weather='fast' is no Weather: use torchft.simulator.Weather\(…\)"),
+        ({"shuffle": "no"}, "shuffle='no': it must be True or False"),
+        ({"deterministic": 1}, "deterministic=1: it must be True or False"),
         ({"dataloader_kwargs": {"drop_last": True}}, "dataloader_kwargs has drop_last"),
     ],
     ids=str,
@@ -90,6 +101,11 @@ def test_what_cannot_run_is_refused_before_the_first_step(
 def test_cuda_that_is_not_there_is_not_replaced() -> None:
     with pytest.raises(SettingsError, match="CUDA is not there: use device='cpu'"):
         experiment(device="cuda").check()
+
+
+def test_an_h_of_true_is_refused_with_the_strategy() -> None:
+    with pytest.raises(SettingsError, match="H=True: nodes synchronise every 1 or more"):
+        DiLoCoStrategy(H=True)
 
 
 def test_an_h_below_one_is_refused_with_the_strategy() -> None:

@@ -345,7 +345,7 @@ class TestGoingWrong:
         def data(rank: int, num_nodes: int, train: bool) -> list[Any]:
             return [(*b, s if rank == 1 else -1) for s, b in enumerate(drawn(rank, 3, train))]
 
-        with pytest.raises(NodeError, match="node 1 at step 4 is nan"):
+        with pytest.raises(NodeError, match="node 1 in step 5 is nan"):
             run_stacked(experiment(DiLoCo(OUTER, 4), model=Breaks(), train_dataset=data))
 
     def test_a_model_without_a_scalar_ends_before_any_step(self) -> None:

@@ -114,6 +114,6 @@ def test_autocast_reaches_the_model() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_loss_that_is_no_number_names_node_and_step(value: float) -> None:
     losses = {0: torch.tensor(1.0), 2: torch.tensor([value])}
-    with pytest.raises(NodeError, match=f"node 2 at step 17 is {value}"):
+    with pytest.raises(NodeError, match=f"node 2 in step 18 is {value}"):
         finite_losses(losses, 17)
     assert finite_losses({0: torch.tensor(1.5)}, 0) == {0: 1.5}

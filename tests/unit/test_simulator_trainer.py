@@ -383,6 +383,6 @@ class Explodes(Odd):
 def test_a_loss_that_is_not_a_number_names_node_and_step() -> None:
     data = pairs()
     data.tensors[0][17] = 99.0  # unshuffled: node 1, position 8, so its second batch of 8
-    with pytest.raises(NodeError, match="loss of node 1 at step 1 is nan"):
+    with pytest.raises(NodeError, match="loss of node 1 in step 2 is nan"):
         fit(Explodes(), data, shuffle=False)
     assert [row["step"] for row in read("train")] == ["1"]  # closed, and complete up to there

@@ -15,7 +15,16 @@ from typing import Any, TypeVar
 
 from torchft.errors import SettingsError
 
-__all__ = ["Attendance", "Dies", "Discards", "Event", "Joins", "Misses", "check_events"]
+__all__ = [
+    "Attendance",
+    "Dies",
+    "Discards",
+    "Event",
+    "Joins",
+    "Misses",
+    "check_events",
+    "check_list",
+]
 
 
 @dataclass(frozen=True)
@@ -94,7 +103,9 @@ class Attendance:
             self.waiting[event.node] = event.donor
         self._joins = sorted([*self._joins, *late], key=lambda event: event.step)
         if not self.alive:
-            raise SettingsError(f"nobody is left at step {step}: let some node live")
+            raise SettingsError(
+                f"nobody is left at step {step} (events count steps from 0): let some node live"
+            )
         return gone
 
     def admit(self) -> list[tuple[int, int]]:
@@ -165,26 +176,64 @@ def check_events(num_nodes: int, events: Sequence[Event]) -> None:
         SettingsError: a node that there is not, the death of one that is absent, the start of one
             that is there, or nobody left.
     """
+    check_list(events)
+    for event in events:
+        _check_whole(event)
     ordered = sorted(events, key=lambda event: event.step)
     present = set(range(num_nodes)) - _absent_at_start(ordered)
     if not present:
         raise SettingsError("no node is there at the start: somebody must be, to heal from")
     for event in ordered:
         if event.step < 0:
-            raise SettingsError(f"{event}: steps are counted from 0")
+            raise SettingsError(f"{event}: events count steps from 0")
         if isinstance(event, Discards):
             continue
         if not 0 <= event.node < num_nodes:
             raise SettingsError(f"{event}: the nodes are 0 to {num_nodes - 1}")
         if (event.node in present) is isinstance(event, Joins):
             there = "there already" if event.node in present else "not there"
-            raise SettingsError(f"{event}: this node is {there} at that step")
+            raise SettingsError(
+                f"{event}: this node is {there} at that step (events count steps from 0)"
+            )
         if isinstance(event, Dies):
             present.discard(event.node)
         else:
             present.add(event.node)
         if not present:
             raise SettingsError(f"{event}: nobody is left after it: let some node live")
+
+
+def check_list(events: object) -> None:
+    """They are a list of events.
+
+    Raises:
+        SettingsError: they are not.
+    """
+    if isinstance(events, Event):
+        raise SettingsError(f"events is one {type(events).__name__}: give a list, [{events}]")
+    if not isinstance(events, Sequence) or isinstance(events, str):
+        raise SettingsError(
+            f"events is a {type(events).__name__}: give a list, like [Dies(node=1, step=40)]"
+        )
+    for event in events:
+        if not isinstance(event, Event):
+            what = event.__name__ if isinstance(event, type) else repr(event)
+            raise SettingsError(
+                f"{what} among the events is none: use Dies(node, step), Joins(node, step), "
+                "Discards(step) or Misses(node, step)"
+            )
+
+
+def _check_whole(event: Event) -> None:
+    for name, value in asdict(event).items():
+        if name == "in_round":
+            right = isinstance(value, bool)
+        else:
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            right = whole or (name == "donor" and value is None)
+        if not right:
+            must = "True or False" if name == "in_round" else "a whole number"
+            raise SettingsError(f"{event}: {name} must be {must}")
 
 
 def _absent_at_start(ordered: Sequence[Event]) -> set[int]:

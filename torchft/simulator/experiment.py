@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from torchft.errors import SettingsError
-from torchft.simulator.events import Event, check_events
+from torchft.simulator.events import Event, check_events, check_list
 from torchft.simulator.feed import Feed
 from torchft.simulator.node import TrainNode
 from torchft.simulator.seeds import seed_everything, seed_of
@@ -87,9 +87,21 @@ class Experiment:
             raise SettingsError(f"model is a {type(self.model).__name__}, not a torch module")
         if not (isinstance(self.node_cls, type) and issubclass(self.node_cls, TrainNode)):
             raise SettingsError(f"node_cls={self.node_cls!r} is no subclass of TrainNode")
+        self._check_types()
         _ = self.torch_device, self.inner, self.autocast_dtype
         self.feed().check()
         check_events(self.num_nodes, self.all_events())
+
+    def _check_types(self) -> None:
+        for name in ("shuffle", "deterministic", "digests"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise SettingsError(f"{name}={value!r}: it must be True or False")
+        check_list(self.events)
+        if self.weather is not None and not isinstance(self.weather, Weather):
+            raise SettingsError(
+                f"weather={self.weather!r} is no Weather: use torchft.simulator.Weather(…)"
+            )
 
     @property
     def torch_device(self) -> torch.device:

@@ -91,7 +91,8 @@ class TrainNode:
 
 
 def finite_losses(losses: Mapping[int, Tensor], step: int) -> dict[int, float]:
-    """Node → its loss as a number, read from the device at once.
+    """Node → its loss as a number, read from the device at once. `step` counts from 0; the message
+    counts from 1, as progress, CSV files and checkpoints do.
 
     Raises:
         NodeError: one is not finite.
@@ -100,8 +101,8 @@ def finite_losses(losses: Mapping[int, Tensor], step: int) -> dict[int, float]:
     for node, value in zip(losses, values, strict=True):
         if not math.isfinite(value):
             raise NodeError(
-                f"the loss of node {node} at step {step} is {value}: use a lower learning rate, "
-                "clip with max_norm, or look for bad samples"
+                f"the loss of node {node} in step {step + 1} is {value}: use a lower learning "
+                "rate, clip with max_norm, or look for bad samples"
             )
     return dict(zip(losses, values, strict=True))
 

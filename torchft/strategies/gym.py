@@ -86,7 +86,7 @@ class _Averaged(_Named):
 
 
 def _check_interval(name: str, steps: int) -> None:
-    if not isinstance(steps, int) or steps < 1:
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise SettingsError(
             f"{name}={steps!r}: nodes synchronise every 1 or more whole inner steps"
         )
