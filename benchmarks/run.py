@@ -24,6 +24,7 @@ BENCHMARKS = (
     "quorum_latency",
     "commit_latency",
     "allreduce_overhead",
+    "diloco_overhead",
     "recovery_time",
     "simulator",
     "simulator_starts",
