@@ -24,9 +24,9 @@ from torchft.peers import Place
 from torchft.records import read_step_records
 from torchft.simulator.events import Dies, Discards, Joins
 from torchft.simulator.loop import run_stacked
-from torchft.simulator.node import TrainNode
+from torchft.simulator.node import NodeError, TrainNode
 from torchft.simulator.processes import run_processes
-from torchft.strategies import FedAvgStrategy
+from torchft.strategies import DiLoCoStrategy, FedAvgStrategy
 
 DEADLINE_S = 30.0
 
@@ -200,7 +200,16 @@ class FailsAtStep3(TrainNode):
 def test_a_loss_that_is_not_finite_names_node_and_step() -> None:
     experiment = experiment_of("DiLoCo", steps=20, nodes=2)
     experiment.node_cls = FailsAtStep3
-    with pytest.raises(NodeFailed, match="loss of node 1 at step 3 is nan"):
+    with pytest.raises(NodeError, match=r"^the loss of node 1 in step 4 is nan") as found:
+        run_processes(experiment, method="fork")
+    assert "\n" not in str(found.value)
+    assert isinstance(found.value.__cause__, NodeFailed)
+
+
+def test_nodes_that_never_talk_are_warned_of() -> None:
+    experiment = experiment_of("DiLoCo", steps=3, nodes=2)
+    experiment.strategy = DiLoCoStrategy(H=100)
+    with pytest.warns(UserWarning, match="opened no round in 3 steps, so the 2 nodes trained"):
         run_processes(experiment, method="fork")
 
 

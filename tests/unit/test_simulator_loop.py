@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from functools import cache
 from typing import Any
 
@@ -24,6 +25,7 @@ from torchft.simulator.result import Result, mean_model
 from torchft.strategies import (
     AllReduce,
     DiLoCo,
+    DiLoCoStrategy,
     Inner,
     LocalSGD,
     OptimSpec,
@@ -333,6 +335,23 @@ class TestMeanModel:
             torch.equal(a, b) for a, b in zip(mean.parameters(), one.parameters(), strict=True)
         )
         assert mean.second[0].weight is mean.first[2].weight
+
+
+class TestSilence:
+    def test_nodes_that_never_talked_are_warned_of(self) -> None:
+        message = "DiLoCoStrategy.* opened no round in 6 steps, so the 3 nodes trained each for"
+        with pytest.warns(UserWarning, match=message):
+            run_stacked(experiment(strategy=DiLoCoStrategy(), max_steps=6))
+
+    @pytest.mark.parametrize("nodes", [1, 3])
+    def test_one_node_or_one_round_is_no_reason(self, nodes: int) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            run_stacked(
+                experiment(
+                    strategy=DiLoCoStrategy(H=6 if nodes > 1 else 100), max_steps=6, num_nodes=nodes
+                )
+            )
 
 
 class TestGoingWrong:

@@ -26,6 +26,7 @@ from torch.distributed import TCPStore
 
 from torchft import settings
 from torchft.coordination import LighthouseServer, watch_parent
+from torchft.errors import TorchftError
 from torchft.managed_peers import ManagedPeers
 from torchft.manager import Manager
 from torchft.process_group import ProcessGroupGloo
@@ -152,8 +153,10 @@ def live(seat: Seat, story: Story, line: Connection) -> None:
     node = LocalNode(seat, line)
     try:
         line.send(("done", story(node)))
-    except BaseException:
-        line.send(("failed", traceback.format_exc()))
+    except BaseException as error:
+        ours = isinstance(error, TorchftError) and type(error).__module__.startswith("torchft.")
+        named = (type(error), str(error)) if ours else None
+        line.send(("failed", (traceback.format_exc(), named)))
     line.recv()
     node.close()
 

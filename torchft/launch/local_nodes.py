@@ -94,6 +94,8 @@ class LocalNodes:
     """Modules that a fork server imports once for all."""
     news: Callable[[int, Any], None] = lambda node, news: None
     """Gets what nodes report while they run."""
+    plain: tuple[type[TorchftError], ...] = ()
+    """Errors of a story that say enough: they come out as they are, caused by a NodeFailed."""
     _lives: list[_Life] = field(default_factory=list)
     _begun: dict[Start, _Life] = field(default_factory=dict)
     _opened: set[int] = field(default_factory=set)
@@ -110,7 +112,7 @@ class LocalNodes:
         """Node → what its story returned. A node that was killed and not restarted has none.
 
         Raises:
-            NodeFailed: a story raised, or a process died that was not to.
+            NodeFailed: a story raised what is not `plain`, or a process died that was not to.
             SettingsError: the script that calls this does so whenever it is imported.
         """
         check_guarded()
@@ -219,7 +221,7 @@ class LocalNodes:
                 raise NodeFailed(f"node {life.node} died (exit code {code})") from None
             return
         if kind == "failed":
-            raise NodeFailed(f"node {life.node} failed:\n{value}")
+            self._fail(life, *value)
         if kind == "news":
             self.news(life.node, value)
         elif kind == "done":
@@ -232,6 +234,12 @@ class LocalNodes:
         elif kind == "ready":
             life.ready = True
             self._let_go(life)
+
+    def _fail(self, life: _Life, text: str, named: tuple[type[TorchftError], str] | None) -> None:
+        failed = NodeFailed(f"node {life.node} failed:\n{text}")
+        if named is not None and issubclass(named[0], self.plain):
+            raise named[0](named[1]) from failed
+        raise failed
 
     def _let_go(self, life: _Life) -> None:
         """Those that start with the run wait for each other; whoever comes later does not."""

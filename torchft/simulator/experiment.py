@@ -9,6 +9,7 @@ One value describes it for every runtime: rows of one process, or real processes
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,6 +103,18 @@ class Experiment:
             raise SettingsError(
                 f"weather={self.weather!r} is no Weather: use torchft.simulator.Weather(…)"
             )
+
+    def warn_of_silence(self, rounds: Sequence[object]) -> None:
+        """At the end: say so if the nodes never talked to each other."""
+        if rounds or self.num_nodes == 1:
+            return
+        warnings.warn(
+            f"{self.strategy!r} opened no round in {self.total_steps} steps, so the "
+            f"{self.num_nodes} nodes trained each for itself: synchronise more often (a smaller "
+            "H), or train for more steps",
+            UserWarning,
+            stacklevel=3,
+        )
 
     @property
     def torch_device(self) -> torch.device:

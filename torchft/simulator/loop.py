@@ -64,6 +64,7 @@ def run_stacked(
         finally:
             run.feed.close()
     result = run.result
+    experiment.warn_of_silence(result.rounds)
     result.seconds["train"] = perf_counter() - started - result.seconds["setup"]
     if experiment.weather is not None:
         result.simulated = forecast(result, experiment.weather)

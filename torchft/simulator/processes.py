@@ -26,6 +26,7 @@ from torchft.records import StepRecord, read_step_records
 from torchft.simulator.events import Dies, Event, Joins
 from torchft.simulator.experiment import Experiment
 from torchft.simulator.network import forecast
+from torchft.simulator.node import NodeError
 from torchft.simulator.real_node import RealNode, from_bytes
 from torchft.simulator.replay import events_of, heals_of, round_records_of, rounds_of
 from torchft.simulator.result import Result, StepRow, mean_model
@@ -47,7 +48,8 @@ def run_processes(
 
     Raises:
         SettingsError: it cannot run.
-        NodeFailed: a process failed, or its loss is not finite; with its traceback.
+        NodeError: a loss is not finite.
+        NodeFailed: a process failed otherwise; with its traceback.
     """
     started = perf_counter()
     check_guarded()
@@ -70,12 +72,14 @@ def run_processes(
             method=method,
             preload=["torchft.simulator.real_node"],
             news=log.add,
+            plain=(NodeError, SettingsError),
         )
         ends = nodes.run()
         told = [read_step_records(path) for path in sorted(records.glob("node_*.jsonl"))]
     result = _result(experiment, log, [record for life in told for record in life])
     with kept_rng(experiment.torch_device):
         _take_models(result, experiment, ends)
+    experiment.warn_of_silence(result.rounds)
     result.seconds["train"] = perf_counter() - started
     result.seconds["steps"] = log.compute_s
     if experiment.weather is not None:
