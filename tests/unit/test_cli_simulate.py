@@ -119,6 +119,18 @@ def test_what_cannot_be_is_refused_in_words(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_a_folder_that_cannot_be_is_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny: Path, more: tuple[str, ...]
+) -> None:
+    code, said, told = ran(capsys, tiny, "--out", tiny / "out", *more)
+    assert (code, said) == (2, "")
+    assert told.count("\n") == 1
+    assert f"--out: {tiny / 'out' / 'runs'} cannot be a folder, because {tiny} is none" in told
+    code, _, told = ran(capsys, tiny, "--out", "/proc/out", *more)
+    assert code == 2 and told.count("\n") == 1 and "cannot be written" in told
+
+
 def test_a_sweep_prints_a_table_and_leaves_a_folder(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny: Path
 ) -> None:

@@ -20,6 +20,7 @@ from torchft.simulator.config import (
     read_config,
     read_weather,
 )
+from torchft.simulator.folders import check_folder
 
 if TYPE_CHECKING:
     from torchft.simulator.runs import RunReport
@@ -122,6 +123,7 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
 def run(typed: argparse.Namespace) -> int:
     """Do what was typed; returns the exit code."""
     config = config_of(typed)
+    check_folder("--out", typed.out / "runs")
     needed("matplotlib")  # sooner than after an hour
     # Factories of the user's are looked for where the command is typed, as `python -m` does.
     sys.path.insert(0, str(Path.cwd()))
