@@ -176,6 +176,22 @@ def test_a_resumed_run_needs_a_checkpoint_and_to_know_which(tmp_path: Path) -> N
         fit(DiLoCoStrategy(H=4), tmp_path, resume=True, run_name=None)
 
 
+def test_ctrl_c_says_where_the_run_is_and_how_it_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupted(DiLoCoStrategy(H=4), tmp_path, 12)
+    at = tmp_path / "saved" / "run" / "step_00000010.pt"
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"run: stopped after step 12; the last checkpoint is {at}; go on with resume=True and "
+        "run_name='run'"
+    )
+    interrupted(DiLoCoStrategy(H=4), tmp_path, 13, resume=True, checkpoint_interval=None)
+    assert f"stopped after step 13; the last checkpoint is {at};" in capsys.readouterr().err
+    interrupted(DiLoCoStrategy(H=4), tmp_path, 3, checkpoint_interval=None)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == "run: stopped after step 3; there is no checkpoint to go on from"
+
+
 def test_a_path_says_which_run_it_is(tmp_path: Path) -> None:
     fit(DiLoCoStrategy(H=4), tmp_path, checkpoint_interval=10)
     at = tmp_path / "saved" / "run" / "step_00000010.pt"

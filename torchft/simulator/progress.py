@@ -1,4 +1,4 @@
-"""What a run shows while it goes: a bar on a terminal, and elsewhere one line when it is over."""
+"""What a run shows while it goes: a bar on a terminal, and elsewhere a line now and then."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from typing import Any, TextIO
 
 __all__ = ["Progress"]
 
+EVERY_S = 10.0
+"""Between two lines, where there is no terminal."""
+
 
 class Progress:
-    """A bar with the losses and the speed; without a terminal one line at the end.
+    """A bar with the losses and the speed; without a terminal a line now and then, and
+    one at the end.
 
     Args:
         name: the run's.
@@ -31,7 +35,7 @@ class Progress:
         self._stream = sys.stderr if stream is None else stream
         self._name, self._clock = name, clock
         self._first, self._done, self._total = done, done, total
-        self._began = clock()
+        self._began = self._said = clock()
         self._shown: dict[str, str] = {}
         self._bar = self._make_bar() if self._stream.isatty() else None
 
@@ -59,14 +63,32 @@ class Progress:
         if self._bar is not None:
             self._bar.update()
 
+    def now_and_then(self) -> None:
+        """Without a terminal: a line, if the last one is long ago."""
+        if self._bar is None and self._clock() - self._said >= EVERY_S:
+            self.say()
+
+    def say(self) -> None:
+        """Without a terminal: a line, but for the last step's, which `close` writes."""
+        if self._bar is None and self._done < self._total:
+            self._write()
+
     def close(self) -> None:
-        """Take the bar down, or write the line."""
+        """Take the bar down, or write the last line."""
         if self._bar is not None:
             self._bar.close()
             return
-        seconds = self._clock() - self._began
+        self._write()
+
+    def _write(self) -> None:
+        self._said = self._clock()
+        seconds = self._said - self._began
         steps = self._done - self._first
         speed = f"{steps / seconds:.1f} it/s" if seconds > 0 else "0 s"
         figures = "".join(f", {name} {value}" for name, value in self._shown.items())
         part = "" if self._done == self._total else f" of {self._total}"
-        print(f"{self._name}: {self._done}{part} steps, {speed}{figures}", file=self._stream)
+        print(
+            f"{self._name}: {self._done}{part} steps, {speed}{figures}",
+            file=self._stream,
+            flush=True,
+        )

@@ -7,6 +7,7 @@ None of it changes what the run computes.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -101,16 +102,33 @@ class Services:
     _stack: ExitStack = field(default_factory=ExitStack, init=False)
     _progress: Progress | None = field(default=None, init=False)
     _rounds: int = field(default=0, init=False)
+    _step: int = field(default=0, init=False)
+    """Steps that are done."""
     _started: bool = field(default=False, init=False)
 
     def __enter__(self) -> Services:
         return self
 
-    def __exit__(self, *raised: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *raised: object) -> None:
         self._stack.close()
+        if kind is KeyboardInterrupt and self.name is not None:
+            print(f"{self.name}: {self._stopped()}", file=sys.stderr, flush=True)
+
+    def _stopped(self) -> str:
+        """Where a run is that was interrupted, and how it can go on."""
+        newest = None if self.checkpoints is None else self.checkpoints.newest()
+        if newest is None and self.resumed is not None:
+            newest = self.resumed.path
+        if newest is None:
+            return f"stopped after step {self._step}; there is no checkpoint to go on from"
+        return (
+            f"stopped after step {self._step}; the last checkpoint is {newest}; go on with "
+            f"resume=True and run_name={newest.parent.name!r}"
+        )
 
     def __call__(self, run: Run) -> None:
         """Whatever is due after `run.step` steps."""
+        self._step = run.step
         if not self._started:
             self._start(run)
         else:
@@ -144,6 +162,8 @@ class Services:
         closed = run.result.rounds[self._rounds :]
         self._rounds += len(closed)
         self._log("train", self._figures.train(run.result.history[-1], closed))
+        if self._progress is not None:
+            self._progress.now_and_then()
 
     def _validate(self, run: Run) -> None:
         if self.validator is None:
@@ -151,6 +171,8 @@ class Services:
         found = self.look([run.nodes[node] for node in run.local.alive], run.step)
         run.result.validations.append(found)
         self._log("validation", self._figures.validation(found))
+        if self._progress is not None:
+            self._progress.say()
 
     def show(self, total: int, done: int = 0) -> None:
         """Begin to show how far the run is."""
