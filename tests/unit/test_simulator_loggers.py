@@ -19,6 +19,8 @@ from torchft.simulator.loggers import (
     Row,
     TensorBoardLogger,
     WandbLogger,
+    check_loggers,
+    chosen,
     perplexity,
 )
 from torchft.simulator.progress import Progress
@@ -50,6 +52,15 @@ def test_each_kind_of_row_has_its_csv_with_names_above(tmp_path: Path) -> None:
     assert _read(tmp_path / "run" / "validation.csv")[1] == ["0", "0", "3.0"]
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"num_nodes": 2}
     assert not (tmp_path / "run" / "correlation.csv").exists()
+
+
+def test_lines_end_as_other_programs_expect(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    logger.start({}, [])
+    logger.log("train", MORE)
+    logger.close()
+    text = (tmp_path / "train.csv").read_bytes()
+    assert text == b"step,examples_trained,train_loss\n3,24,0.5\n"
 
 
 def test_lines_are_there_while_the_run_goes_on(tmp_path: Path) -> None:
@@ -147,15 +158,33 @@ class _Terminal(StringIO):
         return True
 
 
-def test_without_a_terminal_there_is_one_line_at_the_end() -> None:
-    stream, times = StringIO(), iter([10.0, 12.0])
-    progress = Progress("run", 6, 2, stream=stream, clock=lambda: next(times))
+def test_without_a_terminal_there_is_a_line_each_ten_seconds_and_at_the_end() -> None:
+    stream, times = StringIO(), iter([10.0, 12.0, 20.0, 20.0, 29.9, 30.0, 30.0, 31.0, 35.0])
+    progress = Progress("run", 7, 2, stream=stream, clock=lambda: next(times))
+    lines = []
     for loss in (0.5, 0.25, 0.125, 0.0625):
         progress.step(loss)
-        assert stream.getvalue() == ""
+        progress.now_and_then()
+        lines.append(stream.getvalue().count("\n"))
+    assert lines == [0, 1, 1, 2]
+    assert stream.getvalue().startswith("run: 4 of 7 steps, 0.2 it/s, loss 0.25\n")
+    progress.step(0.03)
+    progress.now_and_then()
     progress.show(validation=0.75)
+    progress.say()  # the line at the end says so too
     progress.close()
-    assert stream.getvalue() == "run: 6 steps, 2.0 it/s, loss 0.0625, validation 0.75\n"
+    assert stream.getvalue().splitlines()[2:] == [
+        "run: 7 steps, 0.2 it/s, loss 0.03, validation 0.75"
+    ]
+
+
+def test_without_a_terminal_a_validation_has_its_line() -> None:
+    stream, times = StringIO(), iter([0.0, 2.0, 4.0])
+    progress = Progress("run", 2, stream=stream, clock=lambda: next(times))
+    progress.step(0.5)
+    progress.show(validation=0.75)
+    progress.say()
+    assert stream.getvalue() == "run: 1 of 2 steps, 0.5 it/s, loss 0.5, validation 0.75\n"
 
 
 def test_a_run_that_stopped_early_says_so() -> None:
@@ -174,3 +203,26 @@ def test_a_terminal_gets_a_bar_with_the_loss() -> None:
     progress.close()
     last: Any = stream.getvalue().replace("\r", "\n").strip().splitlines()[-1]
     assert "run: 100%" in last and "2/2" in last and "loss=0.25" in last and "it/s" in last
+
+
+# --- what is chosen
+
+
+def test_several_loggers_may_be_named(tmp_path: Path) -> None:
+    own = CSVLogger(tmp_path / "own")
+    found = chosen(["csv", "tensorboard", own], None, tmp_path)
+    assert [type(one) for one in found] == [CSVLogger, TensorBoardLogger, CSVLogger]
+    assert found[2] is own
+    assert chosen("none", None, tmp_path) == chosen(["none"], None, tmp_path) == []
+
+
+@pytest.mark.parametrize("logger", [3, ["csv", 3], CSVLogger, True, "stdout", ["stdout"], {}])
+def test_what_is_no_logger_is_refused_with_those_there_are(logger: Any) -> None:
+    with pytest.raises(SettingsError, match=r"logger=.*csv, tensorboard, none, or an object"):
+        check_loggers(logger, "step")
+
+
+@pytest.mark.parametrize("logger", [["csv", "csv"], ["none", "csv"]])
+def test_names_that_do_not_go_together_are_refused(logger: Any) -> None:
+    with pytest.raises(SettingsError, match="name each once, and 'none' alone"):
+        check_loggers(logger, "step")

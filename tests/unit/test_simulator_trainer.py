@@ -106,7 +106,7 @@ def test_the_callers_generators_go_on_where_they_were() -> None:
 def test_a_run_follows_from_its_seed_alone() -> None:
     def run(seed: int) -> str:
         torch.manual_seed(seed * 7)
-        result = fit(seed=seed).result
+        result = fit(seed=seed, run_name=None).result
         assert result is not None
         return bits(result)
 
@@ -121,7 +121,8 @@ def test_a_deterministic_run_has_its_bits_whatever_threads_the_caller_has() -> N
     def run(on: int) -> str:
         torch.set_num_threads(on)
         try:
-            result = fit(model, data, deterministic=True, batch_size=64, max_steps=4).result
+            settings = {"batch_size": 64, "max_steps": 4, "run_name": f"on {on}"}
+            result = fit(model, data, deterministic=True, **settings).result
             assert torch.get_num_threads() == on
         finally:
             torch.set_num_threads(threads)
@@ -187,7 +188,8 @@ def test_a_node_of_ones_own_says_what_the_loss_is() -> None:
         def loss(self, batch: Any) -> Tensor:
             return 2 * self.model(batch)
 
-    plain, doubled = fit(max_steps=1), fit(max_steps=1, on={"node_cls": Doubled})
+    plain = fit(max_steps=1)
+    doubled = fit(max_steps=1, on={"node_cls": Doubled}, run_name="doubled")
     assert plain.result is not None and doubled.result is not None
     assert doubled.result.final_loss == pytest.approx(2 * plain.result.final_loss)
 
@@ -212,13 +214,13 @@ def test_autocast_computes_in_bfloat16_and_keeps_the_weights(autocast: Any) -> N
     model = fit(Linear(), val=pairs(20), autocast=autocast).result
     assert Linear.seen == torch.bfloat16
     assert model is not None and model.models[0].get_parameter("linear.weight").dtype == torch.float
-    fit(Linear())
+    fit(Linear(), run_name="without")
     assert Linear.seen == torch.float
 
 
 def test_loading_in_other_processes_gives_the_same_run() -> None:
     here = fit(val=pairs(20)).result
-    there = fit(val=pairs(20), dataloader_kwargs={"num_workers": 1}).result
+    there = fit(val=pairs(20), dataloader_kwargs={"num_workers": 1}, run_name="there").result
     assert here is not None and there is not None
     assert bits(here) == bits(there)
 
@@ -254,6 +256,38 @@ def test_a_name_is_made_of_strategy_and_time_and_never_twice() -> None:
     assert len(names) == 3 and all(name.startswith("diloco_2") for name in names)
 
 
+def test_the_logs_of_an_earlier_run_of_the_name_are_not_replaced() -> None:
+    fit()
+    kept = Path("logs/run/train.csv").read_bytes()
+    for logger in ("csv", "tensorboard"):
+        with pytest.raises(SettingsError, match=r"logs/run holds the logs .*another.*resume=True"):
+            fit(max_steps=3, logger=logger)
+    assert Path("logs/run/train.csv").read_bytes() == kept
+    fit(logger="none")
+    fit(disable_logging=True)
+
+
+def test_two_runs_that_begin_at_once_have_two_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Path.mkdir
+
+    def other_was_first(folder: Path, *args: Any, **more: Any) -> None:
+        if folder.parent.name == "logs" and not folder.parent.exists():
+            made(folder, parents=True)  # by another process, after this one has looked
+        made(folder, *args, **more)
+
+    monkeypatch.setattr(Path, "mkdir", other_was_first)
+    fit(run_name=None)
+    first, second = sorted(os.listdir("logs"))
+    assert second == f"{first}_2"
+    assert os.listdir(f"logs/{first}") == [] and os.listdir(f"logs/{second}") != []
+
+
+def test_loggers_may_be_named_in_a_list() -> None:
+    fit(logger=["csv", "tensorboard"])
+    assert len(read("train")) == 6
+    assert list(Path("logs/run").glob("events.out.tfevents.*"))
+
+
 def test_without_logging_nothing_is_written_or_shown(capsys: pytest.CaptureFixture[str]) -> None:
     fit(disable_logging=True, val=pairs(20))
     assert os.listdir() == []
@@ -264,7 +298,9 @@ def test_without_logging_nothing_is_written_or_shown(capsys: pytest.CaptureFixtu
 def test_the_line_at_the_end_has_losses_and_speed(capsys: pytest.CaptureFixture[str]) -> None:
     fit(val=pairs(20))
     line = capsys.readouterr().err
-    assert line.startswith("run: 6 steps, ") and line.count("\n") == 1
+    assert line.startswith("run: 0 of 6 steps, ") and line.count("\n") == 2
+    line = line.splitlines()[1]
+    assert line.startswith("run: 6 steps, ")
     assert all(part in line for part in ("it/s", "loss ", "local ", "global "))
 
 
@@ -317,6 +353,27 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no checkpoint interval": ({"checkpoint_interval": 0}, "checkpoint_interval=0"),
     "no correlation interval": ({"correlation_interval": 0}, "correlation_interval=0"),
     "another axis": ({"log_x_axis": "time"}, "log_x_axis='time'"),
+    "another axis, though nothing is logged": (
+        {"log_x_axis": "time", "disable_logging": True},
+        "log_x_axis='time'",
+    ),
+    "a number as logger": ({"logger": 3, "disable_logging": True}, "logger=3: use csv"),
+    "keeping no checkpoint": ({"keep_checkpoints": 0}, "keep_checkpoints=0"),
+    "a name with a folder": ({"run_name": "a/b", "disable_logging": True}, "run_name='a/b'"),
+    "the folder above": ({"run_name": ".."}, r"run_name='\.\.'.*log_dir and save_dir"),
+    "a name of nothing": ({"run_name": ""}, "run_name=''"),
+    "a number as name": ({"run_name": 3}, "run_name=3"),
+    "a name that is long": ({"run_name": "ü" * 101}, "200 bytes or fewer"),
+    "logs in a file": ({"log_dir": "/dev/null/logs"}, "log_dir: .* because /dev/null is none"),
+    "logs where none can be": ({"log_dir": "/proc/logs"}, "log_dir: /proc/logs cannot be written"),
+    "checkpoints in a file": (
+        {"save_dir": "/dev/null", "checkpoint_interval": 5},
+        "save_dir: /dev/null cannot be a folder",
+    ),
+    "a number as folder": (
+        {"save_dir": 3, "checkpoint_interval": 5},
+        "save_dir=3: it must be a path",
+    ),
     "another logger": ({"logger": "stdout"}, "logger='stdout'"),
     "an unknown loader option": ({"dataloader_kwargs": {"batch_size": 3}}, "dataloader_kwargs"),
     "no such device": ({"device": "tpu"}, "tpu"),

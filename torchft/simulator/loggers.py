@@ -16,9 +16,9 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, TextIO
+from typing import Any, Literal, Protocol, TextIO, cast
 
 from torchft.errors import SettingsError
 
@@ -27,12 +27,15 @@ __all__ = [
     "CSVLogger",
     "Kind",
     "Logger",
+    "LoggerChoice",
     "LoggerName",
     "Row",
     "TensorBoardLogger",
     "WandbLogger",
+    "check_loggers",
     "chosen",
     "perplexity",
+    "writes_files",
 ]
 
 Row = dict[str, Any]
@@ -95,8 +98,8 @@ class CSVLogger:
             # Open as long as the run is; `close` is its end.
             file = open(self.folder / f"{kind}.csv", "w", newline="", buffering=1)  # noqa: SIM115
             self._files[kind] = file
-            csv.writer(file).writerow(row)
-        csv.writer(file).writerow(row.values())
+            csv.writer(file, lineterminator="\n").writerow(row)
+        csv.writer(file, lineterminator="\n").writerow(row.values())
 
     def close(self) -> None:
         """Close the files."""
@@ -171,14 +174,52 @@ class TensorBoardLogger:
 
 
 LoggerName = Literal["csv", "tensorboard", "none"]
+LoggerChoice = LoggerName | Logger | Sequence[LoggerName | Logger] | None
+
+_NAMES = ("csv", "tensorboard", "none")
+
+
+def check_loggers(logger: LoggerChoice, axis: Axis) -> None:
+    """Refuse what `chosen` cannot make loggers of.
+
+    Raises:
+        SettingsError: no such logger or axis.
+    """
+    if axis not in _COLUMN:
+        raise SettingsError(f"log_x_axis={axis!r}: it is 'step' or 'examples'")
+    asked = _listed(logger)
+    for one in asked:
+        named = isinstance(one, str) and one in _NAMES
+        if not named and (isinstance(one, type) or not _logs(one)):
+            raise SettingsError(
+                f"logger={one!r}: use {', '.join(_NAMES)}, or an object of your own with start, "
+                "log and close"
+            )
+    names = [one for one in asked if isinstance(one, str)]
+    if len(set(names)) < len(names) or ("none" in names and len(asked) > 1):
+        raise SettingsError(f"logger={logger!r}: name each once, and 'none' alone")
+
+
+def _logs(one: object) -> bool:
+    return all(callable(getattr(one, name, None)) for name in ("start", "log", "close"))
+
+
+def _listed(logger: LoggerChoice) -> list[LoggerName | Logger]:
+    if logger is None:
+        return []
+    return list(logger) if isinstance(logger, list | tuple) else [cast("Logger", logger)]
+
+
+def writes_files(logger: LoggerChoice, wandb_project: str | None) -> bool:
+    """Whether a logger that `chosen` makes has files in the run's folder."""
+    asked = _listed(logger)
+    if logger is None:
+        return wandb_project is None
+    return "csv" in asked or "tensorboard" in asked
 
 
 def chosen(
-    logger: LoggerName | Logger | Sequence[Logger] | None,
-    wandb_project: str | None,
-    folder: Path,
-    *,
-    axis: Axis = "step",
+    logger: LoggerChoice, wandb_project: str | None, folder: Path, *, axis: Axis = "step"
 ) -> list[Logger]:
     """The loggers of a run whose folder, and so whose name, is `folder`. By default CSV, or W&B
     where a project is given; both where both are asked for.
@@ -186,23 +227,22 @@ def chosen(
     Raises:
         SettingsError: no such logger or axis, or its package is not installed.
     """
-    if axis not in _COLUMN:
-        raise SettingsError(f"log_x_axis={axis!r}: it is 'step' or 'examples'")
+    check_loggers(logger, axis)
     wandb: list[Logger] = []
     if wandb_project is not None:
         wandb.append(WandbLogger(wandb_project, folder.name, axis=axis))
     if logger is None:
         return wandb or [CSVLogger(folder)]
-    if not isinstance(logger, str):
-        return [*wandb, *(logger if isinstance(logger, Sequence) else [logger])]
-    makers: dict[str, Callable[[], list[Logger]]] = {
-        "csv": lambda: [CSVLogger(folder)],
-        "tensorboard": lambda: [TensorBoardLogger(folder, axis=axis)],
-        "none": list,
-    }
-    if logger not in makers:
-        raise SettingsError(f"logger={logger!r}: use {', '.join(makers)}, or an object of your own")
-    return [*wandb, *makers[logger]()]
+    made = (_made(one, folder, axis) for one in _listed(logger) if one != "none")
+    return [*wandb, *made]
+
+
+def _made(one: LoggerName | Logger, folder: Path, axis: Axis) -> Logger:
+    if one == "csv":
+        return CSVLogger(folder)
+    if one == "tensorboard":
+        return TensorBoardLogger(folder, axis=axis)
+    return cast("Logger", one)
 
 
 def _imported(module: str, extra: str, name: str) -> Any:

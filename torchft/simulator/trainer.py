@@ -23,11 +23,12 @@ from torchft.launch.guard import check_guarded
 from torchft.simulator.checkpoint import Saved
 from torchft.simulator.events import Event
 from torchft.simulator.experiment import Experiment
+from torchft.simulator.folders import check_folder
 from torchft.simulator.identity import config_of, identity_of
-from torchft.simulator.loggers import Axis, Logger, LoggerName, chosen
+from torchft.simulator.loggers import Axis, LoggerChoice, check_loggers, chosen, writes_files
 from torchft.simulator.loop import run_stacked
 from torchft.simulator.minibatch import fitting_size
-from torchft.simulator.naming import Naming, find_resumed
+from torchft.simulator.naming import Naming, check_name, find_resumed
 from torchft.simulator.node import TrainNode
 from torchft.simulator.result import Result
 from torchft.simulator.services import Services
@@ -99,7 +100,7 @@ class Trainer:
         disable_logging: bool = False,
         force_minibatch_recalculate: bool = False,
         device: torch.device | str | None = None,
-        logger: LoggerName | Logger | Sequence[Logger] | None = None,
+        logger: LoggerChoice = None,
         log_dir: str | Path = "logs",
         keep_checkpoints: int = 3,
         resume: bool | str | Path = False,
@@ -128,12 +129,13 @@ class Trainer:
             correlation_interval: steps between two comparisons of the nodes' weights.
             dataloader_kwargs: `num_workers`, `collate_fn` and the like, for torch's DataLoader.
             wandb_project: log to Weights & Biases.
-            run_name: by default made of the strategy and the time.
+            run_name: by default made of the strategy and the time. One whose logs are there is
+                refused.
             log_x_axis: `step` or `examples`, for W&B and TensorBoard.
             seed: all that is random in the run follows from it.
             disable_logging: write no log and show no progress.
             device: wins over the Trainer's.
-            logger: `csv` (default), `tensorboard`, `none`, or loggers of your own.
+            logger: `csv` (default), `tensorboard`, `none`, a logger of your own, or a list.
             log_dir: CSV and TensorBoard files are in `log_dir/run_name`.
             keep_checkpoints: the newest that stay.
             resume: go on from the newest checkpoint of `run_name`, or from a file or folder.
@@ -152,6 +154,9 @@ class Trainer:
         _check_interval("val_interval", val_interval)
         _check_interval("checkpoint_interval", checkpoint_interval)
         _check_interval("correlation_interval", correlation_interval)
+        _check_interval("keep_checkpoints", _needed("keep_checkpoints", keep_checkpoints))
+        check_loggers(logger, log_x_axis)
+        check_name(run_name)
         experiment = self._experiment(
             strategy=_needed("strategy", strategy),
             num_nodes=_needed("num_nodes", num_nodes),
@@ -181,7 +186,20 @@ class Trainer:
         if saved is not None:
             saved.check(identity)
             _check_steps_left(saved, experiment)
-        naming = Naming(experiment.strategy, run_name, saved, log_dir, save_dir)
+        folders: dict[str, str | Path] = {}
+        if not disable_logging and writes_files(logger, wandb_project):
+            folders["log_dir"] = log_dir
+        if checkpoint_interval is not None:
+            _check_keepable(experiment.strategy)
+            folders["save_dir"] = save_dir
+        for setting, folder in folders.items():
+            check_folder(setting, folder)
+            check_folder(setting, Path(folder) / (run_name or ""))
+        naming = Naming(
+            experiment.strategy, run_name, saved, log_dir, save_dir, claims=folders.values()
+        )
+        if "log_dir" in folders:
+            naming.check_logs()
         services = Services(
             config={"run_name": naming.name, **config_of(experiment), "val_size": val_size},
             identity=identity,
@@ -192,7 +210,6 @@ class Trainer:
             resumed=saved,
         )
         if checkpoint_interval is not None:
-            _check_keepable(experiment.strategy)
             services.checkpoints = naming.checkpoints(keep_checkpoints)
         if self.val_dataset is not None and val_size:
             services.validator = Validator(experiment, val_size)
