@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from torchft.errors import SettingsError
-from torchft.simulator import NodeError, Trainer, TrainNode
+from torchft.simulator import NodeError, Trainer, TrainNode, processes
 from torchft.simulator.zoo import Mlp
 from torchft.strategies import (
     DiLoCo,
@@ -413,6 +413,19 @@ def test_a_period_of_nothing_is_refused_when_the_strategy_is_made(every: int) ->
     for make in (DiLoCoStrategy, LocalSGDStrategy):
         with pytest.raises(SettingsError, match=f"{every}"):
             make(H=every)
+
+
+def test_ctrl_c_while_processes_run_does_not_guess_how_far_they_are(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pressed(experiment: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(processes, "run_processes", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        fit(processes=True)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "run: stopped; there is no checkpoint to go on from"
 
 
 def test_a_strategy_serves_one_run() -> None:

@@ -116,15 +116,16 @@ class Services:
 
     def _stopped(self) -> str:
         """Where a run is that was interrupted, and how it can go on."""
+        # Of real processes it is not known here how far they came.
+        stopped = f"stopped after step {self._step}" if self._started else "stopped"
         newest = None if self.checkpoints is None else self.checkpoints.newest()
-        if newest is None and self.resumed is not None:
-            newest = self.resumed.path
-        if newest is None:
-            return f"stopped after step {self._step}; there is no checkpoint to go on from"
-        return (
-            f"stopped after step {self._step}; the last checkpoint is {newest}; go on with "
-            f"resume=True and run_name={newest.parent.name!r}"
-        )
+        if newest is not None:
+            ways = f"resume=True and run_name={newest.parent.name!r}"
+        elif self.resumed is not None:
+            newest, ways = self.resumed.path, f"resume={str(self.resumed.path)!r}"
+        else:
+            return f"{stopped}; there is no checkpoint to go on from"
+        return f"{stopped}; the last checkpoint is {newest}; go on with {ways}"
 
     def __call__(self, run: Run) -> None:
         """Whatever is due after `run.step` steps."""
