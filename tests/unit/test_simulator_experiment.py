@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 from typing import Any
 
 import pytest
@@ -163,3 +164,15 @@ def test_a_data_factory_is_asked_once_for_each_node() -> None:
 
     run_stacked(experiment(model=Fits(), train_dataset=factory, max_steps=None, num_epochs=2))
     assert sorted(calls) == [0, 1, 2, 3]
+
+
+def test_a_model_that_cannot_be_copied_is_refused_with_the_way_round() -> None:
+    def locked() -> nn.Module:
+        model = Untouched()
+        model.lock = threading.Lock()  # type: ignore[assignment]
+        return model
+
+    for model in (locked(), locked):
+        with pytest.raises(SettingsError, match="Untouched cannot be copied for each") as found:
+            run_stacked(experiment(model=model))
+        assert isinstance(found.value.__cause__, TypeError)

@@ -6,10 +6,11 @@ import pickle
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from torchft.errors import SettingsError
 from torchft.simulator.feed import Feed
@@ -190,3 +191,40 @@ def test_a_stream_without_length_is_refused() -> None:
 
     with pytest.raises(SettingsError, match="Stream has no length"):
         feed(Stream())
+
+
+class TestContainers:
+    def test_a_dict_gives_dicts_and_a_list_of_unlike_tensors_gives_lists(self) -> None:
+        x, y = torch.randn(25, 3), NUMBERS
+        both = feed((x, y)).batch(1, 2)
+        named = feed({"x": x, "y": y}).batch(1, 2)
+        assert torch.equal(named["x"], both[0]) and torch.equal(named["y"], both[1])
+        assert all(map(torch.equal, feed([x, y]).batch(1, 2), both))
+
+    def test_a_list_of_tensors_of_one_shape_holds_samples(self) -> None:
+        assert feed(list(torch.arange(100).view(25, 4))).batch(1, 2).shape == (2, 4)
+
+    def test_a_list_of_images_of_several_sizes_holds_samples(self) -> None:
+        images = [torch.zeros(3, 4, 4 + i % 2) for i in range(25)]
+        assert len(feed(images, dataloader_kwargs={"collate_fn": list}).batch(1, 2)) == 2
+
+    @pytest.mark.parametrize(
+        ("data", "message"),
+        [
+            ("data.csv", "the data set is 'data.csv': load it"),
+            (np.zeros((25, 3)), r"is a numpy ndarray: give torch.from_numpy\(…\)"),
+            (DataLoader(TensorDataset(NUMBERS)), "is a DataLoader: give its data set, loader.data"),
+            ({"x": [1, 2, 3]}, "is a dict of other things than tensors"),
+            (torch.tensor(1.0), "is one number"),
+            ({"x": NUMBERS, "y": NUMBERS[:7]}, r"have \[7, 25\] samples"),
+        ],
+    )
+    def test_what_is_no_data_set_is_refused_with_the_next_step(
+        self, data: Any, message: str
+    ) -> None:
+        with pytest.raises(SettingsError, match=message):
+            feed(data)
+
+    def test_columns_are_not_collated(self) -> None:
+        with pytest.raises(SettingsError, match="collate_fn needs a data set of samples, like"):
+            feed((NUMBERS, NUMBERS), dataloader_kwargs={"collate_fn": list}).check()

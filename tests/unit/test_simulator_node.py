@@ -117,3 +117,32 @@ def test_a_loss_that_is_no_number_names_node_and_step(value: float) -> None:
     with pytest.raises(NodeError, match=f"node 2 in step 18 is {value}"):
         finite_losses(losses, 17)
     assert finite_losses({0: torch.tensor(1.5)}, 0) == {0: 1.5}
+
+
+def test_a_forward_that_takes_x_and_y_is_told_of_the_batch() -> None:
+    class Two(Fit):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return ((self.line(x) - y) ** 2).mean()
+
+    with pytest.raises(SettingsError, match=r"Two\.forward must take the batch alone") as found:
+        node_of(Two()).backward(data())
+    assert isinstance(found.value.__cause__, TypeError)
+
+
+def test_a_type_error_of_the_models_own_is_left_alone() -> None:
+    class Breaks(Fit):
+        def forward(self, batch: Any) -> Tensor:
+            raise TypeError("mine")
+
+    with pytest.raises(TypeError, match=r"^mine$"):
+        node_of(Breaks()).backward(data())
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_a_loss_without_a_gradient_is_refused(micro_batch_size: int | None) -> None:
+    class Cut(Fit):
+        def forward(self, batch: Any) -> Tensor:
+            return super().forward(batch).detach()
+
+    with pytest.raises(SettingsError, match="the loss of node 3 has no gradient: it depends on no"):
+        node_of(Cut()).backward(data(), micro_batch_size)

@@ -8,7 +8,6 @@ One value describes it for every runtime: rows of one process, or real processes
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from torchft.simulator.events import Event, check_events, check_list
 from torchft.simulator.feed import Feed
 from torchft.simulator.node import TrainNode
 from torchft.simulator.seeds import seed_everything, seed_of
+from torchft.simulator.stacked import copied
 from torchft.simulator.weather import Weather
 from torchft.strategies.checks import check_recipes
 from torchft.strategies.inner import Inner
@@ -191,7 +191,7 @@ class Experiment:
             SettingsError: the factory makes something else.
         """
         if isinstance(self.model, nn.Module):
-            model = copy.deepcopy(self.model)
+            model = copied(self.model)
         else:
             seed_everything(seed_of(self.seed, _MODEL, 0))
             model = self.model()

@@ -243,7 +243,7 @@ def _cutter(data: Any) -> Fetch | None:
     """How a batch is cut out of tensors at once; None: this data set has none to show."""
     if isinstance(data, Tensor):
         return lambda at: _cut(data, at)
-    if isinstance(data, tuple) and data and all(isinstance(t, Tensor) for t in data):
+    if _is_columns(data):
         return lambda at: [_cut(t, at) for t in data]
     if isinstance(data, Mapping) and data and all(isinstance(t, Tensor) for t in data.values()):
         return lambda at: {name: _cut(t, at) for name, t in data.items()}
@@ -255,26 +255,65 @@ def _cutter(data: Any) -> Fetch | None:
     return None
 
 
+def _is_columns(data: Any) -> bool:
+    """A tuple of tensors, or a list of them that cannot be a list of samples: all are as long,
+    longer than the list is, and not of one kind."""
+    if not isinstance(data, tuple | list) or not data:
+        return False
+    if not all(isinstance(t, Tensor) and t.dim() for t in data):
+        return False
+    if isinstance(data, tuple):
+        return True
+    alike = len({t.shape[0] for t in data}) == 1 and len(data) < data[0].shape[0]
+    return alike and len({(t.shape, t.dtype) for t in data}) > 1
+
+
 def _cut(data: Tensor, at: Tensor) -> Tensor:
     return data.index_select(0, at.to(data.device))
 
 
 def _sampler(data: Any, collate: Callable[[list[Any]], Any]) -> Fetch:
     """How samples are asked for one by one, or in a list, and put together."""
-    if _cutter(data) is not None and not hasattr(data, "__getitem__"):
-        raise SettingsError("collate_fn needs a data set of samples")
+    if isinstance(data, Mapping | tuple | list) and _cutter(data) is not None:
+        raise SettingsError("collate_fn needs a data set of samples, like TensorDataset(x, y)")
     if hasattr(data, "__getitems__"):
         return lambda at: collate(data.__getitems__(at.tolist()))
     return lambda at: collate([data[i] for i in at.tolist()])
 
 
+def _check_container(data: Any) -> None:
+    """Refuse what has a length, yet is no data set.
+
+    Raises:
+        SettingsError: what to give instead.
+    """
+    name = type(data).__name__
+    if isinstance(data, str | bytes):
+        raise SettingsError(f"the data set is {data!r}: load it, and give a data set or tensors")
+    if type(data).__module__.partition(".")[0] == "numpy":
+        raise SettingsError(f"the data set is a numpy {name}: give torch.from_numpy(…)")
+    if isinstance(data, DataLoader):
+        raise SettingsError(
+            f"the data set is a {name}: give its data set, loader.dataset, and batch_size=…; what "
+            "else it was made with goes into dataloader_kwargs"
+        )
+    if isinstance(data, Mapping) and _cutter(data) is None:
+        raise SettingsError(
+            f"the data set is a {name} of other things than tensors: give a tensor of all samples "
+            "for each name"
+        )
+    if isinstance(data, Tensor) and not data.dim():
+        raise SettingsError("the data set is one number: give a tensor with a row for each sample")
+
+
 def _length(data: Any) -> int:
     if isinstance(data, type):
         raise SettingsError(f"the data set is the class {data.__name__}: give an instance of it")
+    _check_container(data)
     if isinstance(data, Tensor):
         return data.shape[0]
     columns = data.values() if isinstance(data, Mapping) else data
-    if isinstance(data, Mapping | tuple) and _cutter(data) is not None:
+    if isinstance(data, Mapping | tuple | list) and _cutter(data) is not None:
         lengths = {t.shape[0] for t in columns}
         if len(lengths) > 1:
             raise SettingsError(f"the tensors have {sorted(lengths)} samples: they must be equal")

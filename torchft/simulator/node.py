@@ -9,6 +9,7 @@ A simulation, and each real process, makes one for every node.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -54,7 +55,11 @@ class TrainNode:
             SettingsError: it is no single number.
         """
         with self._casting():
-            loss = self.loss(to_device(batch, self.device))
+            try:
+                loss = self.loss(to_device(batch, self.device))
+            except TypeError as error:
+                self._check_call(error)
+                raise
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
             what = (
                 f"a tensor of shape {tuple(loss.shape)} and type {loss.dtype}"
@@ -73,16 +78,37 @@ class TrainNode:
         The batch passes in pieces of `micro_batch_size`, each weighted by its share.
         """
         if micro_batch_size is None:
-            loss = self.evaluate(batch)
+            loss = self._differentiable(self.evaluate(batch))
             loss.backward()
             return loss.detach()
         total: Tensor | None = None
         for piece, share in micro_batches(batch, micro_batch_size):
-            loss = self.evaluate(piece) * share
+            loss = self._differentiable(self.evaluate(piece)) * share
             loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
         return total
+
+    def _check_call(self, error: TypeError) -> None:
+        """Say it if the forward pass cannot be called with a batch alone."""
+        if type(self).loss is not TrainNode.loss:
+            return
+        try:
+            inspect.signature(self.model.forward).bind(None)
+        except TypeError as wrong:
+            raise SettingsError(
+                f"{type(self.model).__name__}.forward must take the batch alone and return its "
+                f"loss ({wrong}): write forward(self, batch), with x, y = batch in it, or give "
+                "node_cls=, a TrainNode with a loss(batch) of its own"
+            ) from error
+
+    def _differentiable(self, loss: Tensor) -> Tensor:
+        if not loss.requires_grad:
+            raise SettingsError(
+                f"the loss of node {self.node} has no gradient: it depends on no parameter that is "
+                "trained, or was cut off by detach(), item() or torch.no_grad()"
+            )
+        return loss
 
     def _casting(self) -> AbstractContextManager[object]:
         if self._autocast is None:

@@ -27,7 +27,7 @@ from torchft.strategies.checks import check_values
 from torchft.strategies.inner import Inner
 from torchft.strategies.local import Fragment, Layout, even_runs
 
-__all__ = ["StackedLocal"]
+__all__ = ["StackedLocal", "copied"]
 
 _ALIGNMENT = 64
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -65,7 +65,7 @@ class StackedLocal:
         self.models: list[nn.Module] = []
         self.parameters: list[list[nn.Parameter]] = []
         for row in range(rows):
-            self._move_in(row, copy.deepcopy(model, dict(frozen)))
+            self._move_in(row, copied(model, dict(frozen)))
         self.inner = inner.build(self.parameters, max_steps)
 
     def _kinds(self) -> Iterator[tuple[int, torch.dtype, torch.device]]:
@@ -330,6 +330,22 @@ class StackedLocal:
                 continue
             for row in self._writes:
                 flat[row].copy_(value[row if value.shape[0] > 1 else 0])
+
+
+def copied(model: nn.Module, shared: dict[int, Any] | None = None) -> nn.Module:
+    """A copy of `model`, but for what is `shared`, by id.
+
+    Raises:
+        SettingsError: it cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model, shared)
+    except Exception as error:  # whatever a module's own parts raise
+        raise SettingsError(
+            f"the model {type(model).__name__} cannot be copied for each node ({error}): keep "
+            "locks, files and tensors that were computed out of its attributes, or give it a "
+            "__deepcopy__"
+        ) from error
 
 
 def _trained(model: nn.Module) -> tuple[list[str], list[nn.Parameter]]:
