@@ -343,7 +343,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "not a strategy": ({"strategy": "diloco"}, "strategy is a str"),
     "no batch": ({"batch_size": 0}, "batch_size=0"),
     "a negative batch": ({"batch_size": -8}, "batch_size=-8"),
-    "no minibatch": ({"minibatch_size": 0}, "micro_batch_size=0|minibatch_size=0"),
+    "no minibatch": ({"minibatch_size": 0}, "^minibatch_size=0"),
     "no steps": ({"max_steps": 0}, "max_steps=0"),
     "no epochs": ({"num_epochs": 0}, "num_epochs=0"),
     "a batch above the shard": ({"batch_size": 41}, "batch_size=41 is more than the 40 samples"),

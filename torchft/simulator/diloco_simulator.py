@@ -129,10 +129,11 @@ class DilocoSimulatorConfig:
             SettingsError: which option, and what would do.
         """
         counts = ("diloco_interval", "eval_iters", "eval_interval", "ckpt_interval")
-        for name in (*counts, "max_minibatch_size"):
+        for name in (*counts, "max_minibatch_size", "max_local_step"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SettingsError(f"{name}={value}: it must be 1 or more")
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and (not whole or value < 1):
+                raise SettingsError(f"{name}={value!r}: it must be a whole number, 1 or more")
         if self.async_sparta_delay:
             raise SettingsError(
                 f"async_sparta_delay={self.async_sparta_delay}: SPARTA works without a delay here; "

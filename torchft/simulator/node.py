@@ -168,7 +168,8 @@ def _samples(batch: Any) -> int:
     if length is None:
         raise SettingsError(
             f"a batch of type {type(batch).__name__} cannot be cut into micro-batches, since its "
-            "tensors have no common first dimension: leave micro_batch_size out"
+            "tensors have no common first dimension: leave minibatch_size (in an Experiment, "
+            "micro_batch_size) out"
         )
     return length
 

@@ -151,6 +151,7 @@ class Trainer:
         """
         check_guarded()
         _check_interval("val_size", val_size, least=0)
+        _check_interval("minibatch_size", minibatch_size)
         _check_interval("val_interval", val_interval)
         _check_interval("checkpoint_interval", checkpoint_interval)
         _check_interval("correlation_interval", correlation_interval)
