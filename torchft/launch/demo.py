@@ -22,6 +22,7 @@ from torchft.launch.group import Group, torchrun
 from torchft.launch.outcome import group_result, kill_result
 from torchft.launch.processes import psutil
 from torchft.launch.run import Run
+from torchft.launch.starting import Starting
 from torchft.launch.stopping import StopSignals
 from torchft.launch.story import Director
 from torchft.launch.summary import Summary
@@ -65,6 +66,7 @@ def make_run(options: DemoOptions, view: View, folder: Path, lighthouse: str) ->
         Watch([GroupWatch(number, records_of(folder, number)) for number in numbers]),
         Director(options.story),
         view,
+        starting=Starting(folder, groups=options.replicas, workers=options.workers),
         target=options.target,
         timeout_s=options.timeout_s,
     )

@@ -10,6 +10,7 @@ from torchft.launch.group import Group
 from torchft.launch.logs import last_error
 from torchft.launch.news import News
 from torchft.launch.processes import tree
+from torchft.launch.starting import Starting
 from torchft.launch.stopping import StopSignals
 from torchft.launch.story import Director, Kill, Part, Restart, Scene
 from torchft.launch.view import Frame, Row, View
@@ -36,6 +37,7 @@ class Run:
         director: Director,
         view: View,
         *,
+        starting: Starting,
         target: int,
         timeout_s: float,
     ) -> None:
@@ -49,6 +51,7 @@ class Run:
         """The number of the signal that ended the run, if one did."""
         self._director = director
         self._view = view
+        self._starting = starting
         self._target = target
         self._timeout_s = timeout_s
         self._began = time.monotonic()
@@ -96,6 +99,7 @@ class Run:
         return not goes_on and all(group.poll() is not None for group in self.groups)
 
     def _look(self) -> None:
+        self._starting.look()
         new = self.watch.poll()
         for news in self._news.of(new):
             self.tell(news)
@@ -103,6 +107,17 @@ class Run:
             self._follow(record)
         for group in self.groups:
             self._look_for_end(group)
+
+    @property
+    def _victim(self) -> int:
+        story = self._director.story
+        return story.victim if story is not None else 0
+
+    @property
+    def _came_back(self) -> bool:
+        """The victim takes part again, in another life."""
+        last = self.watch.groups[self._victim].last
+        return last is not None and last.replica_id != self.killed_id and last.participants > 1
 
     def _follow(self, record: StepRecord) -> None:
         """Keep what the director wants to know."""
@@ -117,6 +132,11 @@ class Run:
             return
         self._ended.add(group.number)
         self.tell(f"group {group.number} ended with exit code {code}")
+        if self._director.part in (Part.DOWN, Part.RETURNING) and not self._came_back:
+            self.trouble = (
+                f"group {group.number} had its last step when group {self._victim} was killed, "
+                "which now has nobody to heal from: give the run more --steps"
+            )
         if code != 0 and self.trouble is None:
             self.trouble = f"group {group.number} ended with exit code {code}"
             if error := last_error(group.log):
@@ -141,11 +161,9 @@ class Run:
         self.tell(f"group {group.number} is killed: SIGKILL to its {many} processes")
 
     def _scene(self) -> Scene:
-        story = self._director.story
-        victim = story.victim if story is not None else 0
         return Scene(
             now=time.monotonic(),
-            victim_step=self.watch.groups[victim].step,
+            victim_step=self.watch.groups[self._victim].step,
             all_took_part=self._all_took_part,
             went_on=self._went_on,
         )

@@ -28,6 +28,7 @@ from torchft.launch.bytes_lm import ByteTransformer, next_byte_loss
 from torchft.launch.corpus import ByteCorpus, Order
 from torchft.launch.ending import Ending
 from torchft.launch.inside import average_inside, meet_inside
+from torchft.launch.starting import wait_for_start
 from torchft.launch.train_options import TrainOptions
 from torchft.ledger import Bucket
 from torchft.local_sgd import DiLoCo, LocalSGD
@@ -79,6 +80,13 @@ class Trainee:
             replica_id=f"group_{options.group}",
             hostname="127.0.0.1",
         )
+        with manager.ledger.spending(Bucket.QUORUM):
+            wait_for_start(
+                options.folder,
+                group=options.group,
+                rank=self.rank,
+                timeout_s=options.quorum_timeout_s,
+            )
         step_back()
         manager.register_state_dict_fn(
             "inner_optimizer", self.optimizer.load_state_dict, self.optimizer.state_dict
