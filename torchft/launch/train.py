@@ -80,7 +80,15 @@ class Trainee:
             replica_id=f"group_{options.group}",
             hostname="127.0.0.1",
         )
-        with manager.ledger.spending(Bucket.QUORUM):
+        manager.register_state_dict_fn(
+            "inner_optimizer", self.optimizer.load_state_dict, self.optimizer.state_dict
+        )
+        return manager
+
+    def begin(self) -> None:
+        """Together with the other groups; with those that train when it comes back."""
+        options = self.options
+        with self.manager.ledger.spending(Bucket.QUORUM):
             wait_for_start(
                 options.folder,
                 group=options.group,
@@ -88,10 +96,6 @@ class Trainee:
                 timeout_s=options.quorum_timeout_s,
             )
         step_back()
-        manager.register_state_dict_fn(
-            "inner_optimizer", self.optimizer.load_state_dict, self.optimizer.state_dict
-        )
-        return manager
 
     def _end_state(self) -> dict[str, Any]:
         return {"finished": self.finished}
@@ -218,6 +222,7 @@ def main(arguments: list[str]) -> None:
     torch.set_num_threads(1)
     trainee = Trainee(TrainOptions.from_arguments(arguments))
     try:
+        trainee.begin()
         trainee.tell(LOOPS[trainee.options.strategy](trainee))
     finally:
         trainee.manager.shutdown()
