@@ -128,7 +128,7 @@ def test_a_run_that_fails_costs_no_other_one(tmp_path: Path) -> None:
     sweep = run_sweep(config, tmp_path, **ends.told())
     (failure,) = sweep.failures
     assert failure.spec.strategy.name == f"{HERE}:noisy"
-    assert "loss of node 0 at step" in failure.error
+    assert "loss of node 0 in step" in failure.error
     assert [report.spec.strategy.name for report in sweep.reports] == ["all_reduce"]
     assert run_sweep(config, tmp_path).skipped == 1
 
