@@ -35,6 +35,9 @@ class RealRound:
     """One round, as all that closed it saw it."""
 
     inner_step: int
+    """In which it closed."""
+    opened: int
+    """The inner step in which it opened."""
     members: tuple[str, ...]
     """Replica ids, in rank order."""
     records: dict[str, StepRecord] = field(default_factory=dict)
@@ -71,7 +74,9 @@ def rounds_of(records: Iterable[StepRecord]) -> list[RealRound]:
                 "runs of the simulator's processes can be repeated"
             )
         key = (step, record.step, record.quorum_id)
-        rounds.setdefault(key, RealRound(step, record.members)).records[record.replica_id] = record
+        opened = record.extra.get("opened", step)
+        one = rounds.setdefault(key, RealRound(step, opened, record.members))
+        one.records[record.replica_id] = record
     return [rounds[key] for key in sorted(rounds)]
 
 
@@ -103,7 +108,7 @@ class _Story:
         found: list[Event] = []
         for at, one in enumerate(self._rounds):
             found += self._joined(one)
-            found += self._missed(at, one) if one.committed else self._failed(one)
+            found += self._missed(at, one) if one.committed else self._failed(at, one)
             found += self._gone_after(at, one)
         return sorted(found, key=lambda event: event.step)
 
@@ -113,7 +118,7 @@ class _Story:
             if not healed or life in self._up_to_date:
                 continue  # it could not heal, or need not
             if life not in self._behind:
-                yield Joins(_node_of(life), one.inner_step, one.donor_of(life))
+                yield Joins(_node_of(life), one.opened, one.donor_of(life))
             self._up_to_date.add(life)
 
     def _missed(self, at: int, one: RealRound) -> Iterator[Event]:
@@ -127,12 +132,13 @@ class _Story:
         later = (self._rounds[one].donor_of(life) for one in self._opens[life] if one > at)
         return next((donor for donor in later if donor is not None), None)
 
-    def _failed(self, one: RealRound) -> Iterator[Event]:
+    def _failed(self, at: int, one: RealRound) -> Iterator[Event]:
         died = [life for life in one.silent if life in self._up_to_date]
         if not died:  # or only one that nobody knew yet
             yield Discards(one.inner_step)
         for life in died:
-            yield Dies(_node_of(life), one.inner_step, in_round=True)
+            if self._opens[life][-1] == at:  # earlier ones, still open then, failed with it
+                yield Dies(_node_of(life), one.opened, in_round=True)
 
     def _gone_after(self, at: int, one: RealRound) -> Iterator[Event]:
         """Members whose last round this is, while others open more."""
@@ -141,7 +147,8 @@ class _Story:
         for life in one.members:
             died_in_it = not one.committed and life in one.silent
             if self._opens[life][-1] == at and not died_in_it and life in self._up_to_date:
-                yield Dies(_node_of(life), one.inner_step + 1)
+                last = one.inner_step if life in one.records else one.opened
+                yield Dies(_node_of(life), last + 1)
 
 
 def heals_of(rounds: Sequence[RealRound]) -> list[HealRecord]:
