@@ -88,7 +88,7 @@ class _Trainer:
             self._keep({"step": self._clock.steps - 1})
         while self._clock.steps < self._experiment.total_steps:
             self._train_step()
-        self._strategy.finish()
+        self._strategy.finish()  # of one that came for the last round, and took no step
         self._node.manager.settle()
         self._report()
         self._feed.close()
@@ -104,6 +104,8 @@ class _Trainer:
         row = {"step": step, "loss": losses[self._node.number], "lr": self._inner.lr}
         row["compute_s"] = self._compute_s
         self._strategy.step()
+        if self._clock.steps >= self._experiment.total_steps:
+            self._strategy.finish()
         self._keep(row)
 
     def _backward(self, step: int) -> Tensor:
@@ -200,6 +202,7 @@ class _WatchedRound:
         self._before = peers.node.pg.bytes_sent
         self._kind, self._collectives = peers.averages, 0
         self._recipe = peers.strategy.opening
+        self._opened = peers.step(place)
 
     @property
     def failed(self) -> bool:
@@ -223,9 +226,10 @@ class _WatchedRound:
         self._real.fail(error)
 
     def close(self) -> bool:
-        node = self._peers.node
+        node, step = self._peers.node, self._peers.step(self._place)
         node.manager.note(
-            inner_step=self._peers.step(self._place),
+            inner_step=step,
+            delay=step - self._opened,
             place=self._place.name,
             recipe=self._recipe,
             restores=self._peers.restores(self._recipe),

@@ -35,10 +35,16 @@ class RealRound:
     """One round, as all that closed it saw it."""
 
     inner_step: int
+    """That in which it closed."""
     members: tuple[str, ...]
     """Replica ids, in rank order."""
     records: dict[str, StepRecord] = field(default_factory=dict)
     """By replica id."""
+
+    @property
+    def opened(self) -> int:
+        """The inner step in which it opened."""
+        return self.inner_step - next(iter(self.records.values())).extra["delay"]
 
     @property
     def committed(self) -> list[str]:
@@ -113,7 +119,7 @@ class _Story:
             if not healed or life in self._up_to_date:
                 continue  # it could not heal, or need not
             if life not in self._behind:
-                yield Joins(_node_of(life), one.inner_step, one.donor_of(life))
+                yield Joins(_node_of(life), one.opened, one.donor_of(life))
             self._up_to_date.add(life)
 
     def _missed(self, at: int, one: RealRound) -> Iterator[Event]:
@@ -132,7 +138,7 @@ class _Story:
         if not died:  # or only one that nobody knew yet
             yield Discards(one.inner_step)
         for life in died:
-            yield Dies(_node_of(life), one.inner_step, in_round=True)
+            yield Dies(_node_of(life), one.opened, in_round=True)
 
     def _gone_after(self, at: int, one: RealRound) -> Iterator[Event]:
         """Members whose last round this is, while others open more."""
@@ -147,7 +153,7 @@ class _Story:
 def heals_of(rounds: Sequence[RealRound]) -> list[HealRecord]:
     """Who got whose state."""
     return [
-        HealRecord(one.inner_step, _node_of(life), donor, _bytes_healed(one.records[life]))
+        HealRecord(one.opened, _node_of(life), donor, _bytes_healed(one.records[life]))
         for one in rounds
         for life in one.members
         if (donor := one.donor_of(life)) is not None
@@ -183,6 +189,7 @@ def _round_record(one: RealRound) -> RoundRecord:
         collectives=extra["collectives"],
         recipe=extra["recipe"],
         restores=extra["restores"],
+        delay=extra["delay"],
     )
 
 
