@@ -1,6 +1,6 @@
 """Runs the benchmarks one after the other and prints one markdown table of their figures.
 
-    python benchmarks/run.py                        all of them, about ten minutes
+    python benchmarks/run.py                        all but those of LONG, about ten minutes
     python benchmarks/run.py startup recovery_time  these two
     python benchmarks/run.py --json > figures.jsonl one line of JSON each, with all details
 
@@ -29,8 +29,12 @@ BENCHMARKS = (
     "simulator",
     "simulator_starts",
     "codecs",
+    "learning",
 )
 """Each a script beside this one, in the order in which they run."""
+
+LONG = ("learning",)
+"""These run only when they are named."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     typed = _parser().parse_args(argv)
     results: list[Result] = []
     failed: list[str] = []
-    for name in typed.names or BENCHMARKS:
+    for name in typed.names or [name for name in BENCHMARKS if name not in LONG]:
         print(f"{name} …", file=sys.stderr, flush=True)
         result = _run(name, ["--quick"] if typed.quick else [])
         if result is None:

@@ -29,6 +29,8 @@ class Figure:
     value: float
     unit: str
     floor: Floor | None = None
+    spread: float | None = None
+    """Standard deviation of what `value` is the mean of."""
 
     @property
     def ratio(self) -> float | None:
@@ -61,4 +63,4 @@ class Result:
 
 def _figure(raw: dict[str, Any]) -> Figure:
     floor = Floor(**raw["floor"]) if raw["floor"] else None
-    return Figure(raw["key"], raw["name"], raw["value"], raw["unit"], floor)
+    return Figure(raw["key"], raw["name"], raw["value"], raw["unit"], floor, raw["spread"])

@@ -74,6 +74,8 @@ GOALS = {
     "simulator.warm": Goal(1.7, ratio=False),  # seconds
     "simulator.memory.mlp": Goal(2560, ratio=False),  # MiB
     "simulator.memory.gpt": Goal(4096, ratio=False),  # MiB
+    # learning: per cent above the loss of DiLoCo in fp32
+    "learning.gap.streaming.int8.diloco": Goal(1, ratio=False),
     # codecs: GB/s of fp32, on one core
     **{
         f"codecs.{codec}.{act}": Goal(1, ratio=False, least=True)

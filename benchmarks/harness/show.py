@@ -41,7 +41,8 @@ def _markdown(row: Sequence[str]) -> str:
 def _row(figure: Figure) -> tuple[str, ...]:
     floor = f"{_number(figure.floor.value)} ({figure.floor.name})" if figure.floor else ""
     ratio = "" if figure.ratio is None else f"{figure.ratio:.2f}"
-    value = f"{_number(figure.value)} {figure.unit}".rstrip()
+    spread = "" if figure.spread is None else f" ± {figure.spread:.1g}"
+    value = f"{_number(figure.value)}{spread} {figure.unit}".rstrip()
     return figure.name, value, floor, ratio, _goal(figure), judge(figure).value
 
 

@@ -48,8 +48,9 @@ class Row:
 
     @property
     def gives_up_without_heal(self) -> bool:
-        """A member that does not know what is sent now spoils the round for all."""
-        return self.kind.fragments > 1 or self.kind.name == "sparta"
+        """A member that does not know what is sent now, or would keep the round open beyond its
+        next attempt, spoils it for all."""
+        return self.kind.fragments > 1 or self.kind.delay > 0 or self.kind.name == "sparta"
 
     @property
     def is_before(self) -> bool:
@@ -114,6 +115,10 @@ ROWS = {
         Kind("diloco", every=4, fragments=2), with_model_outer(every=4, fragments=2)
     ),
     "DiLoCo, mixed": Row(Kind("diloco", every=2, mix=0.25), lambda _: DiLoCo(OUTER, 2, mix=0.25)),
+    "DiLoCo, delayed, mixed": Row(
+        Kind("diloco", every=4, delay=3, mix=0.25),
+        lambda _: DiLoCo(OUTER, 4, delay=3, mix=0.25),
+    ),
     "DiLoCo, 2 fragments, delayed, mixed": Row(
         Kind("diloco", every=6, fragments=2, delay=2, mix=0.5),
         with_model_outer(every=6, fragments=2, delay=2, mix=0.5),

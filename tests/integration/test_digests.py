@@ -10,6 +10,7 @@ import pytest
 
 from torchft.launch.digests import ADAMW, STRATEGIES, Pair, compare, main
 from torchft.quantization import Int8
+from torchft.simulator.events import Dies, Joins
 from torchft.strategies import (
     LocalSGDStrategy,
     SimpleReduceStrategy,
@@ -23,6 +24,7 @@ EVERY = {
     "DiLoCo": 10,
     "DiLoCo int8": 10,
     "Streaming DiLoCo": 4,
+    "Streaming delayed": 4,
     "Streaming int4": 4,
 }
 """Steps between two rounds, if more than one."""
@@ -73,6 +75,26 @@ def test_encoded_gradients_weights_and_subsets_too(
     assert pair.equal, f"they part at step {pair.first_difference}"
     assert pair.real.rounds == pair.simulated.rounds
     assert {one.kind for one in pair.real.rounds} == {"quantized"}
+
+
+def test_what_is_in_flight_at_the_end_closes_in_both() -> None:
+    # A round opens after step 21, and would close after step 24.
+    pair = compare("Streaming delayed", steps=22, nodes=2, method="fork")
+    assert pair.equal, f"they part at step {pair.first_difference}"
+    assert [step for step, _ in pair.real.digests][-2:] == [19, 21]
+    assert pair.real.rounds == pair.simulated.rounds
+    assert [(r.step, r.delay) for r in pair.real.rounds[-2:]] == [(19, 3), (21, 1)]
+
+
+def test_a_node_that_is_killed_in_flight_heals_when_another_round_opens() -> None:
+    events = [Dies(2, 9, in_round=True), Joins(2, 18)]
+    pair = compare("Streaming delayed", steps=32, nodes=3, events=events, method="fork")
+    assert pair.equal, f"they part at step {pair.first_difference}"
+    (heal,) = pair.real.heals
+    # Rounds open after steps 1, 5, 9, …; steps count from 0 here.
+    assert heal.step % 4 == 0 and heal.step >= 18
+    assert [r.step for r in pair.real.rounds if not r.committed] == [15]
+    assert pair.real.heals[0].step == pair.simulated.heals[0].step
 
 
 def test_without_an_order_the_bits_part() -> None:

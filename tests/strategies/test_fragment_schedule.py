@@ -56,6 +56,18 @@ def test_a_fragment_is_back_before_it_is_its_turn(
             in_flight.append(step + delay)
 
 
+@given(schedules(), st.data())
+def test_it_rests_where_some_step_has_no_round_in_flight(
+    schedule: tuple[int, int], data: st.DataObject
+) -> None:
+    every, fragments = schedule
+    delay = data.draw(st.integers(0, every // fragments))
+    recipe = DiLoCo(OUTER, every, fragments=fragments, delay=delay)
+    slots = [step for step in range(3 * every + 1) if is_slot(step, every, fragments)]
+    in_flight = {step for slot in slots for step in range(slot - delay, slot)}
+    assert recipe.rests is not in_flight.issuperset(range(every, 2 * every))
+
+
 def rounds_of(every: int, delay: int, steps: int) -> list[tuple[int, int, int]]:
     """(opened after step, closed after step, fragment) of each round of two fragments."""
     seen: list[tuple[int, int, int]] = []

@@ -229,6 +229,12 @@ class TestRounds:
     def test_streaming_takes_turns(self) -> None:
         assert self.rounds(StreamingDiLoCoStrategy(H=6, fragments=2), 13) == [3, 6, 9, 12]
 
+    def test_a_delayed_fragment_opens_so_many_steps_earlier(self) -> None:
+        strategy = StreamingDiLoCoStrategy(
+            H=6, fragments=2, fragment_sync_delay=2, fragment_update_alpha=0.5
+        )
+        assert self.rounds(strategy, 13) == [1, 4, 7, 10, 13]
+
     def test_sparta_keeps_its_interval(self) -> None:
         assert self.rounds(SPARTAStrategy(p_sparta=0.5, sparta_interval=3), 10) == [3, 6, 9]
 
@@ -280,6 +286,17 @@ class TestWhatArgumentsMean:
         first, second = World(Script(2)).run(story)[0]
         assert_close(first.item(), 1 - 0.7 * 0.19)
         assert_close(second.item(), 1 - 0.7 * 0.19 - 0.7 * 0.271)
+
+    def test_how_long_a_fragment_travels_and_what_of_training_stays(self) -> None:
+        given = {"fragment_sync_delay": 2, "fragment_update_alpha": 0.25}
+        strategy = StreamingDiLoCoStrategy(H=8, **given)  # type: ignore[arg-type]
+        assert {name: strategy.config()[name] for name in given} == given
+        (recipe,) = strategy.recipes
+        assert (recipe.delay, recipe.mix) == (2, 0.25)  # type: ignore[attr-defined]
+        with pytest.raises(SettingsError, match=r"fragment_sync_delay=3 does not fit.* 0 to 2"):
+            StreamingDiLoCoStrategy(H=8, fragment_sync_delay=3)
+        with pytest.raises(SettingsError, match=r"fragment_update_alpha=1.5 is not a share"):
+            StreamingDiLoCoStrategy(H=8, fragment_update_alpha=1.5)
 
     def test_which_weights_sparta_averages(self) -> None:
         assert SPARTAStrategy().config()["index_selector"] == "RandomIndexSelector(p=0.005)"

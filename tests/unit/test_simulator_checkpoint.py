@@ -104,6 +104,25 @@ def test_a_run_with_a_death_and_a_heal_resumes_on_either_side_of_it(
     assert bits(resumed) == bits(whole)
 
 
+def test_a_checkpoint_waits_until_no_round_is_in_flight(tmp_path: Path) -> None:
+    make = STRATEGIES["streaming_late"]
+    whole = bits(fit(make(), tmp_path / "whole"))
+    # A round opens after step 5 and closes after step 7.
+    interrupted(make(), tmp_path, after=9)
+    assert [path.name for path in (tmp_path / "saved" / "run").iterdir()] == ["step_00000007.pt"]
+    assert bits(fit(make(), tmp_path, resume=True)) == whole
+
+
+def test_the_last_checkpoint_has_what_was_still_in_flight(tmp_path: Path) -> None:
+    make = STRATEGIES["streaming_late"]
+    # A round opens after step 15, and would close after step 17.
+    whole = fit(make(), tmp_path, max_steps=16, checkpoint_interval=50)
+    assert [(r.step, r.delay) for r in whole.rounds[-2:]] == [(13, 2), (15, 1)]
+    again = fit(make(), tmp_path, max_steps=16, resume=True)
+    assert bits(again) == bits(whole)
+    assert whole.validations[-1]["step"] == 16
+
+
 def test_a_run_can_be_made_longer(tmp_path: Path) -> None:
     quiet: dict[str, Any] = {"val_size": 0, "correlation_interval": None}
     whole = bits(fit(DiLoCoStrategy(H=4), tmp_path / "whole", max_steps=12, **quiet))

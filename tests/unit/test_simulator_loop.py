@@ -89,18 +89,18 @@ every_row = pytest.mark.parametrize("name", STACKED)
 
 
 @cache
-def step_of_round(name: str, nodes: int = 3) -> dict[int, int]:
-    """Round number, from 1 → inner step, from 0."""
+def steps_of_round(name: str, nodes: int = 3) -> dict[int, tuple[int, int]]:
+    """Round number, from 1 → inner steps, from 0, in which it opens and closes."""
     rounds = of_row(STACKED[name], nodes, []).rounds
-    return {number: record.step for number, record in enumerate(rounds, start=1)}
+    return {number: (r.step - r.delay, r.step) for number, r in enumerate(rounds, start=1)}
 
 
 def assert_right(name: str, script: Script) -> Result:
     """The numbers are the reference's."""
-    steps = step_of_round(name, script.nodes)
-    events: list[Event] = [Discards(steps[number]) for number in script.no]
-    events += [Dies(n, steps[number], in_round=True) for n, number in script.lost.items()]
-    events += [Joins(n, steps[number]) for n, number in script.joins.items()]
+    steps = steps_of_round(name, script.nodes)
+    events: list[Event] = [Discards(steps[number][1]) for number in script.no]
+    events += [Dies(n, steps[number][0], in_round=True) for n, number in script.lost.items()]
+    events += [Joins(n, steps[number][0]) for n, number in script.joins.items()]
     result = of_row(STACKED[name], script.nodes, events)
     expected = reference(STACKED[name].kind, script, STEPS)
     assert result.alive == sorted(expected)
@@ -142,7 +142,7 @@ class TestNumbers:
         result = assert_right(name, Script(3, lost={1: 2}, joins={1: 4}))
         (heal,) = result.heals
         assert (heal.node, heal.donor) == (1, 0)
-        away = range(step_of_round(name)[2] + 1, heal.step)
+        away = range(steps_of_round(name)[2][0] + 1, heal.step)
         assert all(1 not in result.history[step].losses for step in away)
 
     @every_row
@@ -277,6 +277,42 @@ class Fits(nn.Module):
 
     def forward(self, batch: Any) -> Tensor:
         return ((self.inside(batch[0]) - batch[1]) ** 2).mean()
+
+
+class TestRoundsInFlight:
+    """They open, and training goes on before they close."""
+
+    def test_they_send_what_rounds_without_a_delay_send(self) -> None:
+        late, plain = (
+            run_stacked(dropping(DiLoCo(OUTER, 6, fragments=2, delay=delay))) for delay in (2, 0)
+        )
+        opened = [(r.step - r.delay, r.step) for r in late.rounds]
+        assert opened == [(0, 2), (3, 5), (6, 8), (9, 11)]
+        assert [(r.step, r.delay) for r in plain.rounds] == [(2, 0), (5, 0), (8, 0), (11, 0)]
+        assert late.bytes_sent == plain.bytes_sent
+
+    def test_the_last_one_closes_before_anybody_looks_at_the_end(self) -> None:
+        seen: list[tuple[int, bool]] = []
+        result = run_stacked(
+            dropping(DiLoCo(OUTER, 6, delay=3), max_steps=11),
+            on_step=lambda run: seen.append((len(run.result.rounds), run.strategy.in_flight)),
+        )
+        assert seen[2:6] == [(0, False), (0, True), (0, True), (0, True)]
+        assert seen[-2:] == [(1, True), (2, False)]
+        # It opened after the ninth step.
+        assert [(r.step, r.delay) for r in result.rounds] == [(5, 3), (10, 2)]
+        step, digests = result.digests[-1]
+        assert (step, len(set(digests))) == (10, 1)
+
+    def test_a_member_that_dies_beside_it_makes_it_come_to_nothing(self) -> None:
+        recipe = DiLoCo(OUTER, 6, delay=3, mix=0.5)
+        result = run_stacked(dropping(recipe, events=[Dies(1, 4)], max_steps=6))
+        (record,) = result.rounds
+        assert (record.members, record.committed) == ((0, 1, 2), False)
+        start = dropping().make_model().tiny
+        for survivor in (0, 2):
+            left = used(result.models[survivor].tiny, None)
+            assert_close(left, used(start, None), rtol=0, atol=0)
 
 
 class TestResult:

@@ -27,6 +27,8 @@ class Round:
     kind: str = "average"
     collectives: int = 1
     restores: bool = True
+    delay: int = 0
+    recipe: int = 0
     counted: tuple[int, ...] = ()
     bytes_per_node: dict[int, int] = field(default_factory=dict)
 
@@ -200,6 +202,65 @@ def test_two_that_heal_from_one_share_its_uplink() -> None:
     assert simulated.elapsed_s == 21.0
 
 
+def slow_uplinks() -> Weather:
+    """Node 0 takes 1 s a step, node 1 takes 2 s; both send a byte a second."""
+    return Weather(
+        nodes=[NodeWeather(step_s=1.0, up_bps=8.0), NodeWeather(step_s=2.0, up_bps=8.0)],
+        heartbeat_timeout_s=5.0,
+    )
+
+
+def test_what_travels_beside_training_costs_no_time() -> None:
+    simulated = run(slow_uplinks(), 4, [Round(3, delay=3, nbytes=3)])
+    # They meet at 2 s; the average arrives at 5 s, when node 0 closes its round.
+    assert simulated.nodes[0] == NodeSeconds(compute_s=4.0, wait_s=4.0)
+    assert simulated.nodes[1] == NodeSeconds(compute_s=8.0)
+    assert simulated.bytes_sent == (3, 3)
+
+
+def test_what_has_not_arrived_at_the_close_is_waited_for_where_one_is() -> None:
+    simulated = run(slow_uplinks(), 4, [Round(2, delay=2, nbytes=5)])
+    # It arrives at 7 s. Node 0 closes the round at 4 s, and node 1 at 6 s.
+    assert simulated.nodes[0] == NodeSeconds(compute_s=4.0, wait_s=2.0, communicate_s=3.0)
+    assert simulated.nodes[1] == NodeSeconds(compute_s=8.0, communicate_s=1.0)
+    assert simulated.step_ends_s == [2.0, 4.0, 7.0, 9.0]
+
+
+def test_a_round_opens_where_the_last_one_closes_and_its_bytes_follow() -> None:
+    records = [Round(1, delay=1, nbytes=4), Round(2, delay=1, nbytes=4)]
+    simulated = run(slow_uplinks(), 3, records)
+    # From 2 s to 6 s, and from 6 s, when both have closed the first, to 10 s.
+    assert simulated.elapsed_s == 10.0
+    assert simulated.nodes[1] == NodeSeconds(compute_s=6.0, communicate_s=4.0)
+
+
+def test_two_rounds_in_flight_share_the_link_one_after_the_other() -> None:
+    records = [Round(2, delay=0, nbytes=1, recipe=1), Round(3, delay=3, nbytes=6)]
+    simulated = run(slow_uplinks(), 4, records)
+    # The first is on its way from 2 s to 8 s: the second, of 1 s, has to follow it.
+    assert simulated.steps[2].end_s == 9.0
+    assert simulated.elapsed_s == 11.0
+
+
+def test_a_death_beside_training_is_known_after_the_heartbeat_timeout() -> None:
+    records = [Round(3, delay=3, committed=False)]
+    away = {1: range(2, 4)}
+    simulated = run(slow_uplinks(), 4, records, away=away, deaths=[Dies(1, 2)])
+    # Dead at 4 s, known at 9 s; node 0 closes its round at 5 s.
+    assert simulated.nodes[0] == NodeSeconds(compute_s=4.0, wait_s=1.0 + 4.0)
+    assert simulated.nodes[1] == NodeSeconds(compute_s=4.0, away_s=5.0)
+    assert (simulated.lost.rounds, simulated.lost.deaths) == (1, 1)
+    dying = [Dies(1, 0, in_round=True)]
+    struck = run(slow_uplinks(), 4, records, away={1: range(1, 4)}, deaths=dying)
+    assert struck.nodes[0] == NodeSeconds(compute_s=4.0, wait_s=1.0 + 2.0)
+
+
+def test_steps_taken_while_a_round_travelled_are_not_in_it() -> None:
+    records = [Round(3, delay=2, restores=True), Round(7, committed=False)]
+    # Two steps since what the first sent, and four more.
+    assert run(slow_uplinks(), 8, records).lost.node_steps == 2 * (2 + 4)
+
+
 def test_time_to_loss_is_the_end_of_the_first_step_that_is_good_enough() -> None:
     simulated = run(unequal(), 10, [Round(step) for step in range(10)])
     assert simulated.time_to_loss(7.0, window=1) == 12.0
@@ -226,40 +287,31 @@ links = st.builds(
 def worlds(draw: st.DrawFn) -> dict[str, Any]:
     """A run of 4 nodes: one dies between rounds, one in a round; both heal."""
     steps, every = 12, draw(st.integers(1, 4))
+    delay = draw(st.integers(0, every))
     place = draw(st.sampled_from(Place))
     dead, back = 1, draw(st.integers(2, 6))
     hit = draw(st.integers(0, steps - 1))
-    away = {1: range(dead, back)}
     rounds, heals, waiting = [], [], True
     for step in range(every - 1, steps, every):
-        members = [0, 1, 2, 3]
-        if step in away[1]:
-            members.remove(1)
-        if waiting and step >= back:
-            heals.append(Heal(step, 1, 0, draw(st.integers(0, 10_000))))
+        late = min(delay, step)
+        opened = step - late
+        if waiting and opened >= back:
+            heals.append(Heal(opened, 1, 0, draw(st.integers(0, 10_000))))
             waiting = False
+        there = opened < dead or not waiting
         rounds.append(
             Round(
                 step,
-                members=tuple(members),
+                members=(0, 1, 2, 3) if there else (0, 2, 3),
                 nbytes=draw(st.integers(0, 10_000)),
-                committed=step != hit,
+                committed=step != hit and not opened < dead <= step,
                 place=place,
                 kind=draw(st.sampled_from(["average", "gather"])),
+                delay=late,
             )
         )
-    if waiting:
-        away = {1: range(dead, steps)}
-    elif place is Place.AFTER:
-        away = {1: range(dead, heals[0].step + 1)}
-    else:
-        away = {1: range(dead, heals[0].step)}
-    rounds = [
-        replace(r, members=(0, 2, 3), counted=(0, 2, 3))
-        if 1 in r.members and r.step >= dead and (waiting or r.step < heals[0].step)
-        else r
-        for r in rounds
-    ]
+    end = heals[0].step + (place is Place.AFTER) if heals else steps
+    away = {1: range(dead, end)}
     return {
         "steps": steps,
         "rounds": rounds,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 
 from tests.helpers.sweeps import TINY
 from torchft.errors import SettingsError
-from torchft.simulator import catalogue, zoo
+from torchft.simulator import catalogue, datasets, zoo
+from torchft.simulator.catalogue import DATA_OF
 from torchft.simulator.config import SimulateConfig, StrategyConfig, from_mapping
 from torchft.simulator.datasets import digits, text
+from torchft.simulator.feed import Feed
 from torchft.simulator.loop import run_stacked
 from torchft.simulator.network import forecast
 from torchft.simulator.runs import RunReport
@@ -277,10 +280,24 @@ def test_text_is_cut_into_rows_that_overlap_by_one_byte(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(bytes(range(100)) * 2)
     train, held_out = text([path], context=8)
-    assert train[0][0].tolist() == list(range(9))
-    assert train[1][0].tolist() == list(range(8, 17))
+    assert train[0].tolist() == list(range(9))
+    assert train[1].tolist() == list(range(8, 17))
     assert len(train) == (180 - 1) // 8
-    assert held_out[0][0].tolist() == list(range(80, 89))
+    assert held_out[0].tolist() == list(range(80, 89))
+
+
+@pytest.mark.parametrize("model", sorted(DATA_OF))
+def test_a_model_takes_batches_of_the_data_that_it_learns_by_default(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An old failing that must not come back: the gpt got its rows in a list, and broke off."""
+    monkeypatch.setattr(datasets, "digits", partial(datasets.digits, 32, 16))
+    config = SimulateConfig(model=model)
+    train, held_out = catalogue.data_of(config)
+    made = catalogue.model_of(config)()
+    for data in (train, held_out):
+        batch = Feed(data, num_nodes=2, batch_size=3).batch(1, 0)
+        assert made(batch).isfinite()
 
 
 def test_too_short_a_text_is_refused(tmp_path: Path) -> None:

@@ -21,13 +21,11 @@ from torchft.errors import SettingsError
 from torchft.simulator import NodeError, Trainer, TrainNode, processes
 from torchft.simulator.zoo import Mlp
 from torchft.strategies import (
-    DiLoCo,
     DiLoCoStrategy,
-    Inner,
     LocalSGDStrategy,
     OptimSpec,
     SimpleReduceStrategy,
-    Strategy,
+    StreamingDiLoCoStrategy,
 )
 
 
@@ -382,12 +380,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "several devices": ({"on": {"device": None, "devices": [0, 1]}}, "processes=True"),
     "devices of a CPU": ({"on": {"device": "cpu", "devices": [0, 1]}}, "numbers of CUDA devices"),
     "checkpoints of processes": ({"processes": True, "checkpoint_interval": 5}, "processes=True"),
-    "checkpoints of rounds in flight": (
+    "checkpoints where a round is always in flight": (
         {
-            "strategy": Strategy([DiLoCo(OptimSpec(lr=1.0), 4, delay=1)], inner=Inner()),
+            "strategy": StreamingDiLoCoStrategy(H=4, fragments=2, fragment_sync_delay=2),
             "checkpoint_interval": 5,
         },
-        "DiLoCo has delay=1",
+        "DiLoCo has delay=2, so a round is in flight after every step",
     ),
     "resuming processes": ({"processes": True, "resume": True}, "processes=True"),
 }

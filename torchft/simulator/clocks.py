@@ -3,7 +3,8 @@
     a node computes           its clock moves by its seconds a step
     a round opens             when all its members are there: the others wait for the slowest
     it communicates           its messages' latencies + what the busiest member sends / the slowest
-                              link among them
+                              link among them, as soon as nothing else travels there
+    it has a delay            its members train on, and wait for what has not arrived at its close
     a member dies in it       the others wait for the heartbeat timeout, and the round fails
     a node died before it     it cannot open before that node's heartbeats have timed out
     a node heals at its start its clock moves by latency + state / the slower of both links; a donor
@@ -41,6 +42,10 @@ class RoundLike(Protocol):
     @property
     def step(self) -> int: ...
     @property
+    def delay(self) -> int: ...
+    @property
+    def recipe(self) -> int: ...
+    @property
     def place(self) -> Place: ...
     @property
     def kind(self) -> str: ...
@@ -77,6 +82,7 @@ class NodeSeconds:
 
     compute_s: float = 0.0
     communicate_s: float = 0.0
+    """While it did nothing else: what travels beside training costs no time."""
     wait_s: float = 0.0
     """For slower members, for a lost one's heartbeats, at the end for the last."""
     heal_s: float = 0.0
@@ -147,6 +153,8 @@ class Clocks:
         """Until then a dead node may still be alive for all that the others know."""
         self.at_stake = [0] * len(links)
         """By node: inner steps since it last contributed to a committed round."""
+        self.busy_until = [0.0] * len(links)
+        """When the last round that a node sends for will have arrived: the next one follows it."""
         self.bytes_sent = [0] * len(links)
         self.lost = Lost()
 
@@ -176,7 +184,7 @@ class Clocks:
         self.at_stake[node] = 0
 
     def die(self, node: int) -> None:
-        """It dies outside a round; the others find out when its heartbeats have timed out."""
+        """It dies; the others find out when its heartbeats have timed out."""
         self.leave(node)
         self.opens_after = max(self.opens_after, self.now[node] + self.heartbeat_timeout_s)
 
@@ -198,19 +206,32 @@ class Clocks:
             self.lost.heal_bytes += heal.nbytes
             self.at_stake[node] = 0
 
-    def communicate(self, record: RoundLike, dying: Sequence[int]) -> None:
-        """One round, from its opening to its close."""
-        self.wait_until(record.members, self.meet(record.members))
+    def open(self, record: RoundLike, dying: Sequence[int]) -> float:
+        """A round opens, and its bytes go on their way. When they will have arrived."""
+        opened = self.meet(record.members)
+        self.wait_until(record.members, opened)
         for node, sent in record.bytes_per_node.items():
             self.bytes_sent[node] += sent
+        for node in dying:
+            self.die(node)
         if dying:
-            for node in dying:
-                self.leave(node)
-            survivors = [node for node in record.members if node not in dying]
-            self.wait_until(survivors, self.meet(survivors) + self.heartbeat_timeout_s)
+            return self.opens_after
+        begins = max([opened, *(self.busy_until[node] for node in record.members)])
+        arrives = begins + round_seconds(record, self.links)
+        for node in record.members:
+            self.busy_until[node] = arrives
+        return arrives
+
+    def close(self, record: RoundLike, arrives: float) -> None:
+        """A round closes: its members wait until it has arrived, or until one is known dead."""
+        there = [node for node in record.members if node not in self.left_at]
+        if not record.committed and len(there) < len(record.members):
+            for node in there:
+                self.wait_until([node], max(self.now[node], self.opens_after))
+                self.busy_until[node] = min(self.busy_until[node], self.now[node])
         else:
-            seconds = round_seconds(record, self.links)
-            for node in record.members:
+            for node in there:
+                seconds = max(0.0, arrives - self.now[node])
                 self.now[node] += seconds
                 self.spent[node].communicate_s += seconds
         self._account(record)
@@ -241,7 +262,7 @@ class Clocks:
     def _account(self, record: RoundLike) -> None:
         if record.committed:
             for node in record.counted:
-                self.at_stake[node] = 0
+                self.at_stake[node] = min(self.at_stake[node], record.delay)
             return
         self.lost.rounds += 1
         for node in record.members:

@@ -66,8 +66,8 @@ def _varied(images: Tensor, labels: Tensor, count: int, dice: torch.Generator) -
     return TensorDataset((canvas - 0.2) / 0.4, labels[picked])
 
 
-def text(paths: Sequence[Path] = (), *, context: int = 64) -> tuple[TensorDataset, TensorDataset]:
-    """Rows of `context` + 1 bytes, uint8, of files and folders, or of the standard library's
+def text(paths: Sequence[Path] = (), *, context: int = 64) -> tuple[Tensor, Tensor]:
+    """Rows of bytes, uint8 `[n, context + 1]`, of files and folders, or of the standard library's
     sources; the last tenth of the bytes is held out.
 
     Raises:
@@ -80,11 +80,11 @@ def text(paths: Sequence[Path] = (), *, context: int = 64) -> tuple[TensorDatase
     return _rows(corpus.train, context, corpus), _rows(corpus.held_out, context, corpus)
 
 
-def _rows(stream: Tensor, context: int, corpus: ByteCorpus) -> TensorDataset:
+def _rows(stream: Tensor, context: int, corpus: ByteCorpus) -> Tensor:
     rows = (len(stream) - 1) // context
     if rows < 1:
         raise SettingsError(
             f"{corpus.source} is too short: {len(stream)} bytes, and one row needs {context + 1}"
         )
     starts = torch.arange(rows).view(-1, 1) * context
-    return TensorDataset(stream[starts + torch.arange(context + 1)])
+    return stream[starts + torch.arange(context + 1)]

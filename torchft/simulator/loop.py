@@ -4,6 +4,7 @@ for each step:   who is gone, who waits to heal
                  strategy.begin()                   rounds for gradients open
                  each living node: batch, seed, forward, backward
                  strategy.step()                    as on any real group
+                 strategy.finish()                  after the last one: what is in flight closes
 """
 
 from __future__ import annotations
@@ -115,7 +116,6 @@ class Run:
             self._spend("steps_cpu", process_time() - cpu)
             if on_step is not None:
                 on_step(self)
-        self.strategy.finish()
         self.local.check_frozen()
         self.result.alive = list(self.local.alive)
         self.result.model = mean_model([self.local.models[node] for node in self.local.alive])
@@ -131,6 +131,8 @@ class Run:
         losses = finite_losses(self._backward(), self.step)
         self.result.history.append(StepRow(self.step, losses, self.local.inner.lr))
         self.strategy.step()
+        if self.step + 1 == self.total_steps:
+            self.strategy.finish()
         if self.step < _LOOKS_AT_FROZEN:
             self.local.check_frozen()
         if self.experiment.digests and any(r.committed for r in self.peers.rounds[rounds:]):

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from torchft.peers import Place
 from torchft.simulator.clocks import Clocks, HealLike, Lost, NodeSeconds, RoundLike
 from torchft.simulator.events import Dies
 from torchft.simulator.weather import Weather
@@ -163,7 +164,7 @@ def _there_at_first(
     """Also those that died in a round of the first step, before they had computed anything."""
     if not losses:
         return set(range(num_nodes))
-    members = {node for one in record.rounds.get(0, ()) for node in one.members}
+    members = {node for turn in record.turns.get(0, ()) if turn.opens for node in turn.of.members}
     return set(losses[0]) | (members - {heal.node for heal in record.heals.get(0, ())})
 
 
@@ -171,6 +172,18 @@ def _measured(result: ResultLike) -> float | None:
     node_steps = sum(len(row.losses) for row in result.history)
     seconds = result.seconds.get("steps")
     return seconds / node_steps if seconds and node_steps else None
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A step in which something of a round happens: with a delay it has two of them."""
+
+    step: int
+    number: int
+    """Of the round."""
+    of: RoundLike
+    opens: bool
+    closes: bool
 
 
 class _Record:
@@ -182,17 +195,20 @@ class _Record:
         heals: Sequence[HealLike],
         deaths: Sequence[Dies],
     ) -> None:
-        self.rounds = _by_step(rounds)
+        self.turns = _turns(rounds)
         self.heals = _by_step(heals)
         self.deaths = _by_step([death for death in deaths if not death.in_round])
         self.doomed = [death for death in deaths if death.in_round]
         """Those that die in a round, until that round has come."""
+        self.arrives: dict[int, float] = {}
+        """When a round that is open will have arrived, by its number."""
 
     def struck(self, record: RoundLike) -> list[int]:
-        """Who dies in this round."""
+        """Who dies in this round, which opens now."""
         if record.committed:
             return []
-        hit = [d for d in self.doomed if d.step <= record.step and d.node in record.members]
+        opened = record.step - record.delay
+        hit = [d for d in self.doomed if d.step <= opened and d.node in record.members]
         self.doomed = [death for death in self.doomed if death not in hit]
         return [death.node for death in hit]
 
@@ -212,6 +228,18 @@ def _by_step(records: Sequence[R]) -> dict[int, list[R]]:
     return found
 
 
+def _turns(rounds: Sequence[RoundLike]) -> dict[int, list[_Turn]]:
+    """As the strategy takes them: recipe by recipe what is due to close, then what opens."""
+    turns = []
+    for number, one in enumerate(rounds):
+        late = one.delay > 0
+        turns.append(_Turn(one.step, number, one, opens=not late, closes=True))
+        if late:
+            turns.append(_Turn(one.step - one.delay, number, one, opens=True, closes=False))
+    turns.sort(key=lambda turn: (turn.of.place is Place.AFTER, turn.of.recipe, turn.opens))
+    return _by_step(turns)
+
+
 def _play(
     record: _Record,
     clocks: Clocks,
@@ -229,7 +257,11 @@ def _play(
     for node in computed:
         clocks.compute(node, pace[node])
     late = [heal for heal in heals if heal not in early]
-    for one in record.rounds.get(step, ()):
-        clocks.heal([heal for heal in late if heal.node in one.members], one.members)
-        late = [heal for heal in late if heal.node not in one.members]
-        clocks.communicate(one, record.struck(one))
+    for turn in record.turns.get(step, ()):
+        one = turn.of
+        if turn.opens:
+            clocks.heal([heal for heal in late if heal.node in one.members], one.members)
+            late = [heal for heal in late if heal.node not in one.members]
+            record.arrives[turn.number] = clocks.open(one, record.struck(one))
+        if turn.closes:
+            clocks.close(one, record.arrives.pop(turn.number))

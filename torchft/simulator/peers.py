@@ -46,6 +46,8 @@ class RoundRecord:
     """Position in the strategy."""
     restores: bool = True
     """After a no, this recipe takes something back: training since its last round was in vain."""
+    delay: int = 0
+    """Inner steps that its members took between its opening and its close."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,7 @@ class StackedRound:
         self.failed = False
         self.members, self.counted = members, counted
         self._peers, self._place, self._recipe = peers, place, recipe
+        self._opened = peers.now
         self.lives = {(node, peers.attendance.lives[node]) for node in members}
         self._kind = "average"
         self._sent = dict.fromkeys(members, 0)
@@ -243,6 +246,7 @@ class StackedRound:
                 collectives=self._collectives,
                 recipe=self._recipe,
                 restores=self._peers.restores(self._recipe),
+                delay=self._peers.now - self._opened,
             ),
         )
         return committed

@@ -89,7 +89,7 @@ class _Trainer:
             self._keep({"step": self._clock.steps - 1})
         while self._clock.steps < self._experiment.total_steps:
             self._train_step()
-        self._strategy.finish()
+        self._strategy.finish()  # of one that came for the last round, and took no step
         self._node.manager.settle()
         self._report()
         self._feed.close()
@@ -105,6 +105,8 @@ class _Trainer:
         row = {"step": step, "loss": losses[self._node.number], "lr": self._inner.lr}
         row["compute_s"] = self._compute_s
         self._strategy.step()
+        if self._clock.steps >= self._experiment.total_steps:
+            self._strategy.finish()
         self._keep(row)
 
     def _backward(self, step: int) -> Tensor:
@@ -204,9 +206,9 @@ class _WatchedRound:
     def __init__(self, peers: _Watched, place: Place, real: ManagedRound) -> None:
         self.opening = real.opening
         self._peers, self._place, self._real = peers, place, real
-        self._opened = peers.step(place)
         self._kind, self._collectives = peers.averages, 0
         self._recipe = peers.strategy.opening
+        self._opened = peers.step(place)
 
     @property
     def failed(self) -> bool:
@@ -233,9 +235,10 @@ class _WatchedRound:
         self._real.fail(error)
 
     def close(self) -> bool:
+        step = self._peers.step(self._place)
         self._peers.node.manager.note(
-            inner_step=self._peers.step(self._place),
-            opened=self._opened,
+            inner_step=step,
+            delay=step - self._opened,
             place=self._place.name,
             recipe=self._recipe,
             restores=self._peers.restores(self._recipe),

@@ -35,13 +35,16 @@ class RealRound:
     """One round, as all that closed it saw it."""
 
     inner_step: int
-    """In which it closed."""
-    opened: int
-    """The inner step in which it opened."""
+    """That in which it closed."""
     members: tuple[str, ...]
     """Replica ids, in rank order."""
     records: dict[str, StepRecord] = field(default_factory=dict)
     """By replica id."""
+
+    @property
+    def opened(self) -> int:
+        """The inner step in which it opened."""
+        return self.inner_step - next(iter(self.records.values())).extra["delay"]
 
     @property
     def committed(self) -> list[str]:
@@ -74,9 +77,7 @@ def rounds_of(records: Iterable[StepRecord]) -> list[RealRound]:
                 "runs of the simulator's processes can be repeated"
             )
         key = (step, record.step, record.quorum_id)
-        opened = record.extra.get("opened", step)
-        one = rounds.setdefault(key, RealRound(step, opened, record.members))
-        one.records[record.replica_id] = record
+        rounds.setdefault(key, RealRound(step, record.members)).records[record.replica_id] = record
     return [rounds[key] for key in sorted(rounds)]
 
 
@@ -154,7 +155,7 @@ class _Story:
 def heals_of(rounds: Sequence[RealRound]) -> list[HealRecord]:
     """Who got whose state."""
     return [
-        HealRecord(one.inner_step, _node_of(life), donor, _bytes_healed(one.records[life]))
+        HealRecord(one.opened, _node_of(life), donor, _bytes_healed(one.records[life]))
         for one in rounds
         for life in one.members
         if (donor := one.donor_of(life)) is not None
@@ -190,6 +191,7 @@ def _round_record(one: RealRound) -> RoundRecord:
         collectives=extra["collectives"],
         recipe=extra["recipe"],
         restores=extra["restores"],
+        delay=extra["delay"],
     )
 
 

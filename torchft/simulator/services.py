@@ -105,6 +105,8 @@ class Services:
     _step: int = field(default=0, init=False)
     """Steps that are done."""
     _started: bool = field(default=False, init=False)
+    _unsaved: bool = field(default=False, init=False)
+    """A checkpoint is due, and waits until no round is in flight."""
 
     def __enter__(self) -> Services:
         return self
@@ -141,6 +143,8 @@ class Services:
         if run.step and self._due(run, self.correlation_interval):
             self._correlate(run)
         if run.step and self._due(run, self.checkpoint_interval):
+            self._unsaved = True
+        if self._unsaved and not run.strategy.in_flight:
             self._save(run)
 
     def _due(self, run: Run, interval: int | None) -> bool:
@@ -216,6 +220,7 @@ class Services:
             "correlations": run.result.correlations,
         }
         self.checkpoints.save(run.step, self.identity, state)
+        self._unsaved = False
 
     def _log(self, kind: Kind, row: Row) -> None:
         for logger in self.loggers:

@@ -125,7 +125,7 @@ class Trainer:
                 Real processes are looked at only then.
             autocast: True for bfloat16, or a dtype.
             checkpoint_interval: steps between two checkpoints, in `save_dir/run_name`; the end has
-                one too.
+                one too. One that is due while a round is in flight is taken when none is.
             correlation_interval: steps between two comparisons of the nodes' weights.
             dataloader_kwargs: `num_workers`, `collate_fn` and the like, for torch's DataLoader.
             wandb_project: log to Weights & Biases.
@@ -328,10 +328,11 @@ def _check_processes(
 
 def _check_keepable(strategy: Strategy) -> None:
     for recipe in strategy.recipes:
-        if recipe.delay:
+        if not recipe.rests:
             raise SettingsError(
-                f"{type(recipe).__name__} has delay={recipe.delay}, so rounds are open between "
-                "steps and cannot be kept: leave checkpoint_interval or the delay out"
+                f"{type(recipe).__name__} has delay={recipe.delay}, so a round is in flight after "
+                "every step, and none can be kept: use a smaller delay, or leave "
+                "checkpoint_interval out"
             )
 
 

@@ -85,6 +85,11 @@ class DiLoCo(Recipe):
                 InnerBackup(self.local, f, device=self._device) for f in self.fragments
             ]
 
+    @property
+    def rests(self) -> bool:
+        """Unless the next round opens where the last one closes, between any two."""
+        return self.delay < -(-self.every // self._parts)
+
     def due(self) -> bool:
         """`delay` steps before a round must close."""
         return is_slot(self.clock.steps + self.delay, self.every, self._parts)

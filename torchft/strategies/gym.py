@@ -214,7 +214,11 @@ class DiLoCoStrategy(_Averaged):
 
 
 class StreamingDiLoCoStrategy(_Averaged):
-    """DiLoCo by `fragments` in turn: the k-th round closes after step ⌊kH/fragments⌋, for any H."""
+    """DiLoCo by `fragments` in turn: the k-th round closes after step ⌊kH/fragments⌋, for any H.
+
+    It opens `fragment_sync_delay` steps before, and the average travels while they are taken; then
+    w ← `fragment_update_alpha` · w + (1 - `fragment_update_alpha`) · backup.
+    """
 
     def __init__(
         self,
@@ -229,6 +233,8 @@ class StreamingDiLoCoStrategy(_Averaged):
         lr_scheduler: Scheduler = None,
         lr_scheduler_kwargs: Arguments = None,
         codec: Codec | str | None = None,
+        fragment_sync_delay: int = 0,
+        fragment_update_alpha: float = 0.0,
     ) -> None:
         _check_interval("H", H)
         optim = _one_of(
@@ -236,13 +242,22 @@ class StreamingDiLoCoStrategy(_Averaged):
         )
         inner = _inner(optim, max_norm, lr_scheduler, lr_scheduler_kwargs)
         outer = ensure_optim_spec(outer_optim_spec, OUTER)
-        recipe = DiLoCo(outer, H, fragments=fragments, backup_device=None)
+        recipe = DiLoCo(
+            outer,
+            H,
+            fragments=fragments,
+            delay=fragment_sync_delay,
+            mix=fragment_update_alpha,
+            backup_device=None,
+        )
         super().__init__(
             [recipe],
             inner,
             codec=codec,
             H=H,
             fragments=fragments,
+            fragment_sync_delay=fragment_sync_delay,
+            fragment_update_alpha=fragment_update_alpha,
             outer=outer,
         )
 

@@ -82,6 +82,11 @@ class Recipe:
     def setup(self) -> None:
         """Make the recipe's state."""
 
+    @property
+    def rests(self) -> bool:
+        """Whether there are inner steps after which no round of it is in flight."""
+        return not self.delay
+
     def due(self) -> bool:
         """Whether a round opens now, by the clock."""
         return True

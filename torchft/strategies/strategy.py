@@ -157,6 +157,11 @@ class Strategy:
         """Position of the recipe whose round opened last, or opens now."""
         return self._opening
 
+    @property
+    def in_flight(self) -> bool:
+        """A round has opened and not yet closed, so there is no state to save."""
+        return bool(self._flight)
+
     def config(self) -> dict[str, Any]:
         """All settings as plain data, for loggers."""
         recipes = [type(recipe).__name__ for recipe in self.recipes]
