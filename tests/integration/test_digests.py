@@ -23,6 +23,7 @@ EVERY = {
     "DiLoCo": 10,
     "DiLoCo int8": 10,
     "Streaming DiLoCo": 4,
+    "Streaming, strided": 4,
     "Streaming int4": 4,
 }
 """Steps between two rounds, if more than one."""

@@ -60,6 +60,9 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
         lr_scheduler_kwargs={"warmup_steps": 20, "cosine_anneal": True},
     ),
     "Streaming DiLoCo": lambda: StreamingDiLoCoStrategy(ADAMW, H=12, fragments=3),
+    "Streaming, strided": lambda: StreamingDiLoCoStrategy(
+        ADAMW, H=12, fragments=3, pattern="strided"
+    ),
     "DiLoCo int8": lambda: DiLoCoStrategy(ADAMW, H=10, codec="int8"),
     "Streaming int4": lambda: StreamingDiLoCoStrategy(ADAMW, H=12, fragments=3, codec="int4"),
     "SPARTA": lambda: SPARTAStrategy(ADAMW, p_sparta=0.05),

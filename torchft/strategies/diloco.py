@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from torchft.errors import SettingsError
+from torchft.strategies.fragments import SEQUENTIAL, check_pattern
 from torchft.strategies.local import Fragment
 from torchft.strategies.parts.backup import Backup
 from torchft.strategies.parts.inner_backup import InnerBackup
@@ -43,7 +44,8 @@ STANDS, RESTORED = "stands", "restored"
 
 
 class DiLoCo(Recipe):
-    """`outer` is an optimizer factory, or an `Outer` part that holds optimizers already."""
+    """`outer` is an optimizer factory, or an `Outer` part that holds optimizers already. `pattern`
+    says which blocks make a fragment: see `torchft.strategies.fragments`."""
 
     def __init__(
         self,
@@ -51,6 +53,7 @@ class DiLoCo(Recipe):
         every: int,
         *,
         fragments: int = 1,
+        pattern: str = SEQUENTIAL,
         delay: int = 0,
         mix: float = 0.0,
         inner_state: str = STANDS,
@@ -59,6 +62,7 @@ class DiLoCo(Recipe):
     ) -> None:
         check_schedule(every, fragments, delay, mix)
         check_inner_state(inner_state)
+        check_pattern(pattern)
         self.outer: Outer = FlatOuter(outer) if callable(outer) else outer
         self.every = every
         self.fragments: list[Fragment] = []
@@ -69,12 +73,12 @@ class DiLoCo(Recipe):
         self.rounds = 0
         self.delay, self.mix = delay, mix
         self.varies = fragments > 1
-        self._parts = fragments
+        self._parts, self._pattern = fragments, pattern
         self._device, self._pin = backup_device, pin_memory
 
     def setup(self) -> None:
         """Remember the weights that all start from."""
-        self.fragments = list(self.local.split(self._parts))
+        self.fragments = list(self.local.split(self._parts, self._pattern))
         self.backups = [
             Backup(self.local, f, device=self._device, pin_memory=self._pin) for f in self.fragments
         ]

@@ -30,6 +30,7 @@ from torchft.strategies.all_reduce import AllReduce
 from torchft.strategies.demo import DeMo
 from torchft.strategies.diloco import DiLoCo
 from torchft.strategies.fedavg import FedAvg
+from torchft.strategies.fragments import SEQUENTIAL
 from torchft.strategies.inner import Inner
 from torchft.strategies.local_sgd import LocalSGD
 from torchft.strategies.optim_spec import OptimSpec, ensure_optim_spec
@@ -214,7 +215,10 @@ class DiLoCoStrategy(_Averaged):
 
 
 class StreamingDiLoCoStrategy(_Averaged):
-    """DiLoCo by `fragments` in turn: the k-th round closes after step ⌊kH/fragments⌋, for any H."""
+    """DiLoCo by `fragments` in turn: the k-th round closes after step ⌊kH/fragments⌋, for any H.
+
+    Their blocks are neighbours ("sequential"), or dealt out in turn ("strided").
+    """
 
     def __init__(
         self,
@@ -224,6 +228,7 @@ class StreamingDiLoCoStrategy(_Averaged):
         fragments: int = 4,
         max_norm: float | None = None,
         *,
+        pattern: str = SEQUENTIAL,
         inner_optim: Optim = None,
         inner_optim_spec: Optim = None,
         lr_scheduler: Scheduler = None,
@@ -236,13 +241,14 @@ class StreamingDiLoCoStrategy(_Averaged):
         )
         inner = _inner(optim, max_norm, lr_scheduler, lr_scheduler_kwargs)
         outer = ensure_optim_spec(outer_optim_spec, OUTER)
-        recipe = DiLoCo(outer, H, fragments=fragments, backup_device=None)
+        recipe = DiLoCo(outer, H, fragments=fragments, pattern=pattern, backup_device=None)
         super().__init__(
             [recipe],
             inner,
             codec=codec,
             H=H,
             fragments=fragments,
+            pattern=pattern,
             outer=outer,
         )
 
