@@ -31,6 +31,7 @@ from torchft.ledger import Bucket
 from torchft.managed_peers import ManagedPeers
 from torchft.quantization import Codec, codec_for
 from torchft.strategies import diloco, local_sgd
+from torchft.strategies.buffers import LEFT
 from torchft.strategies.fragments import SEQUENTIAL
 from torchft.strategies.local import Fragment, local_part
 from torchft.strategies.model_local import ModelLocal
@@ -75,6 +76,8 @@ class _Door:
         self._strategy = Strategy([recipe], bucket_bytes=bucket_bytes)
         peers = ManagedPeers(manager, deterministic=deterministic)
         self._strategy.bind(local, peers, applying=self._applying)
+        if recipe.buffers != LEFT:
+            manager.describe_model("model buffers", list(local.buffers()[0].items()))
 
     def __enter__(self) -> Self:
         if not self._entered:
@@ -139,7 +142,8 @@ class LocalSGD(_Door):
     A round that is discarded brings back the last average, from a backup on `backup_device` (the
     CPU by default; 4 bytes per fp32 parameter). With `backup=False` the local weights stand. With
     `deterministic=True` averages are summed in the order of the groups' names, as the simulator
-    does, so that a run can be repeated bit by bit. `should_quantize` is that of `DiLoCo`.
+    does, so that a run can be repeated bit by bit. `should_quantize` and `buffers` are those of
+    `DiLoCo`.
 
     Raises:
         SettingsError: `sync_every` below 1, nothing to train, or no such codec.
@@ -157,10 +161,12 @@ class LocalSGD(_Door):
         pin_memory: bool = True,
         should_quantize: bool | str | Codec = False,
         deterministic: bool = False,
+        buffers: str = LEFT,
     ) -> None:
         self._recipe = local_sgd.LocalSGD(
             sync_every,
             backup=backup,
+            buffers=buffers,
             backup_device=backup_device or "cpu",
             pin_memory=pin_memory,
         )
@@ -228,6 +234,8 @@ class DiLoCo(_Door):
         fragments: cut the one module into so many, in whole blocks of about equal bytes
             (`torchft.strategies.fragments`). Not with several modules, which are the fragments.
         fragment_pattern: a fragment's blocks are neighbours ("sequential"), or "strided".
+        buffers: in each round that commits, the groups' buffers are "left" alone, "averaged", or
+            "copied" from the first group (`torchft.strategies.buffers`).
 
     Raises:
         SettingsError: also a ValueError; an argument that does not fit, and what would.
@@ -253,6 +261,7 @@ class DiLoCo(_Door):
         inner_state: str = "stands",
         fragments: int | None = None,
         fragment_pattern: str = SEQUENTIAL,
+        buffers: str = LEFT,
     ) -> None:
         _refuse(manager, model_fragments, bucket_cap_mb)
         parts = _parts(model_fragments, fragments, fragment_pattern)
@@ -270,6 +279,7 @@ class DiLoCo(_Door):
             delay=fragment_sync_delay,
             mix=fragment_update_alpha,
             inner_state=inner_state,
+            buffers=buffers,
             backup_device=backup_device or "cpu",
             pin_memory=pin_memory,
         )

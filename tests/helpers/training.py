@@ -153,6 +153,13 @@ ROWS = {
         Kind("diloco", every=6, fragments=2, delay=2, restores_inner=True),
         with_model_outer(every=6, fragments=2, delay=2, inner_state="restored"),
     ),
+    "LocalSGD, buffers averaged": Row(
+        Kind("local_sgd", every=3), lambda _: LocalSGD(3, buffers="averaged")
+    ),
+    "DiLoCo, 2 fragments, delayed, buffers copied": Row(
+        Kind("diloco", every=6, fragments=2, delay=2),
+        lambda _: DiLoCo(OUTER, 6, fragments=2, delay=2, buffers="copied"),
+    ),
     "SPARTA": Row(Kind("sparta", share_every=2, subset=a_third), lambda _: Sparta(every_third, 2)),
     "SPARTA, at random, often none": Row(
         Kind("sparta", share_every=1, subset=at_random),

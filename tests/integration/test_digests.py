@@ -7,14 +7,17 @@ from collections.abc import Callable
 from functools import cache
 
 import pytest
+from torch import Tensor, nn
 
-from torchft.launch.digests import ADAMW, STRATEGIES, Pair, compare, main
+from torchft.launch.digests import ADAMW, STRATEGIES, OddModel, Pair, compare, main
 from torchft.quantization import Int8
 from torchft.strategies import (
+    DiLoCoStrategy,
     LocalSGDStrategy,
     SimpleReduceStrategy,
     SPARTADiLoCoStrategy,
     Strategy,
+    StreamingDiLoCoStrategy,
 )
 
 STEPS = 24
@@ -74,6 +77,43 @@ def test_encoded_gradients_weights_and_subsets_too(
     assert pair.equal, f"they part at step {pair.first_difference}"
     assert pair.real.rounds == pair.simulated.rounds
     assert {one.kind for one in pair.real.rounds} == {"quantized"}
+
+
+class Normed(OddModel):
+    """Its batches move running means and variances, and a count of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(23)
+
+
+CARRIED: dict[str, Callable[[], Strategy]] = {
+    "LocalSGD, buffers averaged": lambda: LocalSGDStrategy(ADAMW, H=3, buffers="averaged"),
+    "DiLoCo, buffers copied, int8": lambda: DiLoCoStrategy(
+        ADAMW, H=3, buffers="copied", codec="int8"
+    ),
+    "Streaming, strided, buffers averaged": lambda: StreamingDiLoCoStrategy(
+        ADAMW, H=6, fragments=3, pattern="strided", buffers="averaged"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_buffers_that_ride_along_are_equal_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STRATEGIES, name, CARRIED[name])
+    monkeypatch.setattr("torchft.launch.digests.OddModel", Normed)
+    pair = compare(name, steps=12, nodes=3, method="fork")
+    assert pair.equal, f"they part at step {pair.first_difference}"
+    assert pair.real.rounds == pair.simulated.rounds
+    # The last step was a round, so all nodes hold the same.
+    expected = pair.simulated.models[0].norm.state_dict()
+    assert int(expected["num_batches_tracked"]) == 12
+    for model in [*pair.real.models, *pair.simulated.models]:
+        assert all(value.equal(expected[key]) for key, value in buffers_of(model).items())
+
+
+def buffers_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name.removeprefix("norm."): buffer for name, buffer in model.named_buffers()}
 
 
 def test_without_an_order_the_bits_part() -> None:

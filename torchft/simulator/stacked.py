@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from torchft.errors import SettingsError
 from torchft.simulator.columns import columns_of, joined, matrix, places_of, write
+from torchft.strategies.buffers import buffers_of
 from torchft.strategies.checks import check_values
 from torchft.strategies.fragments import SEQUENTIAL, cut
 from torchft.strategies.inner import Inner
@@ -198,7 +199,7 @@ class StackedLocal:
         flats = self.weights(fragment)
         for flat, at, given in zip(flats, positions, values, strict=True):
             value = given.to(flat.device)
-            for row in self._written():
+            for row in self.written:
                 flat[row].index_copy_(0, at, value[row if value.shape[0] > 1 else 0])
         if any(len(runs) > 1 for runs in self._runs(self._weights, fragment)):
             self._write(self._weights, fragment, flats)
@@ -207,6 +208,15 @@ class StackedLocal:
         """No gradient of any living row is left from before."""
         for row in self.alive:
             self.zero_row(row)
+
+    @property
+    def written(self) -> Sequence[int]:
+        """The living, or those that writes are limited to."""
+        return range(self.rows) if self._writes is None else self._writes
+
+    def buffers(self) -> list[dict[str, Tensor]]:
+        """Each node's own, whether it lives or not."""
+        return [buffers_of([model]) for model in self.models]
 
     def inner_step(self) -> None:
         """Clip and step all that live."""
@@ -218,7 +228,7 @@ class StackedLocal:
         state = self.inner.optimizer.state
         return {
             (row, at): state[self.parameters[row][at]]
-            for row in self._written()
+            for row in self.written
             for at in fragment.parameters
         }
 
@@ -317,9 +327,6 @@ class StackedLocal:
                 for number, runs in columns.items()
             ]
         return self._seen[key]
-
-    def _written(self) -> Sequence[int]:
-        return range(self.rows) if self._writes is None else self._writes
 
     def _write(self, flats: list[Tensor], fragment: Fragment, values: Sequence[Tensor]) -> None:
         for runs, value in zip(self._runs(flats, fragment), values, strict=True):

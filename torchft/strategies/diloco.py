@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from torchft.errors import SettingsError
+from torchft.strategies.buffers import LEFT, check_buffers
 from torchft.strategies.fragments import SEQUENTIAL, check_pattern
 from torchft.strategies.local import Fragment
 from torchft.strategies.parts.backup import Backup
@@ -57,12 +58,14 @@ class DiLoCo(Recipe):
         delay: int = 0,
         mix: float = 0.0,
         inner_state: str = STANDS,
+        buffers: str = LEFT,
         backup_device: torch.device | str | None = "cpu",
         pin_memory: bool = True,
     ) -> None:
         check_schedule(every, fragments, delay, mix)
         check_inner_state(inner_state)
         check_pattern(pattern)
+        self.buffers = check_buffers(buffers)
         self.outer: Outer = FlatOuter(outer) if callable(outer) else outer
         self.every = every
         self.fragments: list[Fragment] = []

@@ -13,6 +13,9 @@ Each takes, besides what is its own:
 Those that average take a `codec` too, which makes what travels smaller: "bf16", "fp8", "int8",
 "int4", or a `torchft.quantization.Codec`. None: every bit travels.
 
+Those of LocalSGD and DiLoCo take `buffers` ("left", "averaged", "copied"): what becomes of the
+model's buffers in a round, see `buffers.py`.
+
 An argument that is not listed is an error, as in any Python call.
 """
 
@@ -27,6 +30,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchft.errors import SettingsError
 from torchft.quantization import Codec, codec_of
 from torchft.strategies.all_reduce import AllReduce
+from torchft.strategies.buffers import LEFT
 from torchft.strategies.demo import DeMo
 from torchft.strategies.diloco import DiLoCo
 from torchft.strategies.fedavg import FedAvg
@@ -178,14 +182,15 @@ class LocalSGDStrategy(_Averaged):
         lr_scheduler: Scheduler = None,
         lr_scheduler_kwargs: Arguments = None,
         codec: Codec | str | None = None,
+        buffers: str = LEFT,
     ) -> None:
         _check_interval("H", H)
         optim = _one_of(
             optim_spec=optim_spec, inner_optim=inner_optim, inner_optim_spec=inner_optim_spec
         )
         inner = _inner(optim, max_norm, lr_scheduler, lr_scheduler_kwargs)
-        recipe = LocalSGD(H, backup_device=None)
-        super().__init__([recipe], inner, codec=codec, H=H)
+        recipe = LocalSGD(H, buffers=buffers, backup_device=None)
+        super().__init__([recipe], inner, codec=codec, buffers=buffers, H=H)
 
 
 class DiLoCoStrategy(_Averaged):
@@ -203,6 +208,7 @@ class DiLoCoStrategy(_Averaged):
         lr_scheduler: Scheduler = None,
         lr_scheduler_kwargs: Arguments = None,
         codec: Codec | str | None = None,
+        buffers: str = LEFT,
     ) -> None:
         _check_interval("H", H)
         optim = _one_of(
@@ -210,8 +216,8 @@ class DiLoCoStrategy(_Averaged):
         )
         inner = _inner(optim, max_norm, lr_scheduler, lr_scheduler_kwargs)
         outer = ensure_optim_spec(outer_optim_spec, OUTER)
-        recipe = DiLoCo(outer, H, backup_device=None)
-        super().__init__([recipe], inner, codec=codec, H=H, outer=outer)
+        recipe = DiLoCo(outer, H, buffers=buffers, backup_device=None)
+        super().__init__([recipe], inner, codec=codec, buffers=buffers, H=H, outer=outer)
 
 
 class StreamingDiLoCoStrategy(_Averaged):
@@ -234,6 +240,7 @@ class StreamingDiLoCoStrategy(_Averaged):
         lr_scheduler: Scheduler = None,
         lr_scheduler_kwargs: Arguments = None,
         codec: Codec | str | None = None,
+        buffers: str = LEFT,
     ) -> None:
         _check_interval("H", H)
         optim = _one_of(
@@ -241,11 +248,14 @@ class StreamingDiLoCoStrategy(_Averaged):
         )
         inner = _inner(optim, max_norm, lr_scheduler, lr_scheduler_kwargs)
         outer = ensure_optim_spec(outer_optim_spec, OUTER)
-        recipe = DiLoCo(outer, H, fragments=fragments, pattern=pattern, backup_device=None)
+        recipe = DiLoCo(
+            outer, H, fragments=fragments, pattern=pattern, buffers=buffers, backup_device=None
+        )
         super().__init__(
             [recipe],
             inner,
             codec=codec,
+            buffers=buffers,
             H=H,
             fragments=fragments,
             pattern=pattern,

@@ -8,7 +8,7 @@ nodes that live here: 1 in a process of its own, N in the simulator.
     weights(whole)     [ [1, 16] float32: a then b,   [1, 4] bfloat16: c ]
 
 Decided once, alike in every runtime: frozen parameters are not part of any fragment, a tied weight
-is one slot, a missing gradient is zero, buffers stay local.
+is one slot, a missing gradient is zero. Buffers are outside of fragments (`buffers.py`).
 """
 
 from __future__ import annotations
@@ -98,6 +98,15 @@ class Local(Protocol):
 
     def named_views(self, fragment: Fragment, flats: Sequence[Tensor]) -> dict[str, Tensor]:
         """Parameter name → its view in `flats`, `[1, n]`."""
+        ...
+
+    @property
+    def written(self) -> Sequence[int]:
+        """The rows that are written now."""
+        ...
+
+    def buffers(self) -> Sequence[Mapping[str, Tensor]]:
+        """The persistent buffers of each row's model by name, themselves."""
         ...
 
     def inner_step(self) -> None:

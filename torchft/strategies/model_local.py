@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchft.errors import SettingsError
+from torchft.strategies.buffers import buffers_of
 from torchft.strategies.checks import check_values
 from torchft.strategies.fragments import SEQUENTIAL, check_pattern, cut
 from torchft.strategies.local import Fragment, Layout, local_part
@@ -36,11 +37,13 @@ class ModelLocal:
     """
 
     rows = 1
+    written = (0,)
 
     def __init__(self, modules: Sequence[nn.Module], optimizer: Steps | None = None) -> None:
         self.names: list[str] = []
         self.parameters: list[nn.Parameter] = []
         self._optimizer = optimizer
+        self._roots = list(modules)
         self._scratch = Scratch()
         self._layouts: dict[tuple[int, ...], Layout] = {}
         self._modules: list[Fragment] = []
@@ -186,6 +189,10 @@ class ModelLocal:
         """No gradient is left from before."""
         for parameter in self.parameters:
             parameter.grad = None
+
+    def buffers(self) -> list[dict[str, Tensor]]:
+        """Those of the modules, as one row."""
+        return [buffers_of(self._roots)]
 
     def inner_step(self) -> None:
         """Step the optimizer. A parameter that nobody used has a zero gradient.
