@@ -31,6 +31,8 @@ from torchft.ledger import Bucket
 from torchft.managed_peers import ManagedPeers
 from torchft.quantization import Codec, codec_for
 from torchft.strategies import diloco, local_sgd
+from torchft.strategies.buffers import LEFT
+from torchft.strategies.fragments import SEQUENTIAL
 from torchft.strategies.local import Fragment, local_part
 from torchft.strategies.model_local import ModelLocal
 from torchft.strategies.parts.outer import ModelOuter
@@ -74,6 +76,8 @@ class _Door:
         self._strategy = Strategy([recipe], bucket_bytes=bucket_bytes)
         peers = ManagedPeers(manager, deterministic=deterministic)
         self._strategy.bind(local, peers, applying=self._applying)
+        if recipe.buffers != LEFT:
+            manager.describe_model("model buffers", list(local.buffers()[0].items()))
 
     def __enter__(self) -> Self:
         if not self._entered:
@@ -138,7 +142,8 @@ class LocalSGD(_Door):
     A round that is discarded brings back the last average, from a backup on `backup_device` (the
     CPU by default; 4 bytes per fp32 parameter). With `backup=False` the local weights stand. With
     `deterministic=True` averages are summed in the order of the groups' names, as the simulator
-    does, so that a run can be repeated bit by bit. `should_quantize` is that of `DiLoCo`.
+    does, so that a run can be repeated bit by bit. `should_quantize` and `buffers` are those of
+    `DiLoCo`.
 
     Raises:
         SettingsError: `sync_every` below 1, nothing to train, or no such codec.
@@ -156,10 +161,12 @@ class LocalSGD(_Door):
         pin_memory: bool = True,
         should_quantize: bool | str | Codec = False,
         deterministic: bool = False,
+        buffers: str = LEFT,
     ) -> None:
         self._recipe = local_sgd.LocalSGD(
             sync_every,
             backup=backup,
+            buffers=buffers,
             backup_device=backup_device or "cpu",
             pin_memory=pin_memory,
         )
@@ -207,7 +214,8 @@ class DiLoCo(_Door):
 
     Args:
         manager: with `use_async_quorum=False`.
-        model_fragments: modules that together hold what is trained; `[model]` for plain DiLoCo.
+        model_fragments: modules that together hold what is trained, each a fragment; `[model]` for
+            plain DiLoCo, or to have it cut into `fragments`.
         inner_optimizer: what the training loop steps.
         outer_optimizer: over the same parameters; one for all, or one per fragment.
         sync_every: inner steps between two synchronisations of the same fragment.
@@ -223,6 +231,11 @@ class DiLoCo(_Door):
         inner_state: after a discarded round the inner optimizer's state "stands", or is "restored"
             with the weights: moments and counters, not the learning rate. That costs a copy of
             them on `backup_device` (8 bytes a parameter for AdamW).
+        fragments: cut the one module into so many, in whole blocks of about equal bytes
+            (`torchft.strategies.fragments`). Not with several modules, which are the fragments.
+        fragment_pattern: a fragment's blocks are neighbours ("sequential"), or "strided".
+        buffers: in each round that commits, the groups' buffers are "left" alone, "averaged", or
+            "copied" from the first group (`torchft.strategies.buffers`).
 
     Raises:
         SettingsError: also a ValueError; an argument that does not fit, and what would.
@@ -246,25 +259,27 @@ class DiLoCo(_Door):
         *,
         deterministic: bool = False,
         inner_state: str = "stands",
+        fragments: int | None = None,
+        fragment_pattern: str = SEQUENTIAL,
+        buffers: str = LEFT,
     ) -> None:
         _refuse(manager, model_fragments, bucket_cap_mb)
+        parts = _parts(model_fragments, fragments, fragment_pattern)
         outers = outer_optimizer if isinstance(outer_optimizer, list) else [outer_optimizer]
         if isinstance(outer_optimizer, list):
-            assert len(outers) == len(model_fragments), (
-                f"{len(outers)} outer optimizers for {len(model_fragments)} fragments"
-            )
-        diloco.check_schedule(
-            sync_every, len(model_fragments), fragment_sync_delay, fragment_update_alpha
-        )
+            assert len(outers) == parts, f"{len(outers)} outer optimizers for {parts} fragments"
+        diloco.check_schedule(sync_every, parts, fragment_sync_delay, fragment_update_alpha)
         local = ModelLocal(model_fragments, inner_optimizer)
         _warn_of_strangers(local, inner_optimizer)
         self._recipe = diloco.DiLoCo(
             ModelOuter(local, outers, keep_weights=fragment_update_alpha > 0),
             sync_every,
-            fragments=len(model_fragments),
+            fragments=parts,
+            pattern=fragment_pattern,
             delay=fragment_sync_delay,
             mix=fragment_update_alpha,
             inner_state=inner_state,
+            buffers=buffers,
             backup_device=backup_device or "cpu",
             pin_memory=pin_memory,
         )
@@ -290,10 +305,10 @@ class DiLoCo(_Door):
 
     def _register(self, local: ModelLocal) -> None:
         for fragment in self._recipe.fragments:
-            key, run = f"StreamingDiLoCoFragment_{fragment.index}", fragment.parameters
-            names = local.names[run.start : run.stop]
+            key = f"StreamingDiLoCoFragment_{fragment.index}"
+            tensors = map(local_part, local.of(fragment))
             self._manager.describe_model(
-                key, list(zip(names, map(local_part, local.of(fragment)), strict=True))
+                key, list(zip(local.names_of(fragment), tensors, strict=True))
             )
             self._manager.register_state_dict_fn(
                 key,
@@ -327,6 +342,16 @@ def _refuse(manager: Manager, fragments: object, bucket_cap_mb: int | None) -> N
         raise SettingsError("DiLoCo needs a manager with use_async_quorum=False")
     if bucket_cap_mb is not None and bucket_cap_mb <= 0:
         raise SettingsError(f"bucket_cap_mb={bucket_cap_mb} must be above 0")
+
+
+def _parts(modules: list[nn.Module], fragments: int | None, pattern: str) -> int:
+    """How many fragments there will be."""
+    if len(modules) > 1 and (fragments is not None or pattern != SEQUENTIAL):
+        raise SettingsError(
+            f"{len(modules)} modules are the fragments already: leave fragments and "
+            "fragment_pattern out, or pass [model] to have it cut"
+        )
+    return len(modules) if fragments is None else fragments
 
 
 def _warn_of_strangers(local: ModelLocal, optimizer: Optimizer) -> None:

@@ -32,6 +32,8 @@ class Kind:
     """all_reduce, local_sgd, diloco, islands, sparta (with DiLoCo if `every`), demo or top_k."""
     every: int = 0
     fragments: int = 1
+    cut: tuple[tuple[int, ...], ...] = ()
+    """The fragments by position, where one module was cut. Else two are `first`, and the rest."""
     delay: int = 0
     mix: float = 0.0
     backup: bool = True
@@ -160,6 +162,7 @@ def _weights(kind: Kind, script: Script, steps: int, nodes: dict[int, _Alone]) -
     everything = list(range(len(start.parameters)))
     rest = [i for i in everything if i not in first]
     parts = [everything] if kind.fragments == 1 else [first, rest]
+    parts = [list(part) for part in kind.cut] or parts
     backup = [p.clone() for p in start.parameters]
     momentum = [torch.zeros_like(p) for p in start.parameters]
     slots = {k * kind.every // kind.fragments for k in range(1, kind.fragments * (steps + 2))}

@@ -33,7 +33,7 @@ from torchft.strategies import (
 from torchft.strategies.parts.agreed import mixed
 from torchft.strategies.parts.outer import ModelOuter
 
-__all__ = ["ROWS", "STEPS", "Row", "Training"]
+__all__ = ["ROWS", "SEQUENTIAL", "STEPS", "STRIDED", "Row", "Training"]
 
 STEPS = 24
 
@@ -86,6 +86,10 @@ def at_random(turn: int, numel: int) -> Tensor:
     return RandomIndexSelector(0.02)(numel, turn, mixed(7, 0))
 
 
+# Tiny's blocks, in bytes of fp32 / 4: unused 3, first.0 42, first.2 56, second.0 7, second.2 24.
+SEQUENTIAL = ((0, 1, 2), (3, 4, 5, 6, 7))
+STRIDED = ((0, 3, 4), (1, 2, 5, 6, 7))
+
 ROWS = {
     "all-reduce": Row(Kind("all_reduce"), lambda _: AllReduce()),
     "all-reduce in buckets": Row(Kind("all_reduce"), lambda _: AllReduce(), bucket_bytes=60),
@@ -110,6 +114,18 @@ ROWS = {
     "DiLoCo in buckets": Row(Kind("diloco", every=4), lambda _: DiLoCo(OUTER, 4), bucket_bytes=36),
     "DiLoCo, 2 fragments": Row(
         Kind("diloco", every=4, fragments=2), lambda _: DiLoCo(OUTER, 4, fragments=2)
+    ),
+    "DiLoCo, cut in 2": Row(
+        Kind("diloco", every=4, fragments=2, cut=SEQUENTIAL),
+        lambda _: DiLoCo(OUTER, 4, fragments=2),
+    ),
+    "DiLoCo, cut in 2, strided": Row(
+        Kind("diloco", every=5, fragments=2, cut=STRIDED, delay=1, mix=0.5),
+        lambda _: DiLoCo(OUTER, 5, fragments=2, pattern="strided", delay=1, mix=0.5),
+    ),
+    "DiLoCo, cut in 2, strided, the model's outer": Row(
+        Kind("diloco", every=4, fragments=2, cut=STRIDED),
+        with_model_outer(every=4, fragments=2, pattern="strided"),
     ),
     "DiLoCo, 2 fragments, the model's outer": Row(
         Kind("diloco", every=4, fragments=2), with_model_outer(every=4, fragments=2)
@@ -154,6 +170,13 @@ ROWS = {
         Kind("diloco", every=6, fragments=2, delay=2, restores_inner=True),
         with_model_outer(every=6, fragments=2, delay=2, inner_state="restored"),
     ),
+    "LocalSGD, buffers averaged": Row(
+        Kind("local_sgd", every=3), lambda _: LocalSGD(3, buffers="averaged")
+    ),
+    "DiLoCo, 2 fragments, delayed, buffers copied": Row(
+        Kind("diloco", every=6, fragments=2, delay=2),
+        lambda _: DiLoCo(OUTER, 6, fragments=2, delay=2, buffers="copied"),
+    ),
     "SPARTA": Row(Kind("sparta", share_every=2, subset=a_third), lambda _: Sparta(every_third, 2)),
     "SPARTA, at random, often none": Row(
         Kind("sparta", share_every=1, subset=at_random),
@@ -181,7 +204,7 @@ class Training:
         self.node, self.row = node, row
         self.model = Tiny(seed)
         fragments = [self.model.first, self.model.second]
-        modules = fragments if row.kind.fragments == 2 else [self.model]
+        modules = fragments if row.kind.fragments == 2 and not row.kind.cut else [self.model]
         self.inner = INNER([p for p in self.model.parameters() if p.requires_grad])
         self.local = ModelLocal(modules, self.inner)
         made = row.make(self.local)

@@ -7,15 +7,18 @@ from collections.abc import Callable
 from functools import cache
 
 import pytest
+from torch import Tensor, nn
 
-from torchft.launch.digests import ADAMW, STRATEGIES, Pair, compare, main
+from torchft.launch.digests import ADAMW, STRATEGIES, OddModel, Pair, compare, main
 from torchft.quantization import Int8
 from torchft.simulator.events import Dies, Joins
 from torchft.strategies import (
+    DiLoCoStrategy,
     LocalSGDStrategy,
     SimpleReduceStrategy,
     SPARTADiLoCoStrategy,
     Strategy,
+    StreamingDiLoCoStrategy,
 )
 
 STEPS = 24
@@ -25,6 +28,8 @@ EVERY = {
     "DiLoCo int8": 10,
     "Streaming DiLoCo": 4,
     "Streaming delayed": 4,
+    "Streaming in flight": 4,
+    "Streaming, strided": 4,
     "Streaming int4": 4,
 }
 """Steps between two rounds, if more than one."""
@@ -40,7 +45,8 @@ def test_simulated_and_real_nodes_are_equal_at_every_synchronisation(name: str) 
     pair = _pair(name, True)
     assert pair.equal, f"they part at step {pair.first_difference}"
     every = EVERY.get(name, 1)
-    assert [step for step, _ in pair.real.digests] == list(range(every - 1, STEPS, every))
+    first = 11 if name == "Streaming in flight" else every - 1  # none opens before the first step
+    assert [step for step, _ in pair.real.digests] == list(range(first, STEPS, every))
     assert pair.real.history == pair.simulated.history
     assert pair.real.final_loss < 4.7
 
@@ -95,6 +101,43 @@ def test_a_node_that_is_killed_in_flight_heals_when_another_round_opens() -> Non
     assert heal.step % 4 == 0 and heal.step >= 18
     assert [r.step for r in pair.real.rounds if not r.committed] == [15]
     assert pair.real.heals[0].step == pair.simulated.heals[0].step
+
+
+class Normed(OddModel):
+    """Its batches move running means and variances, and a count of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(23)
+
+
+CARRIED: dict[str, Callable[[], Strategy]] = {
+    "LocalSGD, buffers averaged": lambda: LocalSGDStrategy(ADAMW, H=3, buffers="averaged"),
+    "DiLoCo, buffers copied, int8": lambda: DiLoCoStrategy(
+        ADAMW, H=3, buffers="copied", codec="int8"
+    ),
+    "Streaming, strided, buffers averaged": lambda: StreamingDiLoCoStrategy(
+        ADAMW, H=6, fragments=3, pattern="strided", buffers="averaged"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_buffers_that_ride_along_are_equal_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STRATEGIES, name, CARRIED[name])
+    monkeypatch.setattr("torchft.launch.digests.OddModel", Normed)
+    pair = compare(name, steps=12, nodes=3, method="fork")
+    assert pair.equal, f"they part at step {pair.first_difference}"
+    assert pair.real.rounds == pair.simulated.rounds
+    # The last step was a round, so all nodes hold the same.
+    expected = pair.simulated.models[0].norm.state_dict()
+    assert int(expected["num_batches_tracked"]) == 12
+    for model in [*pair.real.models, *pair.simulated.models]:
+        assert all(value.equal(expected[key]) for key, value in buffers_of(model).items())
+
+
+def buffers_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name.removeprefix("norm."): buffer for name, buffer in model.named_buffers()}
 
 
 def test_without_an_order_the_bits_part() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -17,9 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_module
 from torch.testing import assert_close
 
-from torchft.errors import HealError, SettingsError
+from torchft.errors import HealError
 from torchft.strategies import DiLoCo, ModelLocal, Strategy
-from torchft.strategies.local import even_runs
 from torchft.strategies.parts import buckets
 from torchft.strategies.parts.backup import Backup
 from torchft.strategies.parts.outer import ModelOuter
@@ -102,26 +100,6 @@ def test_averages_of_many_rows_come_back_as_one_and_the_rows_stand() -> None:
     (joined,) = buckets.join(averages, [rows])
     assert joined.tolist() == [[5.0, 6.0, 7.0, 8.0, 9.0]]
     assert torch.equal(rows, torch.arange(15.0).view(3, 5))
-
-
-@given(st.lists(st.integers(0, 50), min_size=1, max_size=12), st.data())
-def test_runs_cover_all_parameters_in_order(sizes: list[int], data: st.DataObject) -> None:
-    parts = data.draw(st.integers(1, len(sizes)))
-    runs = even_runs(sizes, parts)
-    assert [run.index for run in runs] == list(range(parts))
-    assert [i for run in runs for i in run.parameters] == list(range(len(sizes)))
-    assert all(run.parameters for run in runs)
-    assert all(a.parameters.stop == b.parameters.start for a, b in pairwise(runs))
-
-
-def test_runs_are_about_equal() -> None:
-    runs = even_runs([4, 4, 4, 4, 16], 2)
-    assert [len(run.parameters) for run in runs] == [4, 1]
-
-
-def test_more_fragments_than_parameters_are_refused() -> None:
-    with pytest.raises(SettingsError, match="2 parameters cannot be 3 fragments"):
-        ModelLocal([nn.Linear(2, 2)]).split(3)
 
 
 def test_a_mixed_model_synchronises_by_diloco() -> None:

@@ -35,6 +35,9 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "SPARTA": lambda: Sparta(RandomIndexSelector(0.1)),
     "SPARTA in turn": lambda: Sparta(PartitionedIndexSelector(0.1)),
     "DiLoCo": lambda: DiLoCo(OUTER, 1),
+    "DiLoCo, mixed": lambda: DiLoCo(OUTER, 1, mix=0.3),
+    "Streaming": lambda: DiLoCo(OUTER, 3, fragments=3, mix=0.3),
+    "Streaming, strided": lambda: DiLoCo(OUTER, 3, fragments=3, pattern="strided", mix=0.3),
     "LocalSGD": lambda: LocalSGD(1),
 }
 
@@ -71,8 +74,9 @@ def test_one_row_and_many_rows_compute_the_same_bits(name: str, rows: int) -> No
                 assert torch.equal(many[row : row + 1], one)
         for recipe, (tensors, draft) in zip(recipes, sent, strict=True):
             received = receive(recipe, [tensors for tensors, _ in sent[1:]])
-            news = recipe.apply(recipe.fragment(), [t.clone() for t in received])
-            recipe.adopt(recipe.fragment(), news, draft)
+            fragment = recipe.fragment()
+            news = recipe.apply(fragment, [t.clone() for t in received])
+            recipe.adopt(fragment, news, draft)
             recipe.local.release(tensors, reusable=True)
         for row, local in enumerate(alone):
             for mine, theirs in zip(stack.parameters[row], local.parameters, strict=True):

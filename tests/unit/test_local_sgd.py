@@ -12,6 +12,7 @@ from helpers.manager import InProcessManager
 from helpers.peers import Node, Script, World
 from helpers.reference import INNER, OUTER, Kind, reference
 from helpers.tiny import Tiny, backward, digest
+from helpers.training import SEQUENTIAL, STRIDED
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -70,6 +71,12 @@ def streaming(group: Group, every: int = 4, **options: Any) -> DiLoCo:
     return DiLoCo(group.manager, fragments, group.inner, outer, every, **options)
 
 
+def cut(group: Group, pattern: str, **options: Any) -> DiLoCo:
+    outer = OUTER(group.trained)
+    cut_in = {"fragments": 2, "fragment_pattern": pattern}
+    return DiLoCo(group.manager, [group.model], group.inner, outer, 4, **cut_in, **options)
+
+
 def one_outer_for_all(group: Group, **options: Any) -> DiLoCo:
     fragments = [group.model.first, group.model.second]
     return DiLoCo(group.manager, fragments, group.inner, OUTER(group.trained), 4, **options)
@@ -94,6 +101,14 @@ DOORS: dict[str, tuple[Kind, Callable[[Group], Any]]] = {
     "DiLoCo, 2 fragments, 1 outer": (
         Kind("diloco", every=4, fragments=2, skips_unused=True),
         one_outer_for_all,
+    ),
+    "DiLoCo, one module cut in 2": (
+        Kind("diloco", every=4, fragments=2, cut=SEQUENTIAL, skips_unused=True),
+        lambda g: cut(g, "sequential"),
+    ),
+    "DiLoCo, one module cut in 2, strided": (
+        Kind("diloco", every=4, fragments=2, cut=STRIDED, skips_unused=True),
+        lambda g: cut(g, "strided"),
     ),
     "DiLoCo, 2 fragments in 5 steps, the longest delay": (
         Kind("diloco", every=5, fragments=2, delay=2, skips_unused=True),
@@ -368,6 +383,8 @@ class TestRefusals:
             (4, {"fragment_update_alpha": -0.1}, "is not a share"),
             (4, {"inner_state": "kept"}, "'stands' or is 'restored'"),
             (4, {"bucket_cap_mb": 0}, "must be above 0"),
+            (4, {"fragments": 2}, "are the fragments already: leave fragments"),
+            (4, {"fragment_pattern": "strided"}, "or pass .model. to have it cut"),
             (4, {"should_quantize": "int5"}, "no codec 'int5': give one of fp32, bf16"),
         ],
     )
@@ -376,6 +393,19 @@ class TestRefusals:
         fragments = [group.model.first, group.model.second]
         with pytest.raises(ValueError, match=says):
             DiLoCo(group.manager, fragments, group.inner, OUTER(group.trained), every, **options)
+
+    @pytest.mark.parametrize(
+        ("options", "says"),
+        [
+            ({"fragments": 9}, "8 parameters cannot be 9 fragments: use 1 to 8"),
+            ({"fragments": 0}, "no fragment to synchronise"),
+            ({"fragment_pattern": "stripes"}, "'sequential' or 'strided'"),
+        ],
+    )
+    def test_cuts_of_one_module(self, options: dict[str, Any], says: str) -> None:
+        group = alone()
+        with pytest.raises(ValueError, match=says):
+            DiLoCo(group.manager, [group.model], group.inner, OUTER(group.trained), 12, **options)
 
     def test_an_asynchronous_quorum(self) -> None:
         group = alone()

@@ -81,7 +81,10 @@ def of_row(row: Row, nodes: int, events: list[Event]) -> Result:
 STACKED = {
     name: row
     for name, row in ROWS.items()
-    if row.kind.fragments == 1 and row.kind.codec is None and "the model's outer" not in name
+    if (row.kind.fragments == 1 or row.kind.cut)
+    and row.kind.codec is None
+    and "the model's outer" not in name
+    and not row.kind.delay
 }
 """Rows with a codec round by blocks of a layout that includes what the reference leaves out; they
 are compared to the bit with real processes instead."""

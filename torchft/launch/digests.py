@@ -63,12 +63,18 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "Streaming delayed": lambda: StreamingDiLoCoStrategy(
         ADAMW, H=12, fragments=3, fragment_sync_delay=3, fragment_update_alpha=0.5
     ),
+    "Streaming in flight": lambda: StreamingDiLoCoStrategy(
+        ADAMW, H=12, fragments=3, fragment_sync_delay=10, fragment_update_alpha=0.5
+    ),
+    "Streaming, strided": lambda: StreamingDiLoCoStrategy(
+        ADAMW, H=12, fragments=3, pattern="strided"
+    ),
     "DiLoCo int8": lambda: DiLoCoStrategy(ADAMW, H=10, codec="int8"),
     "Streaming int4": lambda: StreamingDiLoCoStrategy(ADAMW, H=12, fragments=3, codec="int4"),
     "SPARTA": lambda: SPARTAStrategy(ADAMW, p_sparta=0.05),
     "DeMo": lambda: DeMoStrategy(compression_topk=4, compression_chunk=16),
 }
-WITH_A_KILL = ("all-reduce", "DiLoCo", "DiLoCo int8")
+WITH_A_KILL = ("all-reduce", "DiLoCo", "DiLoCo int8", "Streaming in flight")
 """These run again, and lose a node for a while."""
 
 

@@ -34,7 +34,7 @@ class RoundRecord:
     """Inner step in which it closed, from 0."""
     place: Place
     kind: str
-    """average, ordered, quantized, gather or islands."""
+    """average, ordered, quantized, gather or islands. Buffers that ride along are gathered."""
     members: tuple[int, ...]
     counted: tuple[int, ...]
     """Those whose contribution went in: a member that has just healed has none of its own."""
@@ -193,10 +193,11 @@ class StackedRound:
 
     def gather(self, tensors: Sequence[Tensor]) -> _Ready:
         """The counted rows."""
-        self._kind = "gather"
+        before = self._collectives
+        self._kind = self._kind if before else "gather"
         for tensor in tensors:
             self._count(tensor, "gather", self.members)
-        self._collectives = min(1, self._collectives)  # they travel as one
+        self._collectives = min(before + 1, self._collectives)  # they travel as one
         return _Ready([self._rows_of(self.counted, tensor) for tensor in tensors])
 
     @staticmethod

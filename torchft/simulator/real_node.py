@@ -216,11 +216,12 @@ class _WatchedRound:
 
     def average(self, tensors: Sequence[Tensor], codec: Codec | None = None) -> Handle:
         self._kind = self._kind if codec is None else "quantized"
-        self._collectives = sum(tensor.numel() > 0 for tensor in tensors)
+        self._collectives += sum(tensor.numel() > 0 for tensor in tensors)
         return self._mortal(self._real.average(tensors, codec))
 
     def gather(self, tensors: Sequence[Tensor]) -> Handle:
-        self._kind, self._collectives = "gather", int(len(tensors) > 0)
+        self._kind = self._kind if self._collectives else "gather"
+        self._collectives += int(len(tensors) > 0)
         return self._mortal(self._real.gather(tensors))
 
     def average_within(

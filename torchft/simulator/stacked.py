@@ -5,9 +5,8 @@ Every node's model is a copy whose parameters, and their gradients, are views in
     W [nodes, elements]     row 0 │ a of node 0 │ b of node 0 │ …
                             row 1 │ a of node 1 │ b of node 1 │ …
 
-so a strategy's arithmetic runs once over all rows, and nothing is copied in or out. There is one
-such matrix per dtype. Rows begin at multiples of 64 bytes, so that what a kernel does with a row
-does not depend on which row it is.
+so a strategy's arithmetic runs once over all rows, and nothing is copied in or out, unless it is
+about a fragment in a strided pattern (`columns.py`).
 
 A frozen parameter is one tensor that all nodes share. Buffers are each node's own.
 """
@@ -23,13 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from torchft.errors import SettingsError
+from torchft.simulator.columns import columns_of, joined, matrix, places_of, write
+from torchft.strategies.buffers import buffers_of
 from torchft.strategies.checks import check_values
+from torchft.strategies.fragments import SEQUENTIAL, cut
 from torchft.strategies.inner import Inner
-from torchft.strategies.local import Fragment, Layout, even_runs
+from torchft.strategies.local import Fragment, Layout
 
 __all__ = ["StackedLocal", "copied"]
 
-_ALIGNMENT = 64
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -43,14 +44,14 @@ class StackedLocal:
     def __init__(self, model: nn.Module, rows: int, inner: Inner, max_steps: int) -> None:
         self.rows = rows
         self.names, trained = _trained(model)
-        self.whole = Fragment(0, range(len(trained)))
+        self.whole = Fragment(0, tuple(range(len(trained))))
         self._whole_layout = Layout(trained)
-        self._sizes = [p.numel() for p in trained]
-        self._places = _places(trained)
-        self._weights = [_matrix(rows, *of) for of in self._kinds()]
-        self._grads = [_matrix(rows, *of) for of in self._kinds()]
-        self._layouts: dict[range, Layout] = {}
-        self._shown: dict[tuple[int, range], list[Tensor]] = {}
+        self._nbytes = [p.nbytes for p in trained]
+        self._places = places_of(trained)
+        self._weights = [matrix(rows, *of) for of in self._kinds()]
+        self._grads = [matrix(rows, *of) for of in self._kinds()]
+        self._layouts: dict[tuple[int, ...], Layout] = {}
+        self._seen: dict[tuple[int, tuple[int, ...]], list[list[Tensor]]] = {}
         self._row_grads = [self._row(self._grads, row) for row in range(rows)]
         self.grads_at_home = False
         """Backward passes add to the matrix, for a strategy that reads gradients in every step.
@@ -143,9 +144,9 @@ class StackedLocal:
 
     # --- what a strategy sees
 
-    def split(self, parts: int) -> list[Fragment]:
-        """Runs of about equal size, as everywhere."""
-        return [self.whole] if parts == 1 else even_runs(self._sizes, parts)
+    def split(self, parts: int, pattern: str = SEQUENTIAL) -> list[Fragment]:
+        """Cut as everywhere."""
+        return cut(self.names, self._nbytes, parts, pattern)
 
     def views(self, fragment: Fragment, flats: Sequence[Tensor]) -> list[Tensor]:
         """One view `[rows, *shape]` per parameter in `flats`."""
@@ -153,12 +154,11 @@ class StackedLocal:
 
     def named_views(self, fragment: Fragment, flats: Sequence[Tensor]) -> dict[str, Tensor]:
         """Parameter name → its view in `flats`, `[1, n]`."""
-        run = fragment.parameters
-        names = self.names[run.start : run.stop]
+        names = [self.names[position] for position in fragment.parameters]
         return dict(zip(names, self._layout(fragment).views(flats), strict=True))
 
     def weights(self, fragment: Fragment) -> list[Tensor]:
-        """The storage itself, of all rows: nobody writes in it."""
+        """The storage itself, of all rows, or a copy of it: nobody writes in it."""
         return self._show(self._weights, fragment)
 
     @torch.no_grad()
@@ -171,17 +171,18 @@ class StackedLocal:
     def set_weights(self, fragment: Fragment, values: Sequence[Tensor]) -> None:
         """Write the weights of the living from `[1 or rows, n]`."""
         check_values("set_weights", self._layout(fragment).sizes, values, self.rows)
-        self._write(self.weights(fragment), values)
+        self._write(self._weights, fragment, values)
 
     def grads(self, fragment: Fragment) -> list[Tensor]:
-        """The storage itself, of all rows; zero where there is no gradient."""
+        """As with weights; zero where there is no gradient."""
         self._bring_home()
         return self._show(self._grads, fragment)
 
     def set_grads(self, fragment: Fragment, values: Sequence[Tensor]) -> None:
         """Write the gradients of the living from `[1 or rows, n]`."""
         check_values("set_grads", self._layout(fragment).sizes, values, self.rows)
-        self._write(self.grads(fragment), values)
+        self._bring_home()
+        self._write(self._grads, fragment, values)
 
     @torch.no_grad()
     def select(self, fragment: Fragment, positions: Sequence[Tensor]) -> list[Tensor]:
@@ -195,15 +196,27 @@ class StackedLocal:
     ) -> None:
         """Write some elements of the living."""
         check_values("put", [at.numel() for at in positions], values, self.rows)
-        for flat, at, given in zip(self.weights(fragment), positions, values, strict=True):
+        flats = self.weights(fragment)
+        for flat, at, given in zip(flats, positions, values, strict=True):
             value = given.to(flat.device)
-            for row in self._written():
+            for row in self.written:
                 flat[row].index_copy_(0, at, value[row if value.shape[0] > 1 else 0])
+        if any(len(runs) > 1 for runs in self._runs(self._weights, fragment)):
+            self._write(self._weights, fragment, flats)
 
     def zero_grads(self) -> None:
         """No gradient of any living row is left from before."""
         for row in self.alive:
             self.zero_row(row)
+
+    @property
+    def written(self) -> Sequence[int]:
+        """The living, or those that writes are limited to."""
+        return range(self.rows) if self._writes is None else self._writes
+
+    def buffers(self) -> list[dict[str, Tensor]]:
+        """Each node's own, whether it lives or not."""
+        return [buffers_of([model]) for model in self.models]
 
     def inner_step(self) -> None:
         """Clip and step all that live."""
@@ -215,7 +228,7 @@ class StackedLocal:
         state = self.inner.optimizer.state
         return {
             (row, at): state[self.parameters[row][at]]
-            for row in self._written()
+            for row in self.written
             for at in fragment.parameters
         }
 
@@ -296,40 +309,28 @@ class StackedLocal:
     def _layout(self, fragment: Fragment) -> Layout:
         layout = self._layouts.get(fragment.parameters)
         if layout is None:
-            run = fragment.parameters
-            layout = Layout(self.parameters[0][run.start : run.stop])
-            self._layouts[run] = layout
+            layout = Layout([self.parameters[0][position] for position in fragment.parameters])
+            self._layouts[fragment.parameters] = layout
         return layout
 
     def _show(self, flats: list[Tensor], fragment: Fragment) -> list[Tensor]:
         """The part of `flats` that is `fragment`, in the order of its layout."""
+        return [joined(runs) for runs in self._runs(flats, fragment)]
+
+    def _runs(self, flats: list[Tensor], fragment: Fragment) -> list[list[Tensor]]:
+        """The same as views of runs of columns, for each flat tensor of the layout."""
         key = (id(flats), fragment.parameters)
-        shown = self._shown.get(key)
-        if shown is None:
-            layout, run = self._layout(fragment), fragment.parameters
-            starts: dict[int, int] = {}
-            for kind, start in self._places[run.start : run.stop]:
-                starts.setdefault(kind, start)
-            shown = [
-                flats[kind][:, start : start + size]
-                for (kind, start), size in zip(starts.items(), layout.sizes, strict=True)
+        if key not in self._seen:
+            columns = columns_of([self._places[position] for position in fragment.parameters])
+            self._seen[key] = [
+                [flats[number][:, run.start : run.stop] for run in runs]
+                for number, runs in columns.items()
             ]
-            self._shown[key] = shown
-        return shown
+        return self._seen[key]
 
-    def _written(self) -> Sequence[int]:
-        return range(self.rows) if self._writes is None else self._writes
-
-    @torch.no_grad()
-    def _write(self, flats: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        for flat, given in zip(flats, values, strict=True):
-            # One row travels to another device, not a copy for each node.
-            value = given.to(flat.device)
-            if self._writes is None:
-                flat.copy_(value)
-                continue
-            for row in self._writes:
-                flat[row].copy_(value[row if value.shape[0] > 1 else 0])
+    def _write(self, flats: list[Tensor], fragment: Fragment, values: Sequence[Tensor]) -> None:
+        for runs, value in zip(self._runs(flats, fragment), values, strict=True):
+            write(runs, value, self._writes)
 
 
 def copied(model: nn.Module, shared: dict[int, Any] | None = None) -> nn.Module:
@@ -366,23 +367,3 @@ def _trained(model: nn.Module) -> tuple[list[str], list[nn.Parameter]]:
                 "make it so before training (p.data = p.data.contiguous())"
             )
     return [name for name, _ in named], [p for _, p in named]
-
-
-def _places(parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """For each parameter: which matrix, and from which column on."""
-    kinds: list[tuple[torch.dtype, torch.device]] = []
-    filled: list[int] = []
-    places = []
-    for p in parameters:
-        if (p.dtype, p.device) not in kinds:
-            kinds.append((p.dtype, p.device))
-            filled.append(0)
-        kind = kinds.index((p.dtype, p.device))
-        places.append((kind, filled[kind]))
-        filled[kind] += p.numel()
-    return places
-
-
-def _matrix(rows: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    step = _ALIGNMENT // dtype.itemsize
-    return torch.zeros(rows, -(-size // step) * step, dtype=dtype, device=device)[:, :size]

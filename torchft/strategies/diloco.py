@@ -30,6 +30,8 @@ import torch
 from torch import Tensor
 
 from torchft.errors import SettingsError
+from torchft.strategies.buffers import LEFT, check_buffers
+from torchft.strategies.fragments import SEQUENTIAL, check_pattern
 from torchft.strategies.local import Fragment
 from torchft.strategies.parts.backup import Backup
 from torchft.strategies.parts.inner_backup import InnerBackup
@@ -43,7 +45,8 @@ STANDS, RESTORED = "stands", "restored"
 
 
 class DiLoCo(Recipe):
-    """`outer` is an optimizer factory, or an `Outer` part that holds optimizers already."""
+    """`outer` is an optimizer factory, or an `Outer` part that holds optimizers already. `pattern`
+    says which blocks make a fragment: see `torchft.strategies.fragments`."""
 
     def __init__(
         self,
@@ -51,14 +54,18 @@ class DiLoCo(Recipe):
         every: int,
         *,
         fragments: int = 1,
+        pattern: str = SEQUENTIAL,
         delay: int = 0,
         mix: float = 0.0,
         inner_state: str = STANDS,
+        buffers: str = LEFT,
         backup_device: torch.device | str | None = "cpu",
         pin_memory: bool = True,
     ) -> None:
         check_schedule(every, fragments, delay, mix)
         check_inner_state(inner_state)
+        check_pattern(pattern)
+        self.buffers = check_buffers(buffers)
         self.outer: Outer = FlatOuter(outer) if callable(outer) else outer
         self.every = every
         self.fragments: list[Fragment] = []
@@ -70,12 +77,12 @@ class DiLoCo(Recipe):
         """How many outer steps each fragment has had."""
         self.delay, self.mix = delay, mix
         self.varies = fragments > 1
-        self._parts = fragments
+        self._parts, self._pattern = fragments, pattern
         self._device, self._pin = backup_device, pin_memory
 
     def setup(self) -> None:
         """Remember the weights that all start from."""
-        self.fragments = list(self.local.split(self._parts))
+        self.fragments = list(self.local.split(self._parts, self._pattern))
         self.backups = [
             Backup(self.local, f, device=self._device, pin_memory=self._pin) for f in self.fragments
         ]

@@ -13,6 +13,9 @@ Each takes, besides what is its own:
 Those that average take a `codec` too, which makes what travels smaller: "bf16", "fp8", "int8",
 "int4", or a `torchft.quantization.Codec`. None: every bit travels.
 
+Those of LocalSGD and DiLoCo take `buffers` ("left", "averaged", "copied"): what becomes of the
+model's buffers in a round, see `buffers.py`.
+
 An argument that is not listed is an error, as in any Python call.
 """
 
@@ -27,9 +30,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchft.errors import SettingsError
 from torchft.quantization import Codec, codec_of
 from torchft.strategies.all_reduce import AllReduce
+from torchft.strategies.buffers import LEFT
 from torchft.strategies.demo import DeMo
 from torchft.strategies.diloco import DiLoCo
 from torchft.strategies.fedavg import FedAvg
+from torchft.strategies.fragments import SEQUENTIAL
 from torchft.strategies.inner import Inner
 from torchft.strategies.local_sgd import LocalSGD
 from torchft.strategies.optim_spec import OptimSpec, ensure_optim_spec
@@ -177,14 +182,15 @@ class LocalSGDStrategy(_Averaged):
         lr_scheduler: Scheduler = None,
         lr_scheduler_kwargs: Arguments = None,
         codec: Codec | str | None = None,
+        buffers: str = LEFT,
     ) -> None:
         _check_interval("H", H)
         optim = _one_of(
             optim_spec=optim_spec, inner_optim=inner_optim, inner_optim_spec=inner_optim_spec
         )
         inner = _inner(optim, max_norm, lr_scheduler, lr_scheduler_kwargs)
-        recipe = LocalSGD(H, backup_device=None)
-        super().__init__([recipe], inner, codec=codec, H=H)
+        recipe = LocalSGD(H, buffers=buffers, backup_device=None)
+        super().__init__([recipe], inner, codec=codec, buffers=buffers, H=H)
 
 
 class DiLoCoStrategy(_Averaged):
@@ -202,6 +208,7 @@ class DiLoCoStrategy(_Averaged):
         lr_scheduler: Scheduler = None,
         lr_scheduler_kwargs: Arguments = None,
         codec: Codec | str | None = None,
+        buffers: str = LEFT,
     ) -> None:
         _check_interval("H", H)
         optim = _one_of(
@@ -209,12 +216,14 @@ class DiLoCoStrategy(_Averaged):
         )
         inner = _inner(optim, max_norm, lr_scheduler, lr_scheduler_kwargs)
         outer = ensure_optim_spec(outer_optim_spec, OUTER)
-        recipe = DiLoCo(outer, H, backup_device=None)
-        super().__init__([recipe], inner, codec=codec, H=H, outer=outer)
+        recipe = DiLoCo(outer, H, buffers=buffers, backup_device=None)
+        super().__init__([recipe], inner, codec=codec, buffers=buffers, H=H, outer=outer)
 
 
 class StreamingDiLoCoStrategy(_Averaged):
     """DiLoCo by `fragments` in turn: the k-th round closes after step ⌊kH/fragments⌋, for any H.
+
+    Their blocks are neighbours ("sequential"), or dealt out in turn ("strided").
 
     It opens `fragment_sync_delay` steps before, and the average travels while they are taken; then
     w ← `fragment_update_alpha` · w + (1 - `fragment_update_alpha`) · backup.
@@ -228,11 +237,13 @@ class StreamingDiLoCoStrategy(_Averaged):
         fragments: int = 4,
         max_norm: float | None = None,
         *,
+        pattern: str = SEQUENTIAL,
         inner_optim: Optim = None,
         inner_optim_spec: Optim = None,
         lr_scheduler: Scheduler = None,
         lr_scheduler_kwargs: Arguments = None,
         codec: Codec | str | None = None,
+        buffers: str = LEFT,
         fragment_sync_delay: int = 0,
         fragment_update_alpha: float = 0.0,
     ) -> None:
@@ -248,16 +259,20 @@ class StreamingDiLoCoStrategy(_Averaged):
             fragments=fragments,
             delay=fragment_sync_delay,
             mix=fragment_update_alpha,
+            pattern=pattern,
+            buffers=buffers,
             backup_device=None,
         )
         super().__init__(
             [recipe],
             inner,
             codec=codec,
+            buffers=buffers,
             H=H,
             fragments=fragments,
             fragment_sync_delay=fragment_sync_delay,
             fragment_update_alpha=fragment_update_alpha,
+            pattern=pattern,
             outer=outer,
         )
 

@@ -1,6 +1,6 @@
 """What a strategy sees of training at home: weights and gradients as a few flat tensors.
 
-A fragment is a run of parameters. Its weights, and likewise its gradients, are seen as one flat
+A fragment is some of the parameters. Its weights, and likewise its gradients, are seen as one flat
 tensor `[rows, elements]` per dtype and device, most often a single one. `rows` is the number of
 nodes that live here: 1 in a process of its own, N in the simulator.
 
@@ -8,7 +8,7 @@ nodes that live here: 1 in a process of its own, N in the simulator.
     weights(whole)     [ [1, 16] float32: a then b,   [1, 4] bfloat16: c ]
 
 Decided once, alike in every runtime: frozen parameters are not part of any fragment, a tied weight
-is one slot, a missing gradient is zero, buffers stay local.
+is one slot, a missing gradient is zero. Buffers are outside of fragments (`buffers.py`).
 """
 
 from __future__ import annotations
@@ -20,18 +20,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from torchft.errors import SettingsError
-
-__all__ = ["Fragment", "Layout", "Local", "even_runs", "local_part"]
+__all__ = ["Fragment", "Layout", "Local", "local_part"]
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """A run of parameters that is synchronised at one time."""
+    """Parameters that are synchronised at one time."""
 
     index: int
-    parameters: range
-    """Positions in the order of the model's parameters."""
+    parameters: tuple[int, ...]
+    """Positions in the order of the model's parameters, rising."""
 
 
 class Local(Protocol):
@@ -51,11 +49,11 @@ class Local(Protocol):
         """All parameters."""
         ...
 
-    def split(self, parts: int) -> Sequence[Fragment]:
-        """`parts` fragments that cover all parameters.
+    def split(self, parts: int, pattern: str = "sequential") -> Sequence[Fragment]:
+        """`parts` fragments that cover all parameters, as `fragments.cut` cuts them.
 
         Raises:
-            SettingsError: there are fewer parameters than that.
+            SettingsError: there are fewer parameters than that, or no such pattern.
         """
         ...
 
@@ -100,6 +98,15 @@ class Local(Protocol):
 
     def named_views(self, fragment: Fragment, flats: Sequence[Tensor]) -> dict[str, Tensor]:
         """Parameter name → its view in `flats`, `[1, n]`."""
+        ...
+
+    @property
+    def written(self) -> Sequence[int]:
+        """The rows that are written now."""
+        ...
+
+    def buffers(self) -> Sequence[Mapping[str, Tensor]]:
+        """The persistent buffers of each row's model by name, themselves."""
         ...
 
     def inner_step(self) -> None:
@@ -165,22 +172,3 @@ class Layout:
             flats[s.flat][:, s.start : s.stop].view(flats[s.flat].shape[0], *s.shape)
             for s in self._slots
         ]
-
-
-def even_runs(sizes: Sequence[int], parts: int) -> list[Fragment]:
-    """`parts` runs of whole parameters, as equal in elements as their order allows.
-
-    Raises:
-        SettingsError: there are fewer parameters than parts.
-    """
-    if not 1 <= parts <= len(sizes):
-        raise SettingsError(f"{len(sizes)} parameters cannot be {parts} fragments")
-    runs: list[Fragment] = []
-    total, first, passed = sum(sizes), 0, 0
-    for position, size in enumerate(sizes):
-        passed += size
-        left, wanted = len(sizes) - position - 1, parts - len(runs) - 1
-        if left == wanted or (wanted and passed * parts >= total * (len(runs) + 1)):
-            runs.append(Fragment(len(runs), range(first, position + 1)))
-            first = position + 1
-    return runs

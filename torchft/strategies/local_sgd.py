@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from torchft.errors import SettingsError
+from torchft.strategies.buffers import LEFT, check_buffers
 from torchft.strategies.local import Fragment
 from torchft.strategies.parts.backup import Backup
 from torchft.strategies.recipe import Recipe
@@ -30,11 +31,13 @@ class LocalSGD(Recipe):
         every: int,
         *,
         backup: bool = True,
+        buffers: str = LEFT,
         backup_device: torch.device | str | None = "cpu",
         pin_memory: bool = True,
     ) -> None:
         if every < 1:
             raise SettingsError(f"sync_every={every}: weights are averaged every 1 or more steps")
+        self.buffers = check_buffers(buffers)
         self.every = every
         self.backup: Backup | None = None
         self._wants_backup = backup

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from torchft.errors import SettingsError
+from torchft.strategies.buffers import buffers_of
 from torchft.strategies.checks import check_values
-from torchft.strategies.local import Fragment, Layout, even_runs, local_part
+from torchft.strategies.fragments import SEQUENTIAL, check_pattern, cut
+from torchft.strategies.local import Fragment, Layout, local_part
 from torchft.strategies.parts.scratch import Scratch
 
 __all__ = ["ModelLocal", "Steps", "like_parameter"]
@@ -27,27 +29,29 @@ class Steps(Protocol):
 class ModelLocal:
     """`Local` for the modules of one process: one row, copied in and out of their parameters.
 
-    Each module is one fragment when `split` asks for as many; a single module can be split further,
-    at parameter boundaries. A parameter that several modules share belongs to the first of them.
+    Several modules are the fragments, as they were given; a single one can be cut. A parameter that
+    several modules share belongs to the first of them.
 
     Raises:
         SettingsError: nothing to train, or a parameter that cannot be averaged.
     """
 
     rows = 1
+    written = (0,)
 
     def __init__(self, modules: Sequence[nn.Module], optimizer: Steps | None = None) -> None:
         self.names: list[str] = []
         self.parameters: list[nn.Parameter] = []
         self._optimizer = optimizer
+        self._roots = list(modules)
         self._scratch = Scratch()
-        self._layouts: dict[range, Layout] = {}
+        self._layouts: dict[tuple[int, ...], Layout] = {}
         self._modules: list[Fragment] = []
         for index, module in enumerate(modules):
             self._add(index, module)
         if not self.parameters:
             raise SettingsError("the model has no parameter that requires a gradient")
-        self.whole = Fragment(0, range(len(self.parameters)))
+        self.whole = Fragment(0, tuple(range(len(self.parameters))))
 
     def _add(self, index: int, module: nn.Module) -> None:
         first, seen = len(self.parameters), {id(p) for p in self.parameters}
@@ -58,20 +62,26 @@ class ModelLocal:
                 raise SettingsError(f"parameter {name} is {parameter.dtype}: it cannot be averaged")
             self.names.append(name)
             self.parameters.append(parameter)
-        self._modules.append(Fragment(index, range(first, len(self.parameters))))
+        self._modules.append(Fragment(index, tuple(range(first, len(self.parameters)))))
 
-    def split(self, parts: int) -> list[Fragment]:
-        """The modules as they were given, or one module in runs of about equal size."""
-        if parts == len(self._modules):
-            for fragment in self._modules:
-                if not fragment.parameters:
-                    raise SettingsError(
-                        f"fragment {fragment.index} has no parameter of its own to train"
-                    )
-            return self._modules
-        if len(self._modules) > 1:
-            raise SettingsError(f"{len(self._modules)} modules cannot be {parts} fragments")
-        return even_runs([local_part(p).numel() for p in self.parameters], parts)
+    def split(self, parts: int, pattern: str = SEQUENTIAL) -> list[Fragment]:
+        """The modules as they were given, or one module cut in that pattern."""
+        check_pattern(pattern)
+        if len(self._modules) == 1:
+            # Of a sharded parameter the whole counts, so that all ranks cut alike.
+            nbytes = [p.numel() * p.element_size() for p in self.parameters]
+            return cut(self.names, nbytes, parts, pattern)
+        if parts != len(self._modules) or pattern != SEQUENTIAL:
+            raise SettingsError(
+                f"{len(self._modules)} modules are that many fragments, and cannot be {parts} in a "
+                f"{pattern} pattern: give one module to have it cut"
+            )
+        for fragment in self._modules:
+            if not fragment.parameters:
+                raise SettingsError(
+                    f"fragment {fragment.index} has no parameter of its own to train"
+                )
+        return self._modules
 
     def layout(self, fragment: Fragment) -> Layout:
         """Where the parameters of `fragment` lie in its flat tensors."""
@@ -83,8 +93,11 @@ class ModelLocal:
 
     def of(self, fragment: Fragment) -> list[nn.Parameter]:
         """The parameters of `fragment`."""
-        run = fragment.parameters
-        return self.parameters[run.start : run.stop]
+        return [self.parameters[position] for position in fragment.parameters]
+
+    def names_of(self, fragment: Fragment) -> list[str]:
+        """Their names."""
+        return [self.names[position] for position in fragment.parameters]
 
     def views(self, fragment: Fragment, flats: Sequence[Tensor]) -> list[Tensor]:
         """One view `[rows, *shape]` per parameter in `flats`."""
@@ -92,9 +105,8 @@ class ModelLocal:
 
     def named_views(self, fragment: Fragment, flats: Sequence[Tensor]) -> dict[str, Tensor]:
         """Parameter name → its view in `flats`."""
-        run = fragment.parameters
-        names = self.names[run.start : run.stop]
-        return dict(zip(names, self.layout(fragment).views(flats), strict=True))
+        views = self.layout(fragment).views(flats)
+        return dict(zip(self.names_of(fragment), views, strict=True))
 
     @torch.no_grad()
     def weights(self, fragment: Fragment) -> list[Tensor]:
@@ -178,6 +190,10 @@ class ModelLocal:
         for parameter in self.parameters:
             parameter.grad = None
 
+    def buffers(self) -> list[dict[str, Tensor]]:
+        """Those of the modules, as one row."""
+        return [buffers_of(self._roots)]
+
     def inner_step(self) -> None:
         """Step the optimizer. A parameter that nobody used has a zero gradient.
 
@@ -201,8 +217,7 @@ class ModelLocal:
         state = getattr(optimizer, "state", None)
         if state is None:
             raise SettingsError("inner_state='restored' needs the inner optimizer's state")
-        first = fragment.parameters.start
-        return {(0, first + at): state[p] for at, p in enumerate(self.of(fragment))}
+        return {(0, at): state[self.parameters[at]] for at in fragment.parameters}
 
     def release(self, tensors: Sequence[Tensor], *, reusable: bool) -> None:
         """Keep the scratch for the next round, or let it go."""

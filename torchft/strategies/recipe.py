@@ -23,6 +23,7 @@ from torch import Tensor
 from torchft.errors import SettingsError
 from torchft.peers import Place
 from torchft.quantization import Codec
+from torchft.strategies.buffers import LEFT
 from torchft.strategies.local import Fragment, Local
 
 __all__ = ["By", "Clock", "Recipe"]
@@ -55,6 +56,8 @@ class Recipe:
 
     codec: Codec | None = None
     """How small: averages travel as it encodes them. None: as they are."""
+    buffers: str = LEFT
+    """What a round does to the model's buffers: see `torchft.strategies.buffers`."""
     varies: bool = False
     """Rounds differ in what they send, so that only an agreed clock says what is sent now."""
 

@@ -31,6 +31,7 @@ from torch import Tensor
 from torchft.errors import HealError, PhaseError, SettingsError
 from torchft.peers import Handle, Peers, Place, Round
 from torchft.strategies import checks
+from torchft.strategies.buffers import LEFT, Buffers, check_means
 from torchft.strategies.local import Fragment, Local
 from torchft.strategies.optim_spec import OptimSpec, plain
 from torchft.strategies.parts import buckets
@@ -59,6 +60,7 @@ class _InFlight:
     sent: list[Tensor]
     handle: Handle
     draft: Any
+    buffers: Buffers | None
     closes: int
     """The clock's time of the close."""
     cut: bool = False
@@ -128,21 +130,25 @@ class Strategy:
 
         Raises:
             SettingsError: it, or one of its recipes, is in use already, or has a codec and nothing
-                to average.
+                to average, or the model has a buffer that has no mean.
         """
         if self._peers is not None:
             raise SettingsError(f"this {type(self).__name__} is in use: make one for each run")
         checks.check_recipes(self.recipes)
         self._check_codecs()
         for recipe in self.recipes:
+            check_means(local, recipe.buffers)
             recipe.bind(local, self.clock)
         self.local, self._peers, self._applying = local, peers, applying
-        if any(recipe.codec is not None for recipe in self.recipes):
-            names = [
-                "none" if recipe.codec is None else recipe.codec.name for recipe in self.recipes
-            ]
-            peers.compare("codec", ", ".join(names))
+        self._compare_settings(peers)
         return self
+
+    def _compare_settings(self, peers: Peers) -> None:
+        codecs = ["none" if r.codec is None else r.codec.name for r in self.recipes]
+        if any(recipe.codec is not None for recipe in self.recipes):
+            peers.compare("codec", ", ".join(codecs))
+        if any(recipe.buffers != LEFT for recipe in self.recipes):
+            peers.compare("buffers", ", ".join(recipe.buffers for recipe in self.recipes))
 
     def _check_codecs(self) -> None:
         for recipe in self.recipes:
@@ -318,6 +324,7 @@ class Strategy:
                 "fragment": one.fragment.index,
                 "closes": one.closes,
                 "received": one.received(),
+                "buffers": None if one.buffers is None else one.buffers.received(),
                 "round": one.round.carried(),
             }
             for one in self._flight
@@ -335,8 +342,13 @@ class Strategy:
             fragment = recipe.of(theirs["fragment"])
             received = list(theirs["received"])
             peers_round = self._peers.take_over(theirs["round"])
-            arrived, closes = _Arrived(received), theirs["closes"]
-            self._depart(_InFlight(recipe, fragment, peers_round, received, arrived, None, closes))
+            arrived, beside = _Arrived(received), None
+            if theirs["buffers"] is not None:
+                beside = Buffers(self.local, recipe.buffers, _Arrived(list(theirs["buffers"])))
+            closes = theirs["closes"]
+            self._depart(
+                _InFlight(recipe, fragment, peers_round, received, arrived, None, beside, closes)
+            )
 
     def _position(self, recipe: Recipe) -> int:
         return next(at for at, one in enumerate(self.recipes) if one is recipe)
@@ -373,13 +385,15 @@ class Strategy:
         try:
             sent, draft = checks.contributed(recipe, fragment)
             handle = self._start(recipe, peers_round, sent)
+            beside = self._start_buffers(recipe, peers_round)
         except Exception as error:
             self._discard(recipe, fragment, None)
             self._give_up(peers_round, error)
             raise
         closes = self.clock.steps + recipe.delay
         cut = self._bucket_bytes is not None and recipe.by is By.AVERAGE
-        self._depart(_InFlight(recipe, fragment, peers_round, sent, handle, draft, closes, cut))
+        one = _InFlight(recipe, fragment, peers_round, sent, handle, draft, beside, closes, cut)
+        self._depart(one)
 
     def _depart(self, one: _InFlight) -> None:
         self._flight.append(one)
@@ -398,6 +412,11 @@ class Strategy:
             return peers_round.average(sent, recipe.codec)
         return peers_round.average(buckets.cut(sent, self._bucket_bytes), recipe.codec)
 
+    def _start_buffers(self, recipe: Recipe, peers_round: Round) -> Buffers | None:
+        if recipe.buffers == LEFT or not self.local.buffers()[0]:
+            return None
+        return Buffers.sent(self.local, recipe.buffers, peers_round)
+
     def _close_due(self, recipe: Recipe) -> bool:
         """Close what is due of `recipe`; False when any of it came to nothing."""
         went = True
@@ -412,6 +431,9 @@ class Strategy:
         one.recipe.in_flight.remove(one.fragment)
         try:
             received = self._judged(one, one.received())
+            broken = one.buffers.wait() if one.buffers is not None else None
+            if broken is not None and not one.round.failed:
+                one.round.fail(broken)
             if one.round.close():
                 self._apply(one, received)
                 applied = True
@@ -435,6 +457,8 @@ class Strategy:
         with self._applying():
             news = one.recipe.apply(one.fragment, received)
             one.recipe.adopt(one.fragment, news, one.draft)
+            if one.buffers is not None:
+                one.buffers.adopt()
 
     def _discard(self, recipe: Recipe, fragment: Fragment, draft: Any) -> None:
         with self._applying():

@@ -107,10 +107,8 @@ class ModelOuter:
         self._backups = list(backups)
         for fragment in fragments:
             known = {id(p) for g in self._optimizer(fragment).param_groups for p in g["params"]}
-            run = fragment.parameters
-            for name, parameter in zip(
-                self._local.names[run.start : run.stop], self._local.of(fragment), strict=True
-            ):
+            names = self._local.names_of(fragment)
+            for name, parameter in zip(names, self._local.of(fragment), strict=True):
                 if id(parameter) not in known:
                     raise SettingsError(
                         f"parameter {name} of fragment {fragment.index} is not in its outer "
