@@ -66,6 +66,7 @@ class Communicator:
         tensor: torch.Tensor,
         codec: Codec,
         reduce_op: ReduceOp.RedOpType,
+        unsaid: torch.Tensor | None = None,
     ) -> Work:
         """The mean over the counted groups, or their sum, in place, of encoded numbers."""
         summed = adds(reduce_op)
@@ -74,7 +75,9 @@ class Communicator:
         if transaction.broken or plan.settling:
             return Done(tensor)
         try:
-            work = QuantizedMean(self._pg, tensor, plan.counted, codec, summed=summed)
+            work = QuantizedMean(
+                self._pg, tensor, plan.counted, codec, summed=summed, unsaid=unsaid
+            )
         except Exception as error:
             transaction.report(error)
             return Done(tensor)

@@ -223,6 +223,9 @@ class DiLoCo(_Door):
         inner_state: after a discarded round the inner optimizer's state "stands", or is "restored"
             with the weights: moments and counters, not the learning rate. That costs a copy of
             them on `backup_device` (8 bytes a parameter for AdamW).
+        error_feedback: with `should_quantize`, add what it loses of a delta to the next one of that
+            fragment. That costs 4 bytes a parameter beside the parameters, and as many again for
+            each round that is open.
 
     Raises:
         SettingsError: also a ValueError; an argument that does not fit, and what would.
@@ -246,6 +249,7 @@ class DiLoCo(_Door):
         *,
         deterministic: bool = False,
         inner_state: str = "stands",
+        error_feedback: bool = False,
     ) -> None:
         _refuse(manager, model_fragments, bucket_cap_mb)
         outers = outer_optimizer if isinstance(outer_optimizer, list) else [outer_optimizer]
@@ -265,6 +269,7 @@ class DiLoCo(_Door):
             delay=fragment_sync_delay,
             mix=fragment_update_alpha,
             inner_state=inner_state,
+            error_feedback=error_feedback,
             backup_device=backup_device or "cpu",
             pin_memory=pin_memory,
         )

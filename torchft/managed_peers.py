@@ -7,6 +7,7 @@ closing it is the vote.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
@@ -71,14 +72,21 @@ class ManagedRound:
         """An error of this step is known already."""
         return self._manager.errored() is not None
 
-    def average(self, tensors: Sequence[Tensor], codec: Codec | None = None) -> _Averages:
+    def average(
+        self,
+        tensors: Sequence[Tensor],
+        codec: Codec | None = None,
+        unsaid: Sequence[Tensor] | None = None,
+    ) -> _Averages:
         """Mean over the counted groups, in place; one all-reduce for each tensor."""
         if codec is None:
             return _Averages(list(tensors), [self._average(tensor) for tensor in tensors])
         for tensor in tensors:
             codec.check(tensor.dtype)
-        reduce = self._manager.allreduce
-        return _Averages(list(tensors), [reduce(t, should_quantize=codec) for t in tensors])
+        owed = [None] * len(tensors) if unsaid is None else unsaid
+        reduce = partial(self._manager.allreduce, should_quantize=codec)
+        works = [reduce(t, unsaid=left) for t, left in zip(tensors, owed, strict=True)]
+        return _Averages(list(tensors), works)
 
     def gather(self, tensors: Sequence[Tensor]) -> _Averages | _Gathered:
         """The counted groups' rows, `[1, …]` each → `[n, …]`, in participating order.

@@ -100,11 +100,18 @@ class InProcessManager:
         self._open = False
         return True
 
-    def allreduce(self, tensor: Tensor, should_quantize: bool | Codec = False) -> Work:
+    def allreduce(
+        self,
+        tensor: Tensor,
+        should_quantize: bool | str | Codec = False,
+        *,
+        unsaid: Tensor | None = None,
+    ) -> Work:
         assert self._round is not None, "call start_quorum first"
         self.reductions.append(tensor.numel())
         codec = codec_for(should_quantize, tensor.device)
-        self._round.average([tensor[None]], codec).wait()
+        left = None if unsaid is None else [unsaid[None]]
+        self._round.average([tensor[None]], codec, left).wait()
         return _DummyWork(tensor)
 
     def allgather(self, tensor: Tensor) -> tuple[Work, list[Tensor]]:

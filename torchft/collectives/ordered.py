@@ -132,7 +132,7 @@ class OrderedMean(Work):
             raise self._error
         if getattr(self._group, "generation", None) is not self._generation:
             raise CollectiveError("its members were exchanged before it was waited for")
-        mine = self._codec.encode(self._mean(self._received))
+        mine = self._encoded(self._mean(self._received))
         self._gathered = mine.new_empty(self._received.shape[0], mine.shape[1])
         try:
             self._means = self._group.allgather(
@@ -147,6 +147,10 @@ class OrderedMean(Work):
         rows = self._codec.decode(received, self._tensor.dtype)
         # Where nobody is counted, the step will be discarded.
         return ordered_mean(rows, self._counted) if self._counted else torch.zeros_like(rows[:1])
+
+    def _encoded(self, mean: Tensor) -> Tensor:
+        """`[1, chunk]` → `[1, m]` bytes."""
+        return self._codec.encode(mean)
 
     def _keep(self) -> None:
         means = self._codec.decode(self._gathered, self._tensor.dtype).reshape(-1)
