@@ -21,7 +21,7 @@ from torch.distributed import Work
 from torch.futures import Future
 
 from torchft.errors import CollectiveError
-from torchft.futures import call_after
+from torchft.futures import call_after, future_on
 from torchft.ledger import Bucket
 from torchft.process_group.account import paid_by
 
@@ -91,9 +91,13 @@ class Average(Work):
         return True
 
     def get_future(self) -> Future[torch.Tensor]:
-        """Completes by itself with the averaged tensor; after a failure, with it as it is."""
+        """Completes by itself with the averaged tensor; after a failure, with it as it is.
+
+        Raises:
+            PhaseError: this average is finished by who waits.
+        """
         if self._future is None:
-            self._future = _future_on(self._tensor)
+            self._future = future_on(self._tensor)
             self._work.get_future().add_done_callback(self._complete)
             if self._members is not None:
                 call_after(_LOOK_S, self._look)
@@ -190,7 +194,7 @@ class Done(Work):
 
     def get_future(self) -> Future[torch.Tensor]:
         """Already there."""
-        future = _future_on(self._tensor)
+        future = future_on(self._tensor)
         future.set_result(self._tensor)
         return future
 
@@ -203,8 +207,3 @@ class Done(Work):
     def is_completed(self) -> bool:
         """True."""
         return True
-
-
-def _future_on(tensor: torch.Tensor) -> Future[torch.Tensor]:
-    """A future that orders streams when its value lies on a GPU."""
-    return Future() if tensor.device.type == "cpu" else Future(devices=[tensor.device])

@@ -68,6 +68,7 @@ class Communicator:
         tensor: torch.Tensor,
         codec: Codec,
         reduce_op: ReduceOp.RedOpType,
+        unsaid: torch.Tensor | None = None,
     ) -> Work:
         """The mean over the counted groups, or their sum, in place, of encoded numbers."""
         summed = adds(reduce_op)
@@ -77,7 +78,9 @@ class Communicator:
             return Done(tensor)
         try:
             with paid_by(transaction.account):
-                work = QuantizedMean(self._pg, tensor, plan.counted, codec, summed=summed)
+                work = QuantizedMean(
+                    self._pg, tensor, plan.counted, codec, summed=summed, unsaid=unsaid
+                )
         except Exception as error:
             transaction.report(error)
             return Done(tensor)

@@ -6,6 +6,10 @@ completes by itself, so communication overlaps the rest of the backward pass.
 `PureDistributedDataParallel` does the same without torch's: one all-reduce per parameter at the end
 of each backward pass.
 
+With `should_quantize` gradients travel encoded. The first half of such an average, in which members
+exchange chunks, overlaps the backward pass as well. The second half is done by who waits, in one
+order everywhere, and so at the end of that pass.
+
 Neither sends initial weights: a group that is new gets them by healing.
 """
 
@@ -21,7 +25,9 @@ from torch.futures import Future
 from torch.nn import parallel
 
 from torchft.errors import SettingsError
+from torchft.futures import future_on
 from torchft.process_group import ProcessGroupDummy
+from torchft.quantization import Codec, codec_for
 
 if TYPE_CHECKING:
     from torchft.manager import Manager
@@ -32,25 +38,38 @@ __all__ = ["DistributedDataParallel", "PureDistributedDataParallel"]
 class DistributedDataParallel(parallel.DistributedDataParallel):
     """torch's DistributedDataParallel among replica groups. `kwargs` are torch's.
 
+    `should_quantize` is that of `Manager.allreduce`: False, True, or a codec or its name. Groups
+    compare its name when they meet.
+
     Raises:
-        SettingsError: a keyword that cannot hold while groups come and go.
+        SettingsError: a keyword that cannot hold while groups come and go; no such codec, or one
+            that cannot hold a parameter's dtype.
     """
 
-    def __init__(self, manager: "Manager", module: nn.Module, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        manager: "Manager",
+        module: nn.Module,
+        *,
+        should_quantize: bool | str | Codec = False,
+        **kwargs: Any,
+    ) -> None:
         _refuse(kwargs)
         kwargs["find_unused_parameters"] = True
+        codec = _codec(manager, module, should_quantize)
         manager.describe_model("DistributedDataParallel", list(module.named_parameters()))
         super().__init__(module, process_group=ProcessGroupDummy(0, 1), **kwargs)
-        self.register_comm_hook(_Buckets(manager), _average)
+        self.register_comm_hook(_Buckets(manager, codec), _average)
 
 
 class _Buckets:
     """The averages of one backward pass. They are waited for at its end, before torch does, so
     that the wait is booked as communication."""
 
-    def __init__(self, manager: "Manager") -> None:
+    def __init__(self, manager: "Manager", codec: Codec | None) -> None:
         self._manager = manager
-        self._works: list[Work] = []
+        self._codec = codec
+        self._works: list[tuple[Work, Future[Tensor], Tensor]] = []
         self._backward = -1
 
     def average(self, buffer: Tensor) -> Future[Tensor]:
@@ -59,19 +78,36 @@ class _Buckets:
             self._backward = backward
             self._works = []
             Variable._execution_engine.queue_callback(self._wait)
-        work = self._manager.allreduce(buffer)
-        self._works.append(work)
-        return work.get_future()
+        work = self._manager.allreduce(buffer, should_quantize=self._codec or False)
+        # An encoded average is finished by who waits: its future is ours to complete.
+        future = work.get_future() if self._codec is None else future_on(buffer)
+        self._works.append((work, future, buffer))
+        return future
 
     def _wait(self) -> None:
         works, self._works = self._works, []
-        for work in works:
+        for work, future, buffer in works:
             work.wait()
+            if self._codec is not None:
+                future.set_result(buffer)
 
 
 def _average(state: _Buckets, bucket: GradBucket) -> Future[Tensor]:
     """A bucket's average. torch requires these argument names."""
     return state.average(bucket.buffer())
+
+
+def _codec(
+    manager: "Manager", module: nn.Module, should_quantize: bool | str | Codec
+) -> Codec | None:
+    """What gradients are encoded with. The other groups are told, before anything is mixed."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    codec = codec_for(should_quantize, trained[0].device) if trained else None
+    if codec is not None:
+        for parameter in trained:
+            codec.check(parameter.dtype)
+        manager.describe_setting("codec", codec.name)
+    return codec
 
 
 def _refuse(kwargs: dict[str, Any]) -> None:
@@ -88,13 +124,20 @@ class PureDistributedDataParallel(nn.Module):
 
     A parameter that got no gradient here sends zeros, since another group may have used it. Weights
     that several calls of backward accumulate into are averaged each time: the sum of averages is
-    the average of sums.
+    the average of sums. `should_quantize` is that of `DistributedDataParallel`.
     """
 
-    def __init__(self, manager: "Manager", module: nn.Module) -> None:
+    def __init__(
+        self,
+        manager: "Manager",
+        module: nn.Module,
+        *,
+        should_quantize: bool | str | Codec = False,
+    ) -> None:
         super().__init__()
         self.module = module
         self._manager = manager
+        self._codec = _codec(manager, module, should_quantize)
         self._queued_in = -1
         manager.describe_model("PureDistributedDataParallel", list(module.named_parameters()))
         for parameter in self._trained():
@@ -128,6 +171,8 @@ class PureDistributedDataParallel(nn.Module):
         for parameter in self._trained():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            works.append(self._manager.allreduce(parameter.grad))
+            works.append(
+                self._manager.allreduce(parameter.grad, should_quantize=self._codec or False)
+            )
         for work in works:
             work.wait()

@@ -17,9 +17,10 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
+from torch import Tensor
 from torch.futures import Future
 
-__all__ = ["call_after", "context_timeout", "future_timeout", "future_wait"]
+__all__ = ["call_after", "context_timeout", "future_on", "future_timeout", "future_wait"]
 
 T = TypeVar("T")
 
@@ -92,6 +93,11 @@ if hasattr(os, "register_at_fork"):
 def call_after(seconds: float, callback: Callable[[], None]) -> None:
     """Call back once, on the timer's thread, after that time."""
     _timer.after(timedelta(seconds=seconds), callback)
+
+
+def future_on(tensor: Tensor) -> Future[Tensor]:
+    """A future for `tensor`, which orders streams where that lies on a GPU."""
+    return Future() if tensor.device.type == "cpu" else Future(devices=[tensor.device])
 
 
 def future_timeout(fut: Future[T], timeout: timedelta) -> Future[T]:

@@ -236,6 +236,9 @@ class DiLoCo(_Door):
         fragment_pattern: a fragment's blocks are neighbours ("sequential"), or "strided".
         buffers: in each round that commits, the groups' buffers are "left" alone, "averaged", or
             "copied" from the first group (`torchft.strategies.buffers`).
+        error_feedback: with `should_quantize`, add what it loses of a delta to the next one of that
+            fragment. That costs 4 bytes a parameter beside the parameters, and as many again for
+            each round that is open.
 
     Raises:
         SettingsError: also a ValueError; an argument that does not fit, and what would.
@@ -262,6 +265,7 @@ class DiLoCo(_Door):
         fragments: int | None = None,
         fragment_pattern: str = SEQUENTIAL,
         buffers: str = LEFT,
+        error_feedback: bool = False,
     ) -> None:
         _refuse(manager, model_fragments, bucket_cap_mb)
         parts = _parts(model_fragments, fragments, fragment_pattern)
@@ -280,6 +284,7 @@ class DiLoCo(_Door):
             mix=fragment_update_alpha,
             inner_state=inner_state,
             buffers=buffers,
+            error_feedback=error_feedback,
             backup_device=backup_device or "cpu",
             pin_memory=pin_memory,
         )

@@ -7,6 +7,7 @@ may be opened before it is closed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -88,14 +89,21 @@ class ManagedRound:
         """Who takes part, and whether it failed."""
         return self._step.carried()
 
-    def average(self, tensors: Sequence[Tensor], codec: Codec | None = None) -> _Averages:
+    def average(
+        self,
+        tensors: Sequence[Tensor],
+        codec: Codec | None = None,
+        unsaid: Sequence[Tensor] | None = None,
+    ) -> _Averages:
         """Mean over the counted groups, in place; one all-reduce for each tensor."""
         if codec is None:
             return _Averages(list(tensors), [self._average(tensor) for tensor in tensors])
         for tensor in tensors:
             codec.check(tensor.dtype)
-        reduce = self._step.allreduce
-        return _Averages(list(tensors), [reduce(t, should_quantize=codec) for t in tensors])
+        owed = [None] * len(tensors) if unsaid is None else unsaid
+        reduce = partial(self._step.allreduce, should_quantize=codec)
+        works = [reduce(t, unsaid=left) for t, left in zip(tensors, owed, strict=True)]
+        return _Averages(list(tensors), works)
 
     def gather(self, tensors: Sequence[Tensor]) -> _Averages | _Gathered:
         """The counted groups' rows, `[1, …]` each → `[n, …]`, in participating order.

@@ -404,6 +404,8 @@ class Manager:
         tensor: torch.Tensor,
         should_quantize: bool | str | Codec = False,
         reduce_op: ReduceOp.RedOpType = ReduceOp.AVG,
+        *,
+        unsaid: torch.Tensor | None = None,
     ) -> Work:
         """Reduce `tensor` over the counted groups, in place; AVG divides by their number.
 
@@ -413,14 +415,16 @@ class Manager:
         `should_quantize` makes what travels smaller: True means int8, or fp8 on CUDA devices from
         capability 9.0 on; a name, or a codec, that one. All groups must mean the same: where their
         devices differ, name it, and `describe_setting` has them compare it. Half of the work is
-        done by who waits: wait for these in the order in which you began them.
+        done by who waits: wait for these in the order in which you began them. `unsaid`, fp32 or
+        fp64, holds what `tensor` should say, and afterwards what did not arrive of that: see
+        `torchft.quantization.ErrorFeedback`.
 
         Raises:
             ValueError: AVG of a tensor that is neither floating-point nor complex; a codec that
                 does not exist, or cannot hold the tensor's dtype.
             NotImplementedError: quantised, and neither SUM nor AVG.
         """
-        return self._begun("allreduce").allreduce(tensor, should_quantize, reduce_op)
+        return self._begun("allreduce").allreduce(tensor, should_quantize, reduce_op, unsaid=unsaid)
 
     def ordered_mean(self, tensor: torch.Tensor) -> Work:
         """Average `tensor` over the counted groups, in place, added in the order of their ids.

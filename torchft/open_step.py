@@ -68,12 +68,14 @@ class OpenStep:
         tensor: torch.Tensor,
         should_quantize: bool | str | Codec = False,
         reduce_op: ReduceOp.RedOpType = ReduceOp.AVG,
+        *,
+        unsaid: torch.Tensor | None = None,
     ) -> Work:
         """As `Manager.allreduce`."""
         codec = codec_for(should_quantize, tensor.device)
         communicator = self._means.communicator
         if codec is not None:
-            return communicator.quantized(self.transaction, tensor, codec, reduce_op)
+            return communicator.quantized(self.transaction, tensor, codec, reduce_op, unsaid)
         return communicator.reduce(self.transaction, tensor, reduce_op)
 
     def ordered_mean(self, tensor: torch.Tensor) -> Work:

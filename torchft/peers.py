@@ -63,10 +63,17 @@ class Round(Protocol):
         others' sake, and its own close will be a no."""
         ...
 
-    def average(self, tensors: Sequence[Tensor], codec: Codec | None = None) -> Handle:
+    def average(
+        self,
+        tensors: Sequence[Tensor],
+        codec: Codec | None = None,
+        unsaid: Sequence[Tensor] | None = None,
+    ) -> Handle:
         """Mean over the participating nodes, `[rows, ...]` → `[1 or rows, ...]`, maybe in place.
 
-        With a codec that is `torchft.quantization.quantized_mean` of the members' rows.
+        With a codec that is `torchft.quantization.quantized_mean` of the members' rows. `unsaid`,
+        for error feedback, then holds for each tensor what it should say, fp32 or fp64 and
+        `[rows, ...]` too; when the wait is over, it holds what did not arrive of it.
 
         Raises:
             SettingsError: the codec cannot hold a tensor's dtype. Nothing has been sent.

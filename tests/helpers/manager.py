@@ -113,10 +113,17 @@ class InProcessStep:
         self._manager = manager
         self._round = of
 
-    def allreduce(self, tensor: Tensor, should_quantize: bool | Codec = False) -> Work:
+    def allreduce(
+        self,
+        tensor: Tensor,
+        should_quantize: bool | str | Codec = False,
+        *,
+        unsaid: Tensor | None = None,
+    ) -> Work:
         self._manager.reductions.append(tensor.numel())
         codec = codec_for(should_quantize, tensor.device)
-        return _Waited(tensor, self._round.average([tensor[None]], codec))
+        left = None if unsaid is None else [unsaid[None]]
+        return _Waited(tensor, self._round.average([tensor[None]], codec, left))
 
     ordered_mean = allreduce
 

@@ -234,9 +234,14 @@ class InProcessRound:
         self._node = node
         self._collectives = 0
 
-    def average(self, tensors: Sequence[Tensor], codec: Codec | None = None) -> _Average:
+    def average(
+        self,
+        tensors: Sequence[Tensor],
+        codec: Codec | None = None,
+        unsaid: Sequence[Tensor] | None = None,
+    ) -> _Average:
         """Post this node's tensors; a newcomer's are zeros that do not count."""
-        return _Average(self, self._post(tensors), list(tensors), codec)
+        return _Average(self, self._post(tensors), list(tensors), codec, unsaid)
 
     def gather(self, tensors: Sequence[Tensor]) -> _Gathering:
         """Post this node's rows."""
@@ -312,8 +317,10 @@ class _Average:
         key: tuple[Any, ...],
         tensors: list[Tensor],
         codec: Codec | None,
+        unsaid: Sequence[Tensor] | None,
     ) -> None:
         self._round, self._key, self._tensors, self._codec = over, key, tensors, codec
+        self._unsaid = [None] * len(tensors) if unsaid is None else unsaid
 
     def wait(self) -> list[Tensor]:
         if self._round.is_spoilt(self._key):
@@ -321,14 +328,23 @@ class _Average:
             return [tensor.fill_(torch.nan) for tensor in self._tensors]
         members = self._round.members
         rows = self._round.rows(self._key, self._round.counted if self._codec is None else members)
-        for tensor, column in zip(self._tensors, zip(*rows, strict=True), strict=True):
-            tensor.copy_(mean(column) if self._codec is None else self._encoded(column))
+        columns = zip(*rows, strict=True)
+        for tensor, column, unsaid in zip(self._tensors, columns, self._unsaid, strict=True):
+            tensor.copy_(mean(column) if self._codec is None else self._encoded(column, unsaid))
         return self._tensors
 
-    def _encoded(self, column: Sequence[Tensor]) -> Tensor:
+    def _encoded(self, column: Sequence[Tensor], unsaid: Tensor | None) -> Tensor:
         assert self._codec is not None
-        which = [self._round.members.index(node) for node in self._round.counted]
-        return quantized_mean(torch.cat(list(column)), self._codec, which)
+        members = self._round.members
+        which = [members.index(node) for node in self._round.counted]
+        rows = torch.cat(list(column))
+        if unsaid is None:
+            return quantized_mean(rows, self._codec, which)
+        everybodys = torch.zeros(rows.shape, dtype=unsaid.dtype)
+        everybodys[members.index(self._round.rank)] = unsaid[0]
+        average = quantized_mean(rows, self._codec, which, everybodys)
+        unsaid.copy_(everybodys[members.index(self._round.rank)])
+        return average
 
 
 class _Gathering:

@@ -51,6 +51,8 @@ class Kind:
     """A script steps its own optimizer: torch's passes over a parameter that has no gradient."""
     codec: Codec | None = None
     """How averages travel. Not of islands, SPARTA and what is gathered."""
+    feedback: bool = False
+    """What the codec loses of gradients or deltas is sent later."""
 
 
 @dataclass
@@ -133,19 +135,72 @@ def _average(
     return [part.view(t.shape) for part, t in zip(parts, like, strict=True)]
 
 
+class _Residuals:
+    """What is left over of each node, for each part of the model."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, int], Tensor] = {}
+        self._next: dict[tuple[int, int], Tensor] = {}
+        """After the rounds that are open."""
+
+    def average(
+        self,
+        kind: Kind,
+        members: list[int],
+        counted: list[int],
+        sent: Callable[[int], list[Tensor]],
+        part: int = 0,
+    ) -> list[Tensor]:
+        """As `_average`, of what is sent and what is left over."""
+        if not kind.feedback:
+            return _average(kind, members, counted, sent)
+        like, codec = sent(counted[0]), kind.codec
+        assert codec is not None
+        rows = {n: torch.cat([t.reshape(-1) for t in sent(n)]) for n in members}
+        rows = {n: row + self._kept.get((part, n), 0.0) for n, row in rows.items()}
+        size = math.ceil(rows[counted[0]].numel() / len(members))
+        # A codec does not see zeros at the end of a block, so the last chunk may be short.
+        pieces = {n: row.split(size) for n, row in rows.items()}
+        said = {n: [_coded(codec, piece) for piece in pieces[n]] for n in members}
+        means = [mean([said[n][at] for n in counted]) for at in range(len(pieces[counted[0]]))]
+        for at, n in enumerate(members):
+            left = [p - q for p, q in zip(pieces[n], said[n], strict=True)]
+            if at < len(means):
+                left[at] = left[at] + len(counted) * (means[at] - _coded(codec, means[at]))
+            self._next[part, n] = torch.cat(left)
+        average = torch.cat([_coded(codec, piece) for piece in means])
+        parts = average.split([t.numel() for t in like])
+        return [one.view(t.shape) for one, t in zip(parts, like, strict=True)]
+
+    def commit(self, part: int = 0) -> None:
+        self._kept.update({key: left for key, left in self._next.items() if key[0] == part})
+
+    def forget(self, node: int) -> None:
+        for key in [key for key in self._kept if key[1] == node]:
+            del self._kept[key]
+
+
+def _coded(codec: Codec, values: Tensor) -> Tensor:
+    return codec.decode(codec.encode(values[None]), values.numel())[0]
+
+
 def _gradients(node: _Alone) -> list[Tensor]:
     return [p.grad for p in node.parameters if p.grad is not None]
 
 
 @torch.no_grad()
 def _all_reduce(kind: Kind, script: Script, steps: int, nodes: dict[int, _Alone]) -> None:
+    residuals = _Residuals()
     for step in range(1, steps + 1):
         members = _meet(script, step, nodes)
+        for n in script.newcomers(step):
+            residuals.forget(n)
         with torch.enable_grad():
             for n in members:
                 nodes[n].gradients(n, step)
         if script.goes(step):
-            averages = _average(kind, members, members, lambda n: _gradients(nodes[n]))
+            averages = residuals.average(kind, members, members, lambda n: _gradients(nodes[n]))
+            residuals.commit()
             for n in members:
                 for p, average in zip(nodes[n].parameters, averages, strict=True):
                     p.grad.copy_(average)
@@ -169,6 +224,7 @@ def _weights(kind: Kind, script: Script, steps: int, nodes: dict[int, _Alone]) -
     number = 0
     versions = [0] * len(parts)
     in_flight: list[_Flight] = []
+    residuals = _Residuals()
 
     inner: dict[tuple[int, int], dict] = {}
 
@@ -194,13 +250,14 @@ def _weights(kind: Kind, script: Script, steps: int, nodes: dict[int, _Alone]) -
         counted = [m for m in members if m not in script.newcomers(number)]
         for n in script.newcomers(number):
             keep(n, everything)
+            residuals.forget(n)
             if kind.backup:
                 _write(nodes[n].parameters, backup)
 
         def contribution(n: int) -> list[Tensor]:
             return [_sent(kind, backup[i], nodes[n].parameters[i]) for i in parts[index]]
 
-        sent = _average(kind, members, counted, contribution)
+        sent = residuals.average(kind, members, counted, contribution, index)
         _drop_lost(script, number, nodes)
         return _Flight(index, sent, members, closes, failed=not script.goes(number))
 
@@ -212,6 +269,7 @@ def _weights(kind: Kind, script: Script, steps: int, nodes: dict[int, _Alone]) -
                 for node in nodes.values():
                     _write([node.parameters[i] for i in part], [backup[i] for i in part])
             return
+        residuals.commit(one.index)
         for n in nodes:
             keep(n, part)
         for i, average in zip(part, one.sent, strict=True):

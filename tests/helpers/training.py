@@ -100,6 +100,21 @@ ROWS = {
         Kind("diloco", every=4, fragments=2, codec=Int4(16)),
         lambda _: DiLoCo(OUTER, 4, fragments=2),
     ),
+    "all-reduce, int8, error feedback": Row(
+        Kind("all_reduce", codec=Int8(16), feedback=True), lambda _: AllReduce(error_feedback=True)
+    ),
+    "DiLoCo, int4, error feedback": Row(
+        Kind("diloco", every=4, codec=Int4(16), feedback=True),
+        lambda _: DiLoCo(OUTER, 4, error_feedback=True),
+    ),
+    "DiLoCo, 2 fragments, int4, error feedback": Row(
+        Kind("diloco", every=4, fragments=2, codec=Int4(16), feedback=True),
+        lambda _: DiLoCo(OUTER, 4, fragments=2, error_feedback=True),
+    ),
+    "DiLoCo, 2 fragments, delayed, int8, error feedback": Row(
+        Kind("diloco", every=6, fragments=2, delay=2, mix=0.5, codec=Int8(16), feedback=True),
+        with_model_outer(every=6, fragments=2, delay=2, mix=0.5, error_feedback=True),
+    ),
     "LocalSGD": Row(Kind("local_sgd", every=3), lambda _: LocalSGD(3)),
     "LocalSGD without backup": Row(
         Kind("local_sgd", every=3, backup=False), lambda _: LocalSGD(3, backup=False)

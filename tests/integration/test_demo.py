@@ -70,8 +70,9 @@ def said_all(command: Command) -> str:
     return said
 
 
-def test_a_group_is_killed_and_heals_and_all_end_alike(demo: Demo) -> None:
-    command = demo("--replicas=2", "--steps=40", "--seed=3")
+@pytest.mark.parametrize("more", [(), ("--codec=int8",)], ids=["as they are", "int8"])
+def test_a_group_is_killed_and_heals_and_all_end_alike(demo: Demo, more: tuple[str, ...]) -> None:
+    command = demo("--replicas=2", "--steps=40", "--seed=3", *more)
     said = said_all(command)
     assert command.returncode == 0, said
     assert "is killed: SIGKILL to its 2 processes" in said

@@ -31,6 +31,7 @@ EVERY = {
     "Streaming in flight": 4,
     "Streaming, strided": 4,
     "Streaming int4": 4,
+    "int4, fed back": 5,
 }
 """Steps between two rounds, if more than one."""
 
@@ -69,6 +70,10 @@ ENCODED: dict[str, Callable[[], Strategy]] = {
     "all-reduce": lambda: SimpleReduceStrategy(ADAMW, codec="fp8"),
     "LocalSGD": lambda: LocalSGDStrategy(ADAMW, H=3, codec=Int8(32)),
     "SPARTA-DiLoCo": lambda: SPARTADiLoCoStrategy(ADAMW, p_sparta=0.1, H=4, codec="bf16"),
+    "all-reduce, fed back": lambda: SimpleReduceStrategy(ADAMW, codec="int4", error_feedback=True),
+    "Streaming, fed back": lambda: StreamingDiLoCoStrategy(
+        ADAMW, H=3, fragments=2, codec="int4", error_feedback=True
+    ),
 }
 
 

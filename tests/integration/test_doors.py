@@ -17,6 +17,8 @@ from torch.testing import assert_close
 from world import KILLED, Group, World
 
 from torchft.ddp import DistributedDataParallel, PureDistributedDataParallel
+from torchft.errors import MismatchError
+from torchft.ledger import Bucket
 from torchft.local_sgd import DiLoCo, LocalSGD
 from torchft.manager import Manager
 from torchft.optim import OptimizerWrapper
@@ -230,6 +232,122 @@ def test_ddp_trains_to_the_right_numbers(
     one, two = world.run(story, story)
     assert_close(one, two, rtol=0, atol=0)
     assert_close(one, plain_sgd(groups=2, steps=5), rtol=0, atol=2e-6)
+
+
+class Averaging:
+    """A group whose gradients travel encoded."""
+
+    def __init__(self, group: Group, door: Callable[..., Any], **options: Any) -> None:
+        self.group, self.model = group, Tiny(seed=0)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        inner = torch.optim.SGD(self.trained, lr=0.1, momentum=0.9)
+        self.manager = group.manager(use_async_quorum=False)
+        self.wrapped = door(self.manager, self.model, **options)
+        self.optimizer = OptimizerWrapper(self.manager, inner)
+        group.world.happen(f"{group.name} is up")
+
+    def step(self, number: int) -> bool:
+        self.optimizer.zero_grad()
+        backward(self.wrapped, self.group.number, number)
+        return self.optimizer.step()
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.trained if p.grad is not None]
+
+    def seconds(self, bucket: Bucket) -> float:
+        return self.manager.ledger.snapshot().get(bucket, 0.0)
+
+
+SMALL_BUCKETS = {"bucket_cap_mb": 0.0001}
+
+
+@pytest.mark.parametrize(
+    ("door", "options"),
+    [
+        (DistributedDataParallel, {}),
+        (DistributedDataParallel, SMALL_BUCKETS),
+        (PureDistributedDataParallel, {}),
+    ],
+    ids=["DDP", "DDP in small buckets", "plain"],
+)
+def test_encoded_gradients_are_equal_in_all_groups_and_nearly_right(
+    tmp_path: Path, door: Callable[..., Any], options: dict[str, Any]
+) -> None:
+    def story(group: Group) -> Any:
+        one = Averaging(group, door, should_quantize=True, **options)
+        for name in ("group_0", "group_1"):
+            group.world.wait(f"{name} is up")
+        for number in range(1, 6):
+            one.optimizer.zero_grad()
+            before = one.seconds(Bucket.COMMUNICATE)
+            backward(one.wrapped, group.number, number)
+            assert one.seconds(Bucket.COMMUNICATE) > before  # waited for in the backward pass
+            after_backward = digest(one.gradients)
+            assert one.optimizer.step()
+            assert digest(one.gradients) == after_backward
+        return [p.detach().clone() for p in one.trained], group.pg.bytes_sent
+
+    (one, sent), (two, _) = World(tmp_path, min_replicas=2).run(story, story)
+    assert_close(one, two, rtol=0, atol=0)
+    right = plain_sgd(groups=2, steps=5)
+    assert_close(one, right, rtol=0, atol=0.02)
+    assert any(not torch.equal(a, b) for a, b in zip(one, right, strict=True))
+    numbers = sum(p.numel() for p in one)
+    assert 5 * numbers < sent < 5 * 3 * numbers  # a byte each, and scales of short blocks
+
+
+@pytest.mark.parametrize("door", [DistributedDataParallel, PureDistributedDataParallel])
+def test_a_group_dies_while_gradients_travel_and_the_others_skip_that_step(
+    tmp_path: Path, door: Callable[..., Any]
+) -> None:
+    def together(group: Group) -> Averaging:
+        one = Averaging(group, door, should_quantize="int8")
+        for name in ("group_0", "group_1", "group_2"):
+            group.world.wait(f"{name} is up")
+        return one
+
+    def survivor(group: Group) -> Any:
+        one = together(group)
+        went = [one.step(number) for number in range(1, 5)]
+        return went, digest([p.detach() for p in one.trained]), one.manager.num_participants()
+
+    def victim(group: Group) -> None:
+        one = together(group)
+        assert one.step(1)
+        reduce = one.manager.allreduce
+
+        def reduce_and_die(*args: Any, **kwargs: Any) -> None:
+            reduce(*args, **kwargs)
+            group.dies()
+
+        one.manager.allreduce = reduce_and_die  # type: ignore[assignment]
+        one.step(2)
+
+    one, two, killed = World(tmp_path, min_replicas=2).run(survivor, survivor, victim)
+    assert killed == KILLED
+    assert one == two
+    assert one[0] == [True, False, True, True]
+    assert one[2] == 2
+
+
+@pytest.mark.parametrize("door", [DistributedDataParallel, PureDistributedDataParallel])
+def test_groups_that_encode_gradients_in_two_ways_are_told_before_anything_is_mixed(
+    tmp_path: Path, door: Callable[..., Any]
+) -> None:
+    def story(group: Group) -> str:
+        one = Averaging(group, door, should_quantize="int8" if group.number == 0 else False)
+        try:
+            one.optimizer.zero_grad()
+            return str(one.manager.errored())
+        except MismatchError as error:
+            return str(error)
+        finally:
+            assert group.pg.bytes_sent == 0
+
+    right, wrong = World(tmp_path, min_replicas=2).run(story, story)
+    assert "codec is absent here and int8 there" in wrong
+    assert "codec is int8 here and absent there" in right
 
 
 def plain_sgd(*, groups: int, steps: int) -> list[Tensor]:

@@ -183,6 +183,64 @@ def test_a_codec_that_has_nothing_to_encode_is_refused() -> None:
         TopKStrategy(codec="int8")  # type: ignore[call-arg]
 
 
+class TestErrorFeedback:
+    """What a codec loses of gradients and deltas is sent later."""
+
+    @pytest.mark.parametrize(
+        "cls",
+        [DiLoCoStrategy, SPARTADiLoCoStrategy, SimpleReduceStrategy, StreamingDiLoCoStrategy],
+    )
+    def test_what_sends_gradients_or_deltas_has_it(self, cls: Any) -> None:
+        strategy = pickle.loads(pickle.dumps(cls(codec="int4", error_feedback=True)))
+        assert strategy.recipes[-1].error_feedback
+        assert strategy.config()["error_feedback"] is True
+        assert not any(recipe.error_feedback for recipe in cls(codec="int4").recipes)
+        with pytest.raises(SettingsError, match="has no codec, so nothing is lost"):
+            cls(error_feedback=True)
+
+    @pytest.mark.parametrize("cls", [LocalSGDStrategy, FedAvgStrategy, SPARTAStrategy])
+    def test_what_sends_weights_has_not(self, cls: Any) -> None:
+        with pytest.raises(TypeError, match="error_feedback"):
+            cls(codec="int4", error_feedback=True)
+
+    def test_a_recipe_that_does_not_feed_back_is_told_so(self) -> None:
+        """An old failing that must not come back: an option that is taken and does nothing."""
+
+        def story(node: Node) -> None:
+            strategy = LocalSGDStrategy(SGD, H=1, codec="int4")
+            strategy.recipes[0].error_feedback = True
+            model = two_layers()
+            strategy.bind(ModelLocal([model], SGD(model.parameters(), lr=0.1)), node)
+            with pytest.raises(SettingsError, match="LocalSGD has error_feedback=True, so the dra"):
+                strategy.step()
+
+        World(Script(1)).run(story)
+
+    def test_in_buckets_each_number_still_gets_its_own_back(self) -> None:
+        def story(node: Node) -> tuple[Tensor, Tensor]:
+            strategy = DiLoCoStrategy(SGD, H=1, codec="int8", error_feedback=True)
+            strategy._bucket_bytes = 28
+            model = two_layers().bfloat16()
+            strategy.bind(ModelLocal([model], SGD(model.parameters(), lr=0.1)), node)
+            start = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+            for p in model.parameters():
+                p.grad = torch.ones_like(p) + torch.arange(p.numel()).view(p.shape) % 7
+            strategy.before()
+            strategy.local.inner_step()
+            local = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+            seen: list[Tensor] = []
+            recipe: Any = strategy.recipes[0]
+            apply = recipe.apply
+            recipe.apply = lambda f, received: seen.extend(received) or apply(f, received)
+            strategy.after()
+            assert seen[0].dtype == torch.bfloat16
+            return seen[0][0].float() + recipe.own["residual_0"][0][0], (start - local).float()
+
+        said, moved = World(Script(1)).run(story)[0]
+        # What arrived was rounded to bf16 once more, at the one member that there is.
+        assert_close(said, moved, rtol=2**-8, atol=0)
+
+
 @with_rounds
 @pytest.mark.parametrize("H", [0, -1, 1.5, "5"])
 def test_rounds_that_never_come_are_refused(cls: Any, H: Any) -> None:

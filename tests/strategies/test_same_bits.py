@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from torchft.ordered import ordered_mean, ordered_sum
+from torchft.quantization import Int4, quantized_mean
 from torchft.simulator.stacked import StackedLocal
 from torchft.strategies import (
+    AllReduce,
     Clock,
     DeMo,
     DiLoCo,
@@ -38,8 +40,15 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "DiLoCo, mixed": lambda: DiLoCo(OUTER, 1, mix=0.3),
     "Streaming": lambda: DiLoCo(OUTER, 3, fragments=3, mix=0.3),
     "Streaming, strided": lambda: DiLoCo(OUTER, 3, fragments=3, pattern="strided", mix=0.3),
+    "DiLoCo, int4, fed back": lambda: fed_back(DiLoCo(OUTER, 1, error_feedback=True)),
+    "all-reduce, int4, fed back": lambda: fed_back(AllReduce(error_feedback=True)),
     "LocalSGD": lambda: LocalSGD(1),
 }
+
+
+def fed_back(recipe: Recipe) -> Recipe:
+    recipe.codec = Int4()
+    return recipe
 
 
 class Odd(nn.Module):
@@ -72,6 +81,7 @@ def test_one_row_and_many_rows_compute_the_same_bits(name: str, rows: int) -> No
         for row in range(rows):
             for many, one in zip(sent[0][0], sent[1 + row][0], strict=True):
                 assert torch.equal(many[row : row + 1], one)
+        leave_unsaid(recipes[0], sent)
         for recipe, (tensors, draft) in zip(recipes, sent, strict=True):
             received = receive(recipe, [tensors for tensors, _ in sent[1:]])
             fragment = recipe.fragment()
@@ -86,6 +96,17 @@ def test_one_row_and_many_rows_compute_the_same_bits(name: str, rows: int) -> No
             for name_, tensors in recipes[1 + row].own.items():
                 for one, many in zip(tensors, recipes[0].own[name_], strict=True):
                     assert torch.equal(one, many[row : row + 1])
+
+
+def leave_unsaid(recipe: Recipe, sent: list[Any]) -> None:
+    """What a round does with the drafts: of all rows, and of each alone."""
+    if not recipe.error_feedback:
+        return
+    (stacked, draft), *alone = sent
+    for at, tensor in enumerate(stacked):
+        quantized_mean(tensor, Int4(), None, draft[at])
+        for row, (_, one) in enumerate(alone):
+            one[at].copy_(draft[at][row])
 
 
 @torch.no_grad()
@@ -105,6 +126,8 @@ def copy_values(source: list[nn.Parameter], target: list[nn.Parameter]) -> None:
 
 def receive(recipe: Recipe, sent: list[list[Tensor]]) -> list[Tensor]:
     columns = [torch.cat(column) for column in zip(*sent, strict=True)]
+    if recipe.codec is not None:
+        return [quantized_mean(column, recipe.codec) for column in columns]
     return columns if recipe.by is By.GATHER else [ordered_mean(c) for c in columns]
 
 

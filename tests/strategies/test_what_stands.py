@@ -119,6 +119,23 @@ class TestWhatANoLeavesBehind:
         assert_close(one.weights, start(), rtol=0, atol=0)
         assert all(not state for state in one.inner.state.values())
 
+    @pytest.mark.parametrize(
+        ("name", "steps"),
+        [("DiLoCo, int4, error feedback", 4), ("all-reduce, int8, error feedback", 1)],
+    )
+    def test_what_a_codec_has_left_over_stands(self, name: str, steps: int) -> None:
+        def story(node: Node) -> None:
+            one = Training(ROWS[name], node).go_on(steps)
+            (own,) = one.recipe.own.values()
+            kept = own[0].clone()
+            assert kept.any()
+            one.go_on(2 * steps)  # voted down
+            assert torch.equal(own[0], kept)
+            one.go_on(3 * steps)
+            assert not torch.equal(own[0], kept)
+
+        World(Script(1, no={2})).run(story)
+
     def test_a_fragment_is_restored_and_the_others_stand(self) -> None:
         one, before = self.after_a_no(ROWS["DiLoCo, 2 fragments"], 2)
         first, second = (f.parameters for f in one.recipe.fragments)  # type: ignore[attr-defined]
@@ -239,7 +256,7 @@ def test_a_healed_node_starts_from_the_global_weights_not_from_the_donors() -> N
     assert any(not torch.equal(seen["healed"][i], seen["donor's"][i]) for i in seen["second"])
 
 
-@pytest.mark.parametrize("name", ["DeMo", "top-k"])
+@pytest.mark.parametrize("name", ["DeMo", "top-k", "DiLoCo, int4, error feedback"])
 def test_a_group_that_heals_forgets_what_was_its_own_and_a_checkpoint_brings_it_back(
     name: str,
 ) -> None:

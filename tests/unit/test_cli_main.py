@@ -10,7 +10,9 @@ import pytest
 
 from torchft.cli.demo import options_of
 from torchft.cli.main import main, parser
-from torchft.launch.demo_options import DemoOptions
+from torchft.errors import SettingsError
+from torchft.launch.demo_options import CODECS, DemoOptions
+from torchft.quantization import codec_names
 
 
 def options(*typed: str) -> DemoOptions:
@@ -36,7 +38,7 @@ def test_a_demo_without_flags_kills_one_of_three() -> None:
 def test_every_flag_reaches_its_option(tmp_path: Path) -> None:
     asked = options(
         *("--replicas=4", "--workers-per-replica=2", "--strategy=diloco", "--steps=50"),
-        *("--sync-every=7", "--no-kill", "--seed=9", f"--keep={tmp_path}"),
+        *("--sync-every=7", "--codec=int4", "--no-kill", "--seed=9", f"--keep={tmp_path}"),
         *("--corpus=a.txt", "--corpus=b", "--heartbeat-timeout-ms=700", "--timeout=60"),
     )
     assert asked == DemoOptions(
@@ -45,6 +47,7 @@ def test_every_flag_reaches_its_option(tmp_path: Path) -> None:
         strategy="diloco",
         steps=50,
         sync_every=7,
+        codec="int4",
         kill=False,
         seed=9,
         keep=tmp_path,
@@ -52,6 +55,12 @@ def test_every_flag_reaches_its_option(tmp_path: Path) -> None:
         heartbeat_timeout_ms=700,
         timeout_s=60.0,
     )
+
+
+def test_codecs_are_those_that_lose_something() -> None:
+    assert set(CODECS) == set(codec_names()) - {"fp32"}
+    with pytest.raises(SettingsError, match="codec 'int5': use one of bf16, fp8"):
+        DemoOptions(codec="int5")
 
 
 def test_without_a_seed_each_run_has_another() -> None:
@@ -71,6 +80,7 @@ def test_without_a_seed_each_run_has_another() -> None:
         (["--timeout=0"], "0 s is no length of time"),
         (["--timeout=soon"], "'soon' is not a number of seconds"),
         (["--strategy=magic"], "invalid choice: 'magic'"),
+        (["--codec=int5"], "invalid choice: 'int5'"),
         (["--repl=3"], "unrecognized arguments: --repl=3"),
         (["--replicas=1"], "1 group cannot lose one and go on: give --replicas 2 or more"),
         (["--steps=2"], "a run of 2 steps has no middle"),

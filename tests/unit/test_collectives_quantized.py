@@ -79,6 +79,24 @@ def test_a_member_that_is_not_counted_leaves_no_trace() -> None:
         assert world.hear_all() == [True] * 3
 
 
+def _say_what_is_left(rank: Rank, counted: list[int]) -> None:
+    group, members = rank.configure(), rank.world_size
+    for name, n, dtype in CASES:
+        tensor, unsaid = _row(rank.rank, n, dtype), _row(rank.rank + 7, n)
+        QuantizedMean(group, tensor, counted, name, unsaid=unsaid).wait(SOON)
+        everybodys = torch.stack([_row(member + 7, n) for member in range(members)])
+        alone = quantized_mean(_rows(members, n, dtype), codec_of(name), counted, everybodys)[0]
+        assert torch.equal(as_bytes(tensor), as_bytes(alone)), (name, n, dtype)
+        assert torch.equal(unsaid, everybodys[rank.rank]), (name, n, dtype)
+    rank.tell("equal")
+
+
+@pytest.mark.parametrize(("members", "counted"), [(2, [0, 1]), (3, [0, 2]), (5, [0, 1, 2, 3, 4])])
+def test_each_member_knows_to_the_bit_what_did_not_arrive(members: int, counted: list[int]) -> None:
+    with ranks(members, _say_what_is_left, counted) as world:
+        assert world.hear_all() == ["equal"] * members
+
+
 def _average_a_nan(rank: Rank, codec: str, bad: float) -> None:
     group, tensor = rank.configure(), torch.ones(1000)
     if rank.rank == 1:

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 from torchft.ddp import DistributedDataParallel, PureDistributedDataParallel
 from torchft.errors import SettingsError
 from torchft.optim import OptimizerWrapper
+from torchft.quantization import BFloat16
 from torchft.strategies import AllReduce, ModelLocal, Strategy
 
 DOORS = [DistributedDataParallel, PureDistributedDataParallel]
@@ -73,8 +74,9 @@ def test_many_small_buckets_give_the_same() -> None:
     assert_close(doors, World(script).run(by_recipe), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("codec", [False, True, "fp8", BFloat16()], ids=str)
 @pytest.mark.parametrize("door", DOORS)
-def test_gradients_1_and_3_end_as_2_in_both(door: Callable[..., nn.Module]) -> None:
+def test_gradients_1_and_3_end_as_2_in_both(door: Callable[..., nn.Module], codec: Any) -> None:
     """An old failing that must not come back: nobody waited for the average, which therefore never
     ran, and the groups committed gradients that differ."""
 
@@ -88,7 +90,7 @@ def test_gradients_1_and_3_end_as_2_in_both(door: Callable[..., nn.Module]) -> N
 
     def story(node: Node) -> float:
         model, manager = Scale(), InProcessManager(node)
-        wrapped = door(manager, model)
+        wrapped = door(manager, model, should_quantize=codec)
         manager.start_quorum()
         wrapped(torch.tensor([1.0, 3.0][node.rank])).backward()
         assert model.weight.grad is not None
@@ -97,7 +99,56 @@ def test_gradients_1_and_3_end_as_2_in_both(door: Callable[..., nn.Module]) -> N
         assert model.weight.grad.item() == after_backward
         return after_backward
 
-    assert World(Script(2)).run(story) == {0: 2.0, 1: 2.0}
+    means = World(Script(2)).run(story)
+    assert means[0] == means[1] == pytest.approx(2.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("script", [Script(3), Script(3, no={2}), Script(3, lost={0: 3})], ids=str)
+def test_encoded_gradients_are_the_quantised_means(script: Script) -> None:
+    def by_hand(node: Node) -> list[Tensor]:
+        model, manager = Tiny(), InProcessManager(node)
+        optimizer = OptimizerWrapper(manager, sgd(model))
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            backward(model, node.rank, step)
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                    manager.allreduce(p.grad, should_quantize="int4")
+            optimizer.step()
+        return [p.detach() for p in model.parameters()]
+
+    def encoded(node: Node) -> list[Tensor]:
+        return by_door(PureDistributedDataParallel, node, should_quantize="int4")
+
+    doors, hands = World(script).run(encoded), World(script).run(by_hand)
+    assert_close(doors, hands, rtol=0, atol=0)
+
+
+class TestCodec:
+    """Gradients travel encoded."""
+
+    @pytest.mark.parametrize("door", DOORS)
+    @pytest.mark.parametrize(("given", "name"), [(True, "int8"), ("int4", "int4")])
+    def test_its_name_is_compared(
+        self, door: Callable[..., nn.Module], given: Any, name: str
+    ) -> None:
+        manager, plain = (InProcessManager(Node(World(Script(1)), 0, 1)) for _ in range(2))
+        door(manager, nn.Linear(2, 3), should_quantize=given)
+        door(plain, nn.Linear(2, 3))
+        assert manager.described["codec"] == [name]
+        assert "codec" not in plain.described
+
+    @pytest.mark.parametrize("door", DOORS)
+    def test_one_that_does_not_fit_is_refused_before_anything_is_trained(
+        self, door: Callable[..., nn.Module]
+    ) -> None:
+        manager = InProcessManager(Node(World(Script(1)), 0, 1))
+        with pytest.raises(SettingsError, match="no codec 'int5'"):
+            door(manager, nn.Linear(2, 3), should_quantize="int5")
+        with pytest.raises(SettingsError, match="no float64"):
+            door(manager, nn.Linear(2, 3).double(), should_quantize="fp32")
+        assert manager.described == {}
 
 
 class TestPure:

@@ -100,6 +100,7 @@ def test_train_options_survive_the_command_line(tmp_path: Path) -> None:
         group=1,
         groups=3,
         strategy="diloco",
+        codec="int8",
         steps=40,
         sync_every=5,
         seed=9,

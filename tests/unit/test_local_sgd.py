@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from torchft.local_sgd import DiLoCo, LocalSGD, extract_local_tensor
-from torchft.quantization import BFloat16, Int8
+from torchft.quantization import BFloat16, Int4, Int8
 
 STEPS = 12
 
@@ -123,6 +123,14 @@ DOORS: dict[str, tuple[Kind, Callable[[Group], Any]]] = {
     "DiLoCo, the inner state restored too": (
         Kind("diloco", every=4, restores_inner=True, skips_unused=True),
         lambda g: diloco(g, inner_state="restored"),
+    ),
+    "DiLoCo, int4, error feedback": (
+        Kind("diloco", every=4, skips_unused=True, codec=Int4(16), feedback=True),
+        lambda g: diloco(g, should_quantize=Int4(16), error_feedback=True),
+    ),
+    "DiLoCo, 2 fragments, int8, error feedback": (
+        Kind("diloco", every=4, fragments=2, skips_unused=True, codec=Int8(), feedback=True),
+        lambda g: streaming(g, should_quantize="int8", error_feedback=True),
     ),
     "DiLoCo, delayed, mixed": (
         Kind("diloco", every=4, delay=1, mix=0.5, skips_unused=True),
@@ -385,6 +393,7 @@ class TestRefusals:
             (4, {"bucket_cap_mb": 0}, "must be above 0"),
             (4, {"fragments": 2}, "are the fragments already: leave fragments"),
             (4, {"fragment_pattern": "strided"}, "or pass .model. to have it cut"),
+            (4, {"error_feedback": True}, "has no codec, so nothing is lost"),
             (4, {"should_quantize": "int5"}, "no codec 'int5': give one of fp32, bf16"),
         ],
     )

@@ -164,6 +164,18 @@ class TestCodec:
         one = mean_bytes(codec_of("int8"), 999, 3)
         assert world.peers.rounds[0].bytes_per_node == dict.fromkeys(range(3), one)
 
+    def test_each_member_gets_back_what_did_not_arrive_of_its_row(self) -> None:
+        world = World(Joins(1, 4), Dies(2, 4), nodes=4)
+        world.peers.begin(4)
+        opened = world.peers.open(Place.AFTER)
+        sent = torch.randn(4, 999, generator=torch.Generator().manual_seed(0))
+        unsaid, of_members = sent.clone(), sent[[0, 1, 3]]
+        (mean,) = opened.average([sent], codec_of("int4"), [unsaid]).wait()
+        rows = sent[[0, 1, 3]]
+        assert torch.equal(mean, quantized_mean(rows, codec_of("int4"), [0, 2], of_members))
+        assert torch.equal(unsaid[[0, 1, 3]], of_members)
+        assert torch.equal(unsaid[2], sent[2])
+
     @pytest.mark.parametrize("deterministic", [True, False])
     def test_bytes_are_those_of_the_codec_in_any_order(self, deterministic: bool) -> None:
         world = World(deterministic=deterministic)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from torchft.cli.numbers import at_least, seconds
-from torchft.launch.demo_options import DEFAULT_STEPS, STRATEGIES, DemoOptions
+from torchft.launch.demo_options import CODECS, DEFAULT_STEPS, STRATEGIES, DemoOptions
 
 __all__ = ["add_command"]
 
@@ -24,6 +24,7 @@ examples:
   torchft demo                                   3 groups, DDP, one kill
   torchft demo --strategy diloco --seed 7        another strategy, another moment and victim
   torchft demo --strategy streaming              averages in flight when the group is killed
+  torchft demo --codec int8                      gradients of a quarter of the bytes
   torchft demo --replicas 2 --workers-per-replica 2
   torchft demo --no-kill --keep runs/quiet       keep logs and step records
 """
@@ -62,6 +63,12 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="what the groups exchange: gradients in each step (ddp), weights (local_sgd) or an "
         "outer step (diloco) every few steps, or the outer steps of fragments while training goes "
         "on (streaming)",
+    )
+    add(
+        "--codec",
+        choices=CODECS,
+        help="send less: numbers travel as this encodes them, and diloco feeds back what it loses "
+        "(as they are)",
     )
     add(
         "--steps",
@@ -133,6 +140,7 @@ def options_of(typed: argparse.Namespace) -> DemoOptions:
         strategy=typed.strategy,
         steps=typed.steps,
         sync_every=typed.sync_every,
+        codec=typed.codec,
         kill=not typed.no_kill,
         seed=new_seed() if typed.seed is None else typed.seed,
         keep=typed.keep,

@@ -131,7 +131,7 @@ class OrderedMean(Work):
         """Begun once: another start would not be matched by the other members."""
         if self._error is not None:
             raise self._error
-        mine = self._codec.encode(self._mean(self._received))
+        mine = self._encoded(self._mean(self._received))
         self._gathered = mine.new_empty(self._received.shape[0], mine.shape[1])
         try:
             self._means = self._same_members().allgather(
@@ -153,6 +153,10 @@ class OrderedMean(Work):
         rows = self._codec.decode(received, self._tensor.dtype)
         # Where nobody is counted, the step will be discarded.
         return ordered_mean(rows, self._counted) if self._counted else torch.zeros_like(rows[:1])
+
+    def _encoded(self, mean: Tensor) -> Tensor:
+        """`[1, chunk]` → `[1, m]` bytes."""
+        return self._codec.encode(mean)
 
     def _keep(self) -> None:
         means = self._codec.decode(self._gathered, self._tensor.dtype).reshape(-1)

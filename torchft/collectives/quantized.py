@@ -27,6 +27,7 @@ from torchft.errors import PhaseError, SettingsError
 from torchft.ordered import chunk_of
 from torchft.process_group import ProcessGroup
 from torchft.quantization import Codec, codec_for, codec_of, default_codec
+from torchft.quantization.mean import add_lost, take_said
 
 __all__ = ["QuantizedMean", "adds", "allreduce_quantized", "codec_for"]
 
@@ -36,6 +37,10 @@ class QuantizedMean(OrderedMean):
 
     It counts and fails as `OrderedMean` does, and like that one it is finished by who waits. With
     `summed` it is their sum: the mean times their number.
+
+    `unsaid`, contiguous fp32 or fp64 of as many elements, holds what this member's tensor should
+    say; what did not arrive of it is left there, as `quantized_mean` has it. It is written before
+    it is known whether the mean counts.
 
     Raises:
         SettingsError: the codec cannot hold the tensor's dtype, or there is no such codec.
@@ -49,12 +54,31 @@ class QuantizedMean(OrderedMean):
         codec: str | Codec,
         *,
         summed: bool = False,
+        unsaid: Tensor | None = None,
     ) -> None:
         self._numbers = codec_of(codec)
         self._numbers.check(tensor.dtype)
+        self._unsaid = unsaid
         self._chunk = chunk_of(tensor.numel(), group.size())
         self._summed = summed
         super().__init__(group, tensor, counted, _OfChunks(self._numbers, self._chunk))
+
+    def _send_chunks(self) -> None:
+        super()._send_chunks()
+        if self._unsaid is not None:
+            for member in range(self._sent.shape[0]):  # one by one: all of it is a second tensor
+                said = self._numbers.decode(self._sent[member : member + 1], self._chunk)
+                take_said(self._unsaid, said, first=member)
+
+    def _encoded(self, mean: Tensor) -> Tensor:
+        encoded = super()._encoded(mean)
+        if self._unsaid is not None:
+            sent = self._numbers.decode(encoded, self._chunk)
+            add_lost(self._unsaid, self._own_rank(), mean, sent, len(self._counted))
+        return encoded
+
+    def _own_rank(self) -> int:
+        return self._group.rank() if self._generation is None else self._generation.rank
 
     def _mean(self, received: Tensor) -> Tensor:
         """The same sum, without all decoded rows in memory."""

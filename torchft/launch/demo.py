@@ -138,6 +138,7 @@ def make_group(number: int, options: DemoOptions, folder: Path, lighthouse: str)
         group=number,
         groups=options.replicas,
         strategy=options.strategy,
+        codec=options.codec or "none",
         steps=options.target,
         sync_every=options.sync_every,
         seed=options.seed,

@@ -8,9 +8,10 @@ from pathlib import Path
 from torchft.errors import SettingsError
 from torchft.launch.story import Story
 
-__all__ = ["STRATEGIES", "DemoOptions"]
+__all__ = ["CODECS", "STRATEGIES", "DemoOptions"]
 
 STRATEGIES = ("ddp", "local_sgd", "diloco", "streaming")
+CODECS = ("bf16", "fp8", "int8", "int4")
 
 DEFAULT_STEPS = {"ddp": 240, "local_sgd": 60, "diloco": 60, "streaming": 60}
 """Committed steps; but for DDP `sync_every` inner steps lie between two of them."""
@@ -28,6 +29,8 @@ class DemoOptions:
     """None: what fits the strategy."""
     sync_every: int = 5
     """Inner steps between two synchronisations, streaming of two fragments."""
+    codec: str | None = None
+    """What the groups exchange travels as it encodes it; None: as it is."""
     kill: bool = True
     seed: int = 0
     keep: Path | None = None
@@ -41,6 +44,8 @@ class DemoOptions:
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
             raise SettingsError(f"strategy {self.strategy!r}: use one of {', '.join(STRATEGIES)}")
+        if self.codec is not None and self.codec not in CODECS:
+            raise SettingsError(f"codec {self.codec!r}: use one of {', '.join(CODECS)}")
         for name, least in (("replicas", 1), ("workers", 1), ("sync_every", 1)):
             if getattr(self, name) < least:
                 raise SettingsError(f"{name}={getattr(self, name)}: it must be at least {least}")

@@ -71,10 +71,11 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
     ),
     "DiLoCo int8": lambda: DiLoCoStrategy(ADAMW, H=10, codec="int8"),
     "Streaming int4": lambda: StreamingDiLoCoStrategy(ADAMW, H=12, fragments=3, codec="int4"),
+    "int4, fed back": lambda: DiLoCoStrategy(ADAMW, H=5, codec="int4", error_feedback=True),
     "SPARTA": lambda: SPARTAStrategy(ADAMW, p_sparta=0.05),
     "DeMo": lambda: DeMoStrategy(compression_topk=4, compression_chunk=16),
 }
-WITH_A_KILL = ("all-reduce", "DiLoCo", "DiLoCo int8", "Streaming in flight")
+WITH_A_KILL = ("all-reduce", "DiLoCo", "DiLoCo int8", "Streaming in flight", "int4, fed back")
 """These run again, and lose a node for a while."""
 
 

@@ -163,7 +163,9 @@ def train_ddp(trainee: Trainee) -> dict[str, Any]:
     """Gradients averaged in every step."""
     manager = trainee.manager
     manager.register_state_dict_fn("model", trainee.model.load_state_dict, trainee.model.state_dict)
-    model = DistributedDataParallel(manager, trainee.model)
+    model = DistributedDataParallel(
+        manager, trainee.model, should_quantize=trainee.options.should_quantize
+    )
     optimizer = Optimizer(manager, trainee.optimizer)
     while not trainee.finished:
         with manager.ledger.spending(Bucket.OPTIMIZER):
@@ -178,17 +180,31 @@ def train_ddp(trainee: Trainee) -> dict[str, Any]:
 
 def train_local_sgd(trainee: Trainee) -> dict[str, Any]:
     """Weights averaged every few steps."""
-    manager, every = trainee.manager, trainee.options.sync_every
-    with LocalSGD(manager, trainee.model, trainee.optimizer, sync_every=every):
+    manager, options = trainee.manager, trainee.options
+    with LocalSGD(
+        manager,
+        trainee.model,
+        trainee.optimizer,
+        sync_every=options.sync_every,
+        should_quantize=options.should_quantize,
+    ):
         _train_alone(trainee)
     return {"model": trainee.model.state_dict()}
 
 
 def train_diloco(trainee: Trainee) -> dict[str, Any]:
     """An outer optimizer applied every few steps to the mean of what the groups moved."""
-    manager, every = trainee.manager, trainee.options.sync_every
+    manager, options = trainee.manager, trainee.options
     outer = torch.optim.SGD(trainee.model.parameters(), lr=0.7, momentum=0.9, nesterov=True)
-    with DiLoCo(manager, [trainee.model], trainee.optimizer, outer, sync_every=every):
+    with DiLoCo(
+        manager,
+        [trainee.model],
+        trainee.optimizer,
+        outer,
+        sync_every=options.sync_every,
+        should_quantize=options.should_quantize,
+        error_feedback=options.codec != "none",
+    ):
         _train_alone(trainee)
     return {"model": trainee.model.state_dict(), "outer": outer.state_dict()}
 

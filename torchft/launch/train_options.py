@@ -26,7 +26,14 @@ class TrainOptions:
     quorum_timeout_s: float
     folder: Path
     """Where the last word goes."""
+    codec: str = "none"
+    """How averages travel."""
     corpus: tuple[Path, ...] = ()
+
+    @property
+    def should_quantize(self) -> str | bool:
+        """In the words of the front doors."""
+        return False if self.codec == "none" else self.codec
 
     def to_arguments(self) -> list[str]:
         """The command line that `from_arguments` reads."""
@@ -43,6 +50,7 @@ class TrainOptions:
         for name in ("timeout_s", "quorum_timeout_s"):
             parser.add_argument(f"--{name}", type=float, required=True)
         parser.add_argument("--strategy", required=True)
+        parser.add_argument("--codec", required=True)
         parser.add_argument("--folder", type=Path, required=True)
         parser.add_argument("--corpus", type=Path, action="append", default=[])
         typed = vars(parser.parse_args(arguments))

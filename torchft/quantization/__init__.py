@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from torchft.quantization.choice import codec_for, codec_names, codec_of, default_codec
 from torchft.quantization.codec import Codec
-from torchft.quantization.error_feedback import Draft, ErrorFeedback
+from torchft.quantization.error_feedback import ErrorFeedback
 from torchft.quantization.float8 import Float8
 from torchft.quantization.integers import Int4, Int8
 from torchft.quantization.mean import mean_bytes, quantized_mean
@@ -22,7 +22,6 @@ from torchft.quantization.plain import BFloat16, Identity
 __all__ = [
     "BFloat16",
     "Codec",
-    "Draft",
     "ErrorFeedback",
     "Float8",
     "Identity",

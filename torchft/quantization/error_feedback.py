@@ -1,75 +1,56 @@
 """What an encoding loses is added to what is sent next, so that in the long run nothing is lost.
 
-    sent = x + e        encoded = encode(sent)        e ← sent - decode(encoded)
+    sent = x + e        what arrives = the codec's meaning of sent        e ← sent - what arrives
 
     x = 0.3 each round, codes are whole numbers: 0, 1, 0, 0, 1, 0, 0, 1, …: 0.3 on average
 
-Karimireddy et al. 2019, "Error Feedback Fixes SignSGD and other Gradient Compression Schemes".
+Where a round cuts its rows, and so where blocks begin, depends on its members. So the round itself
+takes what it encoded off what should have arrived (`unsaid` of `torchft.peers.Round.average`), to
+the bit. A mean is encoded once more on its way back; what that loses, times the number of those
+that went into the mean, is added by the member that computed it. Then, over any number of rounds
+with the same members, but for the rounding of fp32 sums and of results to their dtype,
+
+    sum of the averages received + mean of the residuals = sum of the means of x
+
+Karimireddy et al. 2019, "Error Feedback Fixes SignSGD and other Gradient Compression Schemes"; both
+ways: Tang et al. 2019, "DoubleSqueeze".
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from torchft.quantization.choice import codec_of
-from torchft.quantization.codec import Codec
-
-__all__ = ["Draft", "ErrorFeedback"]
-
-
-@dataclass(frozen=True)
-class Draft:
-    """One round's encoding, before it is known whether the round counts."""
-
-    encoded: list[Tensor]
-    """What to send: uint8 `[rows, bytes]`."""
-    residuals: list[Tensor]
-    """What is left over if it counts."""
+__all__ = ["ErrorFeedback"]
 
 
 class ErrorFeedback:
-    """Residuals of one list of tensors, each with a row for every node.
+    """The residuals of one list of tensors, each `[rows, …]` with a row for every node.
 
-    It holds no state: `residuals` belong to the caller, who keeps them with its own state and
-    changes them by `commit` when the round counts. A round that does not leaves them as they were.
+    They are fp32 (fp64 beside fp64): 4 bytes a parameter for good, and as many again for the draft
+    of a round that is open. Only `commit` changes them, when a round counts.
     """
 
-    def __init__(self, codec: str | Codec) -> None:
-        self.codec = codec_of(codec)
-
-    def start(self, like: Sequence[Tensor]) -> list[Tensor]:
-        """Residuals of zero, fp32."""
-        return [torch.zeros_like(tensor, dtype=torch.float32) for tensor in like]
+    def __init__(self, like: Sequence[Tensor]) -> None:
+        self.residuals = [torch.zeros_like(one, dtype=_precise(one)) for one in like]
 
     @torch.no_grad()
-    def draft(self, values: Sequence[Tensor], residuals: Sequence[Tensor]) -> Draft:
-        """Encode `[rows, …]` values plus their residuals; changes neither."""
-        pairs = zip(values, residuals, strict=True)
-        both = [self._one(value, residual) for value, residual in pairs]
-        return Draft([encoded for encoded, _ in both], [left for _, left in both])
+    def draft(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Add to `values`, in place, what is left over; returns the sums, to be the `unsaid` of a
+        round. They have the digits that `values` of a smaller dtype cannot hold."""
+        drafts = [value + left for value, left in zip(values, self.residuals, strict=True)]
+        for value, draft in zip(values, drafts, strict=True):
+            value.copy_(draft)
+        return drafts
 
     @torch.no_grad()
-    def decode(self, encoded: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
-        """What the encoded rows mean, fp32, shaped like `like` after the leading dimension."""
-        return [self._decode(wire, one) for wire, one in zip(encoded, like, strict=True)]
+    def commit(self, draft: Sequence[Tensor]) -> None:
+        """The round counts: what it left unsaid is left over."""
+        for residual, unsaid in zip(self.residuals, draft, strict=True):
+            residual.copy_(unsaid)
 
-    @torch.no_grad()
-    def commit(self, residuals: Sequence[Tensor], draft: Draft) -> None:
-        """The round counts: write what is left over."""
-        for residual, left in zip(residuals, draft.residuals, strict=True):
-            residual.copy_(left)
 
-    def _one(self, value: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        sent = residual + value
-        encoded = self.codec.encode(sent.flatten(1))
-        left = sent - self._decode(encoded, sent)  # not in place: `encoded` may share its storage
-        # NaN and infinity were sent, to be judged there. Kept, they would be sent for ever.
-        return encoded, left.nan_to_num_(0.0, 0.0, 0.0)
-
-    def _decode(self, encoded: Tensor, like: Tensor) -> Tensor:
-        n = like[0].numel()
-        return self.codec.decode(encoded, n).view(encoded.shape[0], *like.shape[1:])
+def _precise(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

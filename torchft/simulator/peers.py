@@ -172,24 +172,42 @@ class StackedRound:
         self._sent = dict.fromkeys(members, 0)
         self._collectives = 0
 
-    def average(self, tensors: Sequence[Tensor], codec: Codec | None = None) -> _Ready:
+    def average(
+        self,
+        tensors: Sequence[Tensor],
+        codec: Codec | None = None,
+        unsaid: Sequence[Tensor] | None = None,
+    ) -> _Ready:
         """Row by row in node order, as everywhere: `[rows, n]` → `[1, n]`."""
         if codec is not None:
-            return self._average_encoded(tensors, codec)
+            return self._average_encoded(tensors, codec, unsaid)
         self._kind = "ordered" if self._peers.deterministic else "average"
         for tensor in tensors:
             self._count(tensor, self._kind, self.members)
         return _Ready([ordered_mean(tensor, self.counted) for tensor in tensors])
 
-    def _average_encoded(self, tensors: Sequence[Tensor], codec: Codec) -> _Ready:
+    def _average_encoded(
+        self, tensors: Sequence[Tensor], codec: Codec, unsaid: Sequence[Tensor] | None
+    ) -> _Ready:
         self._kind = "quantized"
         for tensor in tensors:
             codec.check(tensor.dtype)
             self._count(tensor, "quantized", self.members, codec)
+        owed = [None] * len(tensors) if unsaid is None else unsaid
+        pairs = zip(tensors, owed, strict=True)
+        return _Ready([self._encoded_mean(tensor, codec, left) for tensor, left in pairs])
+
+    def _encoded_mean(self, tensor: Tensor, codec: Codec, unsaid: Tensor | None) -> Tensor:
         # Members that are not counted sum a chunk too.
         which = [at for at, node in enumerate(self.members) if node in self.counted]
-        rows = (self._rows_of(self.members, tensor) for tensor in tensors)
-        return _Ready([quantized_mean(row, codec, which) for row in rows])
+        rows = self._rows_of(self.members, tensor)
+        if unsaid is None:
+            return quantized_mean(rows, codec, which)
+        of_members = self._rows_of(self.members, unsaid)
+        mean = quantized_mean(rows, codec, which, of_members)
+        if of_members is not unsaid:
+            unsaid[list(self.members)] = of_members
+        return mean
 
     def gather(self, tensors: Sequence[Tensor]) -> _Ready:
         """The counted rows."""

@@ -214,10 +214,15 @@ class _WatchedRound:
     def failed(self) -> bool:
         return self._real.failed
 
-    def average(self, tensors: Sequence[Tensor], codec: Codec | None = None) -> Handle:
+    def average(
+        self,
+        tensors: Sequence[Tensor],
+        codec: Codec | None = None,
+        unsaid: Sequence[Tensor] | None = None,
+    ) -> Handle:
         self._kind = self._kind if codec is None else "quantized"
         self._collectives += sum(tensor.numel() > 0 for tensor in tensors)
-        return self._mortal(self._real.average(tensors, codec))
+        return self._mortal(self._real.average(tensors, codec, unsaid))
 
     def gather(self, tensors: Sequence[Tensor]) -> Handle:
         self._kind = self._kind if self._collectives else "gather"

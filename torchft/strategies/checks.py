@@ -128,7 +128,19 @@ def contributed(recipe: Recipe, fragment: Fragment) -> tuple[list[Tensor], Any]:
                 f"{name}.contribution's tensor {number} has the shape {tuple(tensor.shape)}, and "
                 f"{rows} node(s) live here: its first dimension must be rows, {rows}"
             )
+    if recipe.error_feedback:
+        _check_unsaid(name, sent, draft)
     return list(sent), draft
+
+
+def _check_unsaid(name: str, sent: Sequence[Tensor], draft: object) -> None:
+    shapes = [tensor.shape for tensor in sent]
+    if not isinstance(draft, list) or [getattr(one, "shape", None) for one in draft] != shapes:
+        raise SettingsError(
+            f"{name} has error_feedback=True, so the draft of its contribution must be what each "
+            "tensor should say, as ErrorFeedback.draft returns it; leave it out for a recipe that "
+            "does not feed back, such as those that send weights"
+        )
 
 
 def _watching(recipe: Recipe) -> Callable[[], None]:

@@ -20,6 +20,11 @@ untouched; the same fragment is tried again in the next round, so that all other
 The inner optimizer's state stands. With `inner_state="restored"` moments and counters of the
 fragment's parameters go back as well, to what they were at its last synchronisation; that costs a
 copy of them on the backup's device: 8 bytes a parameter for AdamW. (Its learning rate goes on.)
+
+With a codec and `error_feedback`, what the codec loses of a delta is added to the fragment's next
+one: sent = δ + e, and after a yes e ← what did not arrive of it. After a no e stands. It is each
+node's own, zero in one that heals: 4 bytes a parameter beside it, and as many for each round that
+is open.
 """
 
 from __future__ import annotations
@@ -30,10 +35,12 @@ import torch
 from torch import Tensor
 
 from torchft.errors import SettingsError
+from torchft.quantization import ErrorFeedback
 from torchft.strategies.buffers import LEFT, check_buffers
 from torchft.strategies.fragments import SEQUENTIAL, check_pattern
 from torchft.strategies.local import Fragment
 from torchft.strategies.parts.backup import Backup
+from torchft.strategies.parts.feedback import feedback_of
 from torchft.strategies.parts.inner_backup import InnerBackup
 from torchft.strategies.parts.outer import FlatOuter, Outer, OuterFactory
 from torchft.strategies.recipe import Recipe
@@ -42,6 +49,9 @@ __all__ = ["DiLoCo"]
 
 STANDS, RESTORED = "stands", "restored"
 """What becomes of the inner optimizer's state after a no."""
+
+Draft = list[Tensor] | None
+"""With error feedback: what did not arrive of the delta."""
 
 
 class DiLoCo(Recipe):
@@ -59,6 +69,7 @@ class DiLoCo(Recipe):
         mix: float = 0.0,
         inner_state: str = STANDS,
         buffers: str = LEFT,
+        error_feedback: bool = False,
         backup_device: torch.device | str | None = "cpu",
         pin_memory: bool = True,
     ) -> None:
@@ -75,6 +86,9 @@ class DiLoCo(Recipe):
         self._restores_inner = inner_state == RESTORED
         self.versions = [0] * fragments
         """How many outer steps each fragment has had."""
+        self.error_feedback = error_feedback
+        self.feedbacks: list[ErrorFeedback] = []
+        """One for each fragment; none without error feedback."""
         self.delay, self.mix = delay, mix
         self.varies = fragments > 1
         self._parts, self._pattern = fragments, pattern
@@ -91,6 +105,10 @@ class DiLoCo(Recipe):
             self.inner_backups = [
                 InnerBackup(self.local, f, device=self._device) for f in self.fragments
             ]
+        if self.error_feedback:
+            self.feedbacks = [feedback_of(self.local, f) for f in self.fragments]
+            for at, feedback in enumerate(self.feedbacks):
+                self.own[f"residual_{at}"] = feedback.residuals
 
     @property
     def rests(self) -> bool:
@@ -119,11 +137,14 @@ class DiLoCo(Recipe):
         for inner in self.inner_backups:
             inner.take()
 
-    def contribution(self, fragment: Fragment) -> tuple[list[Tensor], None]:
-        """The delta."""
-        return self.local.delta(fragment, self.backups[fragment.index].flats), None
+    def contribution(self, fragment: Fragment) -> tuple[list[Tensor], Draft]:
+        """The delta, and what the codec has lost of earlier ones."""
+        delta = self.local.delta(fragment, self.backups[fragment.index].flats)
+        if not self.error_feedback:
+            return delta, None
+        return delta, self.feedbacks[fragment.index].draft(delta)
 
-    def named(self, fragment: Fragment, received: list[Tensor], draft: None) -> dict[str, Tensor]:
+    def named(self, fragment: Fragment, received: list[Tensor], draft: Draft) -> dict[str, Tensor]:
         """By parameter."""
         return self.local.named_views(fragment, received)
 
@@ -133,8 +154,10 @@ class DiLoCo(Recipe):
         self.versions[fragment.index] += 1
         return self.backups[fragment.index].flats
 
-    def adopt(self, fragment: Fragment, news: list[Tensor], draft: None) -> None:
+    def adopt(self, fragment: Fragment, news: list[Tensor], draft: Draft) -> None:
         """Go on from the new global weights, or from a mixture."""
+        if draft is not None:
+            self.feedbacks[fragment.index].commit(draft)
         for inner in self.inner_backups[fragment.index : fragment.index + 1]:
             inner.take()
         if not self.mix:
@@ -153,7 +176,7 @@ class DiLoCo(Recipe):
         parts = len(self.fragments)
         self.versions = [(rounds + parts - 1 - index) // parts for index in range(parts)]
 
-    def discard(self, fragment: Fragment, draft: None) -> None:
+    def discard(self, fragment: Fragment, draft: Draft) -> None:
         """Go back to the last synchronisation."""
         self.backups[fragment.index].restore()
         for inner in self.inner_backups[fragment.index : fragment.index + 1]:
@@ -181,6 +204,7 @@ class DiLoCo(Recipe):
 
     def load_fragment_state(self, fragment: Fragment, state: dict[str, Any]) -> None:
         """Take over a donor's; the weights follow when the round has opened."""
+        self.forget_own()
         self.backups[fragment.index].load(state["original_parameters"])
         self.outer.load_state_dict(fragment, state["outer_optimizer"])
         self.versions[fragment.index] = state["version"]

@@ -11,7 +11,8 @@ Each takes, besides what is its own:
     lr_scheduler, lr_scheduler_kwargs           "lambda_cosine" or a torch scheduler class
 
 Those that average take a `codec` too, which makes what travels smaller: "bf16", "fp8", "int8",
-"int4", or a `torchft.quantization.Codec`. None: every bit travels.
+"int4", or a `torchft.quantization.Codec`. None: every bit travels. All-reduce and DiLoCo, streaming
+or beside SPARTA too, take `error_feedback` with it: what the codec loses is sent later.
 
 Those of LocalSGD and DiLoCo take `buffers` ("left", "averaged", "copied"): what becomes of the
 model's buffers in a round, see `buffers.py`.
@@ -127,12 +128,18 @@ class SimpleReduceStrategy(_Averaged):
         lr_scheduler: Scheduler = None,
         lr_scheduler_kwargs: Arguments = None,
         codec: Codec | str | None = None,
+        error_feedback: bool = False,
     ) -> None:
         optim = _one_of(
             optim_spec=optim_spec, inner_optim=inner_optim, inner_optim_spec=inner_optim_spec
         )
         inner = _inner(optim, max_norm, lr_scheduler, lr_scheduler_kwargs)
-        super().__init__([AllReduce()], inner, codec=codec)
+        super().__init__(
+            [AllReduce(error_feedback=error_feedback)],
+            inner,
+            codec=codec,
+            error_feedback=error_feedback,
+        )
 
 
 class FedAvgStrategy(_Averaged):
@@ -209,6 +216,7 @@ class DiLoCoStrategy(_Averaged):
         lr_scheduler_kwargs: Arguments = None,
         codec: Codec | str | None = None,
         buffers: str = LEFT,
+        error_feedback: bool = False,
     ) -> None:
         _check_interval("H", H)
         optim = _one_of(
@@ -216,8 +224,18 @@ class DiLoCoStrategy(_Averaged):
         )
         inner = _inner(optim, max_norm, lr_scheduler, lr_scheduler_kwargs)
         outer = ensure_optim_spec(outer_optim_spec, OUTER)
-        recipe = DiLoCo(outer, H, buffers=buffers, backup_device=None)
-        super().__init__([recipe], inner, codec=codec, buffers=buffers, H=H, outer=outer)
+        recipe = DiLoCo(
+            outer, H, buffers=buffers, error_feedback=error_feedback, backup_device=None
+        )
+        super().__init__(
+            [recipe],
+            inner,
+            codec=codec,
+            error_feedback=error_feedback,
+            buffers=buffers,
+            H=H,
+            outer=outer,
+        )
 
 
 class StreamingDiLoCoStrategy(_Averaged):
@@ -246,6 +264,7 @@ class StreamingDiLoCoStrategy(_Averaged):
         buffers: str = LEFT,
         fragment_sync_delay: int = 0,
         fragment_update_alpha: float = 0.0,
+        error_feedback: bool = False,
     ) -> None:
         _check_interval("H", H)
         optim = _one_of(
@@ -261,6 +280,7 @@ class StreamingDiLoCoStrategy(_Averaged):
             mix=fragment_update_alpha,
             pattern=pattern,
             buffers=buffers,
+            error_feedback=error_feedback,
             backup_device=None,
         )
         super().__init__(
@@ -268,6 +288,7 @@ class StreamingDiLoCoStrategy(_Averaged):
             inner,
             codec=codec,
             buffers=buffers,
+            error_feedback=error_feedback,
             H=H,
             fragments=fragments,
             fragment_sync_delay=fragment_sync_delay,
@@ -328,6 +349,7 @@ class SPARTADiLoCoStrategy(_Averaged):
         lr_scheduler: Scheduler = None,
         lr_scheduler_kwargs: Arguments = None,
         codec: Codec | str | None = None,
+        error_feedback: bool = False,
     ) -> None:
         _check_interval("H", H)
         _check_interval("sparta_interval", sparta_interval)
@@ -339,10 +361,12 @@ class SPARTADiLoCoStrategy(_Averaged):
         selector = _selector(p_sparta, index_selector)
         recipes = [
             Sparta(selector, sparta_interval, seed=seed),
-            DiLoCo(outer, H, backup_device=None),
+            DiLoCo(outer, H, backup_device=None, error_feedback=error_feedback),
         ]
         settings = {"index_selector": selector, "sparta_interval": sparta_interval, "seed": seed}
-        super().__init__(recipes, inner, codec=codec, H=H, outer=outer, **settings)
+        super().__init__(
+            recipes, inner, codec=codec, error_feedback=error_feedback, H=H, outer=outer, **settings
+        )
 
 
 def _selector(p: float | None, selector: Selector | None) -> Selector:

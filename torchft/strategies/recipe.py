@@ -58,6 +58,9 @@ class Recipe:
     """How small: averages travel as it encodes them. None: as they are."""
     buffers: str = LEFT
     """What a round does to the model's buffers: see `torchft.strategies.buffers`."""
+    error_feedback: bool = False
+    """What the codec loses is kept and sent later. The draft of a contribution is then what each
+    tensor should say, and when the round has closed what did not arrive: see `ErrorFeedback`."""
     varies: bool = False
     """Rounds differ in what they send, so that only an agreed clock says what is sent now."""
 
@@ -142,6 +145,12 @@ class Recipe:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse. A strategy that heals then settles the recipe in; what loads a recipe by
         itself relies on the recipe to set `_healed`."""
+
+    def forget_own(self) -> None:
+        """This node heals: its own state starts with zeros."""
+        for tensors in self.own.values():
+            for tensor in tensors:
+                tensor.zero_()
 
     def own_state_dict(self) -> dict[str, Any]:
         """The own state, for a checkpoint."""

@@ -157,6 +157,11 @@ class Strategy:
                     f"{type(recipe).__name__} does not average among all, so the codec "
                     f"{recipe.codec.name} has nothing to encode: leave it out"
                 )
+            if recipe.error_feedback and recipe.codec is None:
+                raise SettingsError(
+                    f"{type(recipe).__name__} with error_feedback=True has no codec, so nothing is "
+                    'lost that could be fed back: give it a codec, such as "int8", or leave it out'
+                )
 
     @property
     def opening(self) -> int:
@@ -309,9 +314,7 @@ class Strategy:
         for recipe, theirs in zip(self.recipes, state["recipes"], strict=True):
             recipe.load_state_dict(theirs)
             recipe._healed = True
-            for tensors in recipe.own.values():
-                for tensor in tensors:
-                    tensor.zero_()
+            recipe.forget_own()
         self.clock.steps = state["steps"]
         self._opening = state["opening"]
 
@@ -384,7 +387,8 @@ class Strategy:
             peers_round.fail(HealError("a joining group could not heal: the round is given up"))
         try:
             sent, draft = checks.contributed(recipe, fragment)
-            handle = self._start(recipe, peers_round, sent)
+            unsaid = draft if recipe.error_feedback else None
+            handle = self._start(recipe, peers_round, sent, unsaid)
             beside = self._start_buffers(recipe, peers_round)
         except Exception as error:
             self._discard(recipe, fragment, None)
@@ -403,14 +407,22 @@ class Strategy:
         peers_round.fail(error)
         peers_round.close()
 
-    def _start(self, recipe: Recipe, peers_round: Round, sent: list[Tensor]) -> Handle:
+    def _start(
+        self,
+        recipe: Recipe,
+        peers_round: Round,
+        sent: list[Tensor],
+        unsaid: list[Tensor] | None,
+    ) -> Handle:
         if recipe.by is By.GATHER:
             return peers_round.gather(sent)
         if recipe.by is By.ISLANDS:
             return peers_round.average_within(sent, recipe.islands)
-        if self._bucket_bytes is None:
-            return peers_round.average(sent, recipe.codec)
-        return peers_round.average(buckets.cut(sent, self._bucket_bytes), recipe.codec)
+        if self._bucket_bytes is not None:
+            if unsaid is not None:
+                unsaid = buckets.cut(unsaid, self._bucket_bytes, like=sent)
+            sent = buckets.cut(sent, self._bucket_bytes)
+        return peers_round.average(sent, recipe.codec, unsaid)
 
     def _start_buffers(self, recipe: Recipe, peers_round: Round) -> Buffers | None:
         if recipe.buffers == LEFT or not self.local.buffers()[0]:

@@ -15,13 +15,16 @@ from torch import Tensor
 __all__ = ["cut", "join"]
 
 
-def cut(flats: Sequence[Tensor], bucket_bytes: int) -> list[Tensor]:
-    """Slices of at most `bucket_bytes`, at least one element, that cover `flats` in order."""
+def cut(
+    flats: Sequence[Tensor], bucket_bytes: int, like: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """Slices of at most `bucket_bytes`, at least one element, that cover `flats` in order; with
+    `like`, as many elements in each as a slice of that one has."""
     buckets: list[Tensor] = []
-    for flat in flats:
+    for flat, measure in zip(flats, flats if like is None else like, strict=True):
         if flat.shape[-1] == 0:
             continue
-        elements = max(1, bucket_bytes // flat.element_size())
+        elements = max(1, bucket_bytes // measure.element_size())
         buckets.extend(flat.split(elements, dim=-1))
     return buckets
 
