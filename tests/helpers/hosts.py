@@ -16,13 +16,11 @@ from torchft.launch.network import Host, missing
 __all__ = ["needs_hosts", "on"]
 
 T = TypeVar("T")
-DEADLINE_S = 100.0
-
 _why_not = missing()
 needs_hosts = pytest.mark.skipif(_why_not is not None, reason=f"no network of hosts: {_why_not}")
 
 
-def on(host: Host, act: Callable[[], T]) -> T:
+def on(host: Host, act: Callable[[], T], *, deadline_s: float = 100.0) -> T:
     """What `act` returns, run in a process that lives on `host`; its error fails the test."""
     context = multiprocessing.get_context("fork")
     mine, theirs = context.Pipe(duplex=False)
@@ -30,7 +28,7 @@ def on(host: Host, act: Callable[[], T]) -> T:
     process.start()
     theirs.close()
     try:
-        assert mine.poll(DEADLINE_S), f"not done within {DEADLINE_S:g} s"
+        assert mine.poll(deadline_s), f"not done within {deadline_s:g} s"
         result, raised = mine.recv()
         assert raised is None, raised
         return result  # type: ignore[no-any-return]
