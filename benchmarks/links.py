@@ -18,6 +18,7 @@ import os
 import tempfile
 import time
 import warnings
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -114,6 +115,7 @@ def measure(options: Options) -> Findings:
     figures: list[Figure] = []
     details = []
     false_deaths = 0
+    traffic: defaultdict[int, Counter[str]] = defaultdict(Counter)
     with Network() as network, ExitStack() as stack:
         link = Link(options.mbit_s[0], options.queue_ms)
         hosts = [network.host(link) for _ in range(GROUPS)]
@@ -124,8 +126,11 @@ def measure(options: Options) -> Findings:
         for case in _cases(options):
             found, passed = _run(network, hosts, workers, case, options)
             false_deaths += sum(one.quorums - 1 + one.discarded for one in found)
-            figures += _figures(case, found, passed)
+            figures += _figures(case, found)
+            payload = sum(one.payload_bytes for one in found)
+            traffic[case.mbit_s].update(payload=payload, passed=passed["link_bytes"])
             details.append({"case": asdict(case), "groups": list(map(asdict, found)), **passed})
+    figures += [_bytes(mbit_s, count) for mbit_s, count in traffic.items()]
     figures.append(Figure("links.false_deaths", "groups taken for dead", false_deaths, ""))
     return Findings(figures, {"cases": details})
 
@@ -174,15 +179,13 @@ def predicted(compute_s: float, transfer: float, hidden_s: float) -> float:
     return compute_s / (compute_s + max(0.0, transfer - hidden_s))
 
 
-def _figures(case: Case, found: list[Found], passed: dict[str, int]) -> list[Figure]:
+def _figures(case: Case, found: list[Found]) -> list[Figure]:
     """Of the group that trained least."""
     one = min(found, key=lambda one: one.compute_s / one.wall_s)
     transfer = transfer_s(one.payload_bytes / one.all_rounds, case.mbit_s)
     step_s = one.compute_s / (case.every * case.cycles)
     between_s = step_s * case.every / case.fragments
     share = predicted(between_s, transfer, case.delay * step_s)
-    payload = sum(one.payload_bytes for one in found)
-    headers = payload * (PACKET / CARRIED + EMPTY / (2 * CARRIED))
     return [
         Figure(
             f"links.trains.{case.key}",
@@ -197,14 +200,19 @@ def _figures(case: Case, found: list[Found], passed: dict[str, int]) -> list[Fig
             100 * one.blocked_s / (one.rounds * transfer),
             "%",
         ),
-        Figure(
-            f"links.bytes.{case.key}",
-            "the same, passed the links",
-            passed["link_bytes"] / 1e6,
-            "MB",
-            Floor(f"{payload / 1e6:.3g} payload and TCP's headers", headers / 1e6),
-        ),
     ]
+
+
+def _bytes(mbit_s: int, count: Counter[str]) -> Figure:
+    """Of all cases at one bandwidth: what passed the links, beside what was counted."""
+    with_headers = count["payload"] * (PACKET / CARRIED + EMPTY / (2 * CARRIED))
+    return Figure(
+        f"links.bytes.{mbit_s}",
+        f"{mbit_s} Mbit/s: passed the links",
+        count["passed"] / 1e6,
+        "MB",
+        Floor(f"{count['payload'] / 1e6:.1f} counted, and TCP's headers", with_headers / 1e6),
+    )
 
 
 # ---------------------------------------------------------------------- in the workers

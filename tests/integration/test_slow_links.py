@@ -7,7 +7,12 @@ control that fills any queue (`reno`), so that the outcome does not hang on this
 
 from __future__ import annotations
 
+import json
+import multiprocessing
+import time
+import urllib.request
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +24,13 @@ from world import Group, World
 
 from torchft import settings
 from torchft.digest import digest
-from torchft.launch.network import Link, Network
+from torchft.launch.network import Host, Link, Network
 from torchft.local_sgd import DiLoCo
 from torchft.records import StepRecord, read_step_records
 
 pytestmark = needs_hosts
 SIDE = 500
+DEAD = "somebody is dead"
 
 # torch loads its compiler when a process makes its first optimizer: once, before the groups fork.
 torch.optim.SGD([torch.zeros(1)])
@@ -41,7 +47,11 @@ def _trains(
         model = nn.Sequential(*parts)
         inner = torch.optim.SGD(model.parameters(), lr=1e-3)
         outer = torch.optim.SGD(model.parameters(), lr=0.7, momentum=0.9, nesterov=True)
-        manager = group.manager(use_async_quorum=False, min_replica_size=2)
+        manager = group.manager(use_async_quorum=False)
+        # From here on it is waited for; to be silent is to be dead.
+        group.world.happen(f"{group.name} is up")
+        for number in range(len(group.world.hosts)):
+            group.world.wait(f"group_{number} is up")
         with DiLoCo(manager, list(parts), inner, outer, every, fragment_sync_delay=delay, **how):
             while manager.current_step() < rounds:
                 for p in model.parameters():
@@ -61,18 +71,43 @@ def _run(
     with Network() as network:
         hosts = [network.host(link) for link in links]
         bind = f"{network.centre.address}:0"
-        world = World(folder, hosts=hosts, bind=bind, min_replicas=len(links), **options)
-        digests = on(network.centre, lambda: world.run(*[story] * len(links)), deadline_s=300)
+        world = World(folder, hosts=hosts, bind=bind, **options)
+        watch = _watched(network.centre, world)
+        try:
+            digests = on(network.centre, lambda: world.run(*[story] * len(links)), deadline_s=300)
+        finally:
+            watch.kill()
+            watch.join()
+        assert not world.happened(DEAD), f"taken for dead: {world.wait(DEAD)}"
         for host in hosts:
             print(host.address, network.sent(host))
     return digests, list(read_step_records(folder / "steps.jsonl"))
 
 
+def _watched(centre: Host, world: World) -> Any:
+    """A process that looks at the lighthouse, and tells who counts as dead at any moment."""
+
+    def looks() -> None:
+        centre.enter()
+        address = world.wait("lighthouse")
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with suppress(OSError):  # the lighthouse ends with the run
+            while True:
+                replicas = json.load(direct.open(f"{address}/status.json"))["replicas"]
+                if dead := [one["replica_id"] for one in replicas if not one["healthy"]]:
+                    world.happen(DEAD, str(dead))
+                time.sleep(0.02)
+
+    process = multiprocessing.get_context("fork").Process(target=looks, daemon=True)
+    process.start()
+    return process
+
+
 def _all_went_well(digests: list[str], records: list[StepRecord], rounds: int) -> None:
     assert len(set(digests)) == 1
+    assert all(len(record.members) == len(digests) for record in records)
     assert all(record.committed for record in records)
     assert len(records) >= rounds * len(digests)  # one more may have been in flight at the end
-    # Another id would mean that somebody was taken for dead.
     assert len({record.quorum_id for record in records}) == 1
 
 
@@ -99,11 +134,11 @@ def test_training_goes_on_while_a_fragment_travels_over_a_slow_link(
 def test_heartbeats_overtake_seconds_of_bulk_where_the_queue_sorts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the mark of `process_group/bulk.py` they wait behind it, and groups are lost."""
+    """Without the mark of `process_group/bulk.py` they wait for longer than this timeout."""
     links = [Link(10, queue_ms=4_000, sorts=True)] * 2
     story = _trains(megabytes=20, rounds=3)
     digests, records = _run(
-        tmp_path, monkeypatch, links, story, heartbeat_timeout_ms=1_000, deadline_s=200
+        tmp_path, monkeypatch, links, story, heartbeat_timeout_ms=1_500, deadline_s=200
     )
     _all_went_well(digests, records, rounds=3)
 
