@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 # torch looks up the name of each peer that connects: a silent name server must not stall that.
 export RES_OPTIONS ?= timeout:1 attempts:1
 
-.PHONY: help demo test test-slow test-oldest check setup format lint types rust bench bench-simulator bench-learning digests clean
+.PHONY: help demo test test-slow test-oldest check setup format lint types rust bench bench-simulator bench-learning bench-links digests clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -64,6 +64,9 @@ bench-simulator: setup ## the figures of the simulator alone
 
 bench-learning: setup ## what communicating less costs in held-out loss: a quarter of an hour
 	$(RUN) python benchmarks/run.py learning $(ARGS)
+
+bench-links: setup ## slow links: how much of the time groups train (root, iproute2)
+	$(RUN) python benchmarks/links.py $(ARGS)
 
 clean: ## remove what was built
 	cargo clean

@@ -96,7 +96,8 @@ class Manager:
             MASTER_PORT.
         lighthouse_addr: `http://host:port`, used on rank 0; default TORCHFT_LIGHTHOUSE.
         replica_id: the group's name; a fresh suffix is added for each start.
-        port, hostname: where rank 0's manager server listens, and the name that others reach it by.
+        port: where rank 0's manager server listens.
+        hostname: the name or address that others reach this process's host by.
         init_sync: at step 0, start every group from one group's state.
         max_retries: more discarded steps in a row than this raise DiscardedTooOften; None: never.
         quorum_retries: how often a failed quorum request is sent again within its deadline.
@@ -162,7 +163,7 @@ class Manager:
             self._log = StepLog(self._group, self.ledger)
             undo.callback(self._log.close)
             self._transport: CheckpointTransport[Any] = checkpoint_transport or HTTPTransport(
-                timeout=options.timeout, num_chunks=0
+                timeout=options.timeout, num_chunks=0, hostname=hostname
             )
             undo.pop_all()  # from here on `shutdown` frees them
         self._state = LiveState(options.timeout)

@@ -12,6 +12,7 @@ from datetime import timedelta
 from torchft.errors import SettingsError
 
 __all__ = [
+    "CONGESTION",
     "CONNECT_TIMEOUT_SEC",
     "GLOO_SOCKET_IFNAME",
     "JOB_ID",
@@ -42,6 +43,8 @@ CONNECT_TIMEOUT_SEC = "TORCHFT_CONNECT_TIMEOUT_SEC"
 """Deadline of each connection to the lighthouse, a manager or the store."""
 GLOO_SOCKET_IFNAME = "GLOO_SOCKET_IFNAME"
 """Network interface for gloo, such as `eth0`; unset: that of the host's own name. Torch's."""
+CONGESTION = "TORCHFT_CONGESTION"
+"""TCP congestion control of averages and heals, such as `bbr`; unset: the system's."""
 QUORUM_RETRIES = "TORCHFT_QUORUM_RETRIES"
 """How often a failed quorum request is sent again before its deadline."""
 STEP_RECORDS = "TORCHFT_STEP_RECORDS"

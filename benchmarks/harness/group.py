@@ -20,11 +20,13 @@ def manager_of(
     lighthouse: str,
     min_replicas: int,
     timeout_s: float = 30,
+    address: str = "127.0.0.1",
     state_dict: Callable[[], Any] = dict,
     load_state_dict: Callable[[Any], None] = lambda _: None,
     **options: Any,
 ) -> Iterator[Manager]:
-    """The manager of `group_{group}`, shut down when the block ends. `options` are the manager's.
+    """The manager of `group_{group}`, shut down when the block ends. Others reach it at
+    `address`; `options` are the manager's.
 
     torch is imported here, so that a worker can time its own imports.
     """
@@ -32,7 +34,7 @@ def manager_of(
 
     from torchft import Manager, ProcessGroupGloo
 
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore(address, 0, is_master=True, wait_for_workers=False)
     manager = Manager(
         pg=ProcessGroupGloo(timeout=timedelta(seconds=timeout_s)),
         load_state_dict=load_state_dict,
@@ -40,11 +42,11 @@ def manager_of(
         min_replica_size=min_replicas,
         rank=0,
         world_size=1,
-        store_addr="127.0.0.1",
+        store_addr=address,
         store_port=store.port,
         lighthouse_addr=lighthouse,
         replica_id=f"group_{group}",
-        hostname="127.0.0.1",
+        hostname=address,
         timeout=timedelta(seconds=timeout_s),
         **options,
     )

@@ -14,7 +14,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -24,10 +24,12 @@ import torch
 from torch.distributed import TCPStore
 
 from torchft.coordination import LighthouseServer
+from torchft.launch.network import Host
 from torchft.manager import Manager
 from torchft.process_group import ProcessGroupGloo
 
 DEADLINE_S = 60.0
+HERE = "127.0.0.1"
 KILLED = "killed"
 """What a story returns that ended by SIGKILL."""
 
@@ -42,6 +44,7 @@ class Group:
         self.w = torch.zeros(3)
         self.pg = ProcessGroupGloo(timeout=timedelta(seconds=20))
         self._world_size = world_size
+        self._address = world.hosts[self.number].address if world.hosts else HERE
         self._store = self._meet()
 
     @property
@@ -60,11 +63,11 @@ class Group:
             "connect_timeout": timedelta(seconds=20),
             "rank": self.rank,
             "world_size": self._world_size,
-            "store_addr": "127.0.0.1",
+            "store_addr": self._address,
             "store_port": self._store.port,
             "lighthouse_addr": self.world.wait("lighthouse"),
             "replica_id": self.name,
-            "hostname": "127.0.0.1",
+            "hostname": self._address,
         }
         return Manager(**{**defaults, **options})
 
@@ -74,20 +77,32 @@ class Group:
 
     def _meet(self) -> TCPStore:
         if self.rank == 0:
-            store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            store = TCPStore(self._address, 0, is_master=True, wait_for_workers=False)
             self.world.happen(f"{self.name}'s store", str(store.port))
             return store
         port = int(self.world.wait(f"{self.name}'s store"))
-        return TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+        return TCPStore(self._address, port, is_master=False, wait_for_workers=False)
 
 
 class World:
-    """One job; `options` are the lighthouse's, `folder` an empty folder of its own."""
+    """One job; `options` are the lighthouse's, `folder` an empty folder of its own.
 
-    def __init__(self, folder: Path, **options: Any) -> None:
+    Each group lives on one of `hosts`, when they are given.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        hosts: Sequence[Host] = (),
+        deadline_s: float = DEADLINE_S,
+        **options: Any,
+    ) -> None:
+        self.hosts = hosts
+        self._deadline_s = deadline_s
         self._folder = folder
         self._options: dict[str, Any] = {
-            "bind": "127.0.0.1:0",
+            "bind": f"{HERE}:0",
             "min_replicas": 1,
             "join_timeout_ms": 10_000,
             "heartbeat_timeout_ms": 2_500,  # a busy machine starves a group for a second
@@ -141,12 +156,12 @@ class World:
 
     def _results(self, pipes: list[Connection]) -> list[Any]:
         results: dict[Connection, Any] = {}
-        until = time.monotonic() + DEADLINE_S
+        until = time.monotonic() + self._deadline_s
         while len(results) < len(pipes):
             waiting = [pipe for pipe in pipes if pipe not in results]
             ready = wait(waiting, timeout=until - time.monotonic())
             stuck = [f"rank {pipes.index(pipe)}" for pipe in waiting]
-            assert ready, f"{stuck} did not end within {DEADLINE_S} s"
+            assert ready, f"{stuck} did not end within {self._deadline_s} s"
             for pipe in ready:
                 assert isinstance(pipe, Connection)
                 try:
@@ -169,6 +184,8 @@ def _live(
     # What other tests left behind belongs to the parent: its threads are not here to be ended.
     gc.freeze()
     try:
+        if world.hosts:
+            world.hosts[int(name.removeprefix("group_"))].enter()
         pipe.send((story(Group(world, name, rank, ranks)), None))
     except BaseException:
         pipe.send((None, traceback.format_exc()))

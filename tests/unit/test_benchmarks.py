@@ -39,7 +39,7 @@ def ran(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
 
 
-@pytest.mark.parametrize("name", [*BENCHMARKS, "run"])
+@pytest.mark.parametrize("name", [*BENCHMARKS, "links", "run"])
 def test_help_explains_and_measures_nothing(name: str) -> None:
     done = ran(name, "--help")
     assert done.returncode == 0, done.stderr

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from torchft.checkpointing.snapshot import Snapshot
 from torchft.checkpointing.stream import Deadline, Stream
 from torchft.checkpointing.window import Refused, Window, WrongStep
+from torchft.process_group.bulk import as_bulk
 
 __all__ = ["MAX_PARTS", "SnapshotServer"]
 
@@ -116,6 +117,7 @@ class SnapshotServer:
 
     def _serve(self, connection: socket.socket) -> None:
         try:
+            as_bulk(connection)
             stream = Stream(connection, Deadline(_REQUEST_TIMEOUT_S))
             self._answer(stream)
         except OSError as error:

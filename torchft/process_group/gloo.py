@@ -1,8 +1,8 @@
 """Gloo among the replica groups: a new generation in milliseconds, an abandoned one gone as fast.
 
 Making one: open a network device and see where it listens, meet the others in the store, let gloo
-connect to all of them, note which sockets that made. Gloo tries a dead peer five times for its
-whole timeout each, so while it connects it gets a fifth of the time that is left.
+connect to all of them, note which sockets that made and mark them as bulk. Gloo tries a dead peer
+five times for its whole timeout each, so while it connects it gets a fifth of what is left.
 """
 # mypy: disable-error-code="override"
 
@@ -19,7 +19,7 @@ from torch.distributed.distributed_c10d import ReduceScatterOptions
 
 from torchft import settings
 from torchft.errors import CollectiveError, SettingsError
-from torchft.process_group import rendezvous, sockets
+from torchft.process_group import bulk, rendezvous, sockets
 from torchft.process_group.attempt import Attempt, Deadline
 from torchft.process_group.generation import Generation, set_backend_timeout
 from torchft.process_group.rendezvous import Member, Seat
@@ -43,6 +43,7 @@ class ProcessGroupGloo(ProcessGroupWrapper):
     def __init__(self, timeout: timedelta = timedelta(seconds=60)) -> None:
         if timeout <= timedelta(0):
             raise SettingsError(f"timeout={timeout} is no timeout: give one above 0")
+        bulk.check()
         super().__init__(timeout)
         self._stores = StoreClients()
 
@@ -86,6 +87,7 @@ class ProcessGroupGloo(ProcessGroupWrapper):
             raise
         set_backend_timeout(backend, self._timeout)
         own = _own_sockets(members, me)
+        sockets.each(own, bulk.as_bulk)
         return Generation(
             backend, name=store_addr, rank=seat.rank, members=members, store=store, own=own
         )

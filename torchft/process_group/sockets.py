@@ -25,7 +25,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
-__all__ = ["Address", "OwnSocket", "connected", "cut", "is_open", "listening", "visible"]
+__all__ = ["Address", "OwnSocket", "connected", "cut", "each", "is_open", "listening", "visible"]
 
 T = TypeVar("T")
 Address = tuple[str, int]
@@ -90,9 +90,14 @@ def connected(own: Address, peers: Collection[Address]) -> tuple[OwnSocket, ...]
 
 def cut(sockets: Collection[OwnSocket]) -> None:
     """Shut down both directions of each that is still what it was."""
+    each(sockets, lambda one: one.shutdown(socket.SHUT_RDWR))
+
+
+def each(sockets: Collection[OwnSocket], act: Callable[[socket.socket], object]) -> None:
+    """`act` on each that is still what it was; one that ends meanwhile is passed over."""
     for own in sockets:
         with suppress(OSError), closing(_duplicate(own)) as twin:
-            twin.shutdown(socket.SHUT_RDWR)
+            act(twin)
 
 
 def is_open(own: OwnSocket) -> bool:
