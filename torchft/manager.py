@@ -20,10 +20,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future as ThreadFuture
 from contextlib import ExitStack
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -36,18 +37,19 @@ from torchft.checkpointing import CheckpointTransport, HTTPTransport
 from torchft.closing import Closer
 from torchft.communicate import Communicator
 from torchft.coordination import watch_parent
-from torchft.errors import CollectiveError, HealError, PhaseError, QuorumError, SettingsError
+from torchft.errors import HealError, PhaseError, QuorumError, SettingsError
 from torchft.fingerprint import describe
 from torchft.forming import Former, Request
 from torchft.futures import future_timeout
 from torchft.ledger import Bucket, Ledger
 from torchft.live_state import LiveState
 from torchft.open_step import Means, OpenStep
+from torchft.open_steps import OpenSteps
 from torchft.peers import Place
 from torchft.process_group import ProcessGroup
 from torchft.progress import Progress
 from torchft.replica_group import MANAGER_ADDR_KEY, REPLICA_ID_KEY, ReplicaGroup
-from torchft.step import Options, Phase, Plan, WorldSizeMode, follow, plan_of_others
+from torchft.step import Options, Phase, WorldSizeMode, follow
 from torchft.step_log import StepLog
 from torchft.transaction import ExceptionWithTraceback, Transaction
 
@@ -192,13 +194,9 @@ class Manager:
             withdraw=self._former.withdraw,
             bytes_healed=self._former.bytes_healed,
         )
-        self._means = Means(communicator, closer, options.timeout)
+        self._steps = OpenSteps(Means(communicator, closer, options.timeout))
         self._executor = Background("torchft_quorum")
         self._forming: ThreadFuture[None] | None = None
-        self._step: OpenStep | None = None
-        """The step that was begun last."""
-        self._taken: list[OpenStep] = []
-        """Steps that others close, in the order in which they were begun."""
         self._shut_down = False
         # Names that scripts written for existing versions read.
         self._use_async_quorum = use_async_quorum
@@ -303,17 +301,15 @@ class Manager:
         if self._phase is Phase.OPEN:
             self._drop(self._begun("start_quorum").transaction)
         follow(self._phase, Phase.OPEN)
-        self._taken = [step for step in self._taken if step.phase is Phase.OPEN]
         transaction = Transaction(self.ledger, self._failed)
-        self._step = OpenStep(transaction, self._means)
+        self._steps.begin(transaction)
+        form = partial(self._former.form, transaction, request, self._steps.before_heals)
         if self._options.sync or request.place is Place.AFTER or self._progress.fresh:
-            self._former.form(transaction, request, self._before_heals)
+            form()
             self.wait_quorum()
             self._load_staged(transaction)
         else:
-            self._forming = self._executor.submit(
-                self._former.form, transaction, request, self._before_heals
-            )
+            self._forming = self._executor.submit(form)
 
     def _drop(self, transaction: Transaction) -> None:
         """A step was begun and not voted on: free whoever waits for this group in it."""
@@ -321,55 +317,20 @@ class Manager:
             transaction.report(PhaseError("the step is begun anew before it was voted on"))
             self._former.withdraw(transaction)
 
-    def _before_heals(self, plan: Plan) -> None:
-        """Steps that are still open: what became of them, as all members see it."""
-        for step in self._taken:
-            step.remain(plan.members)
-            if plan.anyone_heals:
-                step.complete()
-
     @property
     def _phase(self) -> Phase:
-        """Where the step stands that this manager's own methods are about."""
-        if self._shut_down:
-            return Phase.CLOSED
-        if self._step is None or self._step.taken:
-            return Phase.IDLE
-        return self._step.phase
+        return Phase.CLOSED if self._shut_down else self._steps.phase
 
     def take_step(self) -> OpenStep:
         """The step that was begun last, to be closed by the caller: others can begin before that.
 
         Without `start_quorum` before it, AssertionError.
         """
-        step = self._begun("take_step")
-        step.taken = True
-        self._taken.append(step)
-        return step
+        return self._steps.take()
 
-    def take_over(
-        self,
-        *,
-        quorum_id: int,
-        members: Sequence[str],
-        counted: Sequence[int],
-        failed: str | None,
-    ) -> OpenStep:
-        """While a heal is loaded: a step that the donor has open. Its collectives are over, its
-        close is still to come; `failed` says why it will be discarded, if so."""
-        plan = self._begun("take_over").plan
-        transaction = Transaction(self.ledger, self._failed)
-        transaction.plan = plan_of_others(
-            plan, quorum_id=quorum_id, members=members, counted=counted
-        )
-        transaction.apart = True
-        transaction.finish_forming()
-        if failed is not None:
-            transaction.report(CollectiveError(failed))
-        step = OpenStep(transaction, self._means)
-        step.taken = True
-        self._taken.append(step)
-        return step
+    def take_over(self, **carried: Any) -> OpenStep:
+        """While a heal is loaded: a step that the donor has open, by its `OpenStep.carried`."""
+        return self._steps.take_over(Transaction(self.ledger, self._failed), **carried)
 
     def wait_quorum(self) -> None:
         """Wait until the quorum stands and this group can communicate; raises why it does not."""
@@ -382,17 +343,14 @@ class Manager:
         if staged is None or plan is None or plan.donor is None:
             return
         before = self._progress.step
-        replaced, self._taken = self._taken, []
         with self.ledger.spending(Bucket.HEAL):
             try:
-                self._state.load(staged["user"])
+                with self._steps.healing():
+                    self._state.load(staged["user"])
             except HealError as error:
-                self._taken = replaced
                 transaction.report(error, at_home=not plan.participates)
                 return
             self.load_state_dict(staged["torchft"])
-        for step in replaced:
-            step.drop()
         donor = plan.members[plan.donor.replica_rank]
         self._log.say(
             logging.INFO, before, "healed from %s, now at step %d", donor, self._progress.step
@@ -448,7 +406,7 @@ class Manager:
 
     def errored(self) -> ExceptionWithTraceback | None:
         """The error of the step that runs now."""
-        return self._step.errored() if self._step else None
+        return self._steps.last.errored() if self._steps.last else None
 
     def wrap_future(
         self, fut: Future[T], default: T, timeout: timedelta | None = None
@@ -466,13 +424,12 @@ class Manager:
         return future_timeout(fut, timeout or self._options.timeout).then(or_default)
 
     def _begun(self, what: str) -> OpenStep:
-        assert self._step is not None, f"call start_quorum before {what}"
-        return self._step
+        assert self._steps.last is not None, f"call start_quorum before {what}"
+        return self._steps.last
 
     def _failed(self, transaction: Transaction) -> None:
         """An error of a step that runs: free the peers that wait for us in it."""
-        runs = [self._step, *(step for step in self._taken if step.phase is Phase.OPEN)]
-        if not any(step is not None and step.transaction is transaction for step in runs):
+        if not self._steps.are_running(transaction):
             return
         assert transaction.error is not None
         self._log.error(self._progress.step, transaction.error.original_exception)
@@ -516,7 +473,7 @@ class Manager:
         come, which is logged: then this group may be the only one at its step.
         """
         until = time.monotonic() + (timeout or self._options.quorum_timeout).total_seconds()
-        settled = self._step is not None and self._step.settled
+        settled = self._steps.last is not None and self._steps.last.settled
         while not settled and time.monotonic() < until:
             left = timedelta(seconds=until - time.monotonic())
             with self.ledger.spending(Bucket.SETTLE):
@@ -543,15 +500,15 @@ class Manager:
 
     def num_participants(self) -> int:
         """How many groups are counted in this step; waits for the quorum. 0 before the first."""
-        return 0 if self._step is None else len(self._step.plan.counted)
+        return 0 if self._steps.last is None else len(self._steps.last.plan.counted)
 
     def participating_rank(self) -> int | None:
         """This group's position among the counted; waits for the quorum. None: it is not."""
-        return None if self._step is None else self._step.plan.participating_rank
+        return None if self._steps.last is None else self._steps.last.plan.participating_rank
 
     def is_participating(self) -> bool:
         """Whether this group is counted in this step, as far as is known; does not wait."""
-        plan = self._step.transaction.plan if self._step else None
+        plan = self._steps.last.transaction.plan if self._steps.last else None
         return plan is not None and plan.participates
 
     def note(self, **extra: Any) -> None:

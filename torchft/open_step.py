@@ -134,8 +134,9 @@ class OpenStep:
         self._means.closer.fall_behind(self.plan)
 
     def drop(self) -> None:
-        """A heal has taken its place: nothing of it is applied here."""
-        self.phase = Phase.IDLE
+        """A heal has taken its place, unless it is being voted on: nothing of it is applied."""
+        if self.phase is Phase.OPEN:
+            self.phase = Phase.IDLE
 
     def _close(self, timeout: timedelta | None, *, with_step: bool) -> bool:
         self.phase = follow(self.phase, Phase.VOTING)
