@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Protocol
 
@@ -79,16 +80,16 @@ class Average(Work):
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Wait, at most `timeout`, and divide. Returns True; a failure discards the step."""
         if not self._finished:
-            try:
-                # Who waits may have to start the second half.
-                paid = paid_by(self._transaction.account)
-                with self._transaction.ledger.spending(Bucket.COMMUNICATE), paid:
-                    self._await(timeout)
-            except Exception as error:
-                self._finish(error)
-            else:
-                self._finish(None)
+            self._finish(self._failure_of(self._work.wait, timeout))
         return True
+
+    def advance(self) -> None:
+        """Begin the second half of what has two, when the first has arrived."""
+        advance = getattr(self._work, "advance", None)
+        if advance is not None and not self._finished:
+            error = self._failure_of(advance, None)
+            if error is not None:
+                self._finish(error)
 
     def get_future(self) -> Future[torch.Tensor]:
         """Completes by itself with the averaged tensor; after a failure, with it as it is.
@@ -131,13 +132,25 @@ class Average(Work):
             assert self._future is not None
             self._future.set_result(self._tensor)
 
-    def _await(self, timeout: timedelta | None) -> None:
+    def _failure_of(
+        self, wait: Callable[[timedelta], object], timeout: timedelta | None
+    ) -> Exception | None:
+        # Who waits may have to start the second half.
+        paid = paid_by(self._transaction.account)
+        try:
+            with self._transaction.ledger.spending(Bucket.COMMUNICATE), paid:
+                self._await(wait, timeout)
+        except Exception as error:
+            return error
+        return None
+
+    def _await(self, wait: Callable[[timedelta], object], timeout: timedelta | None) -> None:
         until = time.monotonic() + timeout.total_seconds() if timeout else float("inf")
         while True:
             began = time.monotonic()
             patience_s = max(0.001, min(_LOOK_S, until - began))
             try:
-                self._work.wait(timedelta(seconds=patience_s))
+                wait(timedelta(seconds=patience_s))
                 return
             except Exception as error:
                 now = time.monotonic()

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.distributed import Work
 
+from torchft.average import Average
 from torchft.collectives import as_bytes
 from torchft.errors import SettingsError
-from torchft.peers import Place
+from torchft.peers import Handle, Place
 
 if TYPE_CHECKING:
     from torchft.manager import Manager
@@ -137,7 +138,7 @@ class ManagedRound:
         return self._committed
 
 
-class _Averages:
+class _Averages(Handle):
     def __init__(self, tensors: list[Tensor], works: list[Work]) -> None:
         self._tensors = tensors
         self._works = works
@@ -147,8 +148,13 @@ class _Averages:
             work.wait()
         return self._tensors
 
+    def advance(self) -> None:
+        for work in self._works:
+            if isinstance(work, Average):
+                work.advance()
 
-class _Gathered:
+
+class _Gathered(Handle):
     def __init__(self, sent: Sequence[Tensor], work: Work, rows: list[Tensor]) -> None:
         self._sent = sent
         self._work = work

@@ -47,6 +47,12 @@ class Handle(Protocol):
         """Wait for the result. After the round's error: the tensors as they are, never a raise."""
         ...
 
+    def advance(self) -> None:
+        """Begin the second part of what travels in two, when the first has arrived. All nodes say
+        so at the same clock, in the same order; else `wait` does it. What travels in one has
+        nothing to advance."""
+        return
+
 
 class Round(Protocol):
     """One transaction among the members that opened it."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchft.peers import Place
+from torchft.peers import Handle, Place
 from torchft.quantization import Codec, quantized_mean
 
 __all__ = ["Lost", "Node", "Script", "World", "mean"]
@@ -310,7 +310,7 @@ class InProcessRound:
         return self._node.script.goes(self.number) and not given_up and not self.failed
 
 
-class _Average:
+class _Average(Handle):
     def __init__(
         self,
         over: InProcessRound,
@@ -347,7 +347,7 @@ class _Average:
         return average
 
 
-class _Gathering:
+class _Gathering(Handle):
     def __init__(self, over: InProcessRound, key: tuple[Any, ...], tensors: list[Tensor]) -> None:
         self._round, self._key, self._tensors = over, key, tensors
 
@@ -357,7 +357,7 @@ class _Gathering:
         return [torch.cat(column) for column in zip(*self._round.rows(self._key), strict=True)]
 
 
-class _Within:
+class _Within(Handle):
     def __init__(
         self,
         over: InProcessRound,

@@ -112,3 +112,21 @@ def test_rounds_are_in_flight_together_and_close_in_the_order_they_opened() -> N
 
 def test_a_fragment_that_closes_where_it_opens_again() -> None:
     assert rounds_of(4, 4, 14) == [(2, 6, 0), (4, 8, 1), (6, 10, 0), (8, 12, 1), (10, 14, 0)]
+
+
+def test_half_way_what_travels_in_two_parts_is_advanced(monkeypatch: pytest.MonkeyPatch) -> None:
+    advanced: list[int] = []
+
+    def story(node: Node) -> None:
+        strategy = Strategy([DiLoCo(OUTER, 6, fragments=2, delay=5)]).bind(
+            ModelLocal([Tiny()]), node
+        )
+        monkeypatch.setattr(
+            "helpers.peers._Average.advance", lambda _: advanced.append(strategy.clock.steps)
+        )
+        for _ in range(12):
+            strategy.after()
+
+    World(Script(1)).run(story)
+    # Rounds open after steps 1, 4, 7, 10 and close five steps later.
+    assert advanced == [4, 7, 10]

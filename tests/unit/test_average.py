@@ -46,6 +46,41 @@ def test_wait_gives_the_mean(transaction: Transaction) -> None:
     assert tensor.item() == 2.0
 
 
+class TwoHalves(Sum):
+    """What has a second half, whose first has arrived when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: Future[None] = Future()
+        self.advanced = 0
+
+    def advance(self, timeout: timedelta | None = None) -> None:
+        self.first.wait()
+        self.advanced += 1
+
+
+def test_the_second_half_can_be_begun_before_anybody_waits(transaction: Transaction) -> None:
+    tensor, work = torch.tensor([6.0]), TwoHalves()
+    average = Average(transaction, work, tensor, 1)
+    work.first.set_result(None)
+    average.advance()
+    assert work.advanced == 1 and not average.is_completed()
+    work.future.set_result([tensor])
+    average.wait()
+    average.advance()
+    assert work.advanced == 1 and average.is_completed()
+
+
+def test_a_first_half_that_fails_is_the_steps_error(transaction: Transaction) -> None:
+    tensor, work = torch.tensor([6.0]), TwoHalves()
+    average = Average(transaction, work, tensor, 1)
+    work.first.set_exception(RuntimeError("the network broke"))
+    average.advance()
+    assert transaction.failed and average.is_completed()
+    average.wait()
+    assert work.timeouts == []
+
+
 def test_an_average_is_divided_once_whoever_waits_and_how_often(transaction: Transaction) -> None:
     tensor, work = torch.tensor([8.0]), Sum()
     average = Average(transaction, work, tensor, 2)

@@ -11,8 +11,8 @@ A library's all-reduce adds in an order of its own, which changes with the numbe
 The ranks of a quorum are sorted replica ids. A member that is not counted sends as the others do
 and sums its chunk, and its own row is left out: zeros would turn -0.0 into 0.0.
 
-The second half is done by whoever waits. So every member waits for its averages in the order in
-which it began them. What travels are bytes, as a `Codec` makes them.
+The second half is begun by whoever waits, or advances it before. So every member does that for its
+averages in the order in which it began them. What travels are bytes, as a `Codec` makes them.
 """
 
 from __future__ import annotations
@@ -99,12 +99,21 @@ class OrderedMean(Work):
         """
         until = None if timeout is None else time.monotonic() + timeout.total_seconds()
         if not self._done:
-            if self._means is None:
-                self._wait_for(self._chunks, until)
-                self._send_mean()
+            self.advance(timeout)
             self._wait_for(self._means, until)
             self._keep()
         return True
+
+    def advance(self, timeout: timedelta | None = None) -> None:
+        """Begin the second half, as soon as the first has arrived; `wait` has less to do then.
+
+        Raises:
+            RuntimeError: as `wait`.
+        """
+        until = None if timeout is None else time.monotonic() + timeout.total_seconds()
+        if not self._done and self._means is None:
+            self._wait_for(self._chunks, until)
+            self._send_mean()
 
     def get_future(self) -> Future[list[Tensor]]:
         """PhaseError: nothing completes by itself here."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from torchft.ordered import ordered_bytes, ordered_mean
-from torchft.peers import Place
+from torchft.peers import Handle, Place
 from torchft.quantization import Codec, mean_bytes, quantized_mean
 from torchft.simulator.events import Attendance
 from torchft.simulator.stacked import StackedLocal
@@ -285,7 +285,7 @@ class StackedRound:
             self._sent[node] += sent
 
 
-class _Ready:
+class _Ready(Handle):
     """What was averaged or gathered at once."""
 
     def __init__(self, values: list[Tensor]) -> None:

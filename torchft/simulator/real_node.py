@@ -261,7 +261,7 @@ class _WatchedRound:
         return _LastWords(self._peers.node) if doomed else handle
 
 
-class _LastWords:
+class _LastWords(Handle):
     """What waits for the killer."""
 
     def __init__(self, node: LocalNode) -> None:

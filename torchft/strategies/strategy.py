@@ -66,6 +66,11 @@ class _InFlight:
     cut: bool = False
     """What it sent travels in buckets."""
 
+    @property
+    def half_way(self) -> int:
+        """The clock's time when the first half of what travels should have arrived."""
+        return self.closes - self.recipe.delay // 2
+
     def received(self) -> list[Tensor]:
         """Wait for the result, whole again."""
         received = self.handle.wait()
@@ -73,7 +78,7 @@ class _InFlight:
 
 
 @dataclass(frozen=True)
-class _Arrived:
+class _Arrived(Handle):
     """What a donor had received already."""
 
     tensors: list[Tensor]
@@ -261,6 +266,9 @@ class Strategy:
     def after(self) -> None:
         """After the inner step: synchronise weights where that is due."""
         self.clock.steps += 1
+        for one in self._flight:
+            if one.half_way == self.clock.steps < one.closes:
+                one.handle.advance()
         for recipe in self._at(Place.AFTER):
             self._close_due(recipe)
             if recipe.due():
