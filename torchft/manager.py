@@ -375,6 +375,8 @@ class Manager:
         codec = codec_for(should_quantize, tensor.device)
         if codec is not None:
             return self._communicator.quantized(transaction, tensor, codec, reduce_op, unsaid)
+        if unsaid is not None:
+            raise SettingsError("all of a tensor arrives as it is: unsaid goes with a codec")
         return self._communicator.reduce(transaction, tensor, reduce_op)
 
     def ordered_mean(self, tensor: torch.Tensor) -> Work:
