@@ -29,7 +29,7 @@ from torch.distributed import ReduceOp, Work
 from torchft.closing import Closer
 from torchft.collectives import codec_for
 from torchft.communicate import Communicator
-from torchft.errors import CollectiveError, NotFiniteError
+from torchft.errors import CollectiveError, NotFiniteError, SettingsError
 from torchft.step import Phase, Plan, follow
 from torchft.transaction import ExceptionWithTraceback, Transaction
 
@@ -76,6 +76,8 @@ class OpenStep:
         communicator = self._means.communicator
         if codec is not None:
             return communicator.quantized(self.transaction, tensor, codec, reduce_op, unsaid)
+        if unsaid is not None:
+            raise SettingsError("all of a tensor arrives as it is: unsaid goes with a codec")
         return communicator.reduce(self.transaction, tensor, reduce_op)
 
     def ordered_mean(self, tensor: torch.Tensor) -> Work:

@@ -62,6 +62,8 @@ def test_what_a_codec_cannot_hold_is_refused_and_the_step_goes_on(tmp_path: Path
             manager.allreduce(torch.ones(3).double(), should_quantize="fp32")
         with pytest.raises(SettingsError, match="no codec 'int5': give one of fp32, bf16"):
             manager.allreduce(torch.ones(3), should_quantize="int5")
+        with pytest.raises(SettingsError, match="unsaid goes with a codec"):
+            manager.allreduce(torch.ones(3), unsaid=torch.ones(3))
         with pytest.raises(NotImplementedError, match="SUM or AVG"):
             manager.allreduce(torch.ones(3), should_quantize=True, reduce_op=ReduceOp.MAX)
         round_ = ManagedRound(manager.take_step())  # before it sends its first tensor
