@@ -23,6 +23,7 @@ from torch.futures import Future
 from torchft.errors import CollectiveError
 from torchft.futures import call_after
 from torchft.ledger import Bucket
+from torchft.process_group.account import paid_by
 
 if TYPE_CHECKING:
     from torchft.transaction import Transaction
@@ -79,7 +80,9 @@ class Average(Work):
         """Wait, at most `timeout`, and divide. Returns True; a failure discards the step."""
         if not self._finished:
             try:
-                with self._transaction.ledger.spending(Bucket.COMMUNICATE):
+                # Who waits may have to start the second half.
+                paid = paid_by(self._transaction.account)
+                with self._transaction.ledger.spending(Bucket.COMMUNICATE), paid:
                     self._await(timeout)
             except Exception as error:
                 self._finish(error)

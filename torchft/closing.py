@@ -9,9 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
 
-from torchft.checkpointing import CheckpointTransport
 from torchft.communicate import Communicator
 from torchft.errors import DiscardedTooOften
 from torchft.ledger import Bucket, Ledger
@@ -31,24 +29,25 @@ class Closer:
         self,
         *,
         group: ReplicaGroup,
-        transport: CheckpointTransport[Any],
         communicator: Communicator,
         options: Options,
         ledger: Ledger,
         log: StepLog,
         progress: Progress,
         load_staged: Callable[[Transaction], None],
-        bytes_moved: Callable[[], tuple[int, int]],
+        withdraw: Callable[[Transaction], None],
+        bytes_healed: Callable[[], tuple[int, int]],
     ) -> None:
         self._group = group
-        self._transport = transport
         self._communicator = communicator
         self._options = options
         self._ledger = ledger
         self._log = log
         self._progress = progress
         self._load_staged = load_staged
-        self._bytes_moved = bytes_moved
+        self._withdraw = withdraw
+        self._bytes_healed = bytes_healed
+        self._healed_until_last = (0, 0)
 
     def close(self, transaction: Transaction, plan: Plan, timeout: timedelta) -> bool:
         """Vote on the step: whether it is committed.
@@ -64,13 +63,18 @@ class Closer:
             counted=len(plan.counted),
             min_replica_size=self._options.min_replica_size,
         )
-        committed = self._vote(plan, why is None, timeout)
+        step = self._step_of(plan)
+        committed = self._vote(transaction, step, why is None, timeout)
         if committed:
             self._progress.commit(len(plan.counted))
         else:
             self._progress.discard()
-        self._record(transaction, plan, committed, why)
+        self._record(transaction, plan, step, committed, why)
         return committed
+
+    def fall_behind(self, plan: Plan) -> None:
+        """The step that was just committed could not be applied here."""
+        self._progress.fall_behind(len(plan.counted))
 
     def close_without_step(self, transaction: Transaction, plan: Plan, timeout: timedelta) -> bool:
         """All members meet, who is behind heals, no step is counted. Whether that went well.
@@ -80,51 +84,64 @@ class Closer:
         self._communicator.finish(transaction, plan, timeout)
         self._load_staged(transaction)
         why = Why.ERROR if transaction.failed else None
-        healed = self._vote(plan, why is None, timeout)
+        step = self._step_of(plan)
+        healed = self._vote(transaction, step, why is None, timeout)
         if healed:
             self._progress.meet()
         else:
             self._progress.discard()
-            self._record(transaction, plan, False, why)
+            self._record(transaction, plan, step, False, why)
         return healed
 
-    def _vote(self, plan: Plan, yes: bool, timeout: timedelta) -> bool:
+    def _step_of(self, plan: Plan) -> int:
+        """What is voted on: later than planned when steps that opened before closed meanwhile."""
+        return max(plan.step, self._progress.step)
+
+    def _vote(self, transaction: Transaction, step: int, yes: bool, timeout: timedelta) -> bool:
         try:
             with self._ledger.spending(Bucket.VOTE):
                 return self._group.client.should_commit(
-                    self._group.rank, plan.step, yes, timeout=timeout
+                    self._group.rank, step, yes, timeout=timeout
                 )
         finally:
             with self._ledger.spending(Bucket.HEAL):
-                self._transport.disallow_checkpoint()
+                self._withdraw(transaction)
 
     def _record(
-        self, transaction: Transaction, plan: Plan, committed: bool, why: Why | None
+        self, transaction: Transaction, plan: Plan, step: int, committed: bool, why: Why | None
     ) -> None:
         reason = None if committed else (why or Why.ANOTHER_RANK).value
         if reason is not None and transaction.error is not None:
             reason = f"{reason}: {transaction.error.original_exception}"
-        sent, received = self._bytes_moved()
-        sent_before, received_before = transaction.moved_before
+        given, got = self._healed_in(transaction)
         self._log.closed(
             transaction,
             plan,
+            step=step,
             committed=committed,
             why=reason,
-            sent=sent - sent_before,
-            received=received - received_before,
+            sent=transaction.account.bytes_sent + given,
+            received=transaction.account.bytes_sent + got,  # a collective moves as much in as out
         )
         if reason is not None:
-            self._warn(plan, reason)
+            self._warn(step, reason)
 
-    def _warn(self, plan: Plan, reason: str) -> None:
+    def _healed_in(self, transaction: Transaction) -> tuple[int, int]:
+        """State sent and received since the step began, or since the last record of one that was
+        open at the same time: no byte is in two records."""
+        before, self._healed_until_last = self._healed_until_last, self._bytes_healed()
+        sent, received = self._healed_until_last
+        return (
+            sent - max(before[0], transaction.healed_before[0]),
+            received - max(before[1], transaction.healed_before[1]),
+        )
+
+    def _warn(self, step: int, reason: str) -> None:
         """A step was discarded; after too many in a row it is no use to go on."""
         failures, most = self._progress.discarded, self._options.max_retries
-        self._log.say(
-            logging.WARNING, plan.step, "step discarded, %d in a row: %s", failures, reason
-        )
+        self._log.say(logging.WARNING, step, "step discarded, %d in a row: %s", failures, reason)
         if most is not None and failures > most:
             raise DiscardedTooOften(
                 f"{self._group.replica_id} discarded {failures} steps in a row at step "
-                f"{plan.step}, more than max_retries={most}; the last one because of: {reason}"
+                f"{step}, more than max_retries={most}; the last one because of: {reason}"
             )

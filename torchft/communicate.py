@@ -13,10 +13,11 @@ import torch
 from torch.distributed import ReduceOp, Work
 from torch.distributed.distributed_c10d import AllgatherOptions
 
-from torchft.average import Average, Done, Members
+from torchft.average import Average, Done
 from torchft.collectives import OrderedMean, QuantizedMean, adds, as_bytes
 from torchft.ledger import Bucket
 from torchft.process_group import ProcessGroup
+from torchft.process_group.account import paid_by
 from torchft.step import Plan
 from torchft.transaction import Transaction
 
@@ -54,7 +55,8 @@ class Communicator:
         if transaction.broken or plan.settling:
             return Done(tensor)
         try:
-            work = OrderedMean(self._pg, tensor, plan.counted)
+            with paid_by(transaction.account):
+                work = OrderedMean(self._pg, tensor, plan.counted)
         except Exception as error:
             transaction.report(error)
             return Done(tensor)
@@ -74,7 +76,8 @@ class Communicator:
         if transaction.broken or plan.settling:
             return Done(tensor)
         try:
-            work = QuantizedMean(self._pg, tensor, plan.counted, codec, summed=summed)
+            with paid_by(transaction.account):
+                work = QuantizedMean(self._pg, tensor, plan.counted, codec, summed=summed)
         except Exception as error:
             transaction.report(error)
             return Done(tensor)
@@ -91,7 +94,8 @@ class Communicator:
             # As bytes: gloo knows neither int16 nor bool.
             wire = [as_bytes(row) for row in rows]
             try:
-                work = self._pg.allgather([wire], [as_bytes(sent)], AllgatherOptions())
+                with paid_by(transaction.account):
+                    work = self._pg.allgather([wire], [as_bytes(sent)], AllgatherOptions())
             except Exception as error:
                 transaction.report(error)
             else:
@@ -109,7 +113,7 @@ class Communicator:
                 average.wait(timeout)
             if torch.cuda.is_initialized():
                 torch.cuda.current_stream().synchronize()
-        error = self._pg.errored()
+        error = transaction.group_error()
         if error is not None and not transaction.failed:
             transaction.report(error)
 
@@ -123,7 +127,8 @@ class Communicator:
         # Backends take a tensor for one piece of memory, also where it has gaps.
         sent = tensor.contiguous()
         try:
-            work = self._pg.allreduce([sent], reduce_op)
+            with paid_by(transaction.account):
+                work = self._pg.allreduce([sent], reduce_op)
         except Exception as error:
             transaction.report(error)
             return Done(tensor)
@@ -138,7 +143,6 @@ class Communicator:
         *,
         sent: torch.Tensor | None = None,
     ) -> Average:
-        members: Members | None = getattr(self._pg, "generation", None)
-        managed = Average(transaction, work, tensor, divisor, members, sent=sent)
+        managed = Average(transaction, work, tensor, divisor, transaction.generation, sent=sent)
         transaction.averages.append(managed)
         return managed

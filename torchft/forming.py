@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from torch.distributed import Store
@@ -22,6 +23,7 @@ from torchft.ledger import Bucket, Ledger
 from torchft.peers import Place
 from torchft.process_group import ProcessGroup
 from torchft.process_group.attempt import Attempt, Deadline
+from torchft.process_group.generation import Generation
 from torchft.process_group.stores import StoreClients
 from torchft.replica_group import ReplicaGroup
 from torchft.step import Options, Plan, plan_step
@@ -74,10 +76,17 @@ class Former:
         self._configuring = False
         self._broken = False
         """The process group that was made last is of no use, though others may still have it."""
+        self._offering: Transaction | None = None
+        """The step for which the state is offered now."""
 
-    def form(self, transaction: Transaction, request: Request) -> None:
+    def form(
+        self, transaction: Transaction, request: Request, before_heals: Callable[[Plan], None]
+    ) -> None:
         """Fill `transaction.plan`. Never raises: what kept the quorum from forming is
-        `transaction.failure`, what spoilt the step is its error."""
+        `transaction.failure`, what spoilt the step is its error.
+
+        `before_heals` is called when the members can communicate, before state moves among them.
+        """
         try:
             with self._ledger.spending(Bucket.QUORUM):
                 quorum = self._ask(request)
@@ -94,10 +103,13 @@ class Former:
             if plan.reconfigure:
                 with self._ledger.spending(Bucket.CONFIGURE):
                     self._configure_whole(plan)
+            transaction.generation = getattr(self._pg, "generation", None)
+            transaction.group_error = partial(self._group_error, transaction.generation)
             if transaction.failed:  # meanwhile: no peer may wait for us in the new group
-                self.abandon()
-            transaction.moved_before = self.bytes_moved()
+                self.abandon(transaction)
+            transaction.healed_before = self.bytes_healed()
             transaction.configured.set()
+            before_heals(plan)
             with self._ledger.spending(Bucket.HEAL):
                 self._exchange_state(transaction, plan)
         except StepError as error:
@@ -107,8 +119,13 @@ class Former:
         finally:
             transaction.finish_forming()
 
-    def abandon(self) -> None:
-        """Free the peers that wait in this quorum's process group; the next step makes another."""
+    def abandon(self, transaction: Transaction) -> None:
+        """Free the peers that wait in this step's process group. If that is today's, the next step
+        makes another."""
+        generation = transaction.generation
+        if generation is not None and generation is not getattr(self._pg, "generation", None):
+            generation.retire("a step of it failed")
+            return
         self._configured = None
         self._broken = True
         # Whoever is half way through meeting the others would leave them waiting for it there:
@@ -116,13 +133,22 @@ class Former:
         if not self._configuring:
             self._pg.abort()
 
-    def bytes_moved(self) -> tuple[int, int]:
-        """Payload bytes (sent, received) so far, of this process group and of heals."""
-        # A collective moves as much in as out.
-        by_group = getattr(self._pg, "bytes_sent", 0)
+    def bytes_healed(self) -> tuple[int, int]:
+        """Bytes of state (sent, received) so far."""
         sent = getattr(self._transport, "bytes_sent", 0)
         received = getattr(self._transport, "bytes_received", 0)
-        return by_group + sent, by_group + received
+        return sent, received
+
+    def withdraw(self, transaction: Transaction) -> None:
+        """The step is over: the state that was offered in it may change."""
+        if self._offering is transaction:
+            self._offering = None
+            self._transport.disallow_checkpoint()
+
+    def _group_error(self, generation: Generation | None) -> Exception | None:
+        if generation is None or generation is getattr(self._pg, "generation", None):
+            return self._pg.errored()
+        return generation.error
 
     def _ask(self, request: Request) -> QuorumResult:
         return self._group.client._quorum(
@@ -193,6 +219,7 @@ class Former:
 
     def _exchange_state(self, transaction: Transaction, plan: Plan) -> None:
         if plan.serves:
+            self._offering = transaction
             healing.offer(self._transport, plan, self._collect_state, self._options.timeout)
         if plan.donor is None:
             return

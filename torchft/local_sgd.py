@@ -279,9 +279,14 @@ class DiLoCo(_Door):
             bucket_bytes=bucket_bytes,
             deterministic=deterministic,
         )
+        self._register(local)
         if fragment_sync_delay:
             manager.offer_copies()
-        self._register(local)
+            manager.register_state_dict_fn(
+                "StreamingDiLoCo_open_rounds",
+                self._strategy.take_over,
+                self._strategy.open_rounds,
+            )
 
     def _register(self, local: ModelLocal) -> None:
         for fragment in self._recipe.fragments:
@@ -301,13 +306,18 @@ class DiLoCo(_Door):
         self._recipe.load_fragment_state(fragment, state)
         self._recipe.backups[fragment.index].restore()
 
+    def shared_state_dict(self) -> dict[str, Any]:
+        """The weights of the last synchronisation and the outer optimizers, by fragment: equal in
+        all groups. Shares storage."""
+        return self._recipe.state_dict()
+
     def _take_backup(self) -> None:
         for backup in self._recipe.backups:
             backup.take()
         for inner in self._recipe.inner_backups:
             inner.take()
         # A step of the manager is a round here, also after a checkpoint was loaded.
-        self._recipe.rounds = self._manager.current_step()
+        self._recipe.go_on_after(self._manager.current_step())
 
 
 def _refuse(manager: Manager, fragments: object, bucket_cap_mb: int | None) -> None:

@@ -1,13 +1,13 @@
-"""The manager as `Peers`: a strategy's round is the manager's step.
+"""The manager as `Peers`: a strategy's round is a step that it takes from the manager.
 
-One round is open at a time. Opening it forms a quorum, and heals this group when it is behind;
-closing it is the vote.
+Opening it forms a quorum, and heals this group when it is behind; closing it is the vote. Others
+may be opened before it is closed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torchft.peers import Place
 
 if TYPE_CHECKING:
     from torchft.manager import Manager
+    from torchft.open_step import OpenStep
     from torchft.quantization import Codec
 
 __all__ = ["ManagedPeers", "ManagedRound"]
@@ -49,15 +50,22 @@ class ManagedPeers:
             opening = place is Place.AFTER and self._manager.is_opening()
             # A rank of this group that failed to heal votes no: then all its ranks open again.
             if not opening or self._manager.close_opening():
-                return ManagedRound(self._manager, opening, deterministic=self._deterministic)
+                step = self._manager.take_step()
+                return ManagedRound(step, opening, deterministic=self._deterministic)
+
+    def take_over(self, carried: dict[str, Any]) -> ManagedRound:
+        """One of the donor's open rounds, while its state is loaded."""
+        return ManagedRound(self._manager.take_over(**carried), opening=False)
 
 
 class ManagedRound:
     """One step of the manager."""
 
-    def __init__(self, manager: Manager, opening: bool, *, deterministic: bool = False) -> None:
-        self._manager = manager
-        self._average = manager.ordered_mean if deterministic else manager.allreduce
+    def __init__(
+        self, step: OpenStep, opening: bool = False, *, deterministic: bool = False
+    ) -> None:
+        self._step = step
+        self._average = step.ordered_mean if deterministic else step.allreduce
         self._opening = opening
         self._committed = False
 
@@ -69,7 +77,16 @@ class ManagedRound:
     @property
     def failed(self) -> bool:
         """An error of this step is known already."""
-        return self._manager.errored() is not None
+        return self._step.errored() is not None
+
+    @property
+    def bytes_sent(self) -> int:
+        """Payload that its collectives have sent so far."""
+        return self._step.transaction.account.bytes_sent
+
+    def carried(self) -> dict[str, Any]:
+        """Who takes part, and whether it failed."""
+        return self._step.carried()
 
     def average(self, tensors: Sequence[Tensor], codec: Codec | None = None) -> _Averages:
         """Mean over the counted groups, in place; one all-reduce for each tensor."""
@@ -77,7 +94,7 @@ class ManagedRound:
             return _Averages(list(tensors), [self._average(tensor) for tensor in tensors])
         for tensor in tensors:
             codec.check(tensor.dtype)
-        reduce = self._manager.allreduce
+        reduce = self._step.allreduce
         return _Averages(list(tensors), [reduce(t, should_quantize=codec) for t in tensors])
 
     def gather(self, tensors: Sequence[Tensor]) -> _Averages | _Gathered:
@@ -88,7 +105,7 @@ class ManagedRound:
         if not tensors:
             return _Averages([], [])
         packed = torch.cat([as_bytes(tensor) for tensor in tensors])
-        return _Gathered(tensors, *self._manager.allgather(packed))
+        return _Gathered(tensors, *self._step.allgather(packed))
 
     def average_within(
         self, tensors: Sequence[Tensor], islands: Callable[[int], list[list[int]]]
@@ -102,13 +119,13 @@ class ManagedRound:
     def fail(self, error: Exception) -> None:
         """Discard the step, and free the groups that wait for this one in it."""
         if self._committed:
-            self._manager.fall_behind()
+            self._step.fall_behind()
         else:
-            self._manager.report_error(error)
+            self._step.report_error(error)
 
     def close(self) -> bool:
         """The vote of this group's ranks."""
-        self._committed = self._manager.should_commit()
+        self._committed = self._step.should_commit()
         return self._committed
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future as ThreadFuture
 from contextlib import ExitStack
 from datetime import timedelta
@@ -34,26 +34,20 @@ from torchft import settings
 from torchft.background import Background
 from torchft.checkpointing import CheckpointTransport, HTTPTransport
 from torchft.closing import Closer
-from torchft.collectives import codec_for
 from torchft.communicate import Communicator
 from torchft.coordination import watch_parent
-from torchft.errors import (
-    HealError,
-    NotFiniteError,
-    PhaseError,
-    QuorumError,
-    SettingsError,
-)
+from torchft.errors import CollectiveError, HealError, PhaseError, QuorumError, SettingsError
 from torchft.fingerprint import describe
 from torchft.forming import Former, Request
 from torchft.futures import future_timeout
 from torchft.ledger import Bucket, Ledger
 from torchft.live_state import LiveState
+from torchft.open_step import Means, OpenStep
 from torchft.peers import Place
 from torchft.process_group import ProcessGroup
 from torchft.progress import Progress
 from torchft.replica_group import MANAGER_ADDR_KEY, REPLICA_ID_KEY, ReplicaGroup
-from torchft.step import Options, Phase, WorldSizeMode, follow
+from torchft.step import Options, Phase, Plan, WorldSizeMode, follow, plan_of_others
 from torchft.step_log import StepLog
 from torchft.transaction import ExceptionWithTraceback, Transaction
 
@@ -184,24 +178,27 @@ class Manager:
             log=self._log,
             collect_state=lambda: self._state.collect(self.state_dict),
         )
-        self._communicator = Communicator(pg)
         self._progress = Progress(fresh=init_sync)
-        self._closer = Closer(
+        communicator = Communicator(pg)
+        closer = Closer(
             group=self._group,
-            transport=self._transport,
-            communicator=self._communicator,
+            communicator=communicator,
             options=options,
             ledger=self.ledger,
             log=self._log,
             progress=self._progress,
             load_staged=self._load_staged,
-            bytes_moved=self._former.bytes_moved,
+            withdraw=self._former.withdraw,
+            bytes_healed=self._former.bytes_healed,
         )
+        self._means = Means(communicator, closer, options.timeout)
         self._executor = Background("torchft_quorum")
         self._forming: ThreadFuture[None] | None = None
-        self._transaction: Transaction | None = None
-        self._phase = Phase.IDLE
-        self._settled = False
+        self._step: OpenStep | None = None
+        """The step that was begun last."""
+        self._taken: list[OpenStep] = []
+        """Steps that others close, in the order in which they were begun."""
+        self._shut_down = False
         # Names that scripts written for existing versions read.
         self._use_async_quorum = use_async_quorum
         self._replica_world_size_mode = world_size_mode
@@ -303,27 +300,79 @@ class Manager:
         if self._forming is not None:
             self._forming.result()
         if self._phase is Phase.OPEN:
-            self._drop(self._begun("start_quorum"))
-        self._phase = follow(self._phase, Phase.OPEN)
-        self._settled = False
-        self._transaction = transaction = Transaction(self.ledger, self._failed)
+            self._drop(self._begun("start_quorum").transaction)
+        follow(self._phase, Phase.OPEN)
+        self._taken = [step for step in self._taken if step.phase is Phase.OPEN]
+        transaction = Transaction(self.ledger, self._failed)
+        self._step = OpenStep(transaction, self._means)
         if self._options.sync or request.place is Place.AFTER or self._progress.fresh:
-            self._former.form(transaction, request)
+            self._former.form(transaction, request, self._before_heals)
             self.wait_quorum()
             self._load_staged(transaction)
         else:
-            self._forming = self._executor.submit(self._former.form, transaction, request)
+            self._forming = self._executor.submit(
+                self._former.form, transaction, request, self._before_heals
+            )
 
     def _drop(self, transaction: Transaction) -> None:
         """A step was begun and not voted on: free whoever waits for this group in it."""
         if transaction.failure is None and len(transaction.wait_formed().members) > 1:
             transaction.report(PhaseError("the step is begun anew before it was voted on"))
-            self._transport.disallow_checkpoint()
+            self._former.withdraw(transaction)
+
+    def _before_heals(self, plan: Plan) -> None:
+        """Steps that are still open: what became of them, as all members see it."""
+        for step in self._taken:
+            step.remain(plan.members)
+            if plan.anyone_heals:
+                step.complete()
+
+    @property
+    def _phase(self) -> Phase:
+        """Where the step stands that this manager's own methods are about."""
+        if self._shut_down:
+            return Phase.CLOSED
+        if self._step is None or self._step.taken:
+            return Phase.IDLE
+        return self._step.phase
+
+    def take_step(self) -> OpenStep:
+        """The step that was begun last, to be closed by the caller: others can begin before that.
+
+        Without `start_quorum` before it, AssertionError.
+        """
+        step = self._begun("take_step")
+        step.taken = True
+        self._taken.append(step)
+        return step
+
+    def take_over(
+        self,
+        *,
+        quorum_id: int,
+        members: Sequence[str],
+        counted: Sequence[int],
+        failed: str | None,
+    ) -> OpenStep:
+        """While a heal is loaded: a step that the donor has open. Its collectives are over, its
+        close is still to come; `failed` says why it will be discarded, if so."""
+        plan = self._begun("take_over").plan
+        transaction = Transaction(self.ledger, self._failed)
+        transaction.plan = plan_of_others(
+            plan, quorum_id=quorum_id, members=members, counted=counted
+        )
+        transaction.apart = True
+        transaction.finish_forming()
+        if failed is not None:
+            transaction.report(CollectiveError(failed))
+        step = OpenStep(transaction, self._means)
+        step.taken = True
+        self._taken.append(step)
+        return step
 
     def wait_quorum(self) -> None:
         """Wait until the quorum stands and this group can communicate; raises why it does not."""
-        assert self._transaction is not None, "call start_quorum before wait_quorum"
-        self._transaction.wait_formed()
+        self._begun("wait_quorum").transaction.wait_formed()
 
     def _load_staged(self, transaction: Transaction) -> None:
         """The heal: a commit of the donor's step, on the main thread, whatever the vote says."""
@@ -332,13 +381,17 @@ class Manager:
         if staged is None or plan is None or plan.donor is None:
             return
         before = self._progress.step
+        replaced, self._taken = self._taken, []
         with self.ledger.spending(Bucket.HEAL):
             try:
                 self._state.load(staged["user"])
             except HealError as error:
+                self._taken = replaced
                 transaction.report(error, at_home=not plan.participates)
                 return
             self.load_state_dict(staged["torchft"])
+        for step in replaced:
+            step.drop()
         donor = plan.members[plan.donor.replica_rank]
         self._log.say(
             logging.INFO, before, "healed from %s, now at step %d", donor, self._progress.step
@@ -367,11 +420,7 @@ class Manager:
                 does not exist, or cannot hold the tensor's dtype.
             NotImplementedError: quantised, and neither SUM nor AVG.
         """
-        transaction = self._begun("allreduce")
-        codec = codec_for(should_quantize, tensor.device)
-        if codec is not None:
-            return self._communicator.quantized(transaction, tensor, codec, reduce_op)
-        return self._communicator.reduce(transaction, tensor, reduce_op)
+        return self._begun("allreduce").allreduce(tensor, should_quantize, reduce_op)
 
     def ordered_mean(self, tensor: torch.Tensor) -> Work:
         """Average `tensor` over the counted groups, in place, added in the order of their ids.
@@ -379,29 +428,28 @@ class Manager:
         As `allreduce`, but with bits that depend on nothing else. Half of the work is done by who
         waits: wait for these in the order in which you began them.
         """
-        return self._communicator.ordered_mean(self._begun("ordered_mean"), tensor)
+        return self._begun("ordered_mean").ordered_mean(tensor)
 
     def allgather(self, tensor: torch.Tensor) -> tuple[Work, list[torch.Tensor]]:
         """Gather `tensor` from the counted groups: the work, and their tensors in counted order.
 
         After an error of this step, what is gathered is this group's own tensor.
         """
-        return self._communicator.gather(self._begun("allgather"), tensor)
+        return self._begun("allgather").allgather(tensor)
 
     def report_error(self, e: Exception) -> None:
         """Discard the step that runs now, because of `e`."""
-        # All see the same average, so nobody waits for whoever finds it broken.
-        self._begun("report_error").report(e, at_home=isinstance(e, NotFiniteError))
+        self._begun("report_error").report_error(e)
 
     def errored(self) -> ExceptionWithTraceback | None:
         """The error of the step that runs now."""
-        return self._transaction.error if self._transaction else None
+        return self._step.errored() if self._step else None
 
     def wrap_future(
         self, fut: Future[T], default: T, timeout: timedelta | None = None
     ) -> Future[T]:
         """`fut`, with a deadline; a failure is reported and completes with `default` instead."""
-        transaction = self._begun("wrap_future")
+        transaction = self._begun("wrap_future").transaction
 
         def or_default(done: Future[T]) -> T:
             try:
@@ -412,17 +460,19 @@ class Manager:
 
         return future_timeout(fut, timeout or self._options.timeout).then(or_default)
 
-    def _begun(self, what: str) -> Transaction:
-        assert self._transaction is not None, f"call start_quorum before {what}"
-        return self._transaction
+    def _begun(self, what: str) -> OpenStep:
+        assert self._step is not None, f"call start_quorum before {what}"
+        return self._step
 
     def _failed(self, transaction: Transaction) -> None:
-        """An error of the step that runs: free the peers that wait for us in it."""
-        if transaction is not self._transaction or transaction.error is None:
+        """An error of a step that runs: free the peers that wait for us in it."""
+        runs = [self._step, *(step for step in self._taken if step.phase is Phase.OPEN)]
+        if not any(step is not None and step.transaction is transaction for step in runs):
             return
+        assert transaction.error is not None
         self._log.error(self._progress.step, transaction.error.original_exception)
         if transaction.broken:
-            self._former.abandon()
+            self._former.abandon(transaction)
 
     # ------------------------------------------------------------------ vote
 
@@ -434,39 +484,24 @@ class Manager:
             TimeoutError: a rank of this group does not vote in `timeout`.
             DiscardedTooOften: more discarded steps in a row than `max_retries`.
         """
-        self._phase = follow(self._phase, Phase.VOTING)
-        transaction = self._begun("should_commit")
-        timeout = timeout or self._options.timeout
-        try:
-            plan = transaction.wait_formed()
-            if plan.settling:
-                self._settled = self._closer.close_without_step(transaction, plan, timeout)
-                return False
-            return self._closer.close(transaction, plan, timeout)
-        finally:
-            self._phase = follow(self._phase, Phase.IDLE)
+        follow(self._phase, Phase.VOTING)
+        return self._begun("should_commit").should_commit(timeout)
 
     def fall_behind(self) -> None:
         """The step that was just committed could not be applied here: heal it from the others."""
-        plan = self._begun("fall_behind").wait_formed()
-        self._progress.fall_behind(plan.step, len(plan.counted))
+        self._begun("fall_behind").fall_behind()
 
     def is_opening(self) -> bool:
         """Whether every group of this quorum is new, so that nobody has anything to contribute."""
-        return self._begun("is_opening").wait_formed().opening
+        return self._begun("is_opening").plan.opening
 
     def close_opening(self) -> bool:
         """End a round in which nobody had anything to contribute: equal state, no step.
 
         False when a rank of this group failed to heal: open again.
         """
-        self._phase = follow(self._phase, Phase.VOTING)
-        transaction = self._begun("close_opening")
-        try:
-            plan = transaction.wait_formed()
-            return self._closer.close_without_step(transaction, plan, self._options.timeout)
-        finally:
-            self._phase = follow(self._phase, Phase.IDLE)
+        follow(self._phase, Phase.VOTING)
+        return self._begun("close_opening").close_opening()
 
     def settle(self, timeout: timedelta | None = None) -> bool:
         """End a run: meet the others once more, so that whoever missed the last step heals.
@@ -476,15 +511,16 @@ class Manager:
         come, which is logged: then this group may be the only one at its step.
         """
         until = time.monotonic() + (timeout or self._options.quorum_timeout).total_seconds()
-        while not self._settled and time.monotonic() < until:
+        settled = self._step is not None and self._step.settled
+        while not settled and time.monotonic() < until:
             left = timedelta(seconds=until - time.monotonic())
             with self.ledger.spending(Bucket.SETTLE):
                 try:
-                    self._settled = self._settle_once(left)
+                    settled = self._settle_once(left)
                 except (TimeoutError, QuorumError) as error:
                     self._log.say(logging.WARNING, self._progress.step, "not settled: %s", error)
                     break
-        return self._settled
+        return settled
 
     def _settle_once(self, timeout: timedelta) -> bool:
         self._begin(self._request(Place.AFTER, timeout, settling=True))
@@ -502,19 +538,15 @@ class Manager:
 
     def num_participants(self) -> int:
         """How many groups are counted in this step; waits for the quorum. 0 before the first."""
-        if self._transaction is None:
-            return 0
-        return len(self._transaction.wait_formed().counted)
+        return 0 if self._step is None else len(self._step.plan.counted)
 
     def participating_rank(self) -> int | None:
         """This group's position among the counted; waits for the quorum. None: it is not."""
-        if self._transaction is None:
-            return None
-        return self._transaction.wait_formed().participating_rank
+        return None if self._step is None else self._step.plan.participating_rank
 
     def is_participating(self) -> bool:
         """Whether this group is counted in this step, as far as is known; does not wait."""
-        plan = self._transaction.plan if self._transaction else None
+        plan = self._step.transaction.plan if self._step else None
         return plan is not None and plan.participates
 
     def note(self, **extra: Any) -> None:
@@ -525,7 +557,7 @@ class Manager:
         """Free the server, the transport and the threads. Calling it again does nothing."""
         if self._phase is Phase.CLOSED:
             return
-        self._phase = follow(self._phase, Phase.CLOSED)
+        self._shut_down = True
         # The server first: a quorum that is still waited for then ends at once.
         self._group.leave()
         self._transport.shutdown(wait=wait)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
@@ -88,6 +88,11 @@ class Round(Protocol):
         """
         ...
 
+    def carried(self) -> dict[str, Any]:
+        """While it is open: what a node that heals must know of it, besides its result, to close
+        it when the others do. Plain data, for `Peers.take_over`."""
+        ...
+
     def fail(self, error: Exception) -> None:
         """Give the round up: whoever waits in it is freed, and every close will be a no. After a
         close that was a yes, this group could not apply it, and heals from the others."""
@@ -108,5 +113,13 @@ class Peers(Protocol):
 
     def open(self, place: Place) -> Round:
         """Begin a round. It may heal this group first: state that a strategy registered is then
-        loaded before `open` returns, so read clocks and weights only afterwards."""
+        loaded before `open` returns, so read clocks and weights only afterwards.
+
+        Rounds that are open still need not be closed before. Their members stay theirs: one that
+        lost a member before it closes comes to nothing for all that remain."""
+        ...
+
+    def take_over(self, carried: dict[str, Any]) -> Round:
+        """While state of a donor is loaded: a round that the donor has open, by its `carried`. All
+        that is left to do with it is to close it."""
         ...

@@ -3,7 +3,7 @@
 progress = Progress(fresh=True)
 progress.commit(groups=3)       # step 1, 3 batches
 progress.discard()              # 1 in a row: the next process group is made anew
-progress.fall_behind(0, 3)      # the step that was committed could not be applied here
+progress.fall_behind(groups=3)  # the step that was committed could not be applied here
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Progress:
         """A step came to nothing."""
         self.discarded += 1
 
-    def fall_behind(self, step: int, groups: int) -> None:
-        """Back to `step`: the one after it, with batches of so many groups, was not applied."""
-        self.step = step
+    def fall_behind(self, groups: int) -> None:
+        """A step back: the last one, with batches of so many groups, was not applied."""
+        self.step -= 1
         self.batches_committed -= groups
 
     def state_dict(self) -> dict[str, int]:

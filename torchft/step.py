@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Protocol
 
@@ -36,6 +36,7 @@ __all__ = [
     "WorldSizeMode",
     "follow",
     "objection",
+    "plan_of_others",
     "plan_step",
 ]
 
@@ -226,6 +227,26 @@ def _reference(ranks: Sequence[int], recovering: frozenset[int], fresh: frozense
             if rank not in newcomers:
                 return rank
     raise ValueError("a quorum has at least one member")
+
+
+def plan_of_others(
+    plan: Plan, *, quorum_id: int, members: Sequence[str], counted: Sequence[int]
+) -> Plan:
+    """The plan of a step that others opened before this group healed in `plan`: it has no part in
+    its collectives, and closes it as they do."""
+    return replace(
+        plan,
+        quorum_id=quorum_id,
+        members=tuple(members),
+        replica_rank=-1,
+        reconfigure=False,
+        counted=tuple(counted),
+        donor=None,
+        serves=(),
+        anyone_heals=False,
+        opening=False,
+        settling=False,
+    )
 
 
 class Why(enum.Enum):

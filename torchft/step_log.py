@@ -35,6 +35,7 @@ class StepLog:
         self._quorum_id: int | None = None
         path = settings.text(settings.STEP_RECORDS)
         self._records = StepRecords(path) if path else None
+        self._spent_until_last: dict[str, float] = {}
         self.notes: dict[str, Any] = {}
         """The user's, for the next record. Noted also between steps, as LocalSGD's loop has to."""
 
@@ -62,15 +63,16 @@ class StepLog:
         transaction: Transaction,
         plan: Plan,
         *,
+        step: int,
         committed: bool,
         why: str | None,
         sent: int,
         received: int,
     ) -> None:
-        """The step has been voted on: bytes are those of this step."""
+        """`step` has been voted on: bytes are those of this step."""
         if _commits.isEnabledFor(logging.INFO):
             word = "committed" if committed else "discarded"
-            _commits.info(word, extra={**self._labels(plan.step), "commit_result": committed})
+            _commits.info(word, extra={**self._labels(step), "commit_result": committed})
         notes, self.notes = self.notes, {}
         if self._records is None:
             return
@@ -80,7 +82,7 @@ class StepLog:
                 t_monotonic=time.monotonic(),
                 replica_id=self._group.replica_id,
                 group_rank=self._group.rank,
-                step=plan.step,
+                step=step,
                 quorum_id=plan.quorum_id,
                 members=plan.members,
                 participants=len(plan.counted),
@@ -88,11 +90,18 @@ class StepLog:
                 why=why,
                 bytes_sent=sent,
                 bytes_received=received,
-                seconds=spent_between(transaction.ledger_before, now),
+                seconds=spent_between(self._since(transaction, now), now),
                 ledger=now,
                 extra=notes,
             )
         )
+
+    def _since(self, transaction: Transaction, now: dict[str, float]) -> dict[str, float]:
+        """Since the step began, or since the last record of one that was open at the same time: no
+        second is in two records."""
+        last, self._spent_until_last = self._spent_until_last, now
+        began = transaction.ledger_before
+        return {bucket: max(began[bucket], last.get(bucket, 0.0)) for bucket in began}
 
     def close(self) -> None:
         """Close the file of records."""

@@ -14,6 +14,8 @@ from typing import Any
 from torch.distributed import Work
 
 from torchft.ledger import Bucket, Ledger
+from torchft.process_group.account import Account
+from torchft.process_group.generation import Generation
 from torchft.step import Plan
 
 __all__ = ["ExceptionWithTraceback", "Transaction"]
@@ -41,11 +43,19 @@ class Transaction:
         """No quorum came about: raised to the caller, since there is no step to discard."""
         self.staged: Any = None
         """A donor's state, fetched and not loaded yet."""
+        self.apart = False
+        """It has no part in the collectives, which are over: nobody waits for it there."""
         self.averages: list[Work] = []
         """What was begun in this step. The vote waits for all of it."""
+        self.generation: Generation | None = None
+        """Among whom it communicates, where its process group has generations."""
+        self.group_error: Callable[[], Exception | None] = lambda: None
+        """Why its process group is of no use any more."""
+        self.account = Account()
+        """What its collectives sent; they move as much in as out."""
         self.ledger_before = ledger.snapshot()
-        self.moved_before = (0, 0)
-        """Bytes sent and received when the step could begin to communicate."""
+        self.healed_before = (0, 0)
+        """Bytes of state sent and received when the step could begin to communicate."""
         self._on_error = on_error
         # In the order in which they are reached. The last one is set whatever happens.
         self.decided = threading.Event()
@@ -81,7 +91,7 @@ class Transaction:
         """The step failed. `at_home`: the others can commit it without this group, which goes on
         to take part in their collectives."""
         self.error = ExceptionWithTraceback(error)
-        self.broken = self.broken or not at_home
+        self.broken = self.broken or not (at_home or self.apart)
         self._on_error(self)
 
     @property

@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.distributed import Work
 
 from torchft.collectives import codec_for
-from torchft.errors import PhaseError
 from torchft.ledger import Ledger
-from torchft.peers import Place
+from torchft.peers import Handle, Place
 from torchft.quantization import Codec
 from torchft.work import _DummyWork
 
@@ -85,12 +84,8 @@ class InProcessManager:
         timeout: timedelta | None = None,
         place: Place = Place.BEFORE,
     ) -> None:
-        self._node.open_rounds.clear()  # a round that was never voted on is dropped
         self._round = self._node.open(place)
         self._open = True
-
-    def fall_behind(self) -> None:
-        self._step -= 1
 
     def is_opening(self) -> bool:
         assert self._round is not None
@@ -100,30 +95,60 @@ class InProcessManager:
         self._open = False
         return True
 
-    def allreduce(self, tensor: Tensor, should_quantize: bool | Codec = False) -> Work:
+    def take_step(self) -> InProcessStep:
         assert self._round is not None, "call start_quorum first"
-        self.reductions.append(tensor.numel())
+        return InProcessStep(self, self._round)
+
+    def take_over(self, **carried: Any) -> InProcessStep:
+        return InProcessStep(self, self._node.take_over(carried))
+
+    def count(self, steps: int) -> None:
+        self._step += steps
+
+
+class InProcessStep:
+    """The members of `torchft.open_step.OpenStep` that peers use."""
+
+    def __init__(self, manager: InProcessManager, of: InProcessRound) -> None:
+        self._manager = manager
+        self._round = of
+
+    def allreduce(self, tensor: Tensor, should_quantize: bool | Codec = False) -> Work:
+        self._manager.reductions.append(tensor.numel())
         codec = codec_for(should_quantize, tensor.device)
-        self._round.average([tensor[None]], codec).wait()
-        return _DummyWork(tensor)
+        return _Waited(tensor, self._round.average([tensor[None]], codec))
+
+    ordered_mean = allreduce
 
     def allgather(self, tensor: Tensor) -> tuple[Work, list[Tensor]]:
-        assert self._round is not None, "call start_quorum first"
         (rows,) = self._round.gather([tensor]).wait()
         return _DummyWork(None), list(rows.split(tensor.shape[0]))
 
+    def carried(self) -> dict[str, Any]:
+        return self._round.carried()
+
     def report_error(self, e: Exception) -> None:
-        assert self._round is not None, "call start_quorum first"
         self._round.fail(e)
 
     def errored(self) -> Exception | None:
-        failed = self._round is not None and self._round.failed
-        return RuntimeError("the round failed") if failed else None
+        return RuntimeError("the round failed") if self._round.failed else None
+
+    def fall_behind(self) -> None:
+        self._manager.count(-1)
 
     def should_commit(self, timeout: timedelta | None = None) -> bool:
-        if not self._open or self._round is None:
-            raise PhaseError("no step is open")
-        self._open = False
         committed = self._round.close()
-        self._step += committed
+        self._manager.count(committed)
         return committed
+
+
+class _Waited(_DummyWork):
+    """An average that is there when it is waited for."""
+
+    def __init__(self, tensor: Tensor, average: Handle) -> None:
+        super().__init__(tensor)
+        self._average = average
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        self._average.wait()
+        return True

@@ -23,7 +23,7 @@ from torchft.quantization import Codec, quantized_mean
 
 __all__ = ["Lost", "Node", "Script", "World", "mean"]
 
-DEADLINE_S = 30.0
+DEADLINE_S = 120.0
 
 
 class Lost(BaseException):
@@ -200,6 +200,8 @@ class Node:
             for (load, _), values in zip(self._state, state, strict=True):
                 load(copy.deepcopy(values))
         counted = members if place is Place.BEFORE else [m for m in members if m not in newcomers]
+        for one in self.open_rounds:
+            one.failed |= not set(one.members) <= set(members)
         opened = InProcessRound(self, number, members, counted)
         opened.failed = unhealed
         if not opened.opening:
@@ -207,6 +209,13 @@ class Node:
         if self.watch is not None:
             opened.seen = self.watch()
         return opened
+
+    def take_over(self, carried: dict[str, Any]) -> InProcessRound:
+        """A round that the donor has open."""
+        taken = InProcessRound(self, carried["number"], carried["members"], carried["counted"])
+        taken.failed = carried["failed"]
+        self.open_rounds.append(taken)
+        return taken
 
     def _save(self) -> list[Any]:
         return [copy.deepcopy(save()) for _, save in self._state]
@@ -261,6 +270,15 @@ class InProcessRound:
         """This node ends here."""
         dies = self._node.script.lost.get(self._node.rank) == self.number
         return dies and not self._node.joins
+
+    def carried(self) -> dict[str, Any]:
+        """What a newcomer needs to close it."""
+        return {
+            "number": self.number,
+            "members": self.members,
+            "counted": self.counted,
+            "failed": self.failed,
+        }
 
     def fail(self, error: Exception) -> None:
         """Free the others."""

@@ -51,6 +51,19 @@ class Kind:
     """How averages travel. Not of islands, SPARTA and what is gathered."""
 
 
+@dataclass
+class _Flight:
+    """A round between its opening and its close."""
+
+    index: int
+    """Of the part."""
+    sent: list[Tensor]
+    """The average."""
+    members: list[int]
+    closes: int
+    failed: bool
+
+
 class _Alone:
     """One node: its model and its inner optimizer."""
 
@@ -149,9 +162,10 @@ def _weights(kind: Kind, script: Script, steps: int, nodes: dict[int, _Alone]) -
     parts = [everything] if kind.fragments == 1 else [first, rest]
     backup = [p.clone() for p in start.parameters]
     momentum = [torch.zeros_like(p) for p in start.parameters]
-    slots = {k * kind.every // kind.fragments for k in range(1, steps + kind.every + 1)}
-    number, committed = 0, 0
-    in_flight: tuple[list[int], list[Tensor]] | None = None
+    slots = {k * kind.every // kind.fragments for k in range(1, kind.fragments * (steps + 2))}
+    number = 0
+    versions = [0] * len(parts)
+    in_flight: list[_Flight] = []
 
     inner: dict[tuple[int, int], dict] = {}
 
@@ -168,9 +182,12 @@ def _weights(kind: Kind, script: Script, steps: int, nodes: dict[int, _Alone]) -
     for n in nodes:
         keep(n, everything)
 
-    def opens() -> tuple[list[int], list[Tensor]]:
-        part = parts[committed % len(parts)]
+    def opens(closes: int) -> _Flight:
         members = _meet(script, number, nodes)
+        for other in in_flight:
+            other.failed |= not set(other.members) <= set(members)
+        away = [other.index for other in in_flight]
+        index = min((i for i in range(len(parts)) if i not in away), key=lambda i: versions[i])
         counted = [m for m in members if m not in script.newcomers(number)]
         for n in script.newcomers(number):
             keep(n, everything)
@@ -178,43 +195,43 @@ def _weights(kind: Kind, script: Script, steps: int, nodes: dict[int, _Alone]) -
                 _write(nodes[n].parameters, backup)
 
         def contribution(n: int) -> list[Tensor]:
-            return [_sent(kind, backup[i], nodes[n].parameters[i]) for i in part]
+            return [_sent(kind, backup[i], nodes[n].parameters[i]) for i in parts[index]]
 
         sent = _average(kind, members, counted, contribution)
         _drop_lost(script, number, nodes)
-        return part, sent
+        return _Flight(index, sent, members, closes, failed=not script.goes(number))
 
-    def closes(part: list[int], sent: list[Tensor]) -> int:
-        if not script.goes(number):
+    def close(one: _Flight) -> None:
+        part = parts[one.index]
+        if one.failed:
             bring_back(part)
             if kind.backup:
                 for node in nodes.values():
                     _write([node.parameters[i] for i in part], [backup[i] for i in part])
-            return 0
+            return
         for n in nodes:
             keep(n, part)
-        for i, average in zip(part, sent, strict=True):
+        for i, average in zip(part, one.sent, strict=True):
             _advance(kind, backup[i], momentum[i], average)
             for node in nodes.values():
                 p = node.parameters[i]
                 p.copy_(kind.mix * p + (1 - kind.mix) * backup[i])
-        return 1
+        versions[one.index] += 1
+
+    def close_until(step: float) -> None:
+        while in_flight and in_flight[0].closes <= step:
+            close(in_flight.pop(0))
 
     for step in range(1, steps + 1):
         with torch.enable_grad():
             for n, node in nodes.items():
                 node.step(n, step, skips_unused=kind.skips_unused)
-        if step in slots and in_flight is not None:
-            committed += closes(*in_flight)
-            in_flight = None
+        close_until(step)
         if step + kind.delay in slots:
             number += 1
-            in_flight = opens()
-            if not kind.delay:
-                committed += closes(*in_flight)
-                in_flight = None
-    if in_flight is not None:
-        closes(*in_flight)
+            in_flight.append(opens(step + kind.delay))
+            close_until(step)
+    close_until(math.inf)
 
 
 def _sent(kind: Kind, backup: Tensor, weights: Tensor) -> Tensor:

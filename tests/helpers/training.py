@@ -134,6 +134,18 @@ ROWS = {
         Kind("diloco", every=6, fragments=2, delay=3, mix=0.5),
         with_model_outer(every=6, fragments=2, delay=3, mix=0.5),
     ),
+    "DiLoCo, both of 2 fragments in flight": Row(
+        Kind("diloco", every=6, fragments=2, delay=5, mix=0.5),
+        with_model_outer(every=6, fragments=2, delay=5, mix=0.5),
+    ),
+    "DiLoCo, both of 2 fragments always in flight": Row(
+        Kind("diloco", every=4, fragments=2, delay=4),
+        lambda _: DiLoCo(OUTER, 4, fragments=2, delay=4),
+    ),
+    "DiLoCo, both of 2 fragments in flight, the inner state restored too": Row(
+        Kind("diloco", every=5, fragments=2, delay=4, restores_inner=True),
+        lambda _: DiLoCo(OUTER, 5, fragments=2, delay=4, inner_state="restored"),
+    ),
     "DiLoCo, the inner state restored too": Row(
         Kind("diloco", every=4, restores_inner=True),
         lambda _: DiLoCo(OUTER, 4, inner_state="restored"),
@@ -181,6 +193,7 @@ class Training:
         self.strategy.bind(self.local, node)
         node.register(self.load, self.save)
         node.register(self.strategy.load_shared_state_dict, self.strategy.shared_state_dict)
+        node.register(self.strategy.take_over, self.strategy.open_rounds)
 
     def save(self) -> Any:
         return {"model": self.model.state_dict(), "inner": self.inner.state_dict()}

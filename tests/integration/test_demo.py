@@ -81,6 +81,15 @@ def test_a_group_is_killed_and_heals_and_all_end_alike(demo: Demo) -> None:
     assert "miss its wall time" not in said
 
 
+def test_a_group_is_killed_while_averages_are_in_flight_and_all_end_alike(demo: Demo) -> None:
+    command = demo("--replicas=2", "--steps=40", "--seed=3", "--strategy=streaming")
+    said = said_all(command)
+    assert command.returncode == 0, said
+    assert "has healed to step" in said
+    assert "digests: equal in all groups" in said
+    assert "miss its wall time" not in said
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_demo_that_is_told_to_stop_leaves_nothing_behind(
     demo: Demo, number: signal.Signals
@@ -136,7 +145,7 @@ def test_a_killed_rank_takes_its_group_down_and_it_comes_back_whole(
 def test_twenty_seeds_end_alike_and_some_step_is_discarded(demo: Demo, tmp_path: Path) -> None:
     discarded = 0
     for seed in range(20):
-        strategy = ("ddp", "local_sgd", "diloco")[seed % 3]
+        strategy = ("ddp", "local_sgd", "diloco", "streaming")[seed % 4]
         folder = tmp_path / f"seed_{seed}"
         command = demo(f"--seed={seed}", f"--strategy={strategy}", f"--keep={folder}")
         said = said_all(command)

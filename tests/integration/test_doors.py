@@ -88,6 +88,19 @@ def delayed(t: Training) -> DiLoCo:
     )
 
 
+def in_flight(t: Training) -> DiLoCo:
+    fragments = [t.model.first, t.model.second]
+    return DiLoCo(
+        t.manager,
+        fragments,
+        t.inner,
+        OUTER(t.trained),
+        6,
+        fragment_sync_delay=5,
+        fragment_update_alpha=0.5,
+    )
+
+
 @dataclass(frozen=True)
 class Row:
     """A door and what it computes."""
@@ -103,6 +116,9 @@ ROWS = {
     "DiLoCo, 2 fragments": Row(streaming, Kind("diloco", every=4, fragments=2, skips_unused=True)),
     "DiLoCo, delayed, mixed": Row(
         delayed, Kind("diloco", every=4, delay=1, mix=0.5, skips_unused=True)
+    ),
+    "DiLoCo, both of 2 fragments in flight": Row(
+        in_flight, Kind("diloco", every=6, fragments=2, delay=5, mix=0.5, skips_unused=True)
     ),
 }
 every_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())

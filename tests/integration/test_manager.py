@@ -128,8 +128,7 @@ def test_a_late_error_does_not_touch_the_next_step(tmp_path: Path) -> None:
         manager.start_quorum()
         late: Future[int] = Future()
         guarded = manager.wrap_future(late, default=7)
-        before = manager._transaction
-        assert before is not None
+        before = manager._begun("this").transaction
         assert manager.should_commit()
         manager.start_quorum()
         before.report(RuntimeError("late"))

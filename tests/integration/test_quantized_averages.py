@@ -64,7 +64,7 @@ def test_what_a_codec_cannot_hold_is_refused_and_the_step_goes_on(tmp_path: Path
             manager.allreduce(torch.ones(3), should_quantize="int5")
         with pytest.raises(NotImplementedError, match="SUM or AVG"):
             manager.allreduce(torch.ones(3), should_quantize=True, reduce_op=ReduceOp.MAX)
-        round_ = ManagedRound(manager, opening=False)  # before it sends its first tensor
+        round_ = ManagedRound(manager.take_step())  # before it sends its first tensor
         with pytest.raises(SettingsError, match="no float64"):
             round_.average([torch.ones(1, 3), torch.ones(1, 3).double()], codec_of("fp32"))
         return group.pg.bytes_sent - before, round_.close()

@@ -84,7 +84,7 @@ def test_a_no_of_one_leaves_what_the_other_did() -> None:
     weights, state = seen[0][3]
     start = list(state["0"]["original_parameters"].values())
     assert_close(weights, start, rtol=0, atol=0)
-    assert state["0"]["committed_rounds"] == 0
+    assert state["0"]["version"] == 0
 
 
 def test_nothing_is_written_before_either_round_closes() -> None:

@@ -33,12 +33,27 @@ def test_every_fragment_has_its_turn_once_in_h_steps(schedule: tuple[int, int]) 
 
 
 @given(schedules(), st.data())
-def test_a_delay_fits_until_the_next_round(schedule: tuple[int, int], data: st.DataObject) -> None:
+def test_a_delay_fits_until_the_fragments_next_round(
+    schedule: tuple[int, int], data: st.DataObject
+) -> None:
     every, fragments = schedule
-    longest = every // fragments
-    check_schedule(every, fragments, data.draw(st.integers(0, longest)), 0.0)
-    with pytest.raises(SettingsError, match=f"use 0 to {longest}"):
-        check_schedule(every, fragments, longest + data.draw(st.integers(1, 50)), 0.0)
+    check_schedule(every, fragments, data.draw(st.integers(0, every)), 0.0)
+    with pytest.raises(SettingsError, match=f"use 0 to {every}"):
+        check_schedule(every, fragments, every + data.draw(st.integers(1, 50)), 0.0)
+
+
+@given(schedules(), st.data())
+def test_a_fragment_is_back_before_it_is_its_turn(
+    schedule: tuple[int, int], data: st.DataObject
+) -> None:
+    every, fragments = schedule
+    delay = data.draw(st.integers(0, every))
+    in_flight: list[int] = []
+    for step in range(1, 3 * every + 1):
+        in_flight = [closes for closes in in_flight if closes > step]
+        if is_slot(step + delay, every, fragments):
+            assert len(in_flight) < fragments
+            in_flight.append(step + delay)
 
 
 @given(schedules(), st.data())
@@ -46,9 +61,9 @@ def test_it_rests_where_some_step_has_no_round_in_flight(
     schedule: tuple[int, int], data: st.DataObject
 ) -> None:
     every, fragments = schedule
-    delay = data.draw(st.integers(0, every // fragments))
+    delay = data.draw(st.integers(0, every))
     recipe = DiLoCo(OUTER, every, fragments=fragments, delay=delay)
-    slots = [step for step in range(3 * every + 1) if is_slot(step, every, fragments)]
+    slots = [step for step in range(4 * every + 1) if is_slot(step, every, fragments)]
     in_flight = {step for slot in slots for step in range(slot - delay, slot)}
     assert recipe.rests is not in_flight.issuperset(range(every, 2 * every))
 
@@ -64,7 +79,6 @@ def rounds_of(every: int, delay: int, steps: int) -> list[tuple[int, int, int]]:
         real = node.open
 
         def spied(place: Place) -> object:
-            assert node.open_rounds == [], "a round opens while another is open"
             opened.append(strategy.clock.steps)
             return real(place)
 
@@ -90,3 +104,11 @@ def test_an_h_that_fragments_do_not_divide() -> None:
 def test_a_round_closes_before_the_next_opens_at_the_same_step() -> None:
     # Nothing has moved before the first step, so the first slot only opens.
     assert rounds_of(6, 3, 12) == [(3, 6, 0), (6, 9, 1), (9, 12, 0)]
+
+
+def test_rounds_are_in_flight_together_and_close_in_the_order_they_opened() -> None:
+    assert rounds_of(6, 5, 15) == [(1, 6, 0), (4, 9, 1), (7, 12, 0), (10, 15, 1)]
+
+
+def test_a_fragment_that_closes_where_it_opens_again() -> None:
+    assert rounds_of(4, 4, 14) == [(2, 6, 0), (4, 8, 1), (6, 10, 0), (8, 12, 1), (10, 14, 0)]

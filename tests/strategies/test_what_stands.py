@@ -156,7 +156,7 @@ class TestErrorsInARound:
         views = state["original_parameters"]
         names = dict(Tiny().named_parameters())
         assert_close(views, {n: names[n].detach() for n in views})
-        assert state["committed_rounds"] == 0
+        assert state["version"] == 0
 
     def test_the_quorum_fails(self) -> None:
         def no_quorum(one: Training) -> None:

@@ -192,12 +192,26 @@ def test_a_second_half_that_cannot_begin_is_not_begun_twice() -> None:
     assert group.gathers == 1
 
 
-def test_the_second_half_is_not_sent_to_other_members_than_the_first() -> None:
-    group = Group()
+def test_the_second_half_goes_to_the_members_of_the_first_whoever_is_there_by_then() -> None:
+    members, others = Group(), Group()
+    members.chunks.ended = members.means.ended = True
+    group = Group(generation=members, chunks=members.chunks)
+    work = OrderedMean(group, torch.ones(3), [0, 1])  # type: ignore[arg-type]
+    group.generation = others
+    work.wait()
+    assert (members.gathers, others.gathers, group.gathers) == (1, 0, 0)
+
+
+def test_the_second_half_is_refused_when_its_members_were_given_up() -> None:
+    class GivenUp:
+        def allgather(self, *_: object) -> Work:
+            raise CollectiveError("abandoned")
+
+    group = Group(generation=GivenUp())
     group.chunks.ended = True
     work = OrderedMean(group, torch.ones(3), [0, 1])  # type: ignore[arg-type]
-    group.generation = 2
-    with pytest.raises(CollectiveError, match="exchanged"):
+    group.generation = Group()
+    with pytest.raises(CollectiveError, match="abandoned"):
         work.wait()
     assert group.gathers == 0
 

@@ -99,6 +99,12 @@ DOORS: dict[str, tuple[Kind, Callable[[Group], Any]]] = {
         Kind("diloco", every=5, fragments=2, delay=2, skips_unused=True),
         lambda g: streaming(g, every=5, fragment_sync_delay=2),
     ),
+    "DiLoCo, both of 2 fragments in flight": (
+        Kind("diloco", every=6, fragments=2, delay=5, mix=0.5, skips_unused=True),
+        lambda g: streaming(
+            g, every=6, fragment_sync_delay=5, fragment_update_alpha=0.5, use_bucketization=True
+        ),
+    ),
     "DiLoCo, the inner state restored too": (
         Kind("diloco", every=4, restores_inner=True, skips_unused=True),
         lambda g: diloco(g, inner_state="restored"),
@@ -356,9 +362,8 @@ class TestRefusals:
         ("every", "options", "says"),
         [
             (1, {}, "less than the 2 fragments.*use 2 or more"),
-            (4, {"fragment_sync_delay": 3}, "2 inner steps apart: use 0 to 2"),
-            (5, {"fragment_sync_delay": 3}, "2 inner steps apart or one more: use 0 to 2"),
-            (4, {"fragment_sync_delay": -1}, "use 0 to 2"),
+            (4, {"fragment_sync_delay": 5}, "4 inner steps apart: use 0 to 4"),
+            (4, {"fragment_sync_delay": -1}, "use 0 to 4"),
             (4, {"fragment_update_alpha": 1.5}, "is not a share"),
             (4, {"fragment_update_alpha": -0.1}, "is not a share"),
             (4, {"inner_state": "kept"}, "'stands' or is 'restored'"),

@@ -23,7 +23,7 @@ def test_a_round_without_a_step_counts_none() -> None:
 def test_a_step_that_could_not_be_applied_is_taken_back_with_its_batches() -> None:
     progress = Progress(fresh=False, step=7, batches_committed=14)
     progress.commit(groups=2)
-    progress.fall_behind(7, 2)
+    progress.fall_behind(groups=2)
     assert progress == Progress(fresh=False, step=7, batches_committed=14)
 
 

@@ -23,6 +23,7 @@ EXAMPLES = """\
 examples:
   torchft demo                                   3 groups, DDP, one kill
   torchft demo --strategy diloco --seed 7        another strategy, another moment and victim
+  torchft demo --strategy streaming              averages in flight when the group is killed
   torchft demo --replicas 2 --workers-per-replica 2
   torchft demo --no-kill --keep runs/quiet       keep logs and step records
 """
@@ -59,7 +60,8 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         choices=STRATEGIES,
         default="ddp",
         help="what the groups exchange: gradients in each step (ddp), weights (local_sgd) or an "
-        "outer step (diloco) every few steps",
+        "outer step (diloco) every few steps, or the outer steps of fragments while training goes "
+        "on (streaming)",
     )
     add(
         "--steps",
@@ -72,7 +74,7 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         type=at_least(1),
         default=5,
         metavar="N",
-        help="local_sgd and diloco: inner steps in one step (5)",
+        help="all but ddp: inner steps in one step (5)",
     )
     add(
         "--corpus",

@@ -28,9 +28,10 @@ from torch.distributed import Work
 from torch.distributed.distributed_c10d import AllgatherOptions
 from torch.futures import Future
 
-from torchft.errors import CollectiveError, PhaseError
+from torchft.errors import PhaseError
 from torchft.ordered import chunk_of, ordered_mean
 from torchft.process_group import ProcessGroup
+from torchft.process_group.generation import Generation
 
 __all__ = ["AsIs", "Codec", "OrderedMean", "as_bytes"]
 
@@ -82,7 +83,7 @@ class OrderedMean(Work):
         self._tensor = tensor
         self._counted = list(counted)
         self._codec = codec or AsIs()
-        self._generation = getattr(group, "generation", None)
+        self._generation: Generation | None = getattr(group, "generation", None)
         self._error: Exception | None = None
         self._done = tensor.numel() == 0
         self._chunks: Work | None = None
@@ -130,17 +131,22 @@ class OrderedMean(Work):
         """Begun once: another start would not be matched by the other members."""
         if self._error is not None:
             raise self._error
-        if getattr(self._group, "generation", None) is not self._generation:
-            raise CollectiveError("its members were exchanged before it was waited for")
         mine = self._codec.encode(self._mean(self._received))
         self._gathered = mine.new_empty(self._received.shape[0], mine.shape[1])
         try:
-            self._means = self._group.allgather(
+            self._means = self._same_members().allgather(
                 [list(self._gathered.unbind())], [mine[0]], AllgatherOptions()
             )
         except Exception as error:
             self._error = error
             raise
+
+    def _same_members(self) -> ProcessGroup | Generation:
+        """Among whom it began: also after the group was made anew among others."""
+        now = getattr(self._group, "generation", None)
+        if self._generation is None or self._generation is now:
+            return self._group
+        return self._generation
 
     def _mean(self, received: Tensor) -> Tensor:
         """`[members, m]` bytes → `[1, chunk]`, the mean of those that are counted."""

@@ -10,10 +10,10 @@ from torchft.launch.story import Story
 
 __all__ = ["STRATEGIES", "DemoOptions"]
 
-STRATEGIES = ("ddp", "local_sgd", "diloco")
+STRATEGIES = ("ddp", "local_sgd", "diloco", "streaming")
 
-DEFAULT_STEPS = {"ddp": 240, "local_sgd": 60, "diloco": 60}
-"""Committed steps; one of the last two is `sync_every` inner steps long."""
+DEFAULT_STEPS = {"ddp": 240, "local_sgd": 60, "diloco": 60, "streaming": 60}
+"""Committed steps; but for DDP `sync_every` inner steps lie between two of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class DemoOptions:
     steps: int | None = None
     """None: what fits the strategy."""
     sync_every: int = 5
-    """Inner steps between two synchronisations of LocalSGD and DiLoCo."""
+    """Inner steps between two synchronisations, streaming of two fragments."""
     kill: bool = True
     seed: int = 0
     keep: Path | None = None

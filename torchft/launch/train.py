@@ -193,6 +193,27 @@ def train_diloco(trainee: Trainee) -> dict[str, Any]:
     return {"model": trainee.model.state_dict(), "outer": outer.state_dict()}
 
 
+def train_streaming(trainee: Trainee) -> dict[str, Any]:
+    """DiLoCo in fragments, whose averages travel while the others train: there is always one in
+    flight, and two for half of the time."""
+    manager, slot = trainee.manager, trainee.options.sync_every
+    fragments = trainee.model.fragments()
+    outer = torch.optim.SGD(trainee.model.parameters(), lr=0.7, momentum=0.9, nesterov=True)
+    diloco = DiLoCo(
+        manager,
+        fragments,
+        trainee.optimizer,
+        outer,
+        sync_every=slot * len(fragments),
+        fragment_sync_delay=slot + slot // 2,
+        fragment_update_alpha=0.5,
+    )
+    with diloco:
+        _train_alone(trainee)
+    # Each group's own weights are a mixture of these and what it has trained since.
+    return diloco.shared_state_dict()
+
+
 def _train_alone(trainee: Trainee) -> None:
     """Inner steps; a hook on the optimizer synchronises when it is time."""
     manager, optimizer = trainee.manager, trainee.optimizer
@@ -211,6 +232,7 @@ LOOPS: dict[str, Callable[[Trainee], dict[str, Any]]] = {
     "ddp": train_ddp,
     "diloco": train_diloco,
     "local_sgd": train_local_sgd,
+    "streaming": train_streaming,
 }
 """Each trains until the end and returns the state that all groups must hold alike."""
 

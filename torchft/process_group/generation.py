@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import threading
 import weakref
 from collections.abc import Sequence
 from datetime import timedelta
@@ -35,6 +34,7 @@ from torch.distributed.distributed_c10d import (
 
 from torchft.errors import CollectiveError
 from torchft.process_group import reaper, sockets
+from torchft.process_group.account import Account, payer
 from torchft.process_group.rendezvous import Member
 
 __all__ = ["Generation"]
@@ -78,10 +78,10 @@ class Generation:
         """Where its members met. Served by one of them, so it ends with that one."""
         self.error: CollectiveError | None = None
         """Why it was retired."""
-        self.bytes_sent = 0
-        """Payload that this member has handed to the wire."""
+        self.account = Account()
+        self.total: Account | None = None
+        """That of all generations of one process group."""
         self._size = len(self.members)
-        self._counting = threading.Lock()
         self._backend = backend
         self._own = tuple(own)
         self._release = weakref.finalize(self, _release, [backend], self._own, os.getpid())
@@ -226,9 +226,15 @@ class Generation:
         self._count(_bytes(output_tensors) * (self._size - 1))
         return work
 
+    @property
+    def bytes_sent(self) -> int:
+        """Payload that this member has handed to the wire."""
+        return self.account.bytes_sent
+
     def _count(self, sent: int) -> None:
-        with self._counting:  # DDP's hooks communicate from autograd's threads
-            self.bytes_sent += sent
+        for account in (self.account, self.total, payer()):
+            if account is not None:
+                account.add(sent)
 
 
 class _Gone:

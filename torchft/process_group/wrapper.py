@@ -7,7 +7,6 @@ an old one. What is swapped out lives on for as long as somebody still communica
 
 from __future__ import annotations
 
-import threading
 from datetime import timedelta
 
 from torch import Tensor
@@ -21,6 +20,7 @@ from torch.distributed.distributed_c10d import (
     ReduceScatterOptions,
 )
 
+from torchft.process_group.account import Account
 from torchft.process_group.attempt import Attempt, Deadline
 from torchft.process_group.base import AnyAllreduceOptions, ProcessGroup
 from torchft.process_group.generation import Generation
@@ -42,9 +42,8 @@ class ProcessGroupWrapper(ProcessGroup):
         self._timeout = timeout
         self._pg = pg
         self._generation: Generation | None = None
-        self._sent_before = 0
+        self._sent = Account()
         self._attempt: Attempt[Generation] | None = None  # the configure that runs now
-        self._swapping = threading.Lock()
 
     # ------------------------------------------------------------------ members
 
@@ -68,8 +67,7 @@ class ProcessGroupWrapper(ProcessGroup):
         """Payload handed to the wire, over all generations that were this group's latest."""
         if isinstance(self._pg, ProcessGroupWrapper):
             return self._pg.bytes_sent
-        generation = self._generation
-        return self._sent_before + (generation.bytes_sent if generation else 0)
+        return self._sent.bytes_sent
 
     def configure(self, store_addr: str, replica_id: str, rank: int, world_size: int) -> None:
         """Make a new generation; the old one is let go before and never waited for."""
@@ -142,10 +140,9 @@ class ProcessGroupWrapper(ProcessGroup):
         raise self._lacks("configure")
 
     def _swap(self, generation: Generation | None) -> None:
-        with self._swapping:
-            if self._generation is not None:
-                self._sent_before += self._generation.bytes_sent
-            self._generation = generation
+        if generation is not None:
+            generation.total = self._sent
+        self._generation = generation
 
     # ------------------------------------------------------------------ operations
 

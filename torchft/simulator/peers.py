@@ -1,15 +1,16 @@
 """`Peers` among nodes that are rows of one process.
 
 A round opens with those that are up to date; those that wait to heal do so then, from a donor's
-row. It comes to nothing when a member is gone before it closes. Each is recorded, with the bytes
-that real processes would have sent.
+row. It comes to nothing when a member is gone as it opens, or when a later round opens without that
+member before it closes: averages arrive at once. Each is recorded, with the bytes that real
+processes would have sent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -74,6 +75,7 @@ class StackedPeers:
         """The inner step that the nodes are in."""
         self.rounds: list[RoundRecord] = []
         self.heals: list[HealRecord] = []
+        self._open: list[StackedRound] = []
         self.deterministic = deterministic
         """Averages count the bytes of the collective that adds in node order."""
         self.local, self.attendance = local, attendance
@@ -96,14 +98,27 @@ class StackedPeers:
         for node, donor in healed:
             self._heal(node, donor)
         members = tuple(self.attendance.alive)
+        self._look_for_lost(members)
         newcomers = {node for node, _ in healed}
         counted = members
         if place is Place.AFTER:
             counted = tuple(node for node in members if node not in newcomers)
         opened = StackedRound(self, place, members, counted, self._strategy.opening)
+        self._open.append(opened)
         for node in self.attendance.strike(self.now):
             self.local.die(node)
+            opened.failed = True
         return opened
+
+    def take_over(self, carried: dict[str, Any]) -> NoReturn:
+        """Nobody has to: a row that heals shares the rounds of its strategy."""
+        raise AssertionError("rows have no rounds of their own")
+
+    def _look_for_lost(self, members: tuple[int, ...]) -> None:
+        """A round that is still open comes to nothing when a later one opens without a member."""
+        now = {(node, self.attendance.lives[node]) for node in members}
+        for one in self._open:
+            one.failed |= not one.lives <= now
 
     def _heal(self, node: int, donor: int) -> None:
         self.local.heal(node, donor)
@@ -126,8 +141,9 @@ class StackedPeers:
         """Whether this recipe takes something back after a no."""
         return type(self._strategy.recipes[recipe]).discard is not Recipe.discard
 
-    def closed(self, record: RoundRecord) -> None:
+    def closed(self, one: StackedRound, record: RoundRecord) -> None:
         """Remember a round; whoever missed its commit waits to heal."""
+        self._open.remove(one)
         self.rounds.append(record)
         if record.committed:
             for node in self.attendance.miss(self.now):
@@ -151,7 +167,7 @@ class StackedRound:
         self.members, self.counted = members, counted
         self._peers, self._place, self._recipe = peers, place, recipe
         self._opened = peers.now
-        self._lives = [peers.attendance.lives[node] for node in members]
+        self.lives = {(node, peers.attendance.lives[node]) for node in members}
         self._kind = "average"
         self._sent = dict.fromkeys(members, 0)
         self._collectives = 0
@@ -206,15 +222,19 @@ class StackedRound:
             means.append(mean)
         return _Ready(means)
 
+    def carried(self) -> dict[str, Any]:
+        """Nothing: see `StackedPeers.take_over`."""
+        return {}
+
     def fail(self, error: Exception) -> None:
         """Its close will be a no."""
         self.failed = True
 
     def close(self) -> bool:
-        """Yes, unless it was given up, voted down, or a member is gone."""
-        there = self._lives == [self._peers.attendance.lives[node] for node in self.members]
-        committed = there and not self.failed and self._peers.attendance.goes(self._peers.now)
+        """Yes, unless it was given up, voted down, or a member was lost."""
+        committed = not self.failed and self._peers.attendance.goes(self._peers.now)
         self._peers.closed(
+            self,
             RoundRecord(
                 step=self._peers.now,
                 place=self._place,
@@ -227,7 +247,7 @@ class StackedRound:
                 recipe=self._recipe,
                 restores=self._peers.restores(self._recipe),
                 delay=self._peers.now - self._opened,
-            )
+            ),
         )
         return committed
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torchft.digest import digest
-from torchft.peers import Handle, Peers, Place, Round
+from torchft.peers import Handle, Place
 from torchft.quantization import Codec
 from torchft.simulator.events import Dies
 from torchft.simulator.experiment import Experiment
@@ -27,6 +27,7 @@ from torchft.strategies.strategy import Strategy
 
 if TYPE_CHECKING:
     from torchft.launch.local_node import LocalNode
+    from torchft.managed_peers import ManagedRound
 
 __all__ = ["RealNode", "from_bytes"]
 
@@ -146,6 +147,7 @@ class _Trainer:
             "model": self._model.state_dict(),
             "inner": self._inner.state_dict(),
             "strategy": self._strategy.shared_state_dict(),
+            "open_rounds": self._strategy.open_rounds(),
             "node": self._node.number,
         }
 
@@ -153,6 +155,7 @@ class _Trainer:
         self._model.load_state_dict(state["model"])
         self._inner.load_state_dict(state["inner"])
         self._strategy.load_shared_state_dict(state["strategy"])
+        self._strategy.take_over(state["open_rounds"])
         if self._clock.steps:  # at the start all are equal, whoever gave whom what
             self._node.manager.note(healed_from=state["node"])
 
@@ -168,7 +171,7 @@ class _Watched:
         self.committed = False
         """A round did, since this was last reset."""
         self.strategy, self._death = strategy, death
-        self._peers: Peers = node.peers(deterministic=deterministic)
+        self._peers = node.peers(deterministic=deterministic)
 
     def compare(self, setting: str, value: str) -> None:
         """As the peers do."""
@@ -179,6 +182,10 @@ class _Watched:
         opened = self._peers.open(place)
         self.node.joined()
         return _WatchedRound(self, place, opened)
+
+    def take_over(self, carried: dict[str, Any]) -> _WatchedRound:
+        """As the peers do."""
+        return _WatchedRound(self, Place.AFTER, self._peers.take_over(carried))
 
     def step(self, place: Place) -> int:
         """The inner step; after it the clock has counted it already."""
@@ -196,13 +203,12 @@ class _Watched:
 class _WatchedRound:
     """A round, with its bytes."""
 
-    def __init__(self, peers: _Watched, place: Place, real: Round) -> None:
+    def __init__(self, peers: _Watched, place: Place, real: ManagedRound) -> None:
         self.opening = real.opening
         self._peers, self._place, self._real = peers, place, real
-        self._before = peers.node.pg.bytes_sent
+        self._opened = peers.step(place)
         self._kind, self._collectives = peers.averages, 0
         self._recipe = peers.strategy.opening
-        self._opened = peers.step(place)
 
     @property
     def failed(self) -> bool:
@@ -222,20 +228,22 @@ class _WatchedRound:
     ) -> Handle:
         return self._real.average_within(tensors, islands)
 
+    def carried(self) -> dict[str, Any]:
+        return self._real.carried()
+
     def fail(self, error: Exception) -> None:
         self._real.fail(error)
 
     def close(self) -> bool:
-        node, step = self._peers.node, self._peers.step(self._place)
-        node.manager.note(
-            inner_step=step,
-            delay=step - self._opened,
+        self._peers.node.manager.note(
+            inner_step=self._peers.step(self._place),
+            opened=self._opened,
             place=self._place.name,
             recipe=self._recipe,
             restores=self._peers.restores(self._recipe),
             kind=self._kind,
             collectives=self._collectives,
-            round_bytes=node.pg.bytes_sent - self._before,
+            round_bytes=self._real.bytes_sent,
         )
         committed = self._real.close()
         self._peers.committed |= committed

@@ -35,16 +35,13 @@ class RealRound:
     """One round, as all that closed it saw it."""
 
     inner_step: int
-    """That in which it closed."""
+    """In which it closed."""
+    opened: int
+    """The inner step in which it opened."""
     members: tuple[str, ...]
     """Replica ids, in rank order."""
     records: dict[str, StepRecord] = field(default_factory=dict)
     """By replica id."""
-
-    @property
-    def opened(self) -> int:
-        """The inner step in which it opened."""
-        return self.inner_step - next(iter(self.records.values())).extra["delay"]
 
     @property
     def committed(self) -> list[str]:
@@ -77,7 +74,10 @@ def rounds_of(records: Iterable[StepRecord]) -> list[RealRound]:
                 "runs of the simulator's processes can be repeated"
             )
         key = (step, record.step, record.quorum_id)
-        rounds.setdefault(key, RealRound(step, record.members)).records[record.replica_id] = record
+        opened = record.extra.get("opened", step)
+        one = rounds.setdefault(key, RealRound(step, opened, record.members))
+        one.opened = min(one.opened, opened)  # one that took it over was not there then
+        one.records[record.replica_id] = record
     return [rounds[key] for key in sorted(rounds)]
 
 
@@ -109,7 +109,7 @@ class _Story:
         found: list[Event] = []
         for at, one in enumerate(self._rounds):
             found += self._joined(one)
-            found += self._missed(at, one) if one.committed else self._failed(one)
+            found += self._missed(at, one) if one.committed else self._failed(at, one)
             found += self._gone_after(at, one)
         return sorted(found, key=lambda event: event.step)
 
@@ -133,12 +133,13 @@ class _Story:
         later = (self._rounds[one].donor_of(life) for one in self._opens[life] if one > at)
         return next((donor for donor in later if donor is not None), None)
 
-    def _failed(self, one: RealRound) -> Iterator[Event]:
+    def _failed(self, at: int, one: RealRound) -> Iterator[Event]:
         died = [life for life in one.silent if life in self._up_to_date]
         if not died:  # or only one that nobody knew yet
             yield Discards(one.inner_step)
         for life in died:
-            yield Dies(_node_of(life), one.opened, in_round=True)
+            if self._opens[life][-1] == at:  # earlier ones, still open then, failed with it
+                yield Dies(_node_of(life), one.opened, in_round=True)
 
     def _gone_after(self, at: int, one: RealRound) -> Iterator[Event]:
         """Members whose last round this is, while others open more."""
@@ -147,7 +148,8 @@ class _Story:
         for life in one.members:
             died_in_it = not one.committed and life in one.silent
             if self._opens[life][-1] == at and not died_in_it and life in self._up_to_date:
-                yield Dies(_node_of(life), one.inner_step + 1)
+                last = one.inner_step if life in one.records else one.opened
+                yield Dies(_node_of(life), last + 1)
 
 
 def heals_of(rounds: Sequence[RealRound]) -> list[HealRecord]:
@@ -189,7 +191,7 @@ def _round_record(one: RealRound) -> RoundRecord:
         collectives=extra["collectives"],
         recipe=extra["recipe"],
         restores=extra["restores"],
-        delay=extra["delay"],
+        delay=one.inner_step - one.opened,
     )
 
 

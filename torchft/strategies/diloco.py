@@ -12,8 +12,8 @@ With n fragments one of them synchronises at a time, in turn, so that the peak o
 1/n of the model. The k-th round closes after inner step ⌊kH/n⌋, for any H ≥ n: H = 5 with two
 fragments gives 2, 5, 7, 10. With `delay` it opens so many steps earlier, and the average travels
 while training goes on; `mix` keeps a share of what was learned meanwhile: w ← mix · w + (1 - mix) ·
-backup. A delay as long as the shortest distance ⌊H/n⌋ is the longest: one round closes, and at the
-same point the next one opens. (Streaming DiLoCo: Douillard et al., arXiv 2501.18512.)
+backup. From the shortest distance ⌊H/n⌋ on, the next round opens where one closes, or before; H is
+the longest delay. (Streaming DiLoCo: Douillard et al., arXiv 2501.18512.)
 
 After a no, the fragment's weights go back to its backup, which like the outer optimizer stands
 untouched; the same fragment is tried again in the next round, so that all others come later by one.
@@ -66,7 +66,8 @@ class DiLoCo(Recipe):
         self.inner_backups: list[InnerBackup] = []
         """Empty where the inner state stands after a no."""
         self._restores_inner = inner_state == RESTORED
-        self.rounds = 0
+        self.versions = [0] * fragments
+        """How many outer steps each fragment has had."""
         self.delay, self.mix = delay, mix
         self.varies = fragments > 1
         self._parts = fragments
@@ -94,8 +95,15 @@ class DiLoCo(Recipe):
         return is_slot(self.clock.steps + self.delay, self.every, self._parts)
 
     def fragment(self) -> Fragment:
-        """In turn; one that failed is tried again."""
-        return self.fragments[self.rounds % len(self.fragments)]
+        """Of those that are not in flight, the one with the fewest outer steps: so they take turns,
+        and one that failed is tried again."""
+        away = {fragment.index for fragment in self.in_flight}
+        waiting = [fragment for fragment in self.fragments if fragment.index not in away]
+        return min(waiting, key=lambda fragment: self.versions[fragment.index])
+
+    def of(self, index: int) -> Fragment:
+        """One of those that take turns."""
+        return self.fragments[index]
 
     def settle_in(self) -> None:
         """Start from the global weights, not from the donor's local ones."""
@@ -115,7 +123,7 @@ class DiLoCo(Recipe):
     def apply(self, fragment: Fragment, received: list[Tensor]) -> list[Tensor]:
         """The outer step."""
         self.outer.step(fragment, received)
-        self.rounds += 1
+        self.versions[fragment.index] += 1
         return self.backups[fragment.index].flats
 
     def adopt(self, fragment: Fragment, news: list[Tensor], draft: None) -> None:
@@ -132,6 +140,11 @@ class DiLoCo(Recipe):
         ]
         self.local.set_weights(fragment, mixed)
         self.local.release(mine, reusable=True)
+
+    def go_on_after(self, rounds: int) -> None:
+        """So many rounds were committed before, the fragments in turn."""
+        parts = len(self.fragments)
+        self.versions = [(rounds + parts - 1 - index) // parts for index in range(parts)]
 
     def discard(self, fragment: Fragment, draft: None) -> None:
         """Go back to the last synchronisation."""
@@ -155,7 +168,7 @@ class DiLoCo(Recipe):
         return {
             "outer_optimizer": self.outer.state_dict(fragment),
             "original_parameters": self.backups[fragment.index].views(),
-            "committed_rounds": self.rounds,
+            "version": self.versions[fragment.index],
             "inner_steps": self.clock.steps,
         }
 
@@ -163,7 +176,7 @@ class DiLoCo(Recipe):
         """Take over a donor's; the weights follow when the round has opened."""
         self.backups[fragment.index].load(state["original_parameters"])
         self.outer.load_state_dict(fragment, state["outer_optimizer"])
-        self.rounds = state["committed_rounds"]
+        self.versions[fragment.index] = state["version"]
         self.clock.steps = state["inner_steps"]
         self._healed = True
 
@@ -208,18 +221,13 @@ def check_schedule(every: int, fragments: int, delay: int, mix: float) -> None:
             f"sync_every={every} is less than the {fragments} fragments, one of which synchronises "
             f"at a time: use {fragments} or more"
         )
-    if not 0 <= delay <= every // fragments:
+    if not 0 <= delay <= every:
         raise SettingsError(
-            f"fragment_sync_delay={delay} does not fit between two synchronisations, which are "
-            f"{every // fragments} inner steps apart{_at_least(every, fragments)}: use 0 to "
-            f"{every // fragments}"
+            f"fragment_sync_delay={delay} does not fit between two synchronisations of a fragment, "
+            f"which are {every} inner steps apart: use 0 to {every}"
         )
     if not 0.0 <= mix <= 1.0:
         raise SettingsError(
             f"fragment_update_alpha={mix} is not a share: use 0 (take the global weights) to 1 "
             "(keep the local ones)"
         )
-
-
-def _at_least(every: int, fragments: int) -> str:
-    return "" if every % fragments == 0 else " or one more"

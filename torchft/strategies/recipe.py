@@ -62,6 +62,8 @@ class Recipe:
     clock: Clock
     own: dict[str, list[Tensor]]
     """Own state by name: tensors with a leading row for each node. Zero at the start."""
+    in_flight: list[Fragment]
+    """Of its rounds that are open now, in the order in which they were opened."""
     _healed = False
     _asked = False
     """It has contributed to a round."""
@@ -74,7 +76,7 @@ class Recipe:
         """
         if hasattr(self, "local"):
             raise SettingsError(f"this {type(self).__name__} is in use: make one per strategy")
-        self.local, self.clock, self.own = local, clock, {}
+        self.local, self.clock, self.own, self.in_flight = local, clock, {}, []
         self.setup()
 
     def setup(self) -> None:
@@ -91,6 +93,10 @@ class Recipe:
 
     def fragment(self) -> Fragment:
         """What the round that opens now is about; asked after it opened, so the clock is agreed."""
+        return self.local.whole
+
+    def of(self, index: int) -> Fragment:
+        """The fragment of that index."""
         return self.local.whole
 
     def opened(self) -> None:

@@ -61,6 +61,23 @@ class _InFlight:
     draft: Any
     closes: int
     """The clock's time of the close."""
+    cut: bool = False
+    """What it sent travels in buckets."""
+
+    def received(self) -> list[Tensor]:
+        """Wait for the result, whole again."""
+        received = self.handle.wait()
+        return buckets.join(received, self.sent) if self.cut else received
+
+
+@dataclass(frozen=True)
+class _Arrived:
+    """What a donor had received already."""
+
+    tensors: list[Tensor]
+
+    def wait(self) -> list[Tensor]:
+        return self.tensors
 
 
 class Strategy:
@@ -193,6 +210,7 @@ class Strategy:
         self._close_due(due)
         if healed:
             for later in recipes[recipes.index(due) + 1 :]:
+                self._close_due(later)
                 if later.due():
                     self._synchronise(later)
         return healed
@@ -291,6 +309,35 @@ class Strategy:
         self.clock.steps = state["steps"]
         self._opening = state["opening"]
 
+    def open_rounds(self) -> list[dict[str, Any]]:
+        """What a node that heals gets of the rounds in flight: their results, as received, and when
+        they close. Waits for them."""
+        return [
+            {
+                "recipe": self._position(one.recipe),
+                "fragment": one.fragment.index,
+                "closes": one.closes,
+                "received": one.received(),
+                "round": one.round.carried(),
+            }
+            for one in self._flight
+        ]
+
+    def take_over(self, open_rounds: Sequence[dict[str, Any]]) -> None:
+        """Heal: close these rounds when the donor does, in place of what is in flight here. Called
+        after `load_shared_state_dict`, while `Peers.open` loads the donor's state."""
+        assert self._peers is not None
+        self._flight.clear()
+        for recipe in self.recipes:
+            recipe.in_flight.clear()
+        for theirs in open_rounds:
+            recipe = self.recipes[theirs["recipe"]]
+            fragment = recipe.of(theirs["fragment"])
+            received = list(theirs["received"])
+            peers_round = self._peers.take_over(theirs["round"])
+            arrived, closes = _Arrived(received), theirs["closes"]
+            self._depart(_InFlight(recipe, fragment, peers_round, received, arrived, None, closes))
+
     def _position(self, recipe: Recipe) -> int:
         return next(at for at, one in enumerate(self.recipes) if one is recipe)
 
@@ -331,7 +378,12 @@ class Strategy:
             self._give_up(peers_round, error)
             raise
         closes = self.clock.steps + recipe.delay
-        self._flight.append(_InFlight(recipe, fragment, peers_round, sent, handle, draft, closes))
+        cut = self._bucket_bytes is not None and recipe.by is By.AVERAGE
+        self._depart(_InFlight(recipe, fragment, peers_round, sent, handle, draft, closes, cut))
+
+    def _depart(self, one: _InFlight) -> None:
+        self._flight.append(one)
+        one.recipe.in_flight.append(one.fragment)
 
     def _give_up(self, peers_round: Round, error: Exception) -> None:
         peers_round.fail(error)
@@ -357,8 +409,9 @@ class Strategy:
 
     def _close(self, one: _InFlight) -> bool:
         applied = False
+        one.recipe.in_flight.remove(one.fragment)
         try:
-            received = self._judged(one, one.handle.wait())
+            received = self._judged(one, one.received())
             if one.round.close():
                 self._apply(one, received)
                 applied = True
@@ -372,12 +425,9 @@ class Strategy:
         return applied
 
     def _judged(self, one: _InFlight, received: list[Tensor]) -> list[Tensor]:
-        """What was received, whole again. An average that is not finite fails the round."""
-        if one.recipe.by is not By.AVERAGE:
-            return received
-        if self._bucket_bytes is not None:
-            received = buckets.join(received, one.sent)
-        if not one.round.failed and not are_finite(received):
+        """`received`, if it may be applied: an average that is not finite fails the round."""
+        by_average = one.recipe.by is By.AVERAGE
+        if by_average and not one.round.failed and not are_finite(received):
             one.round.fail(not_finite(one.recipe.named(one.fragment, received, one.draft)))
         return received
 

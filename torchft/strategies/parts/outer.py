@@ -144,7 +144,8 @@ class ModelOuter:
                 parameter.grad = None
             views = self._local.layout(fragment).views(average)
             for parameter, view in zip(self._local.of(fragment), views, strict=True):
-                parameter.grad = like_parameter(view, parameter)
+                # A donor's result lies on the CPU.
+                parameter.grad = like_parameter(view.to(parameter.device), parameter)
             yield
         finally:
             for parameter, grad in mine:

@@ -1,0 +1,150 @@
+"""A step between its quorum and its vote.
+
+Most often one is open at a time, and the manager's own methods mean that one. Whoever lets inner
+steps run while an average travels *takes* it from the manager (`Manager.take_step`), and the next
+one can be begun: each has its own members, averages and error, and is closed by its own vote.
+
+    step = manager.take_step()
+    average = step.allreduce(delta)
+    ...                                    # other steps begin and close meanwhile
+    average.wait()
+    if step.should_commit(): ...
+
+What holds between open steps:
+
+- The step that a rank reports counts closed ones, so nobody looks behind for having one open.
+- A step whose members are not all in a later quorum has lost one, and fails for all that remain.
+- Before anybody heals, all members complete what is open; who heals takes the results over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed import ReduceOp, Work
+
+from torchft.closing import Closer
+from torchft.collectives import codec_for
+from torchft.communicate import Communicator
+from torchft.errors import CollectiveError, NotFiniteError
+from torchft.step import Phase, Plan, follow
+from torchft.transaction import ExceptionWithTraceback, Transaction
+
+if TYPE_CHECKING:
+    from torchft.quantization import Codec
+
+__all__ = ["Means", "OpenStep"]
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a manager runs its steps with."""
+
+    communicator: Communicator
+    closer: Closer
+    timeout: timedelta
+    """Of a collective, a vote."""
+
+
+class OpenStep:
+    """One step of a manager."""
+
+    def __init__(self, transaction: Transaction, means: Means) -> None:
+        self.transaction = transaction
+        self.phase = Phase.OPEN
+        self.taken = False
+        """Somebody else than the manager closes it."""
+        self.settled = False
+        """It was the settling round of a run, and all went well in it."""
+        self._means = means
+
+    # ------------------------------------------------------------------ communicate
+
+    def allreduce(
+        self,
+        tensor: torch.Tensor,
+        should_quantize: bool | str | Codec = False,
+        reduce_op: ReduceOp.RedOpType = ReduceOp.AVG,
+    ) -> Work:
+        """As `Manager.allreduce`."""
+        codec = codec_for(should_quantize, tensor.device)
+        communicator = self._means.communicator
+        if codec is not None:
+            return communicator.quantized(self.transaction, tensor, codec, reduce_op)
+        return communicator.reduce(self.transaction, tensor, reduce_op)
+
+    def ordered_mean(self, tensor: torch.Tensor) -> Work:
+        """As `Manager.ordered_mean`."""
+        return self._means.communicator.ordered_mean(self.transaction, tensor)
+
+    def allgather(self, tensor: torch.Tensor) -> tuple[Work, list[torch.Tensor]]:
+        """As `Manager.allgather`."""
+        return self._means.communicator.gather(self.transaction, tensor)
+
+    def complete(self) -> None:
+        """Wait until all that was begun in it has arrived, or failed."""
+        for average in self.transaction.averages:
+            average.wait(self._means.timeout)
+
+    def report_error(self, error: Exception) -> None:
+        """Discard it, because of `error`."""
+        # All see the same average, so nobody waits for whoever finds it broken.
+        self.transaction.report(error, at_home=isinstance(error, NotFiniteError))
+
+    def errored(self) -> ExceptionWithTraceback | None:
+        """Why it will be discarded."""
+        return self.transaction.error
+
+    def carried(self) -> dict[str, Any]:
+        """What `Manager.take_over` needs where this step is taken over."""
+        error = self.errored()
+        return {
+            "quorum_id": self.plan.quorum_id,
+            "members": list(self.plan.members),
+            "counted": list(self.plan.counted),
+            "failed": None if error is None else str(error.original_exception),
+        }
+
+    def remain(self, members: tuple[str, ...]) -> None:
+        """A later quorum has these members: a step that lost one of its own has failed."""
+        lost = [one for one in self.plan.members if one not in members]
+        if lost and not self.transaction.failed:
+            self.report_error(CollectiveError(f"{', '.join(lost)} left while the step was open"))
+
+    # ------------------------------------------------------------------ vote
+
+    def should_commit(self, timeout: timedelta | None = None) -> bool:
+        """As `Manager.should_commit`; a settling round is never a commit."""
+        if self.plan.settling:
+            self.settled = self._close(timeout, with_step=False)
+            return False
+        return self._close(timeout, with_step=True)
+
+    def close_opening(self, timeout: timedelta | None = None) -> bool:
+        """All members meet, who is behind heals, no step is counted. Whether that went well."""
+        return self._close(timeout, with_step=False)
+
+    def fall_behind(self) -> None:
+        """It was just committed, and could not be applied here: heal it from the others."""
+        self._means.closer.fall_behind(self.plan)
+
+    def drop(self) -> None:
+        """A heal has taken its place: nothing of it is applied here."""
+        self.phase = Phase.IDLE
+
+    def _close(self, timeout: timedelta | None, *, with_step: bool) -> bool:
+        self.phase = follow(self.phase, Phase.VOTING)
+        closer = self._means.closer
+        close = closer.close if with_step else closer.close_without_step
+        try:
+            return close(self.transaction, self.plan, timeout or self._means.timeout)
+        finally:
+            self.phase = follow(self.phase, Phase.IDLE)
+
+    @property
+    def plan(self) -> Plan:
+        """What it will do; waits for the quorum, and raises what kept it from forming."""
+        return self.transaction.wait_formed()
