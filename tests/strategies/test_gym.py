@@ -351,8 +351,8 @@ class TestWhatArgumentsMean:
         assert {name: strategy.config()[name] for name in given} == given
         (recipe,) = strategy.recipes
         assert (recipe.delay, recipe.mix) == (2, 0.25)  # type: ignore[attr-defined]
-        with pytest.raises(SettingsError, match=r"fragment_sync_delay=3 does not fit.* 0 to 2"):
-            StreamingDiLoCoStrategy(H=8, fragment_sync_delay=3)
+        with pytest.raises(SettingsError, match=r"fragment_sync_delay=9 does not fit.* 0 to 8"):
+            StreamingDiLoCoStrategy(H=8, fragment_sync_delay=9)
         with pytest.raises(SettingsError, match=r"fragment_update_alpha=1.5 is not a share"):
             StreamingDiLoCoStrategy(H=8, fragment_update_alpha=1.5)
 

@@ -307,15 +307,17 @@ class TestRoundsInFlight:
         step, digests = result.digests[-1]
         assert (step, len(set(digests))) == (10, 1)
 
-    def test_a_member_that_dies_beside_it_makes_it_come_to_nothing(self) -> None:
-        recipe = DiLoCo(OUTER, 6, delay=3, mix=0.5)
+    def test_what_a_member_sent_before_it_died_is_in_it(self) -> None:
+        recipe = DiLoCo(OUTER, 6, delay=3)
         result = run_stacked(dropping(recipe, events=[Dies(1, 4)], max_steps=6))
         (record,) = result.rounds
-        assert (record.members, record.committed) == ((0, 1, 2), False)
-        start = dropping().make_model().tiny
-        for survivor in (0, 2):
-            left = used(result.models[survivor].tiny, None)
-            assert_close(left, used(start, None), rtol=0, atol=0)
+        assert (record.counted, record.committed) == ((0, 1, 2), True)
+
+    def test_one_that_is_still_open_when_the_next_opens_without_a_member_fails(self) -> None:
+        recipe = DiLoCo(OUTER, 4, fragments=2, delay=3)
+        result = run_stacked(dropping(recipe, events=[Dies(1, 4)]))
+        found = [(r.step - r.delay, r.step, len(r.members), r.committed) for r in result.rounds]
+        assert found[:3] == [(0, 3, 3, True), (2, 5, 3, False), (4, 7, 2, True)]
 
 
 class TestResult:

@@ -14,14 +14,7 @@ from torchft.simulator.events import Dies, Discards, Event, Joins, Misses
 from torchft.simulator.peers import HealRecord
 from torchft.simulator.replay import events_of, heals_of, round_records_of, rounds_of
 
-NOTE = {
-    "place": "AFTER",
-    "recipe": 0,
-    "restores": True,
-    "kind": "ordered",
-    "collectives": 1,
-    "delay": 0,
-}
+NOTE = {"place": "AFTER", "recipe": 0, "restores": True, "kind": "ordered", "collectives": 1}
 
 
 class Log:

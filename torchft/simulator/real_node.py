@@ -241,10 +241,9 @@ class _WatchedRound:
         self._real.fail(error)
 
     def close(self) -> bool:
-        step = self._peers.step(self._place)
         self._peers.node.manager.note(
-            inner_step=step,
-            delay=step - self._opened,
+            inner_step=self._peers.step(self._place),
+            opened=self._opened,
             place=self._place.name,
             recipe=self._recipe,
             restores=self._peers.restores(self._recipe),

@@ -35,16 +35,13 @@ class RealRound:
     """One round, as all that closed it saw it."""
 
     inner_step: int
-    """That in which it closed."""
+    """In which it closed."""
+    opened: int
+    """The inner step in which it opened."""
     members: tuple[str, ...]
     """Replica ids, in rank order."""
     records: dict[str, StepRecord] = field(default_factory=dict)
     """By replica id."""
-
-    @property
-    def opened(self) -> int:
-        """The inner step in which it opened."""
-        return self.inner_step - next(iter(self.records.values())).extra["delay"]
 
     @property
     def committed(self) -> list[str]:
@@ -77,7 +74,10 @@ def rounds_of(records: Iterable[StepRecord]) -> list[RealRound]:
                 "runs of the simulator's processes can be repeated"
             )
         key = (step, record.step, record.quorum_id)
-        rounds.setdefault(key, RealRound(step, record.members)).records[record.replica_id] = record
+        opened = record.extra.get("opened", step)
+        one = rounds.setdefault(key, RealRound(step, opened, record.members))
+        one.opened = min(one.opened, opened)  # one that took it over was not there then
+        one.records[record.replica_id] = record
     return [rounds[key] for key in sorted(rounds)]
 
 
@@ -191,7 +191,7 @@ def _round_record(one: RealRound) -> RoundRecord:
         collectives=extra["collectives"],
         recipe=extra["recipe"],
         restores=extra["restores"],
-        delay=extra["delay"],
+        delay=one.inner_step - one.opened,
     )
 
 

@@ -12,8 +12,8 @@ With n fragments one of them synchronises at a time, in turn, so that the peak o
 1/n of the model. The k-th round closes after inner step ⌊kH/n⌋, for any H ≥ n: H = 5 with two
 fragments gives 2, 5, 7, 10. With `delay` it opens so many steps earlier, and the average travels
 while training goes on; `mix` keeps a share of what was learned meanwhile: w ← mix · w + (1 - mix) ·
-backup. A delay as long as the shortest distance ⌊H/n⌋ is the longest: one round closes, and at the
-same point the next one opens. (Streaming DiLoCo: Douillard et al., arXiv 2501.18512.)
+backup. From the shortest distance ⌊H/n⌋ on, the next round opens where one closes, or before; H is
+the longest delay. (Streaming DiLoCo: Douillard et al., arXiv 2501.18512.)
 
 After a no, the fragment's weights go back to its backup, which like the outer optimizer stands
 untouched; the same fragment is tried again in the next round, so that all others come later by one.
