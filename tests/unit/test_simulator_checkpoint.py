@@ -284,3 +284,13 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
 def test_keeping_none_is_refused() -> None:
     with pytest.raises(SettingsError, match="keep_checkpoints=0"):
         Checkpoints("x", keep=0)
+
+
+def test_a_file_of_something_else_is_refused_without_the_advice_to_unpickle_it(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "step_00000003.pt"
+    path.write_bytes(b"x" * 100)
+    with pytest.raises(SettingsError, match=r"step_00000003\.pt cannot be read") as refused:
+        load_checkpoint(path)
+    assert "weights_only" not in str(refused.value)

@@ -12,6 +12,7 @@ import wandb
 from helpers.small_runs import Interrupt, bits, pairs
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import TensorDataset
 
 from torchft.errors import SettingsError
 from torchft.simulator import (
@@ -305,7 +306,13 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a share above one": ({"p_sparta": 1.5}, "1.5"),
     "an unknown optimizer option": ({"optimizer_kwargs": {"lrr": 1}}, "lrr"),
     "several devices of none": ({"devices": [0, 1], "device": None}, "CUDA"),
-    "no loss": ({"loss_fn": lambda output, y: output}, "return its loss"),
+    "a batch of nothing": ({"batch_size": None}, "batch_size=None"),
+    "a model for its class": ({"model_cls": Net()}, "model_cls is a Net: give the class"),
+    "no arguments of the model": ({"model_kwargs": None}, "model_kwargs=None"),
+    "no loss function": ({"loss_fn": None}, "loss_fn=None: give a function"),
+    "a hook that is none": ({"train_loss_hook": 3}, "train_loss_hook=3: give a function"),
+    "no pairs": ({"train_dataset": TensorDataset(*DATA.tensors, DATA.tensors[0])}, "of 3: here"),
+    "no loss": ({"loss_fn": lambda output, y: output}, "loss_fn returned a Tensor of shape"),
 }
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchft.errors import SettingsError
-from torchft.simulator.events import Dies
+from torchft.simulator.events import Dies, Joins
 from torchft.simulator.experiment import Experiment
 from torchft.simulator.loop import run_stacked
 from torchft.simulator.weather import Weather, WeatherEvent
@@ -57,6 +57,9 @@ def experiment(**settings: Any) -> Experiment:
         ({"batch_size": 0}, "batch_size=0"),
         ({"batch_size": True}, "batch_size=True"),
         ({"micro_batch_size": 0}, "micro_batch_size=0"),
+        ({"model": lambda size: Fits()}, "is called without arguments"),
+        ({"events": [Joins(1, 2, donor=1)]}, "a node cannot heal from itself"),
+        ({"events": [Joins(1, 2, donor=7)]}, "the donor must be one of the nodes 0 to 3"),
         ({"max_steps": 0}, "max_steps=0"),
         ({"num_epochs": -1}, "num_epochs=-1"),
         ({"seed": None}, "seed=None: it must be a whole number"),
@@ -176,3 +179,12 @@ def test_a_model_that_cannot_be_copied_is_refused_with_the_way_round() -> None:
         with pytest.raises(SettingsError, match="Untouched cannot be copied for each") as found:
             run_stacked(experiment(model=model))
         assert isinstance(found.value.__cause__, TypeError)
+
+
+def test_parameters_that_have_no_numbers_yet_are_refused_by_name() -> None:
+    lazy, meta = Untouched(), Untouched().to("meta")
+    lazy.line = nn.LazyLinear(1)  # type: ignore[assignment]
+    with pytest.raises(SettingsError, match=r"line.weight has no shape .* send one batch"):
+        run_stacked(experiment(model=lazy))
+    with pytest.raises(SettingsError, match=r"line.weight is on the device meta"):
+        run_stacked(experiment(model=meta))

@@ -213,3 +213,8 @@ def test_a_bad_line_is_named(text: str, as_csv: bool, said: str) -> None:
 def test_a_missing_trace_is_named() -> None:
     with pytest.raises(SettingsError, match=r"cannot read the trace absent\.csv"):
         read_trace("absent.csv")
+
+
+def test_an_event_of_a_node_that_there_is_not_is_refused_even_if_it_comes_after_the_end() -> None:
+    with pytest.raises(SettingsError, match=r"node=9.*the nodes are 0 to 2"):
+        Weather(events=[dies(9, 1000)]).to_events(3, 40)

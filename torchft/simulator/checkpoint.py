@@ -138,10 +138,11 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # Whatever torch says of a file that is cut off, or that was never one of ours.
+        # Whatever torch says of a file that is cut off, or that was never one of ours: its first
+        # sentence, since the next ones advise to unpickle that.
+        why = str(error).partition("\n")[0].partition(". ")[0]
         raise SettingsError(
-            f"{path} cannot be read as a checkpoint ({error}): remove it, to resume from an older "
-            "one"
+            f"{path} cannot be read as a checkpoint ({why}): remove it, to resume from an older one"
         ) from error
     if not isinstance(content, dict) or not content.keys() >= _FIELDS:
         raise SettingsError(f"{path} is no checkpoint of a run: give one that a Trainer wrote")

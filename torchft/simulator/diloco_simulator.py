@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,12 +128,12 @@ class DilocoSimulatorConfig:
         Raises:
             SettingsError: which option, and what would do.
         """
-        counts = ("diloco_interval", "eval_iters", "eval_interval", "ckpt_interval")
-        for name in (*counts, "max_minibatch_size", "max_local_step"):
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if value is not None and (not whole or value < 1):
-                raise SettingsError(f"{name}={value!r}: it must be a whole number, 1 or more")
+        for name in ("num_nodes", "diloco_interval", "batch_size", "eval_iters"):
+            _check_count(name, getattr(self, name))
+        for name in ("eval_interval", "ckpt_interval", "max_minibatch_size", "max_local_step"):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name))
+        self._check_calls()
         if self.async_sparta_delay:
             raise SettingsError(
                 f"async_sparta_delay={self.async_sparta_delay}: SPARTA works without a delay here; "
@@ -141,6 +141,29 @@ class DilocoSimulatorConfig:
             )
         if self.save_dir is None and (self.ckpt_interval is not None or self.resume is True):
             raise SettingsError("checkpoints need a folder: give save_dir=…")
+
+    def _check_calls(self) -> None:
+        if isinstance(self.model_cls, nn.Module):
+            name = type(self.model_cls).__name__
+            raise SettingsError(f"model_cls is a {name}: give the class, and model_kwargs={{…}}")
+        _check_callable("model_cls", self.model_cls)
+        _check_callable("loss_fn", self.loss_fn)
+        for hook in ("train_loss_hook", "eval_loss_hook"):
+            if getattr(self, hook) is not None:
+                _check_callable(hook, getattr(self, hook))
+        for name in ("model_kwargs", "optimizer_kwargs", "outer_optimizer_kwargs"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise SettingsError(f"{name}={getattr(self, name)!r}: give a dict of arguments")
+
+
+def _check_count(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise SettingsError(f"{name}={value!r}: it must be a whole number, 1 or more")
+
+
+def _check_callable(name: str, value: object) -> None:
+    if not callable(value):
+        raise SettingsError(f"{name}={value!r}: give a function")
 
 
 class DilocoSimulator:
@@ -273,8 +296,21 @@ class _Paired(nn.Module):
         self._loss_fn = loss_fn
 
     def forward(self, batch: Any) -> Tensor:
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            parts = f" of {len(batch)}" if isinstance(batch, Sized) else ""
+            raise SettingsError(
+                f"the data yields a {type(batch).__name__}{parts}: here it must be pairs (x, y), "
+                "for loss_fn(model(x), y)"
+            )
         x, y = batch
-        return self._loss_fn(self.net(x), y)
+        loss = self._loss_fn(self.net(x), y)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
+            raise SettingsError(
+                f"loss_fn returned a {type(loss).__name__}{shape}: it must return one number, as "
+                'with reduction="mean"'
+            )
+        return loss
 
 
 def _unwrapped(result: Result) -> Result:

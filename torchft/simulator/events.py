@@ -173,8 +173,8 @@ def check_events(num_nodes: int, events: Sequence[Event]) -> None:
     """Refuse events that contradict each other.
 
     Raises:
-        SettingsError: a node that there is not, the death of one that is absent, the start of one
-            that is there, or nobody left.
+        SettingsError: a node or donor that there is not, the death of one that is absent, the start
+            of one that is there, or nobody left.
     """
     check_list(events)
     for event in events:
@@ -198,9 +198,19 @@ def check_events(num_nodes: int, events: Sequence[Event]) -> None:
         if isinstance(event, Dies):
             present.discard(event.node)
         else:
+            _check_donor(event, num_nodes)
             present.add(event.node)
         if not present:
             raise SettingsError(f"{event}: nobody is left after it: let some node live")
+
+
+def _check_donor(event: Joins | Misses, num_nodes: int) -> None:
+    if event.donor is None:
+        return
+    if event.donor == event.node:
+        raise SettingsError(f"{event}: a node cannot heal from itself, name another donor or none")
+    if not 0 <= event.donor < num_nodes:
+        raise SettingsError(f"{event}: the donor must be one of the nodes 0 to {num_nodes - 1}")
 
 
 def check_list(events: object) -> None:

@@ -8,6 +8,7 @@ One value describes it for every runtime: rows of one process, or real processes
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from torchft.errors import SettingsError
 from torchft.simulator.events import Event, check_events, check_list
@@ -86,6 +88,7 @@ class Experiment:
         check_recipes(self.strategy.recipes)
         if not isinstance(self.model, nn.Module) and not callable(self.model):
             raise SettingsError(f"model is a {type(self.model).__name__}, not a torch module")
+        _check_model_factory(self.model)
         if not (isinstance(self.node_cls, type) and issubclass(self.node_cls, TrainNode)):
             raise SettingsError(f"node_cls={self.node_cls!r} is no subclass of TrainNode")
         self._check_types()
@@ -188,7 +191,7 @@ class Experiment:
         """What every node starts from, on the device: a copy, or from the factory, seeded.
 
         Raises:
-            SettingsError: the factory makes something else.
+            SettingsError: the factory makes something else, or a parameter has no numbers yet.
         """
         if isinstance(self.model, nn.Module):
             model = copied(self.model)
@@ -199,6 +202,7 @@ class Experiment:
                 raise SettingsError(
                     f"the model factory made a {type(model).__name__}, no torch module"
                 )
+        _check_filled(model)
         if not model.training:
             model.train()  # the whole was left in evaluation mode; parts of it stay as they are
         return model.to(self.torch_device)
@@ -218,6 +222,33 @@ def _check_count(name: str, value: object) -> None:
         return
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise SettingsError(f"{name}={value!r}: it must be a whole number from 1 on")
+
+
+def _check_model_factory(model: nn.Module | Callable[[], nn.Module]) -> None:
+    if isinstance(model, nn.Module):
+        return
+    try:
+        inspect.signature(model).bind()
+    except TypeError as error:
+        raise SettingsError(
+            f"the model factory {getattr(model, '__name__', model)!r} is called without arguments "
+            f"({error}): give a module, or functools.partial(…) with its arguments"
+        ) from None
+    except ValueError:
+        return  # written in C: it has no signature to look at
+
+
+def _check_filled(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise SettingsError(
+                f"{name} has no shape before its first batch: send one batch through the model"
+            )
+        if tensor.is_meta:
+            raise SettingsError(
+                f"{name} is on the device meta, without numbers: build the model on the CPU, or "
+                "call to_empty and initialise it"
+            )
 
 
 def _best_device() -> str:

@@ -181,6 +181,9 @@ class Weather:
         wanted = [*self.events, *(read_trace(self.trace) if self.trace else ())]
         if self.failures is not None:
             wanted = self.failures.draw(num_nodes, steps)
+        for event in wanted:
+            last = num_nodes - 1
+            _check(event.node <= last, f"{event}: the nodes are 0 to {last}")
         timed = [(self._step_of(event, num_nodes, measured_s), event) for event in wanted]
         # Who joins comes before who dies, so that a relief is there in time.
         timed.sort(key=lambda one: (one[0], one[1].event == "dies", one[1].node))
