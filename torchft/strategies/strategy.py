@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
@@ -32,6 +31,7 @@ from torchft.errors import HealError, PhaseError, SettingsError
 from torchft.peers import Handle, Peers, Place, Round
 from torchft.strategies import checks
 from torchft.strategies.buffers import LEFT, Buffers, check_means
+from torchft.strategies.in_flight import InFlight
 from torchft.strategies.local import Fragment, Local
 from torchft.strategies.optim_spec import OptimSpec, plain
 from torchft.strategies.parts import buckets
@@ -48,43 +48,6 @@ _NO_JOIN = (
     "no group can join others whose strategy communicates both before and after the inner step: "
     "start all groups together"
 )
-
-
-@dataclass
-class _InFlight:
-    """A round between its opening and its close."""
-
-    recipe: Recipe
-    fragment: Fragment
-    round: Round
-    sent: list[Tensor]
-    handle: Handle
-    draft: Any
-    buffers: Buffers | None
-    closes: int
-    """The clock's time of the close."""
-    cut: bool = False
-    """What it sent travels in buckets."""
-
-    @property
-    def half_way(self) -> int:
-        """The clock's time when the first half of what travels should have arrived."""
-        return self.closes - self.recipe.delay // 2
-
-    def received(self) -> list[Tensor]:
-        """Wait for the result, whole again."""
-        received = self.handle.wait()
-        return buckets.join(received, self.sent) if self.cut else received
-
-
-@dataclass(frozen=True)
-class _Arrived(Handle):
-    """What a donor had received already."""
-
-    tensors: list[Tensor]
-
-    def wait(self) -> list[Tensor]:
-        return self.tensors
 
 
 class Strategy:
@@ -117,7 +80,7 @@ class Strategy:
         self._peers: Peers | None = None
         self._applying: Callable[[], AbstractContextManager[object]] = nullcontext
         self._begun: list[tuple[Recipe, Round]] | None = None
-        self._flight: list[_InFlight] = []
+        self._flight: list[InFlight] = []
         self._opening = 0
         """Position of the recipe whose round opened last; a newcomer goes on from there."""
 
@@ -329,17 +292,7 @@ class Strategy:
     def open_rounds(self) -> list[dict[str, Any]]:
         """What a node that heals gets of the rounds in flight: their results, as received, and when
         they close. Waits for them."""
-        return [
-            {
-                "recipe": self._position(one.recipe),
-                "fragment": one.fragment.index,
-                "closes": one.closes,
-                "received": one.received(),
-                "buffers": None if one.buffers is None else one.buffers.received(),
-                "round": one.round.carried(),
-            }
-            for one in self._flight
-        ]
+        return [{"recipe": self._position(one.recipe), **one.carried()} for one in self._flight]
 
     def take_over(self, open_rounds: Sequence[dict[str, Any]]) -> None:
         """Heal: close these rounds when the donor does, in place of what is in flight here. Called
@@ -350,16 +303,7 @@ class Strategy:
             recipe.in_flight.clear()
         for theirs in open_rounds:
             recipe = self.recipes[theirs["recipe"]]
-            fragment = recipe.of(theirs["fragment"])
-            received = list(theirs["received"])
-            peers_round = self._peers.take_over(theirs["round"])
-            arrived, beside = _Arrived(received), None
-            if theirs["buffers"] is not None:
-                beside = Buffers(self.local, recipe.buffers, _Arrived(list(theirs["buffers"])))
-            closes = theirs["closes"]
-            self._depart(
-                _InFlight(recipe, fragment, peers_round, received, arrived, None, beside, closes)
-            )
+            self._depart(InFlight.taken_over(theirs, recipe, self.local, self._peers))
 
     def _position(self, recipe: Recipe) -> int:
         return next(at for at, one in enumerate(self.recipes) if one is recipe)
@@ -402,12 +346,21 @@ class Strategy:
             self._discard(recipe, fragment, None)
             self._give_up(peers_round, error)
             raise
-        closes = self.clock.steps + recipe.delay
-        cut = self._bucket_bytes is not None and recipe.by is By.AVERAGE
-        one = _InFlight(recipe, fragment, peers_round, sent, handle, draft, beside, closes, cut)
-        self._depart(one)
+        self._depart(
+            InFlight(
+                recipe=recipe,
+                fragment=fragment,
+                round=peers_round,
+                sent=sent,
+                handle=handle,
+                draft=draft,
+                buffers=beside,
+                closes=self.clock.steps + recipe.delay,
+                cut=self._bucket_bytes is not None and recipe.by is By.AVERAGE,
+            )
+        )
 
-    def _depart(self, one: _InFlight) -> None:
+    def _depart(self, one: InFlight) -> None:
         self._flight.append(one)
         one.recipe.in_flight.append(one.fragment)
 
@@ -446,7 +399,7 @@ class Strategy:
                 went = self._close(one) and went
         return went
 
-    def _close(self, one: _InFlight) -> bool:
+    def _close(self, one: InFlight) -> bool:
         applied = False
         one.recipe.in_flight.remove(one.fragment)
         try:
@@ -466,14 +419,14 @@ class Strategy:
             self.local.release(one.sent, reusable=applied)
         return applied
 
-    def _judged(self, one: _InFlight, received: list[Tensor]) -> list[Tensor]:
+    def _judged(self, one: InFlight, received: list[Tensor]) -> list[Tensor]:
         """`received`, if it may be applied: an average that is not finite fails the round."""
         by_average = one.recipe.by is By.AVERAGE
         if by_average and not one.round.failed and not are_finite(received):
             one.round.fail(not_finite(one.recipe.named(one.fragment, received, one.draft)))
         return received
 
-    def _apply(self, one: _InFlight, received: list[Tensor]) -> None:
+    def _apply(self, one: InFlight, received: list[Tensor]) -> None:
         with self._applying():
             news = one.recipe.apply(one.fragment, received)
             one.recipe.adopt(one.fragment, news, one.draft)
