@@ -188,3 +188,10 @@ def test_parameters_that_have_no_numbers_yet_are_refused_by_name() -> None:
         run_stacked(experiment(model=lazy))
     with pytest.raises(SettingsError, match=r"line.weight is on the device meta"):
         run_stacked(experiment(model=meta))
+
+
+def test_an_event_after_the_end_is_said_not_to_happen() -> None:
+    with pytest.warns(
+        UserWarning, match=r"Dies\(node=1, step=3.*does not happen: .* after 3 steps"
+    ):
+        experiment(events=[Dies(1, 3)], max_steps=3).check()

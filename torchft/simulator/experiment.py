@@ -95,6 +95,7 @@ class Experiment:
         _ = self.torch_device, self.inner, self.autocast_dtype
         self.feed().check()
         check_events(self.num_nodes, self.all_events())
+        self._warn_of_late_events()
 
     def _check_types(self) -> None:
         for name in ("shuffle", "deterministic", "digests"):
@@ -106,6 +107,17 @@ class Experiment:
             raise SettingsError(
                 f"weather={self.weather!r} is no Weather: use torchft.simulator.Weather(…)"
             )
+
+    def _warn_of_late_events(self) -> None:
+        """No error: a run that stops early and resumes has the events of the whole."""
+        for event in self.events:
+            if event.step >= self.total_steps:
+                warnings.warn(
+                    f"{event} does not happen: the run ends after {self.total_steps} steps, and "
+                    "events count from 0",
+                    UserWarning,
+                    stacklevel=4,
+                )
 
     def warn_of_silence(self, rounds: Sequence[object]) -> None:
         """At the end: say so if the nodes never talked to each other."""
