@@ -67,8 +67,8 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--codec",
         choices=CODECS,
-        help="send less: numbers travel as this encodes them, and diloco feeds back what it loses "
-        "(as they are)",
+        help="send less: numbers travel as this encodes them; diloco and streaming feed back what "
+        "it loses (as they are)",
     )
     add(
         "--steps",

@@ -60,11 +60,6 @@ class ByteTransformer(nn.Module):
             hidden = block(hidden)
         return self.logits(self.norm(hidden))
 
-    def fragments(self) -> list[nn.Module]:
-        """The parts in the order of the forward pass, which together hold all parameters."""
-        ends = nn.ModuleList([self.norm, self.logits])
-        return [nn.ModuleList([self.bytes, self.positions]), *self.blocks, ends]
-
 
 class Block(nn.Module):
     """Attention, then a two-layer network; each reads a normalised copy and adds to the stream."""

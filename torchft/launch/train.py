@@ -212,15 +212,18 @@ def train_diloco(trainee: Trainee) -> dict[str, Any]:
 def train_streaming(trainee: Trainee) -> dict[str, Any]:
     """DiLoCo in fragments, whose averages travel while the others train: there is always one in
     flight, and two for half of the time."""
-    manager, slot = trainee.manager, trainee.options.sync_every
-    fragments = trainee.model.fragments()
+    manager, options = trainee.manager, trainee.options
+    fragments, slot = 4, options.sync_every
     outer = torch.optim.SGD(trainee.model.parameters(), lr=0.7, momentum=0.9, nesterov=True)
     diloco = DiLoCo(
         manager,
-        fragments,
+        [trainee.model],
         trainee.optimizer,
         outer,
-        sync_every=slot * len(fragments),
+        sync_every=slot * fragments,
+        should_quantize=options.should_quantize,
+        error_feedback=options.codec != "none",
+        fragments=fragments,
         fragment_sync_delay=slot + slot // 2,
         fragment_update_alpha=0.5,
     )
