@@ -62,7 +62,7 @@ bench: setup ## the figures in docs/benchmarks.md, each with its floor
 bench-simulator: setup ## the figures of the simulator alone
 	$(RUN) python benchmarks/run.py simulator simulator_starts $(ARGS)
 
-bench-learning: setup ## what communicating less costs in held-out loss: a quarter of an hour
+bench-learning: setup ## what communicating less costs in held-out loss: ten minutes
 	$(RUN) python benchmarks/run.py learning $(ARGS)
 
 bench-links: setup ## slow links: how much of the time groups train (root, iproute2)

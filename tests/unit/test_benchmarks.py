@@ -163,7 +163,7 @@ def test_a_gap_is_taken_seed_by_seed_and_a_quarter_of_h_is_the_delay() -> None:
     assert (settings["fragment_sync_delay"], settings["fragment_update_alpha"]) == (5, 0.5)
 
 
-def test_what_takes_a_quarter_of_an_hour_runs_only_when_it_is_named(
+def test_what_takes_ten_minutes_runs_only_when_it_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import run
