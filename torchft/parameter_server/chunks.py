@@ -76,6 +76,13 @@ class Chunks:
         Raises:
             ChunkError: it is too short or too long, or its checksum does not match.
         """
+        body = self.check(index, data)
+        span = self.span(index)
+        encoded = torch.frombuffer(bytearray(body) if body.readonly else body, dtype=torch.uint8)
+        return self.codec.decode(encoded[None], span.stop - span.start, out=out)
+
+    def check(self, index: int, data: memoryview) -> memoryview:
+        """The encoded numbers of chunk `index`. Raises as `decode`."""
         if len(data) != self.nbytes_of(index):
             raise ChunkError(
                 f"chunk {index} has {len(data)} bytes, not {self.nbytes_of(index)}: send it again"
@@ -83,9 +90,7 @@ class Chunks:
         body = data[: -TRAILER.size]
         if _checksum(body, index) != TRAILER.unpack(data[-TRAILER.size :])[0]:
             raise ChunkError(f"the checksum of chunk {index} does not match: send it again")
-        span = self.span(index)
-        encoded = torch.frombuffer(bytearray(body) if body.readonly else body, dtype=torch.uint8)
-        return self.codec.decode(encoded[None], span.stop - span.start, out=out)
+        return body
 
     def pieces(self, data: memoryview) -> Iterator[memoryview]:
         """The chunks of a whole row.
