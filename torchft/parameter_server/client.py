@@ -140,7 +140,9 @@ class DiLoCoClient:
     def _answer(self) -> dict[str, Any]:
         assert self._connection is not None
         reply = self._connection.getresponse()
-        body = reply.read(_MAX_REPLY_BYTES)
+        if (reply.length or 0) > _MAX_REPLY_BYTES:
+            raise http.client.HTTPException(f"an answer of {reply.length} bytes")
+        body = reply.read()
         if reply.will_close:
             self.close()
         if reply.status >= 400:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from torchft.errors import SettingsError
@@ -38,6 +39,7 @@ from torchft.parameter_server.shape import ModelShape
 from torchft.parameter_server.shared import News, SharedState
 from torchft.parameter_server.submission import Submission
 from torchft.quantization import codec_of
+from torchft.strategies.local import Fragment
 
 __all__ = ["Counts", "Desk", "Run"]
 
@@ -117,6 +119,7 @@ class Desk:
         await self._in(self._applier, self._restore)
 
     def _restore(self) -> None:
+        self._warm_up()
         for folder in (self._uploads, self.news_folder):
             folder.mkdir(parents=True, exist_ok=True)
         for old in self.news_folder.iterdir():
@@ -135,7 +138,13 @@ class Desk:
             self._number += 1
             self._journal.forget(self._number)
             self._journal.begin(self._number)
+        self._delete_orphans()
         logger.info("going on from checkpoint %d at versions %s", number, self._versions())
+
+    def _warm_up(self) -> None:
+        """Torch loads much for its first optimizer: no worker should wait for that."""
+        outer = self.options.outer.build(self.options.rules)
+        outer.bind([Fragment(0, range(1))], [_OneRow([torch.zeros(1, 1)])])
 
     def _run_of(self, saved: Mapping[str, Any]) -> Run:
         shape = ModelShape.from_json(saved["model"])
@@ -173,6 +182,15 @@ class Desk:
                 self.run.state.apply(close, self._upload)
                 self._spent += [self._upload(share.submission.upload) for share in close.shares]
                 self._since_save += 1
+
+    def _delete_orphans(self) -> None:
+        """Uploads that no event names."""
+        assert self.run is not None
+        pending = [s.upload for one in self.run.rounds.rounds for s in one.pending]
+        needed = {*self._spent, *map(self._upload, pending)}
+        for path in self._uploads.iterdir():
+            if path not in needed:
+                path.unlink()
 
     async def close(self, *, save: bool = True) -> None:
         """Finish what was decided, save it, and end the threads."""
@@ -221,15 +239,17 @@ class Desk:
         folder = self.options.model
         if folder is not None:
             tensors = await self._in(self._applier, read_model, folder)
-            rows = rows_of_model(shape, tensors)
-            run.state = self._state(shape, agreed, rows)
+            run.state = await self._in(
+                self._applier,
+                lambda: self._state(shape, agreed, rows_of_model(shape, tensors)),
+            )
             trained = {parameter.name for parameter in shape.parameters}
             run.extras = {n: tensor for n, tensor in tensors.items() if n not in trained}
         if self.run is not None:  # another one was first, while the files were read
             return self.run
         self.run = run
         if run.state is not None:
-            await self._first_checkpoint()
+            self._first_checkpoint()
         return run
 
     def beat(self, who: Speaker, steps_per_s: float) -> dict[str, Any]:
@@ -360,11 +380,13 @@ class Desk:
         """When the last fragment is here the run has weights."""
         run, initial = self._known(), self._initial
         if run.state is None and initial is not None and initial.is_whole:
-            rows = await self._in(self._applier, initial.rows)
+            state = await self._in(
+                self._applier, lambda: self._state(run.shape, run.agreed, initial.rows())
+            )
             if run.state is None:  # the same weights may have come twice
-                run.state, self._initial = self._state(run.shape, run.agreed, rows), None
+                run.state, self._initial = state, None
                 initial.drop()
-                await self._first_checkpoint()
+                self._first_checkpoint()
         return {"done": run.state is not None}
 
     def _wants_weights_of(self, who: Speaker) -> bool:
@@ -381,9 +403,10 @@ class Desk:
             self._initial = InitialWeights(who, run.shape, self._uploads)
         return True
 
-    async def _first_checkpoint(self) -> None:
+    def _first_checkpoint(self) -> None:
+        """So that a journal has something to begin from."""
         if self.options.save_every:
-            await self.save()
+            self._start(self._save_in_passing())
 
     # ------------------------------------------------------------------ time and orders
 
@@ -551,6 +574,11 @@ class Desk:
         return await asyncio.get_running_loop().run_in_executor(pool, work, *args)
 
 
+@dataclass(frozen=True)
+class _OneRow:
+    flats: list[Tensor]
+
+
 def _refused(who: Speaker, refusal: Refusal) -> Exception:
     kind = {Refusal.NOT_REGISTERED: Gone, Refusal.NO_FRAGMENT: NotFound}.get(refusal, Unfit)
     return kind(f"{who.worker}: {refusal}")
@@ -563,7 +591,5 @@ def _upload_name(ticket: Ticket) -> str:
 
 def _typed(run: Run, state: SharedState) -> dict[str, Tensor]:
     """The weights in the model's own dtypes."""
-    import torch
-
     kinds = {p.name: getattr(torch, p.dtype) for p in run.shape.parameters}
     return {name: tensor.to(kinds[name]) for name, tensor in state.weights().items()}
