@@ -13,44 +13,32 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor
-
-from torchft.errors import SettingsError
-from torchft.parameter_server.checkpoints import Checkpoints, load
 from torchft.parameter_server.dylu import local_steps
 from torchft.parameter_server.initial import InitialWeights
 from torchft.parameter_server.intake import Intake, norm_limit
-from torchft.parameter_server.journal import Journal, close_of, line_of
+from torchft.parameter_server.keeper import Keeper
 from torchft.parameter_server.model_files import read_model, rows_of_model
-from torchft.parameter_server.options import Agreed, ServerOptions
+from torchft.parameter_server.options import ServerOptions
 from torchft.parameter_server.refused import Conflict, Gone, NotFound, NotReady, Unfit
 from torchft.parameter_server.requests import Registration, Speaker, Ticket
 from torchft.parameter_server.rounds import Close, Effect, Rounds
 from torchft.parameter_server.rounds import Gone as Departed
 from torchft.parameter_server.rules import Departure, Refusal
-from torchft.parameter_server.shape import ModelShape
+from torchft.parameter_server.run import Run, Runs
 from torchft.parameter_server.shared import News, SharedState
 from torchft.parameter_server.submission import Submission
-from torchft.quantization import codec_of
-from torchft.strategies.local import Fragment
 
-__all__ = ["Counts", "Desk", "Run"]
+__all__ = ["Counts", "Desk"]
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-_JOURNAL_SIZES = 8
-"""A checkpoint is due early when the uploads that are kept take so many times its size."""
-_CHECKPOINT_BYTES = 16
-"""Of a checkpoint, a parameter, about."""
 
 
 @dataclass
@@ -68,19 +56,6 @@ class Counts:
     checkpoints: int = 0
 
 
-@dataclass
-class Run:
-    """What is known once the first worker has registered, or a checkpoint was loaded."""
-
-    agreed: Agreed
-    shape: ModelShape
-    rounds: Rounds
-    state: SharedState | None
-    """None: the first weights are still to come."""
-    extras: dict[str, Tensor]
-    """Tensors of the starting model that nobody trains; they go into checkpoints as they are."""
-
-
 class Desk:
     """One server's. Call `open` on the loop before all else, `close` at the end."""
 
@@ -90,17 +65,10 @@ class Desk:
         self.run: Run | None = None
         self.hosts: dict[str, str] = {}
         self.failed: asyncio.Future[None] | None = None
-        self._uploads = options.output_dir / "spool" / "uploads"
-        self.news_folder = options.output_dir / "spool" / "news"
-        self._checkpoints = Checkpoints(
-            options.output_dir / "checkpoints", options.save_total_limit
-        )
-        self._journal = Journal(options.output_dir / "journal")
-        self._number = 0
+        self._keeper = Keeper(options)
+        self._runs = Runs(options, self._keeper, clock)
         self._intakes: dict[str, tuple[Ticket, Intake]] = {}
         self._initial: InitialWeights | None = None
-        self._spent: list[Path] = []
-        self._since_save = 0
         self._applier = ThreadPoolExecutor(1, "outer-step")
         self._checkers = ThreadPoolExecutor(2, "intake")
         self._news = asyncio.Event()
@@ -116,88 +84,20 @@ class Desk:
             SettingsError: what is there cannot be gone on from.
         """
         self.failed = asyncio.get_running_loop().create_future()
-        await self._in(self._applier, self._restore)
+        await self._in(self._applier, self._runs.warm_up)
+        self.run = await self._in(self._applier, self._runs.restored)
 
-    def _restore(self) -> None:
-        self._warm_up()
-        for folder in (self._uploads, self.news_folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        for old in self.news_folder.iterdir():
-            old.unlink()
-        chosen = self.options.from_checkpoint
-        saved = load(chosen) if chosen is not None else self._checkpoints.newest()
-        if saved is None:
-            return
-        number, state = saved
-        self.run = self._run_of(state)
-        self._number = max([number, *(int(p.name.split("-")[1]) for p in self._checkpoints.all())])
-        if chosen is None:
-            self._redo(number)
-            self._number = max(self._number, number)
-        else:
-            self._number += 1
-            self._journal.forget(self._number)
-            self._journal.begin(self._number)
-        self._delete_orphans()
-        logger.info("going on from checkpoint %d at versions %s", number, self._versions())
-
-    def _warm_up(self) -> None:
-        """Torch loads much for its first optimizer: no worker should wait for that."""
-        outer = self.options.outer.build(self.options.rules)
-        outer.bind([Fragment(0, range(1))], [_OneRow([torch.zeros(1, 1)])])
-
-    def _run_of(self, saved: Mapping[str, Any]) -> Run:
-        shape = ModelShape.from_json(saved["model"])
-        agreed = Agreed(**saved["agreed"])
-        rounds = Rounds(self.options.rules, len(shape.fragments))
-        rounds.load_state_dict(saved["rounds"], self._clock())
-        state = self._state(
-            shape,
-            agreed,
-            [row["weights"] for row in saved["rows"]],
-            [row["version"] for row in saved["rows"]],
-        )
-        try:
-            state.load_outer({"rows": saved["rows"]})
-        except (KeyError, ValueError) as error:
-            raise SettingsError(
-                f"the checkpoint is of another outer optimizer ({error}): start with the flags "
-                "that it was made with"
-            ) from None
-        return Run(agreed, shape, rounds, state, saved["extras"])
-
-    def _redo(self, number: int) -> None:
-        """What happened after the checkpoint happens again."""
-        assert self.run is not None and self.run.state is not None
-        rounds, now = self.run.rounds, self._clock()
-        self._journal.begin(number)
-        for kind, event in self._journal.after(number):
-            if kind == "join":
-                rounds.redo_join(now, event["worker"], event["session"], event["beat_s"])
-            elif kind == "take":
-                rounds.redo_take(Submission(**event))
-            else:
-                close = close_of(event)
-                rounds.redo_close(close)
-                self.run.state.apply(close, self._upload)
-                self._spent += [self._upload(share.submission.upload) for share in close.shares]
-                self._since_save += 1
-
-    def _delete_orphans(self) -> None:
-        """Uploads that no event names."""
-        assert self.run is not None
-        pending = [s.upload for one in self.run.rounds.rounds for s in one.pending]
-        needed = {*self._spent, *map(self._upload, pending)}
-        for path in self._uploads.iterdir():
-            if path not in needed:
-                path.unlink()
+    @property
+    def news_folder(self) -> Path:
+        """Where files of news lie."""
+        return self._keeper.news
 
     async def close(self, *, save: bool = True) -> None:
         """Finish what was decided, save it, and end the threads."""
         while self._jobs:
             await asyncio.wait(set(self._jobs))
         healthy = self.failed is not None and not self.failed.done()
-        if save and healthy and self._since_save and self.options.save_every:
+        if save and healthy and self._keeper.has_unsaved and self.options.save_every:
             await self.save()
         self._applier.shutdown()
         self._checkers.shutdown()
@@ -217,7 +117,8 @@ class Desk:
         refusal, effects = run.rounds.join(self._clock(), who.worker, who.session, request.beat_s)
         if refusal is not None:
             raise Conflict(f"{who.worker}: {refusal}; it may register when that one is silent")
-        self._write("join", worker=who.worker, session=who.session, beat_s=request.beat_s)
+        event = {"worker": who.worker, "session": who.session, "beat_s": request.beat_s}
+        self._keeper.record("join", event)
         self.hosts[who.worker] = request.hostname
         self._carry_out(effects)
         return {
@@ -241,7 +142,7 @@ class Desk:
             tensors = await self._in(self._applier, read_model, folder)
             run.state = await self._in(
                 self._applier,
-                lambda: self._state(shape, agreed, rows_of_model(shape, tensors)),
+                lambda: self._runs.state(shape, agreed, rows_of_model(shape, tensors)),
             )
             trained = {parameter.name for parameter in shape.parameters}
             run.extras = {n: tensor for n, tensor in tensors.items() if n not in trained}
@@ -259,7 +160,7 @@ class Desk:
         if refusal is not None:
             raise Gone(f"{who.worker}: {refusal}; register again")
         self._carry_out(effects)
-        return {"sync_every": self._steps_for(who.worker), "versions": self._versions()}
+        return {"sync_every": self._steps_for(who.worker), "versions": run.versions}
 
     def leave(self, who: Speaker) -> None:
         """It goes."""
@@ -288,7 +189,7 @@ class Desk:
             self._drop_older(ticket)
             n = run.shape.size(ticket.fragment)
             limit = norm_limit(state.norm(ticket.fragment), n, self.options.norm_bound)
-            intake = Intake(self._upload(name), state.chunks(ticket.fragment), limit)
+            intake = Intake(self._keeper.upload(name), state.chunks(ticket.fragment), limit)
             self._intakes[name] = (ticket, intake)
         return {"done": False, "upload": name, "have": self._intakes[name][1].have}
 
@@ -326,7 +227,7 @@ class Desk:
             raise _refused(who, verdict)
         del self._intakes[upload]
         if not verdict.repeat:
-            self._journal_take(submission)
+            self._keeper.record("take", submission.state_dict())
             _, effects = run.rounds.submit(self._clock(), submission)
             self.counts.submissions += 1
             self.counts.late += verdict.staleness > 0
@@ -381,7 +282,7 @@ class Desk:
         run, initial = self._known(), self._initial
         if run.state is None and initial is not None and initial.is_whole:
             state = await self._in(
-                self._applier, lambda: self._state(run.shape, run.agreed, initial.rows())
+                self._applier, lambda: self._runs.state(run.shape, run.agreed, initial.rows())
             )
             if run.state is None:  # the same weights may have come twice
                 run.state, self._initial = state, None
@@ -400,7 +301,7 @@ class Desk:
                 return False
             self._initial = None
         if self._initial is None:
-            self._initial = InitialWeights(who, run.shape, self._uploads)
+            self._initial = InitialWeights(who, run.shape, self._keeper.uploads)
         return True
 
     def _first_checkpoint(self) -> None:
@@ -428,30 +329,19 @@ class Desk:
 
     async def save(self) -> Path:
         """Write a checkpoint of all that is decided by now. Raises OSError."""
-        run, state = self._ready()
-        number = self._number = self._number + 1
-        rounds, spent = run.rounds.state_dict(), self._spent
-        self._spent, self._since_save = [], 0
-        self._journal.begin(number)
+        run, _ = self._ready()
+        number, spent = self._keeper.begin()
+        rounds = run.rounds.state_dict()
 
         def write() -> Path:
-            saved = {
-                "model": run.shape.to_json(),
-                "agreed": run.agreed.to_json(),
-                "rounds": rounds,
-                "extras": run.extras,
-                **state.state_dict(),
-            }
-            return self._checkpoints.save(number, saved, {**run.extras, **_typed(run, state)})
+            return self._keeper.write(number, run.saved(rounds), run.model())
 
         try:
             path = await self._in(self._applier, write)
         except OSError:
-            self._spent = spent + self._spent
+            self._keeper.give_up(spent)
             raise
-        self._journal.forget(number)
-        for upload in spent:
-            upload.unlink(missing_ok=True)
+        self._keeper.end(number, spent)
         self.counts.checkpoints += 1
         logger.info("saved %s", path)
         return path
@@ -465,8 +355,7 @@ class Desk:
                 self.counts.departures[why] = self.counts.departures.get(why, 0) + 1
                 logger.info("worker %s is gone: %s", effect.worker, effect.why)
             else:
-                if self.options.save_every:
-                    self._journal.write("close", line_of(effect))
+                self._keeper.record_close(effect)
                 self._start(self._step(effect))
 
     def _start(self, job: Any) -> None:
@@ -483,20 +372,15 @@ class Desk:
     async def _step(self, close: Close) -> None:
         """The outer step of a round. An error here ends the server: its weights are half stepped,
         and the journal has all that is needed to do it again."""
-        _, state = self._ready()
+        run, state = self._ready()
         began = time.perf_counter()
-        await self._in(self._applier, state.apply, close, self._upload)
+        await self._in(self._applier, state.apply, close, self._keeper.upload)
         self.counts.apply_s += time.perf_counter() - began
         self.counts.rounds += 1
-        self._since_save += 1
         self._announce()
-        done = [self._upload(share.submission.upload) for share in close.shares]
-        if not self.options.save_every:
-            for path in done:
-                path.unlink(missing_ok=True)
-            return
-        self._spent += done
-        if self._save_is_due() and not self._saving:
+        self._keeper.spend(close)
+        due = self._keeper.is_due(len(run.shape.fragments), run.shape.numel)
+        if due and not self._saving:
             await self._save_in_passing()
 
     async def _save_in_passing(self) -> None:
@@ -508,28 +392,9 @@ class Desk:
         finally:
             self._saving = False
 
-    def _save_is_due(self) -> bool:
-        run, state = self._ready()
-        kept = sum(state.chunks(0).nbytes for _ in self._spent)
-        much = kept > _JOURNAL_SIZES * _CHECKPOINT_BYTES * run.shape.numel
-        return much or self._since_save >= self.options.save_every * len(run.shape.fragments)
-
     def _announce(self) -> None:
         self._news.set()
         self._news = asyncio.Event()
-
-    def _state(
-        self, shape: ModelShape, agreed: Agreed, rows: list[Tensor], at: list[int] | None = None
-    ) -> SharedState:
-        outer = self.options.outer.build(self.options.rules)
-        return SharedState(shape, codec_of(agreed.codec), outer, rows, self.news_folder, at)
-
-    def _write(self, kind: str, **event: Any) -> None:
-        if self.options.save_every:
-            self._journal.write(kind, event)
-
-    def _journal_take(self, submission: Submission) -> None:
-        self._write("take", **submission.state_dict())
 
     def _known(self) -> Run:
         if self.run is None:
@@ -542,9 +407,6 @@ class Desk:
             raise NotReady("the first worker's weights are still to come")
         return run, run.state
 
-    def _versions(self) -> list[int]:
-        return [] if self.run is None else [one.version for one in self.run.rounds.rounds]
-
     def _steps_for(self, worker: str) -> int:
         run = self._known()
         if not self.options.dylu:
@@ -552,9 +414,6 @@ class Desk:
         base = self.options.dylu_base_sync_every or run.agreed.sync_every
         speeds = {name: member.steps_per_s for name, member in run.rounds.members.items()}
         return local_steps(base, speeds, worker)
-
-    def _upload(self, name: str) -> Path:
-        return self._uploads / f"{name}.row"
 
     def _drop_older(self, ticket: Ticket) -> None:
         """One upload a worker and fragment."""
@@ -574,11 +433,6 @@ class Desk:
         return await asyncio.get_running_loop().run_in_executor(pool, work, *args)
 
 
-@dataclass(frozen=True)
-class _OneRow:
-    flats: list[Tensor]
-
-
 def _refused(who: Speaker, refusal: Refusal) -> Exception:
     kind = {Refusal.NOT_REGISTERED: Gone, Refusal.NO_FRAGMENT: NotFound}.get(refusal, Unfit)
     return kind(f"{who.worker}: {refusal}")
@@ -587,9 +441,3 @@ def _refused(who: Speaker, refusal: Refusal) -> Exception:
 def _upload_name(ticket: Ticket) -> str:
     parts = (ticket.who.worker, ticket.who.session, ticket.fragment, ticket.number)
     return hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()[:32]
-
-
-def _typed(run: Run, state: SharedState) -> dict[str, Tensor]:
-    """The weights in the model's own dtypes."""
-    kinds = {p.name: getattr(torch, p.dtype) for p in run.shape.parameters}
-    return {name: tensor.to(kinds[name]) for name, tensor in state.weights().items()}
