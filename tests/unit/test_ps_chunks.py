@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -25,46 +27,47 @@ def wire(chunks: Chunks, numbers: torch.Tensor) -> bytes:
     return b"".join(chunks.encode(i, numbers[:, chunks.span(i)]) for i in range(chunks.count))
 
 
-def read(chunks: Chunks, data: bytes) -> torch.Tensor:
+def read(chunks: Chunks, data: bytes, folder: Path) -> torch.Tensor:
     out = torch.empty(1, chunks.n)
-    for index, piece in enumerate(chunks.pieces(memoryview(data))):
+    (folder / "row").write_bytes(data)
+    for index, piece in enumerate(chunks.read(folder / "row")):
         chunks.decode(index, piece, out[:, chunks.span(index)])
     return out
 
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("n", [0, 1, 511, 512, 513, 1024, 1300])
-def test_sizes_are_known_before_the_first_byte(codec: str, n: int) -> None:
+def test_sizes_are_known_before_the_first_byte(tmp_path: Path, codec: str, n: int) -> None:
     chunks = Chunks(n, codec_of(codec))
     data = wire(chunks, row(n))
     assert len(data) == chunks.nbytes == sum(map(chunks.nbytes_of, range(chunks.count)))
-    out = read(chunks, data)
+    out = read(chunks, data, tmp_path)
     bound = codec_of(codec).error_bound(row(n)) if n else torch.zeros(1, 0)
     assert bool(((out - row(n)).abs() <= bound).all())
 
 
 @pytest.mark.parametrize("at", [0, 700, -1])
-def test_a_flipped_bit_is_noticed(at: int) -> None:
+def test_a_flipped_bit_is_noticed(tmp_path: Path, at: int) -> None:
     chunks = Chunks(1300, codec_of("bf16"))
     data = bytearray(wire(chunks, row(1300)))
     data[at] ^= 16
     with pytest.raises(ChunkError, match="checksum"):
-        read(chunks, bytes(data))
+        read(chunks, bytes(data), tmp_path)
 
 
-def test_chunks_that_changed_places_are_noticed() -> None:
+def test_chunks_that_changed_places_are_noticed(tmp_path: Path) -> None:
     chunks = Chunks(1024, codec_of("fp32"))
     data = wire(chunks, row(1024))
     half = len(data) // 2
     with pytest.raises(ChunkError):
-        read(chunks, data[half:] + data[:half])
+        read(chunks, data[half:] + data[:half], tmp_path)
 
 
-def test_a_short_row_is_noticed() -> None:
+def test_a_short_row_is_noticed(tmp_path: Path) -> None:
     chunks = Chunks(600, codec_of("int8"))
     data = wire(chunks, row(600))
     with pytest.raises(ChunkError, match="bytes"):
-        read(chunks, data[:-1])
+        read(chunks, data[:-1], tmp_path)
 
 
 def test_identities_follow_from_bits() -> None:

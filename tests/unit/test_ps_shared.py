@@ -66,8 +66,7 @@ class World:
         codec = codec_of("fp32") if news.kind is Kind.WHOLE else None
         chunks = self.state.chunks(0, codec)
         for name in news.files:
-            data = memoryview((self.folder / "news" / name).read_bytes())
-            for index, piece in enumerate(chunks.pieces(data)):
+            for index, piece in enumerate(chunks.read(self.folder / "news" / name)):
                 part = self.base[:, chunks.span(index)]
                 numbers = chunks.decode(index, piece, torch.empty_like(part))
                 part.copy_(numbers) if news.kind is Kind.WHOLE else part.add_(numbers)

@@ -9,10 +9,11 @@ the length of everything before the first byte. A transfer that broke goes on at
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -92,16 +93,20 @@ class Chunks:
             raise ChunkError(f"the checksum of chunk {index} does not match: send it again")
         return body
 
-    def pieces(self, data: memoryview) -> Iterator[memoryview]:
-        """The chunks of a whole row.
+    def read(self, path: Path) -> Iterator[memoryview]:
+        """The chunks of a whole row in a file, one after the other in the same memory.
 
         Raises:
-            ChunkError: it has another length.
+            ChunkError: the file has another length.
         """
-        if len(data) != self.nbytes:
-            raise ChunkError(f"a row has {len(data)} bytes, not {self.nbytes}")
-        for begin, end in pairwise(map(self.offset, range(self.count + 1))):
-            yield data[begin:end]
+        memory = memoryview(bytearray(max(map(self.nbytes_of, range(self.count)), default=0)))
+        with path.open("rb", buffering=0) as file:
+            if (size := os.fstat(file.fileno()).st_size) != self.nbytes:
+                raise ChunkError(f"{path} has {size} bytes, not {self.nbytes}")
+            for index in range(self.count):
+                piece = memory[: self.nbytes_of(index)]
+                file.readinto(piece)
+                yield piece
 
 
 def identity_of(row: Tensor) -> str:

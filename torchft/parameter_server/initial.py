@@ -47,7 +47,6 @@ class InitialWeights:
 
 def _row(intake: Intake) -> Tensor:
     chunks, row = intake.chunks, torch.empty(1, intake.chunks.n)
-    data = memoryview(bytearray(intake.path.read_bytes()))
-    for index, piece in enumerate(chunks.pieces(data)):
+    for index, piece in enumerate(chunks.read(intake.path)):
         chunks.decode(index, piece, row[:, chunks.span(index)])
     return row

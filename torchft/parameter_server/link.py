@@ -309,9 +309,8 @@ class Link:
                 self._client.download(name, left, file.write)
         self.bytes_received += chunks.nbytes
         try:
-            with path.open("rb") as file:
-                for index in range(chunks.count):
-                    chunks.check(index, memoryview(file.read(chunks.nbytes_of(index))))
+            for index, data in enumerate(chunks.read(path)):
+                chunks.check(index, data)
         except ChunkError as error:
             path.unlink()
             raise UnreachableError(f"{name} was damaged on its way: {error}") from None

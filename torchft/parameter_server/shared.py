@@ -16,7 +16,6 @@ and `published` belong to one thread.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchft.parameter_server.chunks import ChunkError, Chunks, identity_of
+from torchft.parameter_server.chunks import Chunks, identity_of
 from torchft.parameter_server.delayed_nesterov import DelayedNesterov
 from torchft.parameter_server.rounds import Close
 from torchft.parameter_server.shape import ModelShape
@@ -193,8 +192,7 @@ class SharedState:
         mean = torch.empty(1, chunks.n)
         scratch = torch.empty(1, min(chunks.n, chunks.span(0).stop))
         for position, share in enumerate(close.shares):
-            data = _mapped(upload(share.submission.upload), chunks.nbytes)
-            for index, piece in enumerate(chunks.pieces(data)):
+            for index, piece in enumerate(chunks.read(upload(share.submission.upload))):
                 part = mean[:, chunks.span(index)]
                 numbers = scratch[:, : part.shape[1]] if position else part
                 chunks.decode(index, piece, numbers)
@@ -242,11 +240,3 @@ class SharedState:
         for kept, names in ((_KEPT, row.deltas), (2, row.wholes)):
             for old in [v for v in names if v <= version - kept]:
                 (self.folder / names.pop(old)).unlink(missing_ok=True)
-
-
-def _mapped(path: Path, nbytes: int) -> memoryview:
-    """Private and writable, so that torch sees it without a copy; gone with its last view."""
-    with path.open("rb") as file:
-        if path.stat().st_size != nbytes:
-            raise ChunkError(f"{path} has {path.stat().st_size} bytes, not {nbytes}")
-        return memoryview(mmap.mmap(file.fileno(), nbytes, access=mmap.ACCESS_COPY))

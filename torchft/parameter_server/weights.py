@@ -137,14 +137,12 @@ class WorkerWeights:
     def _read(self, fragment: int, kind: Kind, path: Path, codec: Codec) -> None:
         base = self._bases[fragment]
         chunks = Chunks(base.shape[1], Identity() if kind is Kind.WHOLE else codec)
-        with path.open("rb") as file:
-            for index in range(chunks.count):
-                data = memoryview(bytearray(file.read(chunks.nbytes_of(index))))
-                part = base[:, chunks.span(index)]
-                if kind is Kind.WHOLE:
-                    chunks.decode(index, data, part)
-                else:
-                    part.add_(chunks.decode(index, data, torch.empty_like(part)))
+        for index, data in enumerate(chunks.read(path)):
+            part = base[:, chunks.span(index)]
+            if kind is Kind.WHOLE:
+                chunks.decode(index, data, part)
+            else:
+                part.add_(chunks.decode(index, data, torch.empty_like(part)))
 
     def _write(self, fragment: int, row: Tensor, mix: float) -> None:
         for name, view in self.shape.views(fragment, row).items():
