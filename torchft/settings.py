@@ -1,7 +1,8 @@
 """Every environment variable that the package reads, and the only place where it reads them.
 
 A variable wins over the argument it stands for, everywhere that argument is used. Timeouts are
-whole seconds.
+whole seconds. Those of the parameter server's workers, `DILOCO_*`, are the exception: there an
+explicit argument wins, as their users expect.
 """
 
 from __future__ import annotations
@@ -14,6 +15,17 @@ from torchft.errors import SettingsError
 __all__ = [
     "CONGESTION",
     "CONNECT_TIMEOUT_SEC",
+    "DILOCO_AUTH_TOKEN",
+    "DILOCO_AUTH_TOKEN_FILE",
+    "DILOCO_BF16_COMM",
+    "DILOCO_CODEC",
+    "DILOCO_DYLU",
+    "DILOCO_HEARTBEAT_INTERVAL",
+    "DILOCO_NUM_FRAGMENTS",
+    "DILOCO_SERVER",
+    "DILOCO_SYNC_EVERY",
+    "DILOCO_TLS_CA",
+    "DILOCO_WORKER_ID",
     "GLOO_SOCKET_IFNAME",
     "JOB_ID",
     "LIGHTHOUSE",
@@ -23,8 +35,11 @@ __all__ = [
     "STEP_RECORDS",
     "TIMEOUT_SEC",
     "USE_BUCKETIZATION",
+    "boolean_or_none",
     "for_child",
     "integer",
+    "integer_or_none",
+    "number_or_none",
     "required",
     "text",
     "timeout",
@@ -54,6 +69,29 @@ JOB_ID = "JOB_ID"
 USE_BUCKETIZATION = "TORCHFT_USE_BUCKETIZATION"
 """`True` makes DiLoCo send its pseudo-gradient in buckets."""
 
+DILOCO_SERVER = "DILOCO_SERVER"
+"""`host:port` of the parameter server; unset: a worker does nothing."""
+DILOCO_WORKER_ID = "DILOCO_WORKER_ID"
+"""The worker's id."""
+DILOCO_SYNC_EVERY = "DILOCO_SYNC_EVERY"
+"""Inner steps between two submissions."""
+DILOCO_NUM_FRAGMENTS = "DILOCO_NUM_FRAGMENTS"
+"""Parts of the model that are submitted in turn."""
+DILOCO_BF16_COMM = "DILOCO_BF16_COMM"
+"""0: numbers travel as fp32; 1, the default: as bf16."""
+DILOCO_CODEC = "DILOCO_CODEC"
+"""How numbers travel; wins over `DILOCO_BF16_COMM`."""
+DILOCO_DYLU = "DILOCO_DYLU"
+"""1: take the number of steps that the server recommends."""
+DILOCO_HEARTBEAT_INTERVAL = "DILOCO_HEARTBEAT_INTERVAL"
+"""Seconds between two heartbeats, at most."""
+DILOCO_AUTH_TOKEN = "DILOCO_AUTH_TOKEN"
+"""The worker's token."""
+DILOCO_AUTH_TOKEN_FILE = "DILOCO_AUTH_TOKEN_FILE"
+"""A file that holds it."""
+DILOCO_TLS_CA = "DILOCO_TLS_CA"
+"""Certificates to trust, in PEM."""
+
 
 def text(name: str, default: str | None = None) -> str | None:
     """The variable as it stands, or `default` when it is unset or empty."""
@@ -77,6 +115,33 @@ def integer(name: str, default: int) -> int:
         return int(value)
     except ValueError:
         raise SettingsError(f"{name}={value!r} is not a whole number") from None
+
+
+def integer_or_none(name: str) -> int | None:
+    """The variable as a whole number, None where it is unset; SettingsError when it is none."""
+    return None if text(name) is None else integer(name, 0)
+
+
+def number_or_none(name: str) -> float | None:
+    """The variable as a number, None where it is unset; SettingsError when it is none."""
+    value = text(name)
+    if value is None:
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        raise SettingsError(f"{name}={value!r} is not a number") from None
+
+
+def boolean_or_none(name: str) -> bool | None:
+    """1, true and yes, 0, false and no; None where it is unset; SettingsError for all else."""
+    value = text(name)
+    words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    if value is None:
+        return None
+    if value.lower() not in words:
+        raise SettingsError(f"{name}={value!r}: give 1 or 0")
+    return words[value.lower()]
 
 
 def timeout(name: str, default: timedelta) -> timedelta:

@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, Set[str]] = {
     **dict.fromkeys(MANAGER, COMMUNICATION | MANAGER),
     **dict.fromkeys(DOORS, MANAGER | DOORS | NUMBERS | {"process_group", "strategies"}),
     "simulator": NUMBERS | {"strategies", "data", "launch"},
-    "parameter_server": NUMBERS | {"strategies"},
+    "parameter_server": NUMBERS | {"checkpointing", "strategies"},
     **dict.fromkeys(FACES, LIBRARY | FACES | EXTENSION),
     "__init__": LIBRARY,  # names that load on first use
 }

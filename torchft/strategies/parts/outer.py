@@ -19,10 +19,19 @@ from torchft.strategies.local import Fragment
 from torchft.strategies.model_local import ModelLocal, like_parameter
 from torchft.strategies.parts.backup import Backup
 
-__all__ = ["FlatOuter", "ModelOuter", "Outer", "OuterFactory"]
+__all__ = ["FlatOuter", "Flats", "ModelOuter", "Outer", "OuterFactory"]
 
 OuterFactory = Callable[[list[nn.Parameter]], Optimizer]
 """For example `functools.partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)`."""
+
+
+class Flats(Protocol):
+    """What is stepped: a `Backup`, or a server's weights."""
+
+    @property
+    def flats(self) -> Sequence[Tensor]:
+        """`[1, n]` each."""
+        ...
 
 
 class Outer(Protocol):
@@ -58,10 +67,15 @@ class FlatOuter:
         self._parameters: list[list[nn.Parameter]] = []
         self._optimizers: list[Optimizer] = []
 
-    def bind(self, fragments: Sequence[Fragment], backups: Sequence[Backup]) -> None:
+    def bind(self, fragments: Sequence[Fragment], backups: Sequence[Flats]) -> None:
         """Make the optimizers."""
         self._parameters = [[nn.Parameter(flat) for flat in b.flats] for b in backups]
         self._optimizers = [self._factory(parameters) for parameters in self._parameters]
+
+    @property
+    def optimizers(self) -> Sequence[Optimizer]:
+        """One a fragment, once bound."""
+        return self._optimizers
 
     def step(self, fragment: Fragment, average: Sequence[Tensor]) -> None:
         """Step in place, on the backup's device."""

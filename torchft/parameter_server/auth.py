@@ -1,0 +1,113 @@
+"""Who may do what: three scopes, each with a token made from one secret.
+
+    admin  ⊃  worker  ⊃  read
+
+The file has all three, mode 0600; a machine that only trains is given the worker's. Tokens are
+compared in constant time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+
+from torchft.errors import SettingsError
+
+__all__ = ["Scope", "Tokens", "default_token_file", "read_token"]
+
+
+class Scope(IntEnum):
+    """What a request needs; a higher one includes the lower."""
+
+    READ = 1
+    WORKER = 2
+    ADMIN = 3
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One for each scope."""
+
+    by_scope: Mapping[Scope, str]
+
+    @classmethod
+    def of_secret(cls, secret: str) -> Tokens:
+        """The secret is the admin's token; nobody gets it from one of the others.
+
+        Raises:
+            SettingsError: it is too short to be one.
+        """
+        if len(secret) < 16:
+            raise SettingsError(
+                "an auth token has at least 16 characters: leave it out to make one"
+            )
+        made = {
+            scope: hmac.new(secret.encode(), scope.name.encode(), hashlib.sha256).hexdigest()
+            for scope in (Scope.READ, Scope.WORKER)
+        }
+        return cls({**made, Scope.ADMIN: secret})
+
+    def scope_of(self, token: str) -> Scope | None:
+        """What `token` allows; None: nothing."""
+        found = None
+        for scope, known in self.by_scope.items():
+            if hmac.compare_digest(token.encode(), known.encode()):
+                found = scope
+        return found
+
+    @classmethod
+    def at(cls, path: Path, *, renew: bool = False) -> tuple[Tokens, bool]:
+        """Those in the file, made and written when there is none; and whether they are new.
+
+        Raises:
+            SettingsError: the file is there and cannot be used.
+        """
+        if path.exists() and not renew:
+            return cls.of_secret(_read(path, Scope.ADMIN)), False
+        tokens = cls.of_secret(secrets.token_hex(32))
+        tokens.write(path)
+        return tokens, True
+
+    def write(self, path: Path) -> None:
+        """For its owner's eyes only."""
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        content = {scope.name.lower(): token for scope, token in self.by_scope.items()}
+        path.unlink(missing_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            json.dump(content, file, indent=1)
+
+
+def default_token_file(port: int) -> Path:
+    """Where a server on this machine leaves its tokens, and a worker on it finds them."""
+    return Path.home() / ".torchft" / f"diloco-{port}.json"
+
+
+def read_token(path: Path, scope: Scope) -> str:
+    """The token of `scope`, from a server's file or from one that holds a token alone.
+
+    Raises:
+        SettingsError: the file cannot be read, or has no such token.
+    """
+    return _read(path, scope)
+
+
+def _read(path: Path, scope: Scope) -> str:
+    try:
+        text = path.read_text().strip()
+    except OSError as error:
+        raise SettingsError(
+            f"cannot read {path}: {error.strerror}; check --auth-token-file"
+        ) from None
+    if not text.startswith("{"):
+        return text
+    try:
+        return str(json.loads(text)[scope.name.lower()])
+    except (ValueError, KeyError, TypeError):
+        raise SettingsError(f"{path} has no token for {scope.name.lower()}") from None

@@ -1,0 +1,143 @@
+"""Checkpoints that are whole or not there: written aside, forced to disk, then renamed.
+
+    <output>/checkpoints/checkpoint-<number>/
+        server_state.bin     all that a restart needs, in the layout of `torchft.checkpointing`
+        model.safetensors    the weights in the model's own dtypes, for other tools
+        manifest.json        sizes and SHA-256 of the two
+
+The newest one whose files are as its manifest says is taken; one that is not is named in a warning,
+and the next older one is looked at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from torchft.checkpointing.layout import LayoutError
+from torchft.checkpointing.state_file import read_state, write_state
+from torchft.errors import SettingsError
+
+__all__ = ["Checkpoints", "load"]
+
+logger = logging.getLogger(__name__)
+
+STATE, MODEL, MANIFEST = "server_state.bin", "model.safetensors", "manifest.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_PIECE_BYTES = 1 << 20
+
+
+class Checkpoints:
+    """Those of one output folder; `keep` 0: all."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+
+    def save(self, number: int, state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Path:
+        """Write checkpoint `number`, then let the oldest go.
+
+        Raises:
+            OSError: the disk is full, or broken; nothing that was there has changed.
+        """
+        from safetensors.torch import save_file
+
+        final = self.folder / f"checkpoint-{number}"
+        aside = self.folder / f".writing-{number}"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        _write(aside / STATE, lambda path: _write_state(path, state, number))
+        own = {name: tensor.contiguous() for name, tensor in weights.items()}
+        _write(aside / MODEL, lambda path: save_file(own, path, metadata={"format": "pt"}))
+        manifest = {name: _described(aside / name) for name in (STATE, MODEL)}
+        _write(aside / MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=1)))
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+        _sync(self.folder)
+        self._rotate()
+        return final
+
+    def all(self) -> list[Path]:
+        """Oldest first."""
+        found = {
+            int(match.group(1)): path
+            for path in self.folder.glob("checkpoint-*")
+            if (match := _NAME.fullmatch(path.name))
+        }
+        return [found[number] for number in sorted(found)]
+
+    def newest(self) -> tuple[int, Any] | None:
+        """Number and state of the newest good one; None: there is no checkpoint.
+
+        Raises:
+            SettingsError: there are some, and none is good.
+        """
+        found = self.all()
+        for path in reversed(found):
+            try:
+                return load(path)
+            except SettingsError as error:
+                logger.warning("%s; looking at the one before it", error)
+        if found:
+            raise SettingsError(
+                f"none of the {len(found)} checkpoints in {self.folder} is whole: name another "
+                "output folder, or a copy with --from-checkpoint"
+            )
+        return None
+
+    def _rotate(self) -> None:
+        if self.keep:
+            for path in self.all()[: -self.keep]:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def load(path: Path) -> tuple[int, Any]:
+    """Number and state of one checkpoint, verified.
+
+    Raises:
+        SettingsError: it is not whole.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        for name in (STATE, MODEL):
+            if manifest[name] != _described(path / name):
+                raise SettingsError(f"{path / name} is not what its manifest says")
+        return read_state(path / STATE)
+    except (OSError, ValueError, KeyError, TypeError, LayoutError) as error:
+        if isinstance(error, SettingsError):
+            raise
+        raise SettingsError(f"{path} is not whole: {type(error).__name__}: {error}") from None
+
+
+def _write_state(path: Path, state: Mapping[str, Any], number: int) -> None:
+    with path.open("wb") as file:
+        write_state(file, state, number)
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    write(path)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    at = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(at)
+    finally:
+        os.close(at)
+
+
+def _described(path: Path) -> dict[str, Any]:
+    hasher = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE_BYTES):
+            hasher.update(piece)
+    return {"bytes": path.stat().st_size, "sha256": hasher.hexdigest()}

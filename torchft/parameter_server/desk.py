@@ -1,0 +1,443 @@
+"""The server without its network: rounds, shared weights, journal and checkpoints, put together.
+
+Everything here runs on one event loop; what takes long (checking numbers, outer steps, files) runs
+in two pools of threads. Outer steps and checkpoints share the pool of one thread, so they come in
+the order in which they were decided, and a checkpoint has all that was decided before it.
+
+An order that matters: an event is decided, written to the journal, then carried out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torchft.parameter_server.dylu import local_steps
+from torchft.parameter_server.initial import InitialWeights
+from torchft.parameter_server.intake import Intake, norm_limit
+from torchft.parameter_server.keeper import Keeper
+from torchft.parameter_server.model_files import read_model, rows_of_model
+from torchft.parameter_server.options import ServerOptions
+from torchft.parameter_server.refused import Conflict, Gone, NotFound, NotReady, Unfit
+from torchft.parameter_server.requests import Registration, Speaker, Ticket
+from torchft.parameter_server.rounds import Close, Effect, Rounds
+from torchft.parameter_server.rounds import Gone as Departed
+from torchft.parameter_server.rules import Departure, Refusal
+from torchft.parameter_server.run import Run, Runs
+from torchft.parameter_server.shared import News, SharedState
+from torchft.parameter_server.submission import Submission
+
+__all__ = ["Counts", "Desk"]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass
+class Counts:
+    """What has happened since the start."""
+
+    rounds: int = 0
+    submissions: int = 0
+    late: int = 0
+    refused: int = 0
+    departures: dict[str, int] = field(default_factory=dict)
+    bytes_in: int = 0
+    bytes_out: int = 0
+    apply_s: float = 0.0
+    checkpoints: int = 0
+
+
+class Desk:
+    """One server's. Call `open` on the loop before all else, `close` at the end."""
+
+    def __init__(self, options: ServerOptions, clock: Callable[[], float] = time.monotonic) -> None:
+        self.options, self._clock = options, clock
+        self.counts = Counts()
+        self.run: Run | None = None
+        self.hosts: dict[str, str] = {}
+        self.failed: asyncio.Future[None] | None = None
+        self._keeper = Keeper(options)
+        self._runs = Runs(options, self._keeper, clock)
+        self._intakes: dict[str, tuple[Ticket, Intake]] = {}
+        self._initial: InitialWeights | None = None
+        self._applier = ThreadPoolExecutor(1, "outer-step")
+        self._checkers = ThreadPoolExecutor(2, "intake")
+        self._news = asyncio.Event()
+        self._jobs: set[asyncio.Future[Any]] = set()
+        self._saving = False
+
+    # ------------------------------------------------------------------ begin and end
+
+    async def open(self) -> None:
+        """Go on from the newest checkpoint and its journal, or begin afresh.
+
+        Raises:
+            SettingsError: what is there cannot be gone on from.
+        """
+        self.failed = asyncio.get_running_loop().create_future()
+        await self._in(self._applier, self._runs.warm_up)
+        self.run = await self._in(self._applier, self._runs.restored)
+
+    @property
+    def news_folder(self) -> Path:
+        """Where files of news lie."""
+        return self._keeper.news
+
+    async def close(self, *, save: bool = True) -> None:
+        """Finish what was decided, save it, and end the threads."""
+        while self._jobs:
+            await asyncio.wait(set(self._jobs))
+        healthy = self.failed is not None and not self.failed.done()
+        if save and healthy and self._keeper.has_unsaved and self.options.save_every:
+            await self.save()
+        self._applier.shutdown()
+        self._checkers.shutdown()
+
+    # ------------------------------------------------------------------ what workers ask
+
+    async def register(self, request: Registration) -> dict[str, Any]:
+        """Take a process in, and say what holds for it.
+
+        Raises:
+            MismatchError, SettingsError: its model or its wishes cannot be.
+            Conflict: another process has its id.
+        """
+        run = self.run or await self._begin(request)
+        run.shape.check_same(request.shape)
+        who = request.who
+        refusal, effects = run.rounds.join(self._clock(), who.worker, who.session, request.beat_s)
+        if refusal is not None:
+            raise Conflict(f"{who.worker}: {refusal}; it may register when that one is silent")
+        event = {"worker": who.worker, "session": who.session, "beat_s": request.beat_s}
+        self._keeper.record("join", event)
+        self.hosts[who.worker] = request.hostname
+        self._carry_out(effects)
+        return {
+            "agreed": run.agreed.to_json(),
+            "differences": run.agreed.differences(request.wished),
+            "model": run.shape.to_json(),
+            "beat_s": self.options.rules.beat_s,
+            "mode": self.options.rules.mode,
+            "sync_every": self._steps_for(who.worker),
+            "send_weights": self._wants_weights_of(who),
+        }
+
+    async def _begin(self, request: Registration) -> Run:
+        """The first worker fixes what the server's settings leave open."""
+        agreed = self.options.agree(request.wished)
+        shape = request.shape.cut(agreed.fragments)
+        rounds = Rounds(self.options.rules, agreed.fragments)
+        run = Run(agreed, shape, rounds, None, {})
+        folder = self.options.model
+        if folder is not None:
+            tensors = await self._in(self._applier, read_model, folder)
+            run.state = await self._in(
+                self._applier,
+                lambda: self._runs.state(shape, agreed, rows_of_model(shape, tensors)),
+            )
+            trained = {parameter.name for parameter in shape.parameters}
+            run.extras = {n: tensor for n, tensor in tensors.items() if n not in trained}
+        if self.run is not None:  # another one was first, while the files were read
+            return self.run
+        self.run = run
+        if run.state is not None:
+            self._first_checkpoint()
+        return run
+
+    def beat(self, who: Speaker, steps_per_s: float) -> dict[str, Any]:
+        """A sign of life. Raises Gone."""
+        run = self._known()
+        refusal, effects = run.rounds.beat(self._clock(), who.worker, who.session, steps_per_s)
+        if refusal is not None:
+            raise Gone(f"{who.worker}: {refusal}; register again")
+        self._carry_out(effects)
+        return {"sync_every": self._steps_for(who.worker), "versions": run.versions}
+
+    def leave(self, who: Speaker) -> None:
+        """It goes."""
+        if self.run is not None:
+            self._carry_out(self.run.rounds.leave(self._clock(), who.worker, who.session))
+
+    def ticket(self, ticket: Ticket) -> dict[str, Any]:
+        """Whether the numbers are wanted, and from which chunk on.
+
+        Raises:
+            Gone, NotFound, Unfit, NotReady
+        """
+        run, state = self._ready()
+        if ticket.fingerprint != run.shape.fingerprint:
+            raise Unfit("the submission is of another model than the one that was registered")
+        who = ticket.who
+        verdict = run.rounds.ask(
+            who.worker, who.session, ticket.fragment, ticket.base, ticket.number
+        )
+        if isinstance(verdict, Refusal):
+            raise _refused(who, verdict)
+        if verdict.repeat:
+            return {"done": True}
+        name = _upload_name(ticket)
+        if name not in self._intakes:
+            self._drop_older(ticket)
+            n = run.shape.size(ticket.fragment)
+            limit = norm_limit(state.norm(ticket.fragment), n, self.options.norm_bound)
+            intake = Intake(self._keeper.upload(name), state.chunks(ticket.fragment), limit)
+            self._intakes[name] = (ticket, intake)
+        return {"done": False, "upload": name, "have": self._intakes[name][1].have}
+
+    def intake(self, upload: str) -> Intake:
+        """Raises NotFound."""
+        if upload not in self._intakes:
+            raise NotFound("there is no such upload: ask for a ticket again")
+        return self._intakes[upload][1]
+
+    async def take_chunk(self, intake: Intake, index: int, data: memoryview) -> None:
+        """Check and keep one chunk. Raises Refused, Unfit."""
+        self.counts.bytes_in += len(data)
+        try:
+            await self._in(self._checkers, intake.take, index, data)
+        except Unfit:
+            self.counts.refused += 1
+            self._forget(intake)
+            raise
+
+    def finish(self, upload: str) -> dict[str, Any]:
+        """All chunks are here: the submission counts from now on. Raises as `ticket`."""
+        run, _ = self._ready()
+        ticket, intake = self._intakes[upload]
+        if not intake.is_whole:
+            return {"done": False, "have": intake.have}
+        who = ticket.who
+        submission = Submission(
+            *(who.worker, who.session, ticket.fragment, ticket.base, ticket.number),
+            *(ticket.steps, ticket.tokens, upload),
+        )
+        verdict = run.rounds.ask(
+            who.worker, who.session, ticket.fragment, ticket.base, ticket.number
+        )
+        if isinstance(verdict, Refusal):
+            raise _refused(who, verdict)
+        del self._intakes[upload]
+        if not verdict.repeat:
+            self._keeper.record("take", submission.state_dict())
+            _, effects = run.rounds.submit(self._clock(), submission)
+            self.counts.submissions += 1
+            self.counts.late += verdict.staleness > 0
+            self._carry_out(effects)
+        return {"done": True}
+
+    async def news(self, fragment: int, base: int, identity: str, wait_s: float) -> News | None:
+        """What has changed since `base`; None: nothing within `wait_s`.
+
+        Raises:
+            NotReady, NotFound
+        """
+        run, state = self._ready()
+        if not 0 <= fragment < len(run.shape.fragments):
+            raise NotFound(f"there is no fragment {fragment}")
+        end = self._clock() + wait_s
+        while True:
+            at, changed = state.published(fragment), self._news
+            if (at.version, at.identity) != (base, identity):
+                known = state.deltas_for(fragment, base, identity)
+                return known or await self._in(
+                    self._applier, state.news_for, fragment, base, identity
+                )
+            left = end - self._clock()
+            if left <= 0:
+                return None
+            try:
+                await asyncio.wait_for(changed.wait(), left)
+            except TimeoutError:
+                return None
+
+    def why_open(self, fragment: int) -> str:
+        """What the round of a fragment waits for, in words."""
+        why, names = self._known().rounds.waiting(self._clock(), fragment)
+        return f"{why}: {', '.join(names)}" if names else str(why or "")
+
+    # ------------------------------------------------------------------ the first weights
+
+    def initial(self, who: Speaker, fragment: int) -> Intake:
+        """Where the first weights of a fragment go. Raises NotReady, NotFound."""
+        run = self._known()
+        if run.state is not None:
+            raise NotFound("the run has weights already")
+        if self._initial is None or not self._wants_weights_of(who):
+            raise NotReady("another worker sends the first weights")
+        if not 0 <= fragment < len(run.shape.fragments):
+            raise NotFound(f"there is no fragment {fragment}")
+        return self._initial.intakes[fragment]
+
+    async def finish_initial(self) -> dict[str, Any]:
+        """When the last fragment is here the run has weights."""
+        run, initial = self._known(), self._initial
+        if run.state is None and initial is not None and initial.is_whole:
+            state = await self._in(
+                self._applier, lambda: self._runs.state(run.shape, run.agreed, initial.rows())
+            )
+            if run.state is None:  # the same weights may have come twice
+                run.state, self._initial = state, None
+                initial.drop()
+                self._first_checkpoint()
+        return {"done": run.state is not None}
+
+    def _wants_weights_of(self, who: Speaker) -> bool:
+        run = self._known()
+        if run.state is not None:
+            return False
+        if self._initial is not None and self._initial.who != who:
+            holder = run.rounds.members.get(self._initial.who.worker)
+            alive = holder is not None and holder.session == self._initial.who.session
+            if alive and holder and not holder.is_silent(self._clock(), self.options.rules):
+                return False
+            self._initial = None
+        if self._initial is None:
+            self._initial = InitialWeights(who, run.shape, self._keeper.uploads)
+        return True
+
+    def _first_checkpoint(self) -> None:
+        """So that a journal has something to begin from."""
+        if self.options.save_every:
+            self._start(self._save_in_passing())
+
+    # ------------------------------------------------------------------ time and orders
+
+    def tick(self) -> None:
+        """Time has passed."""
+        if self.run is not None:
+            self._carry_out(self.run.rounds.tick(self._clock()))
+
+    def kick(self, worker: str) -> bool:
+        """Send a worker away; whether there was one."""
+        run = self._known()
+        there = worker in run.rounds.members
+        self._carry_out(run.rounds.leave(self._clock(), worker, None, Departure.KICKED))
+        return there
+
+    def expect(self, workers: int, min_workers: int) -> None:
+        """Another number of workers. Raises SettingsError."""
+        self._carry_out(self._known().rounds.expect(self._clock(), workers, min_workers))
+
+    async def save(self) -> Path:
+        """Write a checkpoint of all that is decided by now. Raises OSError."""
+        run, _ = self._ready()
+        number, spent = self._keeper.begin()
+        rounds = run.rounds.state_dict()
+
+        def write() -> Path:
+            return self._keeper.write(number, run.saved(rounds), run.model())
+
+        try:
+            path = await self._in(self._applier, write)
+        except OSError:
+            self._keeper.give_up(spent)
+            raise
+        self._keeper.end(number, spent)
+        self.counts.checkpoints += 1
+        logger.info("saved %s", path)
+        return path
+
+    # ------------------------------------------------------------------ how
+
+    def _carry_out(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, Departed):
+                why = effect.why.name.lower()
+                self.counts.departures[why] = self.counts.departures.get(why, 0) + 1
+                logger.info("worker %s is gone: %s", effect.worker, effect.why)
+            else:
+                self._keeper.record_close(effect)
+                self._start(self._step(effect))
+
+    def _start(self, job: Any) -> None:
+        task = asyncio.ensure_future(job)
+        self._jobs.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Future[Any]) -> None:
+        self._jobs.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None and self.failed is not None and not self.failed.done():
+            self.failed.set_exception(error)
+
+    async def _step(self, close: Close) -> None:
+        """The outer step of a round. An error here ends the server: its weights are half stepped,
+        and the journal has all that is needed to do it again."""
+        run, state = self._ready()
+        began = time.perf_counter()
+        await self._in(self._applier, state.apply, close, self._keeper.upload)
+        self.counts.apply_s += time.perf_counter() - began
+        self.counts.rounds += 1
+        self._announce()
+        self._keeper.spend(close)
+        due = self._keeper.is_due(len(run.shape.fragments), run.shape.numel)
+        if due and not self._saving:
+            await self._save_in_passing()
+
+    async def _save_in_passing(self) -> None:
+        self._saving = True
+        try:
+            await self.save()
+        except OSError as error:
+            logger.error("no checkpoint was written, the run goes on: %s", error)
+        finally:
+            self._saving = False
+
+    def _announce(self) -> None:
+        self._news.set()
+        self._news = asyncio.Event()
+
+    def _known(self) -> Run:
+        if self.run is None:
+            raise Gone("no worker has registered yet: register")
+        return self.run
+
+    def _ready(self) -> tuple[Run, SharedState]:
+        run = self._known()
+        if run.state is None:
+            raise NotReady("the first worker's weights are still to come")
+        return run, run.state
+
+    def _steps_for(self, worker: str) -> int:
+        run = self._known()
+        if not self.options.dylu:
+            return run.agreed.sync_every
+        base = self.options.dylu_base_sync_every or run.agreed.sync_every
+        speeds = {name: member.steps_per_s for name, member in run.rounds.members.items()}
+        return local_steps(base, speeds, worker)
+
+    def _drop_older(self, ticket: Ticket) -> None:
+        """One upload a worker and fragment."""
+        for name, (other, intake) in list(self._intakes.items()):
+            same = other.who.worker == ticket.who.worker and other.fragment == ticket.fragment
+            if same:
+                intake.drop()
+                del self._intakes[name]
+
+    def _forget(self, intake: Intake) -> None:
+        for name, (_, other) in list(self._intakes.items()):
+            if other is intake:
+                intake.drop()
+                del self._intakes[name]
+
+    async def _in(self, pool: ThreadPoolExecutor, work: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(pool, work, *args)
+
+
+def _refused(who: Speaker, refusal: Refusal) -> Exception:
+    kind = {Refusal.NOT_REGISTERED: Gone, Refusal.NO_FRAGMENT: NotFound}.get(refusal, Unfit)
+    return kind(f"{who.worker}: {refusal}")
+
+
+def _upload_name(ticket: Ticket) -> str:
+    parts = (ticket.who.worker, ticket.who.session, ticket.fragment, ticket.number)
+    return hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()[:32]

@@ -1,0 +1,136 @@
+"""What a server keeps on disk: uploads, the journal, checkpoints, and when a checkpoint is due.
+
+    <output>/checkpoints/  journal/  spool/uploads/  spool/news/
+
+An upload stays until a checkpoint has what it was used for. With `save_every` 0 nothing is kept.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from torchft.parameter_server.checkpoints import Checkpoints, load
+from torchft.parameter_server.journal import Journal, line_of
+from torchft.parameter_server.options import ServerOptions
+from torchft.parameter_server.rounds import Close
+
+__all__ = ["Keeper"]
+
+logger = logging.getLogger(__name__)
+
+_JOURNAL_SIZES = 8
+"""A checkpoint is due early when the kept uploads take so many times its size."""
+_CHECKPOINT_BYTES = 16
+"""Of a checkpoint, a parameter, about."""
+
+
+class Keeper:
+    """The files of one output folder."""
+
+    def __init__(self, options: ServerOptions) -> None:
+        folder = options.output_dir
+        self.uploads, self.news = folder / "spool" / "uploads", folder / "spool" / "news"
+        self.journal = Journal(folder / "journal")
+        self.number = 0
+        """Of the newest checkpoint, or of the one that is being written."""
+        self._options = options
+        self._checkpoints = Checkpoints(folder / "checkpoints", options.save_total_limit)
+        self._spent: list[Path] = []
+        self._rounds = 0
+
+    @property
+    def has_unsaved(self) -> bool:
+        """A round has closed since the last checkpoint."""
+        return self._rounds > 0
+
+    def open(self) -> tuple[int, Any, bool] | None:
+        """Number and state of the checkpoint to go on from, and whether its journal holds; None:
+        a new run.
+
+        Raises:
+            SettingsError: there is no good one.
+        """
+        for folder in (self.uploads, self.news):
+            folder.mkdir(parents=True, exist_ok=True)
+        for old in self.news.iterdir():
+            old.unlink()
+        chosen = self._options.from_checkpoint
+        saved = self._checkpoints.newest() if chosen is None else load(chosen)
+        if saved is None:
+            return None
+        known = (int(path.name.split("-")[1]) for path in self._checkpoints.all())
+        self.number = max([saved[0], *known])
+        if chosen is None:
+            self.journal.begin(saved[0])
+        else:
+            self.number += 1
+            self.journal.forget(self.number)
+            self.journal.begin(self.number)
+        return (*saved, chosen is None)
+
+    def record(self, kind: str, event: dict[str, Any]) -> None:
+        """Before an event has an effect."""
+        if self._options.save_every:
+            self.journal.write(kind, event)
+
+    def record_close(self, close: Close) -> None:
+        """The same, of a round."""
+        if self._options.save_every:
+            self.journal.write("close", line_of(close))
+
+    def upload(self, name: str) -> Path:
+        """Where it lies."""
+        return self.uploads / f"{name}.row"
+
+    def spend(self, close: Close) -> None:
+        """The step was taken."""
+        done = [self.upload(share.submission.upload) for share in close.shares]
+        self._rounds += 1
+        if self._options.save_every:
+            self._spent += done
+        else:
+            _delete(done)
+
+    def is_due(self, fragments: int, numel: int) -> bool:
+        """A checkpoint is."""
+        if not self._options.save_every:
+            return False
+        kept = sum(path.stat().st_size for path in self._spent)
+        many = self._rounds >= self._options.save_every * fragments
+        return many or kept > _JOURNAL_SIZES * _CHECKPOINT_BYTES * numel
+
+    def begin(self) -> tuple[int, list[Path]]:
+        """What happens from here on is not in the next checkpoint: its number, and the uploads
+        that are not needed once it is safe."""
+        self.number += 1
+        spent, self._spent, self._rounds = self._spent, [], 0
+        self.journal.begin(self.number)
+        return self.number, spent
+
+    def write(self, number: int, state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Path:
+        """Raises OSError; nothing that was there has changed then."""
+        return self._checkpoints.save(number, state, weights)
+
+    def end(self, number: int, spent: list[Path]) -> None:
+        """It is safe."""
+        self.journal.forget(number)
+        _delete(spent)
+
+    def give_up(self, spent: list[Path]) -> None:
+        """It was not written: the older one and both journals still hold."""
+        self._spent = spent + self._spent
+
+    def delete_all_but(self, pending: Iterable[str]) -> None:
+        """Uploads that no event names."""
+        needed = {*self._spent, *map(self.upload, pending)}
+        _delete(path for path in self.uploads.iterdir() if path not in needed)
+
+
+def _delete(paths: Iterable[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,91 @@
+"""What a server says to a request that it does not take, and what the worker then raises.
+
+Refused                       the request is wrong; nothing at the server has changed
+├── Unauthorized      401     no token, or a wrong one
+├── Forbidden         403     a token that does not allow this
+├── NotFound          404     there is no such thing (any more)
+├── Conflict          409     another process has this id
+├── Gone              410     not registered (any more): register again
+├── TooLarge          413     more bytes than can be right
+├── Unfit             422     another model, or numbers that would spoil the weights
+└── NotReady          503     the server waits for the first weights
+"""
+
+from __future__ import annotations
+
+from torchft.errors import TorchftError
+
+__all__ = [
+    "Conflict",
+    "Forbidden",
+    "Gone",
+    "NotFound",
+    "NotReady",
+    "Refused",
+    "TooLarge",
+    "Unauthorized",
+    "Unfit",
+    "refusal_of",
+]
+
+
+class Refused(TorchftError):
+    """The request is wrong."""
+
+    status = 400
+
+
+class Unauthorized(Refused):
+    """No token, or a wrong one."""
+
+    status = 401
+
+
+class Forbidden(Refused):
+    """A token that does not allow this."""
+
+    status = 403
+
+
+class NotFound(Refused):
+    """There is no such thing (any more)."""
+
+    status = 404
+
+
+class Conflict(Refused):
+    """Another process has this id."""
+
+    status = 409
+
+
+class Gone(Refused):
+    """Not registered (any more)."""
+
+    status = 410
+
+
+class TooLarge(Refused):
+    """More bytes than can be right."""
+
+    status = 413
+
+
+class Unfit(Refused):
+    """Another model, or numbers that would spoil the weights."""
+
+    status = 422
+
+
+class NotReady(Refused):
+    """The server waits for the first weights."""
+
+    status = 503
+
+
+_KINDS: dict[int, type[Refused]] = {kind.status: kind for kind in Refused.__subclasses__()}
+
+
+def refusal_of(status: int, reason: str) -> Refused:
+    """The error that a reply of this status stands for."""
+    return _KINDS.get(status, Refused)(reason)

@@ -1,0 +1,139 @@
+"""A run: what is known once the first worker has registered; made anew or of a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchft.errors import SettingsError
+from torchft.parameter_server.journal import close_of
+from torchft.parameter_server.keeper import Keeper
+from torchft.parameter_server.options import Agreed, ServerOptions
+from torchft.parameter_server.rounds import Rounds
+from torchft.parameter_server.shape import ModelShape
+from torchft.parameter_server.shared import SharedState
+from torchft.parameter_server.submission import Submission
+from torchft.quantization import codec_of
+from torchft.strategies.local import Fragment
+
+__all__ = ["Run", "Runs"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """Changes on the event loop alone, but for `state`'s own thread."""
+
+    agreed: Agreed
+    shape: ModelShape
+    rounds: Rounds
+    state: SharedState | None
+    """None: the first weights are still to come."""
+    extras: dict[str, Tensor]
+    """Tensors of the starting model that nobody trains; they go into checkpoints as they are."""
+
+    @property
+    def versions(self) -> list[int]:
+        """Of each fragment."""
+        return [one.version for one in self.rounds.rounds]
+
+    @property
+    def pending(self) -> list[str]:
+        """The uploads of open rounds."""
+        return [s.upload for one in self.rounds.rounds for s in one.pending]
+
+    def saved(self, rounds: dict[str, Any]) -> dict[str, Any]:
+        """All that a restart needs; `rounds` is as they were when it was decided to save."""
+        assert self.state is not None
+        return {
+            "model": self.shape.to_json(),
+            "agreed": self.agreed.to_json(),
+            "rounds": rounds,
+            "extras": self.extras,
+            **self.state.state_dict(),
+        }
+
+    def model(self) -> dict[str, Tensor]:
+        """The weights in the model's own dtypes, with what nobody trains."""
+        assert self.state is not None
+        kinds = {p.name: getattr(torch, p.dtype) for p in self.shape.parameters}
+        trained = {n: tensor.to(kinds[n]) for n, tensor in self.state.weights().items()}
+        return {**self.extras, **trained}
+
+
+class Runs:
+    """Makes them, for one server."""
+
+    def __init__(self, options: ServerOptions, keeper: Keeper, clock: Callable[[], float]) -> None:
+        self._options, self._keeper, self._clock = options, keeper, clock
+
+    def warm_up(self) -> None:
+        """Torch loads much for its first optimizer: no worker should wait for that."""
+        outer = self._options.outer.build(self._options.rules)
+        outer.bind([Fragment(0, range(1))], [_OneRow([torch.zeros(1, 1)])])
+
+    def state(
+        self, shape: ModelShape, agreed: Agreed, rows: list[Tensor], at: list[int] | None = None
+    ) -> SharedState:
+        """Over `rows`, which belong to it from now on."""
+        outer = self._options.outer.build(self._options.rules)
+        return SharedState(shape, codec_of(agreed.codec), outer, rows, self._keeper.news, at)
+
+    def restored(self) -> Run | None:
+        """Of the newest good checkpoint and what happened after it; None: there is none.
+
+        Raises:
+            SettingsError: what is there cannot be gone on from.
+        """
+        saved = self._keeper.open()
+        if saved is None:
+            return None
+        number, state, journal_holds = saved
+        run = self._of(state)
+        if journal_holds:
+            self._redo(run, number)
+        self._keeper.delete_all_but(run.pending)
+        logger.info("going on from checkpoint %d at versions %s", number, run.versions)
+        return run
+
+    def _of(self, saved: Mapping[str, Any]) -> Run:
+        shape, agreed = ModelShape.from_json(saved["model"]), Agreed(**saved["agreed"])
+        rounds = Rounds(self._options.rules, len(shape.fragments))
+        rounds.load_state_dict(saved["rounds"], self._clock())
+        rows = saved["rows"]
+        weights, versions = [r["weights"] for r in rows], [r["version"] for r in rows]
+        state = self.state(shape, agreed, weights, versions)
+        try:
+            state.load_outer({"rows": rows})
+        except (KeyError, ValueError) as error:
+            raise SettingsError(
+                f"the checkpoint is of another outer optimizer ({error}): start with the flags "
+                "that it was made with"
+            ) from None
+        return Run(agreed, shape, rounds, state, saved["extras"])
+
+    def _redo(self, run: Run, number: int) -> None:
+        """What happened after the checkpoint happens again."""
+        assert run.state is not None
+        now = self._clock()
+        for kind, event in self._keeper.journal.after(number):
+            if kind == "join":
+                run.rounds.redo_join(now, event["worker"], event["session"], event["beat_s"])
+            elif kind == "take":
+                run.rounds.redo_take(Submission(**event))
+            else:
+                close = close_of(event)
+                run.rounds.redo_close(close)
+                run.state.apply(close, self._keeper.upload)
+                self._keeper.spend(close)
+
+
+@dataclass(frozen=True)
+class _OneRow:
+    flats: list[Tensor]

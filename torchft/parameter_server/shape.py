@@ -1,0 +1,185 @@
+"""What a model looks like to the server: names, shapes, dtypes, and how it is cut in fragments.
+
+A fragment is a run of whole parameters; on the wire and at the server its numbers are one flat row
+of fp32, in the parameters' order. Fragments are as equal in numbers as whole blocks allow, where a
+block is what lies under one entry of a list of layers (`transformer.h.3`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchft.errors import MismatchError, SettingsError
+from torchft.strategies.local import Fragment, even_runs
+
+__all__ = ["ModelShape", "Parameter"]
+
+_LAYER = re.compile(r"(?:.*?\.)?\d+(?=\.|$)")
+_SHOWN = 5
+_MAX_DIMENSIONS = 64
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One trained tensor; `dtype` is the worker's, such as `bfloat16`."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def numel(self) -> int:
+        """How many numbers."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """All trained parameters, in the order of the model."""
+
+    parameters: tuple[Parameter, ...]
+    fragments: tuple[Fragment, ...]
+
+    @classmethod
+    def of(cls, named: Iterable[tuple[str, Tensor]], parts: int) -> ModelShape:
+        """Of a model's trained parameters.
+
+        Raises:
+            SettingsError: there are fewer parameters than parts.
+        """
+        found = tuple(
+            Parameter(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            for name, tensor in named
+        )
+        return cls(found, _cut(found, parts))
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal where models can be averaged. Fragments are the server's to choose."""
+        text = json.dumps([[p.name, p.shape, p.dtype] for p in self.parameters])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def size(self, fragment: int) -> int:
+        """Numbers in a fragment."""
+        return sum(parameter.numel for parameter in self.of_fragment(fragment))
+
+    @property
+    def numel(self) -> int:
+        """Numbers in the model."""
+        return sum(parameter.numel for parameter in self.parameters)
+
+    def of_fragment(self, fragment: int) -> tuple[Parameter, ...]:
+        """The parameters of a fragment."""
+        run = self.fragments[fragment].parameters
+        return self.parameters[run.start : run.stop]
+
+    def views(self, fragment: int, flat: Tensor) -> dict[str, Tensor]:
+        """Parameter name → its part of `flat` `[1, n]`, in its shape."""
+        parameters = self.of_fragment(fragment)
+        ends = list(accumulate(p.numel for p in parameters))
+        return {
+            p.name: flat[0, end - p.numel : end].view(p.shape)
+            for p, end in zip(parameters, ends, strict=True)
+        }
+
+    def check_same(self, other: ModelShape) -> None:
+        """Refuse a worker's model that is not this one.
+
+        Raises:
+            MismatchError: names what differs.
+        """
+        mine = {p.name: p for p in self.parameters}
+        theirs = {p.name: p for p in other.parameters}
+        wrong = [f"it lacks {name}" for name in mine if name not in theirs]
+        wrong += [f"it has {name}, which is unknown here" for name in theirs if name not in mine]
+        wrong += [
+            f"{name} is {_said(theirs[name])} there and {_said(mine[name])} here"
+            for name in mine
+            if name in theirs and theirs[name] != mine[name]
+        ]
+        if not wrong and self.parameters != other.parameters:
+            wrong = ["its parameters come in another order"]
+        if wrong:
+            more = f", and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+            raise MismatchError(
+                f"the worker's model is not the server's: {'; '.join(wrong[:_SHOWN])}{more}"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "parameters": [[p.name, list(p.shape), p.dtype] for p in self.parameters],
+            "fragments": [[f.parameters.start, f.parameters.stop] for f in self.fragments],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ModelShape:
+        """The inverse, of what came over a network.
+
+        Raises:
+            MismatchError: it describes no model.
+        """
+        try:
+            parameters = tuple(_parameter(one) for one in data["parameters"])
+            ends = [(int(start), int(stop)) for start, stop in data["fragments"]]
+        except (KeyError, TypeError, ValueError, LookupError) as error:
+            raise MismatchError(f"this describes no model: {str(error)[:200]}") from None
+        if len({p.name for p in parameters}) != len(parameters) or not parameters:
+            raise MismatchError("a model has parameters, each with a name of its own")
+        starts = [0, *(stop for _, stop in ends)]
+        if [start for start, _ in ends] != starts[:-1] or starts[-1] != len(parameters):
+            raise MismatchError("the fragments do not cover the model")
+        fragments = tuple(Fragment(i, range(*end)) for i, end in enumerate(ends))
+        return cls(parameters, fragments)
+
+    def cut(self, parts: int) -> ModelShape:
+        """The same model in so many fragments.
+
+        Raises:
+            SettingsError: there are fewer parameters than parts.
+        """
+        return ModelShape(self.parameters, _cut(self.parameters, parts))
+
+
+def _parameter(described: object) -> Parameter:
+    match described:
+        case [str(name), list(shape), str(dtype)] if len(shape) <= _MAX_DIMENSIONS:
+            kind = getattr(torch, dtype, None)
+            if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+                raise ValueError(f"{name} is {dtype[:40]}, which cannot be averaged")
+            if all(type(size) is int and 0 <= size < 1 << 40 for size in shape):
+                return Parameter(name, tuple(shape), dtype)
+    raise ValueError(f"a parameter is described as {str(described)[:80]}")
+
+
+def _said(parameter: Parameter) -> str:
+    return f"{list(parameter.shape)} {parameter.dtype}"
+
+
+def _block(parameter: Parameter) -> str:
+    layer = _LAYER.match(parameter.name)
+    return layer.group() if layer else parameter.name
+
+
+def _cut(parameters: tuple[Parameter, ...], parts: int) -> tuple[Fragment, ...]:
+    if parts < 1:
+        raise SettingsError(f"{parts} fragments: it must be at least 1")
+    blocks = [list(run) for _, run in groupby(parameters, _block)]
+    if len(blocks) < parts:
+        blocks = [[parameter] for parameter in parameters]
+    ends = list(accumulate(map(len, blocks)))
+    runs = even_runs([sum(p.numel for p in block) for block in blocks], parts)
+    starts = [0, *(ends[run.parameters.stop - 1] for run in runs)]
+    return tuple(
+        Fragment(run.index, range(starts[run.index], starts[run.index + 1])) for run in runs
+    )

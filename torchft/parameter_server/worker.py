@@ -1,0 +1,343 @@
+"""A training loop as a worker of the parameter server, in three lines.
+
+    with DiLoCoWorker(model, optimizer, "gpu-1:8512") as worker:
+        for batch in data:
+            train(batch)          # worker counts the optimizer's steps
+
+At a slot of the schedule the newest news are adopted, then the next fragment is submitted. With
+`in_flight` 0 training waits for the round; else it goes on, and the steps taken meanwhile are kept.
+A server that cannot be reached stops nobody: steps go on and are part of the next submission. At
+the end the last steps are submitted, and the weights become the newest common ones.
+
+Without a server's address nothing is done. (DiLoCo: arXiv 2311.08105, Streaming: 2501.18512.)
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchft.errors import SettingsError
+from torchft.parameter_server.chunks import Chunks
+from torchft.parameter_server.client import DiLoCoClient
+from torchft.parameter_server.flight import Arrived, Flight
+from torchft.parameter_server.link import Link
+from torchft.parameter_server.schedule import Schedule, due
+from torchft.parameter_server.shape import ModelShape
+from torchft.parameter_server.weights import WorkerWeights, named_parameters
+from torchft.parameter_server.worker_options import WorkerOptions
+from torchft.quantization import codec_of
+
+__all__ = ["DiLoCoWorker"]
+
+logger = logging.getLogger(__name__)
+
+_SLICE_S = 0.05
+_END_S = 30.0
+"""So long the end waits for the last submissions to be sent, and again for their round."""
+
+
+class DiLoCoWorker:
+    """Synchronises `model` with the server while `optimizer` steps.
+
+    Args:
+        server: `host:port`; None: what `DILOCO_SERVER` says; empty: do nothing.
+        tokens: how many tokens the next step trains on, asked after every step; the weight of this
+            worker's work in decoupled rounds. None: every step counts as one.
+        options: the fields of `WorkerOptions`. Those not given come from `DILOCO_*` variables.
+
+    Raises:
+        SettingsError: an option that cannot be, or a model that cannot be synchronised.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        server: str | None = None,
+        *,
+        tokens: Callable[[], int] | None = None,
+        **options: Any,
+    ) -> None:
+        self.options = WorkerOptions.resolve(server=server, **options)
+        self.active = bool(self.options.server)
+        self.sync_count = self.local_step = self.refused = 0
+        self.sync_time_s = self.last_sync_time_s = 0.0
+        self.last_send_bytes = self.last_receive_bytes = 0
+        self._optimizer, self._tokens = optimizer, tokens
+        self._hook: Any = None
+        if not self.active:
+            return
+        _check_alone()
+        self.worker_id = self.options.named()
+        parameters = named_parameters(model)
+        shape = ModelShape.of(parameters.items(), 1)
+        self._weights = WorkerWeights(parameters, shape)
+        self._flights: dict[int, Flight] = {}
+        self._versions: dict[int, int] = {}
+        self._numbers: dict[int, int] = {}
+        self._steps: dict[int, int] = {}
+        self._trained: dict[int, int] = {}
+        self._began: float | None = None
+        self._rate = 0.0
+        self._link = self._new_link(shape)
+
+    # ------------------------------------------------------------------ begin and end
+
+    def __enter__(self) -> DiLoCoWorker:
+        return self.start()
+
+    def __exit__(self, kind: object, *raised: object) -> None:
+        self.stop(submit=kind is None)
+
+    def start(self) -> DiLoCoWorker:
+        """Register and take the common weights over; the first worker's are the common ones.
+
+        Raises:
+            UnreachableError, Refused, MismatchError: there is no server, or it says no.
+        """
+        if not self.active or self._hook is not None:
+            return self
+        try:
+            self._link.connect(self.options.timeout_s)
+            self._take_over()
+        except BaseException:
+            self._link.stop()
+            raise
+        agreed = self._link.agreed
+        self._codec = codec_of(agreed.codec)
+        self._schedule = Schedule(agreed.sync_every, agreed.fragments)
+        default = 0 if agreed.fragments == 1 else 1
+        self._in_flight = default if self.options.in_flight is None else self.options.in_flight
+        self._link.start()
+        self._hook = self._optimizer.register_step_post_hook(lambda *_: self._after_step())
+        return self
+
+    def stop(self, *, submit: bool = True) -> None:
+        """Submit the last steps, take the newest common weights, deregister. Harmless to repeat."""
+        if not self.active or self._hook is None:
+            return
+        self._hook.remove()
+        self._hook = None
+        try:
+            if submit and self._link.fault is None:
+                self._finish()
+        finally:
+            self._link.stop()
+
+    def force_sync(self) -> None:
+        """A slot now, and wait for its round."""
+        if self.active and self._hook is not None:
+            self._slot(wait=True)
+
+    # ------------------------------------------------------------------ while training
+
+    @property
+    def sync_every(self) -> int:
+        """Inner steps to a cycle."""
+        return self._schedule.every if self.active and self._hook else self.options.sync_every
+
+    def metrics(self) -> dict[str, float]:
+        """For logs."""
+        if not self.active:
+            return {}
+        return {
+            "diloco/sync_count": self.sync_count,
+            "diloco/local_step": self.local_step,
+            "diloco/last_sync_time": self.last_sync_time_s,
+            "diloco/total_sync_time": self.sync_time_s,
+            "diloco/last_send_mb": self.last_send_bytes / 1e6,
+            "diloco/last_recv_mb": self.last_receive_bytes / 1e6,
+            "diloco/steps_per_second": self._rate,
+            "diloco/sync_every": self.sync_every,
+            "diloco/reconnections": self._link.reconnections,
+            "diloco/in_flight": len(self._flights),
+        }
+
+    def _after_step(self) -> None:
+        now = time.monotonic()
+        if self._began is not None and now > self._began:
+            seen = 1 / (now - self._began)
+            self._rate = seen if not self._rate else self._rate + (seen - self._rate) / 10
+        self.local_step += 1
+        tokens = 1 if self._tokens is None else max(1, int(self._tokens()))
+        for fragment in self._versions:
+            self._steps[fragment] += 1
+            self._trained[fragment] += tokens
+        if self._schedule.advance():
+            self._slot(wait=self._in_flight == 0)
+        self._began = time.monotonic()
+
+    def _slot(self, *, wait: bool) -> None:
+        if self._link.fault is not None:
+            raise self._link.fault
+        began = time.monotonic()
+        if self.options.dylu and self._link.recommended:
+            self._schedule.change(self._link.recommended)
+        if len(self._flights) >= max(1, self._in_flight):
+            self._wait_for(next(iter(self._flights.values())))
+        self._land()
+        if len(self._flights) < max(1, self._in_flight):
+            flight = self._submit()
+            if wait and flight is not None:
+                self._wait_for(flight)
+                self._land()
+        self.last_sync_time_s = time.monotonic() - began
+        self.sync_time_s += self.last_sync_time_s
+
+    # ------------------------------------------------------------------ how
+
+    def _new_link(self, shape: ModelShape) -> Link:
+        options = self.options
+
+        def client() -> DiLoCoClient:
+            plain = DiLoCoClient(options.server)
+            token = options.token(plain.host, plain.port)
+            return DiLoCoClient(options.server, token=token, tls_ca=options.tls_ca)
+
+        def rows(fragment: int) -> Any:
+            self._weights.shape = self._link.shape
+            base = self._weights.base(fragment)
+            return self._weights.row(fragment) if base is None else base
+
+        wished = {
+            "sync_every": options.sync_every,
+            "codec": options.codec,
+            "fragments": options.num_fragments,
+        }
+        return Link(
+            *(client, self.worker_id, _hostname(), wished, shape, rows),
+            beat_s=options.heartbeat_interval_s,
+            speed=lambda: self._rate,
+        )
+
+    def _take_over(self) -> None:
+        self._weights.shape = self._link.shape
+        codec = codec_of(self._link.agreed.codec)
+        for fragment in self._link.shape.fragments:
+            at = fragment.index
+            news = self._link.fetch(at, self.options.timeout_s)
+            self._weights.load(at, news.files, codec)
+            news.drop()
+            self._weights.settle(at)
+            self._versions[at] = news.version
+            self._numbers[at] = self._steps[at] = self._trained[at] = 0
+
+    def _submit(self) -> Flight | None:
+        fragment = due(self._versions, self._flights.keys())
+        if fragment is None or not self._steps[fragment]:
+            return None
+        chunks = Chunks(self._weights.shape.size(fragment), self._codec)
+        self._numbers[fragment] += 1
+        flight = Flight(
+            fragment,
+            self._versions[fragment],
+            self._weights.identity(fragment),
+            self._numbers[fragment],
+            self._steps[fragment],
+            self._trained[fragment],
+            self._weights.encode(fragment, chunks),
+        )
+        self._steps[fragment] = self._trained[fragment] = 0
+        self._flights[fragment] = flight
+        self.last_send_bytes = flight.nbytes
+        self._link.launch(flight)
+        return flight
+
+    def _wait_for(self, flight: Flight) -> None:
+        """Until its news are here, the server is away, or the time is over."""
+        end = time.monotonic() + self.options.timeout_s
+        while not flight.over.wait(_SLICE_S):
+            if self._link.down.is_set():
+                return
+            if time.monotonic() > end:
+                logger.warning(
+                    "the round of fragment %d is still open after %g s: training goes on and the "
+                    "work stays in flight; see `diloco status` for what it waits for",
+                    flight.fragment,
+                    self.options.timeout_s,
+                )
+                return
+
+    def _land(self) -> None:
+        for fragment, flight in list(self._flights.items()):
+            if not flight.over.is_set() or self._link.fault is not None:
+                continue
+            del self._flights[fragment]
+            if flight.refused is not None:
+                self._give_up(flight)
+            elif flight.arrived is not None:
+                self._adopt(flight, flight.arrived)
+
+    def _adopt(self, flight: Flight, news: Arrived) -> None:
+        kept = self._weights.adopt(
+            flight.fragment, flight.chunks, news.files, self._codec, self.options.mix
+        )
+        if self._weights.identity(flight.fragment) != news.identity:
+            logger.warning(
+                "the base of fragment %d was damaged: fetching all of it", flight.fragment
+            )
+            news.drop()
+            news = self._link.fetch(flight.fragment, self.options.timeout_s)
+            self._weights.load(flight.fragment, news.files, self._codec)
+            self._weights.settle(flight.fragment, kept)
+        self.last_receive_bytes = sum(path.stat().st_size for _, path in news.files)
+        news.drop()
+        self._versions[flight.fragment] = news.version
+        self.sync_count += 1
+
+    def _give_up(self, flight: Flight) -> None:
+        """What the server refused would spoil the weights here too: back to the common ones."""
+        logger.error(
+            "the server refused the work of %d steps: %s. The weights go back to the last common "
+            "ones",
+            flight.steps,
+            flight.refused,
+        )
+        self.refused += 1
+        self._weights.settle(flight.fragment)
+
+    def _finish(self) -> None:
+        """Nothing that was trained is left behind, if the server can be reached."""
+        end = time.monotonic() + _END_S
+        self._until(lambda: all(f.over.is_set() for f in self._flights.values()), end)
+        self._land()
+        while self._submit() is not None:
+            pass
+        last = list(self._flights.values())
+        sent = self._until(lambda: all(f.is_sent or f.over.is_set() for f in last), end)
+        if not sent:
+            logger.warning("the last steps did not reach the server within %g s", _END_S)
+        self._link.leave()
+        self._until(lambda: all(f.over.is_set() for f in last), time.monotonic() + _END_S)
+        self._land()
+        for fragment in self._versions.keys() - self._flights.keys():
+            self._weights.settle(fragment)
+
+    def _until(self, done: Callable[[], bool], end: float) -> bool:
+        """Wait in slices; gives up when the server is away or the time is over."""
+        while not done():
+            if self._link.fault is not None or time.monotonic() > end or self._link.down.is_set():
+                return False
+            self._link.pause(_SLICE_S)
+        return True
+
+
+def _hostname() -> str:
+    return "".join(c if c.isalnum() or c in ".-_" else "-" for c in socket.gethostname()) or "host"
+
+
+def _check_alone() -> None:
+    group = torch.distributed
+    if group.is_available() and group.is_initialized() and group.get_world_size() > 1:
+        raise SettingsError(
+            "a worker of the parameter server is one process with the whole model: under DDP or "
+            "FSDP each rank would be a worker of its own, with the same work. Use "
+            "torchft.local_sgd.DiLoCo between replica groups of several ranks"
+        )
