@@ -76,7 +76,7 @@ class Runs:
     def warm_up(self) -> None:
         """Torch loads much for its first optimizer: no worker should wait for that."""
         outer = self._options.outer.build(self._options.rules)
-        outer.bind([Fragment(0, range(1))], [_OneRow([torch.zeros(1, 1)])])
+        outer.bind([Fragment(0, (0,))], [_OneRow([torch.zeros(1, 1)])])
 
     def state(
         self, shape: ModelShape, agreed: Agreed, rows: list[Tensor], at: list[int] | None = None

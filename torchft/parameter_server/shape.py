@@ -1,8 +1,7 @@
 """What a model looks like to the server: names, shapes, dtypes, and how it is cut in fragments.
 
-A fragment is a run of whole parameters; on the wire and at the server its numbers are one flat row
-of fp32, in the parameters' order. Fragments are as equal in numbers as whole blocks allow, where a
-block is what lies under one entry of a list of layers (`transformer.h.3`).
+A fragment has whole blocks (`torchft.strategies.fragments`); on the wire and at the server its
+numbers are one flat row of fp32, in the parameters' order.
 """
 
 from __future__ import annotations
@@ -10,21 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchft.errors import MismatchError, SettingsError
-from torchft.strategies.local import Fragment, even_runs
+from torchft.errors import MismatchError
+from torchft.strategies.fragments import cut
+from torchft.strategies.local import Fragment
 
 __all__ = ["ModelShape", "Parameter"]
 
-_LAYER = re.compile(r"(?:.*?\.)?\d+(?=\.|$)")
 _SHOWN = 5
 _MAX_DIMENSIONS = 64
 
@@ -80,8 +78,7 @@ class ModelShape:
 
     def of_fragment(self, fragment: int) -> tuple[Parameter, ...]:
         """The parameters of a fragment."""
-        run = self.fragments[fragment].parameters
-        return self.parameters[run.start : run.stop]
+        return tuple(self.parameters[at] for at in self.fragments[fragment].parameters)
 
     def views(self, fragment: int, flat: Tensor) -> dict[str, Tensor]:
         """Parameter name → its part of `flat` `[1, n]`, in its shape."""
@@ -119,7 +116,7 @@ class ModelShape:
         """As JSON."""
         return {
             "parameters": [[p.name, list(p.shape), p.dtype] for p in self.parameters],
-            "fragments": [[f.parameters.start, f.parameters.stop] for f in self.fragments],
+            "fragments": [list(fragment.parameters) for fragment in self.fragments],
         }
 
     @classmethod
@@ -131,16 +128,14 @@ class ModelShape:
         """
         try:
             parameters = tuple(_parameter(one) for one in data["parameters"])
-            ends = [(int(start), int(stop)) for start, stop in data["fragments"]]
+            held = [tuple(map(int, positions)) for positions in data["fragments"]]
         except (KeyError, TypeError, ValueError, LookupError) as error:
             raise MismatchError(f"this describes no model: {str(error)[:200]}") from None
         if len({p.name for p in parameters}) != len(parameters) or not parameters:
             raise MismatchError("a model has parameters, each with a name of its own")
-        starts = [0, *(stop for _, stop in ends)]
-        if [start for start, _ in ends] != starts[:-1] or starts[-1] != len(parameters):
-            raise MismatchError("the fragments do not cover the model")
-        fragments = tuple(Fragment(i, range(*end)) for i, end in enumerate(ends))
-        return cls(parameters, fragments)
+        if sorted(at for mine in held for at in mine) != list(range(len(parameters))):
+            raise MismatchError("the fragments do not have each parameter once")
+        return cls(parameters, tuple(Fragment(index, mine) for index, mine in enumerate(held)))
 
     def cut(self, parts: int) -> ModelShape:
         """The same model in so many fragments.
@@ -166,20 +161,6 @@ def _said(parameter: Parameter) -> str:
     return f"{list(parameter.shape)} {parameter.dtype}"
 
 
-def _block(parameter: Parameter) -> str:
-    layer = _LAYER.match(parameter.name)
-    return layer.group() if layer else parameter.name
-
-
-def _cut(parameters: tuple[Parameter, ...], parts: int) -> tuple[Fragment, ...]:
-    if parts < 1:
-        raise SettingsError(f"{parts} fragments: it must be at least 1")
-    blocks = [list(run) for _, run in groupby(parameters, _block)]
-    if len(blocks) < parts:
-        blocks = [[parameter] for parameter in parameters]
-    ends = list(accumulate(map(len, blocks)))
-    runs = even_runs([sum(p.numel for p in block) for block in blocks], parts)
-    starts = [0, *(ends[run.parameters.stop - 1] for run in runs)]
-    return tuple(
-        Fragment(run.index, range(starts[run.index], starts[run.index + 1])) for run in runs
-    )
+def _cut(parameters: Sequence[Parameter], parts: int) -> tuple[Fragment, ...]:
+    # At the server all numbers are fp32.
+    return tuple(cut([p.name for p in parameters], [p.numel * 4 for p in parameters], parts))

@@ -72,11 +72,6 @@ class FlatOuter:
         self._parameters = [[nn.Parameter(flat) for flat in b.flats] for b in backups]
         self._optimizers = [self._factory(parameters) for parameters in self._parameters]
 
-    @property
-    def optimizers(self) -> Sequence[Optimizer]:
-        """One a fragment, once bound."""
-        return self._optimizers
-
     def step(self, fragment: Fragment, average: Sequence[Tensor]) -> None:
         """Step in place, on the backup's device."""
         parameters = self._parameters[fragment.index]
