@@ -61,12 +61,12 @@ def test_the_difference_is_named() -> None:
         {"parameters": [], "fragments": []},
         {"parameters": [["a", [2], "float32"]], "fragments": []},
         {"parameters": [["a", [2], "float32"]], "fragments": [[0, 2]]},
-        {"parameters": [["a", [-2], "float32"]], "fragments": [[0, 1]]},
-        {"parameters": [["a", [2], "int64"]], "fragments": [[0, 1]]},
-        {"parameters": [["a", [2], "load"]], "fragments": [[0, 1]]},
-        {"parameters": [["a", [2.5], "float32"]], "fragments": [[0, 1]]},
+        {"parameters": [["a", [-2], "float32"]], "fragments": [[0]]},
+        {"parameters": [["a", [2], "int64"]], "fragments": [[0]]},
+        {"parameters": [["a", [2], "load"]], "fragments": [[0]]},
+        {"parameters": [["a", [2.5], "float32"]], "fragments": [[0]]},
         {"parameters": 3, "fragments": None},
-        {"parameters": [["a", [2], "float32"], ["a", [2], "float32"]], "fragments": [[0, 2]]},
+        {"parameters": [["a", [2], "float32"], ["a", [2], "float32"]], "fragments": [[0, 1]]},
     ],
 )
 def test_what_describes_no_model_is_refused(wrong: Any) -> None:
