@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed import Work
 
 from torchft.collectives import codec_for
+from torchft.errors import PhaseError
 from torchft.ledger import Ledger
 from torchft.peers import Handle, Place
 from torchft.quantization import Codec
@@ -94,6 +95,26 @@ class InProcessManager:
     def close_opening(self) -> bool:
         self._open = False
         return True
+
+    # What doors use that run one step at a time.
+
+    def allreduce(self, tensor: Tensor, should_quantize: bool | str | Codec = False) -> Work:
+        self.take_step().allreduce(tensor, should_quantize).wait()
+        return _DummyWork(tensor)
+
+    def report_error(self, e: Exception) -> None:
+        self.take_step().report_error(e)
+
+    def errored(self) -> Exception | None:
+        return None if self._round is None else self.take_step().errored()
+
+    def should_commit(self, timeout: timedelta | None = None) -> bool:
+        if not self._open:
+            raise PhaseError("no step is open")
+        self._open = False
+        return self.take_step().should_commit(timeout)
+
+    # What doors use that let several be open.
 
     def take_step(self) -> InProcessStep:
         assert self._round is not None, "call start_quorum first"
