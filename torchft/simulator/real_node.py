@@ -157,7 +157,7 @@ class _Trainer:
         self._strategy.load_shared_state_dict(state["strategy"])
         self._strategy.take_over(state["open_rounds"])
         if self._clock.steps:  # at the start all are equal, whoever gave whom what
-            self._node.manager.note(healed_from=state["node"])
+            self._peers.healed_from = state["node"]
 
 
 class _Watched:
@@ -170,6 +170,8 @@ class _Watched:
         self.averages = "ordered" if deterministic else "average"
         self.committed = False
         """A round did, since this was last reset."""
+        self.healed_from: int | None = None
+        """Whose state was loaded, for the record of the round that opened with that."""
         self.strategy, self._death = strategy, death
         self._peers = node.peers(deterministic=deterministic)
 
@@ -181,7 +183,8 @@ class _Watched:
         """As the peers do."""
         opened = self._peers.open(place)
         self.node.joined()
-        return _WatchedRound(self, place, opened)
+        healed_from, self.healed_from = self.healed_from, None
+        return _WatchedRound(self, place, opened, healed_from)
 
     def take_over(self, carried: dict[str, Any]) -> _WatchedRound:
         """As the peers do."""
@@ -203,12 +206,15 @@ class _Watched:
 class _WatchedRound:
     """A round, with its bytes."""
 
-    def __init__(self, peers: _Watched, place: Place, real: ManagedRound) -> None:
+    def __init__(
+        self, peers: _Watched, place: Place, real: ManagedRound, healed_from: int | None = None
+    ) -> None:
         self.opening = real.opening
         self._peers, self._place, self._real = peers, place, real
         self._kind, self._collectives = peers.averages, 0
         self._recipe = peers.strategy.opening
         self._opened = peers.step(place)
+        self._healed = {} if healed_from is None else {"healed_from": healed_from}
 
     @property
     def failed(self) -> bool:
@@ -244,6 +250,7 @@ class _WatchedRound:
         self._peers.node.manager.note(
             inner_step=self._peers.step(self._place),
             opened=self._opened,
+            **self._healed,
             place=self._place.name,
             recipe=self._recipe,
             restores=self._peers.restores(self._recipe),

@@ -138,8 +138,10 @@ class _Story:
         if not died:  # or only one that nobody knew yet
             yield Discards(one.inner_step)
         for life in died:
-            if self._opens[life][-1] == at:  # earlier ones, still open then, failed with it
+            if self._opens[life][-1] == at:
                 yield Dies(_node_of(life), one.opened, in_round=True)
+            else:  # it died in a later round, before this one had arrived
+                yield Discards(one.inner_step)
 
     def _gone_after(self, at: int, one: RealRound) -> Iterator[Event]:
         """Members whose last round this is, while others open more."""
@@ -173,7 +175,8 @@ def round_records_of(rounds: Sequence[RealRound]) -> list[RoundRecord]:
 
 
 def _round_record(one: RealRound) -> RoundRecord:
-    extra = next(iter(one.records.values())).extra
+    # Not that of one which took the round over: it had no part in the collectives.
+    extra = next(one.records[life].extra for life in one.members if life in one.records)
     place = Place[extra["place"]]
     members = [life for life in one.members if place is Place.BEFORE or one.donor_of(life) is None]
     return RoundRecord(
