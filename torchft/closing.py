@@ -36,7 +36,7 @@ class Closer:
         progress: Progress,
         load_staged: Callable[[Transaction], None],
         withdraw: Callable[[Transaction], None],
-        bytes_healed: Callable[[], tuple[int, int]],
+        bytes_offered: Callable[[], int],
     ) -> None:
         self._group = group
         self._communicator = communicator
@@ -46,8 +46,8 @@ class Closer:
         self._progress = progress
         self._load_staged = load_staged
         self._withdraw = withdraw
-        self._bytes_healed = bytes_healed
-        self._healed_until_last = (0, 0)
+        self._bytes_offered = bytes_offered
+        self._offered_until_last = 0
 
     def close(self, transaction: Transaction, plan: Plan, timeout: timedelta) -> bool:
         """Vote on the step: whether it is committed.
@@ -113,28 +113,24 @@ class Closer:
         reason = None if committed else (why or Why.ANOTHER_RANK).value
         if reason is not None and transaction.error is not None:
             reason = f"{reason}: {transaction.error.original_exception}"
-        given, got = self._healed_in(transaction)
+        collectives = transaction.account.bytes_sent  # which move as much in as out
         self._log.closed(
             transaction,
             plan,
             step=step,
             committed=committed,
             why=reason,
-            sent=transaction.account.bytes_sent + given,
-            received=transaction.account.bytes_sent + got,  # a collective moves as much in as out
+            sent=collectives + self._offered_in(transaction),
+            received=collectives + transaction.healed_bytes,
         )
         if reason is not None:
             self._warn(step, reason)
 
-    def _healed_in(self, transaction: Transaction) -> tuple[int, int]:
-        """State sent and received since the step began, or since the last record of one that was
-        open at the same time: no byte is in two records."""
-        before, self._healed_until_last = self._healed_until_last, self._bytes_healed()
-        sent, received = self._healed_until_last
-        return (
-            sent - max(before[0], transaction.healed_before[0]),
-            received - max(before[1], transaction.healed_before[1]),
-        )
+    def _offered_in(self, transaction: Transaction) -> int:
+        """State sent since the step began, or since the last record of one that was open at the
+        same time: no byte is in two records."""
+        before, self._offered_until_last = self._offered_until_last, self._bytes_offered()
+        return self._offered_until_last - max(before, transaction.offered_before)
 
     def _warn(self, step: int, reason: str) -> None:
         """A step was discarded; after too many in a row it is no use to go on."""

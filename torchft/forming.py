@@ -107,7 +107,7 @@ class Former:
             transaction.group_error = partial(self._group_error, transaction.generation)
             if transaction.failed:  # meanwhile: no peer may wait for us in the new group
                 self.abandon(transaction)
-            transaction.healed_before = self.bytes_healed()
+            transaction.offered_before = self.bytes_offered()
             transaction.configured.set()
             before_heals(plan)
             with self._ledger.spending(Bucket.HEAL):
@@ -133,11 +133,9 @@ class Former:
         if not self._configuring:
             self._pg.abort()
 
-    def bytes_healed(self) -> tuple[int, int]:
-        """Bytes of state (sent, received) so far."""
-        sent = getattr(self._transport, "bytes_sent", 0)
-        received = getattr(self._transport, "bytes_received", 0)
-        return sent, received
+    def bytes_offered(self) -> int:
+        """Bytes of state sent so far."""
+        return getattr(self._transport, "bytes_sent", 0)
 
     def withdraw(self, transaction: Transaction) -> None:
         """The step is over: the state that was offered in it may change."""
@@ -223,6 +221,7 @@ class Former:
             healing.offer(self._transport, plan, self._collect_state, self._options.timeout)
         if plan.donor is None:
             return
+        before = getattr(self._transport, "bytes_received", 0)
         try:
             transaction.staged = healing.fetch(
                 self._transport,
@@ -235,3 +234,6 @@ class Former:
         except HealError as error:
             # A group that is not counted goes on with its zeros: the others commit without it.
             transaction.report(error, at_home=not plan.participates)
+        finally:
+            received = getattr(self._transport, "bytes_received", 0)
+            transaction.healed_bytes = received - before

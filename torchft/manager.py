@@ -192,7 +192,7 @@ class Manager:
             progress=self._progress,
             load_staged=self._load_staged,
             withdraw=self._former.withdraw,
-            bytes_healed=self._former.bytes_healed,
+            bytes_offered=self._former.bytes_offered,
         )
         self._steps = OpenSteps(Means(communicator, closer, options.timeout))
         self._executor = Background("torchft_quorum")
@@ -351,6 +351,9 @@ class Manager:
                 transaction.report(error, at_home=not plan.participates)
                 return
             self.load_state_dict(staged["torchft"])
+        # With a delay others begin before the one in which it healed is closed. Should another rank
+        # of this group have failed to heal, it stays fresh, and so does the group.
+        self._progress.fresh = False
         donor = plan.members[plan.donor.replica_rank]
         self._log.say(
             logging.INFO, before, "healed from %s, now at step %d", donor, self._progress.step

@@ -54,8 +54,10 @@ class Transaction:
         self.account = Account()
         """What its collectives sent; they move as much in as out."""
         self.ledger_before = ledger.snapshot()
-        self.healed_before = (0, 0)
-        """Bytes of state sent and received when the step could begin to communicate."""
+        self.offered_before = 0
+        """Bytes of state sent when the step could begin to communicate."""
+        self.healed_bytes = 0
+        """Bytes of state received in it."""
         self._on_error = on_error
         # In the order in which they are reached. The last one is set whatever happens.
         self.decided = threading.Event()

@@ -100,6 +100,11 @@ class _Story:
         for at, one in enumerate(rounds):
             for life in one.members:
                 self._opens[life].append(at)
+        self._closed: dict[str, int] = {}
+        """Life → the last inner step in which it closed a round."""
+        for one in rounds:
+            for life in one.records:
+                self._closed[life] = max(one.inner_step, self._closed.get(life, -1))
         self._up_to_date = set(rounds[0].members) if rounds else set()
         self._behind: set[str] = set()
         """Lives that missed a round: that they heal is known."""
@@ -138,10 +143,14 @@ class _Story:
         if not died:  # or only one that nobody knew yet
             yield Discards(one.inner_step)
         for life in died:
-            if self._opens[life][-1] == at:
+            is_last, closed = self._opens[life][-1] == at, self._closed.get(life, -1)
+            if is_last and closed < one.opened:
                 yield Dies(_node_of(life), one.opened, in_round=True)
-            else:  # it died in a later round, before this one had arrived
-                yield Discards(one.inner_step)
+                continue
+            # It lived on after this round had opened, and died before it had arrived.
+            yield Discards(one.inner_step)
+            if is_last:
+                yield Dies(_node_of(life), closed + 1)
 
     def _gone_after(self, at: int, one: RealRound) -> Iterator[Event]:
         """Members whose last round this is, while others open more."""
