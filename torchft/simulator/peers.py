@@ -132,10 +132,12 @@ class StackedPeers:
                 recipe.settle_in()
 
     def _heal_bytes(self, donor: int) -> int:
-        """What a real process would send: its model, its inner state, and what all share."""
+        """What a real process would send: its model, its inner state, what all share, and what has
+        arrived of the rounds that are open."""
         model = self.local.models[donor].state_dict()
         inner = self.local.inner.node_state(donor)
-        return sum(_nbytes(of) for of in (model, inner, self._strategy.shared_state_dict()))
+        shared, arrived = self._strategy.shared_state_dict(), self._strategy.open_rounds()
+        return sum(_nbytes(of) for of in (model, inner, shared, arrived))
 
     def restores(self, recipe: int) -> bool:
         """Whether this recipe takes something back after a no."""
