@@ -35,7 +35,9 @@ class _Reaper:
     def __init__(self) -> None:
         # SimpleQueue.put may be called from a garbage collection that runs inside another put.
         self._inbox: queue.SimpleQueue[list[object]] = queue.SimpleQueue()
-        self._starting = threading.Lock()
+        self._started = threading.Lock()
+        """Taken once, by whoever starts the thread, and never waited for: a garbage collection that
+        buries may run inside that very start."""
         self._thread: threading.Thread | None = None
         self._ended = False
 
@@ -44,12 +46,9 @@ class _Reaper:
             leak(group.pop())
             return
         self._inbox.put(group)
-        with self._starting:
-            if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._run, name="torchft-reaper", daemon=True
-                )
-                self._thread.start()
+        if self._started.acquire(blocking=False):
+            self._thread = threading.Thread(target=self._run, name="torchft-reaper", daemon=True)
+            self._thread.start()
 
     def end(self) -> None:
         """Give the retired a moment, then keep the rest from being freed at all."""
