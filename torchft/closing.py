@@ -44,7 +44,7 @@ class Closer:
         self._ledger = ledger
         self._log = log
         self._progress = progress
-        self._load_staged = load_staged
+        self.load_staged = load_staged
         self._withdraw = withdraw
         self._bytes_offered = bytes_offered
         self._offered_until_last = 0
@@ -57,7 +57,7 @@ class Closer:
             DiscardedTooOften: more discarded steps in a row than `max_retries`.
         """
         self._communicator.finish(transaction, plan, timeout)
-        self._load_staged(transaction)
+        self.load_staged(transaction)
         why = objection(
             failed=transaction.failed,
             counted=len(plan.counted),
@@ -82,7 +82,7 @@ class Closer:
         Raises as `close` does.
         """
         self._communicator.finish(transaction, plan, timeout)
-        self._load_staged(transaction)
+        self.load_staged(transaction)
         why = Why.ERROR if transaction.failed else None
         step = self._step_of(plan)
         healed = self._vote(transaction, step, why is None, timeout)

@@ -65,6 +65,7 @@ class _Door:
         should_quantize: bool | str | Codec,
         bucket_bytes: int | None = None,
         deterministic: bool = False,
+        background: bool = False,
     ) -> None:
         # True means the same wherever the parameters lie on equal devices; groups compare it.
         recipe.codec = codec_for(should_quantize, local.parameters[0].device)
@@ -74,7 +75,7 @@ class _Door:
         self._entered = False
         self._stepping: Any = None
         self._strategy = Strategy([recipe], bucket_bytes=bucket_bytes)
-        peers = ManagedPeers(manager, deterministic=deterministic)
+        peers = ManagedPeers(manager, deterministic=deterministic, background=background)
         self._strategy.bind(local, peers, applying=self._applying)
         if recipe.buffers != LEFT:
             manager.describe_model("model buffers", list(local.buffers()[0].items()))
@@ -213,7 +214,8 @@ class DiLoCo(_Door):
     several fragments share belongs to the first; frozen parameters are not sent.
 
     Args:
-        manager: with `use_async_quorum=False`.
+        manager: with `use_async_quorum=True` and a delay, rounds form in the background: training
+            goes on while a group is late, joins or heals, until the average is due.
         model_fragments: modules that together hold what is trained, each a fragment; `[model]` for
             plain DiLoCo, or to have it cut into `fragments`.
         inner_optimizer: what the training loop steps.
@@ -267,7 +269,7 @@ class DiLoCo(_Door):
         buffers: str = LEFT,
         error_feedback: bool = False,
     ) -> None:
-        _refuse(manager, model_fragments, bucket_cap_mb)
+        _refuse(model_fragments, bucket_cap_mb)
         parts = _parts(model_fragments, fragments, fragment_pattern)
         outers = outer_optimizer if isinstance(outer_optimizer, list) else [outer_optimizer]
         if isinstance(outer_optimizer, list):
@@ -298,6 +300,7 @@ class DiLoCo(_Door):
             should_quantize=should_quantize,
             bucket_bytes=bucket_bytes,
             deterministic=deterministic,
+            background=manager._use_async_quorum and fragment_sync_delay > 0,
         )
         self._register(local)
         if fragment_sync_delay:
@@ -340,11 +343,9 @@ class DiLoCo(_Door):
         self._recipe.go_on_after(self._manager.current_step())
 
 
-def _refuse(manager: Manager, fragments: object, bucket_cap_mb: int | None) -> None:
+def _refuse(fragments: object, bucket_cap_mb: int | None) -> None:
     if isinstance(fragments, nn.Module):
         raise SettingsError("model_fragments is a list of modules: for one fragment pass [model]")
-    if manager._use_async_quorum:
-        raise SettingsError("DiLoCo needs a manager with use_async_quorum=False")
     if bucket_cap_mb is not None and bucket_cap_mb <= 0:
         raise SettingsError(f"bucket_cap_mb={bucket_cap_mb} must be above 0")
 

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.distributed import Work
 
 from torchft.average import Average
+from torchft.background_round import BackgroundRound
 from torchft.collectives import as_bytes
 from torchft.errors import SettingsError
-from torchft.peers import Handle, Place
+from torchft.peers import FormedAtOnce, Handle, Place
 
 if TYPE_CHECKING:
     from torchft.manager import Manager
@@ -32,35 +33,52 @@ class ManagedPeers:
 
     `deterministic`: averages have the bits that the simulator has, where the groups are its nodes.
     As many bytes travel, and a little padding; adding one by one takes longer.
+
+    `background`: rounds form, and what they send is sent, in the background, except the first one
+    of a process. The manager is one with `use_async_quorum=True`, the strategy one recipe, with a
+    delay.
     """
 
-    def __init__(self, manager: Manager, *, deterministic: bool = False) -> None:
+    def __init__(
+        self, manager: Manager, *, deterministic: bool = False, background: bool = False
+    ) -> None:
         self._manager = manager
         self._deterministic = deterministic
+        self._background = background
 
     def compare(self, setting: str, value: str) -> None:
         """By the manager, whenever a process group is made."""
         self._manager.describe_setting(setting, value)
 
-    def open(self, place: Place) -> ManagedRound:
-        """Form a quorum. With `Place.AFTER` it waits for it, and heals first.
+    def open(self, place: Place) -> ManagedRound | BackgroundRound:
+        """Form a quorum. With `Place.AFTER` it waits for it, and heals first; in the background it
+        does so only in the first one of this process.
 
         Raises whatever `Manager.start_quorum` raises: no quorum before the deadline.
         """
+        if self._background and self._manager.has_met():
+            self._manager.start_quorum(place=place, wait=False)
+            return self._taken(met=False)
         while True:
             self._manager.start_quorum(place=place)
             opening = place is Place.AFTER and self._manager.is_opening()
             # A rank of this group that failed to heal votes no: then all its ranks open again.
             if not opening or self._manager.close_opening():
-                step = self._manager.take_step()
-                return ManagedRound(step, opening, deterministic=self._deterministic)
+                return self._taken(opening=opening)
+
+    def _taken(self, *, opening: bool = False, met: bool = True) -> ManagedRound | BackgroundRound:
+        step = self._manager.take_step()
+        taken = ManagedRound(step, opening, deterministic=self._deterministic)
+        if opening or not self._background:
+            return taken
+        return BackgroundRound(taken, step, self._manager.in_background, met=met)
 
     def take_over(self, carried: dict[str, Any]) -> ManagedRound:
         """One of the donor's open rounds, while its state is loaded."""
         return ManagedRound(self._manager.take_over(**carried), opening=False)
 
 
-class ManagedRound:
+class ManagedRound(FormedAtOnce):
     """One step of the manager."""
 
     def __init__(

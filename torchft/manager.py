@@ -261,18 +261,20 @@ class Manager:
         shrink_only: bool = False,
         timeout: timedelta | None = None,
         place: Place = Place.BEFORE,
+        wait: bool | None = None,
     ) -> None:
         """Begin a step. In async mode it returns at once, and the quorum forms meanwhile.
 
-        It waits in sync mode, with `place=AFTER`, and in the first quorum of a process: a new
-        group heals before it computes anything.
+        It waits in sync mode, with `place=AFTER` unless `wait=False`, and in the first quorum of a
+        process: a new group heals before it computes anything.
 
         Raises:
             TimeoutError, QuorumError: no quorum. In async mode the first collective, or the vote,
                 raises it.
         """
         timeout = timeout or self._options.quorum_timeout
-        self._begin(self._request(place, timeout, allow_heal, shrink_only))
+        wait = place is Place.AFTER if wait is None else wait
+        self._begin(self._request(place, timeout, allow_heal, shrink_only), wait=wait)
 
     def _request(
         self,
@@ -295,7 +297,7 @@ class Manager:
             timeout=timeout,
         )
 
-    def _begin(self, request: Request) -> None:
+    def _begin(self, request: Request, *, wait: bool) -> None:
         if self._forming is not None:
             self._forming.result()
         if self._phase is Phase.OPEN:
@@ -304,7 +306,7 @@ class Manager:
         transaction = Transaction(self.ledger, self._failed)
         self._steps.begin(transaction)
         form = partial(self._former.form, transaction, request, self._steps.before_heals)
-        if self._options.sync or request.place is Place.AFTER or self._progress.fresh:
+        if self._options.sync or wait or self._progress.fresh:
             form()
             self.wait_quorum()
             self._load_staged(transaction)
@@ -332,6 +334,10 @@ class Manager:
         """While a heal is loaded: a step that the donor has open, by its `OpenStep.carried`."""
         return self._steps.take_over(Transaction(self.ledger, self._failed), **carried)
 
+    def in_background(self, call: Callable[[], T]) -> ThreadFuture[T]:
+        """Run `call` when the quorum has formed that was begun last, and what was given earlier."""
+        return self._executor.submit(call)
+
     def wait_quorum(self) -> None:
         """Wait until the quorum stands and this group can communicate; raises why it does not."""
         self._begun("wait_quorum").transaction.wait_formed()
@@ -345,7 +351,7 @@ class Manager:
         before = self._progress.step
         with self.ledger.spending(Bucket.HEAL):
             try:
-                with self._steps.healing():
+                with self._steps.healing(transaction):
                     self._state.load(staged["user"])
             except HealError as error:
                 transaction.report(error, at_home=not plan.participates)
@@ -488,7 +494,7 @@ class Manager:
         return settled
 
     def _settle_once(self, timeout: timedelta) -> bool:
-        self._begin(self._request(Place.AFTER, timeout, settling=True))
+        self._begin(self._request(Place.AFTER, timeout, settling=True), wait=True)
         return self.close_opening()
 
     # ------------------------------------------------------------------ who, where
@@ -500,6 +506,10 @@ class Manager:
     def batches_committed(self) -> int:
         """How many groups' batches the committed steps hold."""
         return self._progress.batches_committed
+
+    def has_met(self) -> bool:
+        """Whether this process has begun from the others' state, or they from its."""
+        return self._steps.last is not None and not self._progress.fresh
 
     def num_participants(self) -> int:
         """How many groups are counted in this step; waits for the quorum. 0 before the first."""
@@ -525,6 +535,7 @@ class Manager:
         self._shut_down = True
         # The server first: a quorum that is still waited for then ends at once.
         self._group.leave()
+        self._steps.give_up(PhaseError("the manager was shut down while the step was open"))
         self._transport.shutdown(wait=wait)
         self._executor.shutdown(wait=wait)
         self._pg.shutdown()

@@ -88,6 +88,15 @@ class OpenStep:
         """As `Manager.allgather`."""
         return self._means.communicator.gather(self.transaction, tensor)
 
+    @property
+    def formed(self) -> bool:
+        """Its quorum stands, and its state has moved; or it failed to form."""
+        return self.transaction.ready.is_set()
+
+    def load_staged(self) -> None:
+        """Load what this group was given when it formed, if anything; the vote does it too."""
+        self._means.closer.load_staged(self.transaction)
+
     def complete(self) -> None:
         """Wait until all that was begun in it has arrived, or failed."""
         for average in self.transaction.averages:

@@ -3,7 +3,8 @@
 steps.begin(transaction)             # the manager's, until somebody takes it
 step = steps.take()                  # and closes it whenever it likes
 steps.before_heals(plan)             # a later quorum stands: who is lost, what must be complete
-with steps.healing(): ...            # what is taken over in here replaces what was taken before
+steps.give_up(error)                 # nobody will close what was taken
+with steps.healing(transaction): ... # what is taken over in here replaces what was taken before
 """
 
 from __future__ import annotations
@@ -73,22 +74,32 @@ class OpenSteps:
     def before_heals(self, plan: Plan) -> None:
         """A quorum stands while others are open: what became of them, as all members see it."""
         for step in self._taken:
-            if step.phase is Phase.OPEN:
+            if step.phase is Phase.OPEN and step.formed:
                 step.remain(plan.members)
                 if plan.anyone_heals:
                     step.complete()
 
+    def give_up(self, error: Exception) -> None:
+        """Nobody will close those that were taken: free whoever waits in them."""
+        for step in self._taken:
+            if step.phase is Phase.OPEN and not step.transaction.failed:
+                step.report_error(error)
+
     @contextmanager
-    def healing(self) -> Iterator[None]:
-        """What is taken over in here replaces what was taken before, unless loading it fails."""
-        replaced, self._taken = self._taken, []
+    def healing(self, transaction: Transaction) -> Iterator[None]:
+        """What is taken over in here replaces what was taken before, all but the step of this
+        transaction, in which the heal came; unless loading it fails."""
+        before, self._taken = self._taken, []
         try:
             yield
         except BaseException:
-            self._taken = replaced
+            self._taken = before
             raise
-        for step in replaced:
-            step.drop()
+        for step in before:
+            if step.transaction is transaction:
+                self._taken.append(step)
+            else:
+                step.drop()
 
     def _keep(self, step: OpenStep) -> OpenStep:
         step.taken = True

@@ -26,7 +26,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torchft.quantization import Codec
 
-__all__ = ["Handle", "Peers", "Place", "Round"]
+__all__ = ["FormedAtOnce", "Handle", "Peers", "Place", "Round"]
 
 
 class Place(enum.Enum):
@@ -61,6 +61,19 @@ class Round(Protocol):
     def opening(self) -> bool:
         """True when every member is new: all have just been given equal state and nobody has
         anything to contribute. Such a round is neither used nor closed."""
+        ...
+
+    @property
+    def formed(self) -> bool:
+        """False while it forms in the background, its members unknown: what is sent then waits."""
+        ...
+
+    def meet(self) -> bool:
+        """Wait until it has formed. True, once: this group was behind and has just been given a
+        donor's state, or failed to load it, so what it sends in this round must be made anew.
+
+        Raises whatever kept it from forming.
+        """
         ...
 
     @property
@@ -116,6 +129,19 @@ class Round(Protocol):
         ...
 
 
+class FormedAtOnce:
+    """Of rounds that have formed when `Peers.open` returns."""
+
+    @property
+    def formed(self) -> bool:
+        """It has."""
+        return True
+
+    def meet(self) -> bool:
+        """There is nothing to wait for."""
+        return False
+
+
 class Peers(Protocol):
     """The other groups."""
 
@@ -126,7 +152,9 @@ class Peers(Protocol):
 
     def open(self, place: Place) -> Round:
         """Begin a round. It may heal this group first: state that a strategy registered is then
-        loaded before `open` returns, so read clocks and weights only afterwards.
+        loaded before `open` returns, so read clocks and weights only afterwards. Or it returns at
+        once, and the round forms in the background: then `Round.meet` heals, and until all have met
+        neither shared state nor the rounds that are open may change.
 
         Rounds that are open still need not be closed before. Their members stay theirs: one that
         lost a member before it closes comes to nothing for all that remain."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchft.peers import Handle, Place
+from torchft.peers import FormedAtOnce, Handle, Place
 from torchft.quantization import Codec, quantized_mean
 
 __all__ = ["Lost", "Node", "Script", "World", "mean"]
@@ -221,7 +221,7 @@ class Node:
         return [copy.deepcopy(save()) for _, save in self._state]
 
 
-class InProcessRound:
+class InProcessRound(FormedAtOnce):
     """One round of one node."""
 
     def __init__(self, node: Node, number: int, members: list[int], counted: list[int]) -> None:

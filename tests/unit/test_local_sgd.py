@@ -416,12 +416,6 @@ class TestRefusals:
         with pytest.raises(ValueError, match=says):
             DiLoCo(group.manager, [group.model], group.inner, OUTER(group.trained), 12, **options)
 
-    def test_an_asynchronous_quorum(self) -> None:
-        group = alone()
-        group.manager._use_async_quorum = True
-        with pytest.raises(ValueError, match="use_async_quorum=False"):
-            diloco(group)
-
     def test_another_number_of_outer_optimizers(self) -> None:
         group = alone()
         with pytest.raises(AssertionError, match="1 outer optimizers for 2 fragments"):

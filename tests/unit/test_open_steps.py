@@ -126,7 +126,7 @@ def test_a_heal_replaces_what_is_open_by_what_the_donor_has_open() -> None:
     theirs, spoilt = donor.opened(), donor.opened()
     spoilt.report_error(RuntimeError("the network broke"))
     mine = healed.opened()
-    with healed.healing():
+    with healed.healing(healed.transaction()):
         good, bad = (
             healed.take_over(healed.transaction(), **s.carried()) for s in (theirs, spoilt)
         )
@@ -140,10 +140,31 @@ def test_a_heal_replaces_what_is_open_by_what_the_donor_has_open() -> None:
     assert not bad.should_commit()
 
 
+def test_the_step_in_which_a_heal_came_goes_on_when_it_was_taken_before() -> None:
+    donor, healed = Steps(), Steps()
+    theirs, earlier, mine = donor.opened(), healed.opened(), healed.opened()
+    with healed.healing(mine.transaction):
+        taken_over = healed.take_over(healed.transaction(), **theirs.carried())
+    assert [earlier.phase, taken_over.phase, mine.phase] == [Phase.IDLE, Phase.OPEN, Phase.OPEN]
+    assert healed.are_running(mine.transaction)
+    assert taken_over.should_commit()
+    assert mine.should_commit()
+
+
+def test_a_step_that_still_forms_is_not_asked_who_is_in_it() -> None:
+    steps = Steps()
+    forming = steps.transaction()
+    forming.ready.clear()
+    steps.begin(forming)
+    steps.take()
+    steps.before_heals(plan(heals=True))
+    assert not forming.failed
+
+
 def test_a_heal_that_cannot_be_loaded_leaves_open_what_was() -> None:
     steps = Steps()
     mine = steps.opened()
-    with pytest.raises(KeyError), steps.healing():
+    with pytest.raises(KeyError), steps.healing(steps.transaction()):
         steps.take_over(steps.transaction(), **mine.carried())
         raise KeyError
     assert steps.are_running(mine.transaction)

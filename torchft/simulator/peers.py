@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from torchft.ordered import ordered_bytes, ordered_mean
-from torchft.peers import Handle, Place
+from torchft.peers import FormedAtOnce, Handle, Place
 from torchft.quantization import Codec, mean_bytes, quantized_mean
 from torchft.simulator.events import Attendance
 from torchft.simulator.stacked import StackedLocal
@@ -152,7 +152,7 @@ class StackedPeers:
                 self.local.die(node)
 
 
-class StackedRound:
+class StackedRound(FormedAtOnce):
     """One round."""
 
     opening = False

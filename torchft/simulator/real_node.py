@@ -26,6 +26,7 @@ from torchft.strategies.recipe import Recipe
 from torchft.strategies.strategy import Strategy
 
 if TYPE_CHECKING:
+    from torchft.background_round import BackgroundRound
     from torchft.launch.local_node import LocalNode
     from torchft.managed_peers import ManagedRound
 
@@ -207,7 +208,11 @@ class _WatchedRound:
     """A round, with its bytes."""
 
     def __init__(
-        self, peers: _Watched, place: Place, real: ManagedRound, healed_from: int | None = None
+        self,
+        peers: _Watched,
+        place: Place,
+        real: ManagedRound | BackgroundRound,
+        healed_from: int | None = None,
     ) -> None:
         self.opening = real.opening
         self._peers, self._place, self._real = peers, place, real
@@ -215,6 +220,13 @@ class _WatchedRound:
         self._recipe = peers.strategy.opening
         self._opened = peers.step(place)
         self._healed = {} if healed_from is None else {"healed_from": healed_from}
+
+    @property
+    def formed(self) -> bool:
+        return self._real.formed
+
+    def meet(self) -> bool:
+        return self._real.meet()
 
     @property
     def failed(self) -> bool:

@@ -199,7 +199,7 @@ class DiLoCo(Recipe):
             "outer_optimizer": self.outer.state_dict(fragment),
             "original_parameters": self.backups[fragment.index].views(),
             "version": self.versions[fragment.index],
-            "inner_steps": self.clock.steps,
+            "inner_steps": self.clock.agreed,
         }
 
     def load_fragment_state(self, fragment: Fragment, state: dict[str, Any]) -> None:

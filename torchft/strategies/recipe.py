@@ -44,6 +44,14 @@ class Clock:
 
     steps: int = 0
     """Inner steps that were due so far, taken or skipped."""
+    forming_since: int | None = None
+    """When a round opened that still forms in the background."""
+
+    @property
+    def agreed(self) -> int:
+        """Where a node begins that heals now: when the last round opened, if nobody knows yet who
+        is in it."""
+        return self.steps if self.forming_since is None else self.forming_since
 
 
 class Recipe:

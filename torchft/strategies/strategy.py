@@ -229,6 +229,8 @@ class Strategy:
     def after(self) -> None:
         """After the inner step: synchronise weights where that is due."""
         self.clock.steps += 1
+        if self._meet():
+            return
         for one in self._flight:
             if one.half_way == self.clock.steps < one.closes:
                 one.handle.advance()
@@ -247,11 +249,13 @@ class Strategy:
 
     def synchronise(self) -> None:
         """Open, and without a delay also close, a round of each weight recipe now."""
+        self._meet(wait=True)
         for recipe in self._at(Place.AFTER):
             self._synchronise(recipe)
 
     def finish(self) -> None:
         """Close the rounds that are still open, in the order in which they opened."""
+        self._meet(wait=True)
         while self._flight:
             self._close(self._flight.pop(0))
 
@@ -276,7 +280,7 @@ class Strategy:
         """What a node that heals gets: equal at all nodes, whenever a round opens."""
         return {
             "recipes": [recipe.state_dict() for recipe in self.recipes],
-            "steps": self.clock.steps,
+            "steps": self.clock.agreed,
             "opening": self._opening,
         }
 
@@ -291,8 +295,12 @@ class Strategy:
 
     def open_rounds(self) -> list[dict[str, Any]]:
         """What a node that heals gets of the rounds in flight: their results, as received, and when
-        they close. Waits for them."""
-        return [{"recipe": self._position(one.recipe), **one.carried()} for one in self._flight]
+        they close. Waits for them; one that still forms is the one in which it heals."""
+        return [
+            {"recipe": self._position(one.recipe), **one.carried()}
+            for one in list(self._flight)
+            if one.round.formed
+        ]
 
     def take_over(self, open_rounds: Sequence[dict[str, Any]]) -> None:
         """Heal: close these rounds when the donor does, in place of what is in flight here. Called
@@ -314,16 +322,57 @@ class Strategy:
     def _open(self, recipes: Sequence[Recipe]) -> Round:
         if self._peers is None:
             raise PhaseError(f"this {type(self).__name__} runs nowhere yet: bind it first")
+        assert self.clock.forming_since is None, "one round forms at a time"
         self._opening = self._position(recipes[0])
+        self.clock.forming_since = self.clock.steps
         try:
             opened = self._peers.open(recipes[0].place)
         except BaseException:
+            self.clock.forming_since = None
             for recipe in recipes:
                 self._discard(recipe, recipe.fragment(), None)
             raise
+        if opened.formed:
+            self._formed()
+        return opened
+
+    def _formed(self) -> None:
+        self.clock.forming_since = None
         for recipe in self.recipes:
             recipe.opened()
-        return opened
+
+    def _meet(self, *, wait: bool = False) -> bool:
+        """See to a round that forms in the background. While it does, nothing closes and no other
+        opens: somebody may be given our state. True: this group was given a donor's in it, and
+        stands where that round was opened."""
+        if self.clock.forming_since is None:
+            return False
+        one = self._flight[-1]
+        if not (wait or one.round.formed or self._is_busy()):
+            return False
+        try:
+            anew = one.round.meet()
+        except BaseException:
+            self.clock.forming_since = None
+            self._remove(one)
+            self._discard(one.recipe, one.fragment, one.draft)
+            raise
+        self._formed()
+        if anew:
+            self._remove(one)
+            self._send(one.recipe, one.round)
+        return anew
+
+    def _remove(self, one: InFlight) -> None:
+        if one in self._flight:  # what a heal takes over has replaced it already
+            self._flight.remove(one)
+            one.recipe.in_flight.remove(one.fragment)
+        self.local.release(one.sent, reusable=False)
+
+    def _is_busy(self) -> bool:
+        """A round opens or closes at this time."""
+        closes = any(one.closes <= self.clock.steps for one in self._flight)
+        return closes or any(recipe.due() for recipe in self._at(Place.AFTER))
 
     def _synchronise(self, recipe: Recipe) -> None:
         peers_round = self._open([recipe])
@@ -365,6 +414,7 @@ class Strategy:
         one.recipe.in_flight.append(one.fragment)
 
     def _give_up(self, peers_round: Round, error: Exception) -> None:
+        self.clock.forming_since = None
         peers_round.fail(error)
         peers_round.close()
 
