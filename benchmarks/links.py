@@ -255,7 +255,7 @@ def _case(group: int, host: Host, case: Case, address: str, records: Path) -> Fo
             timeout_s=120,
             address=host.address,
             init_sync=False,
-            use_async_quorum=False,
+            use_async_quorum=case.delay > 0,
         ) as manager,
         DiLoCo(
             manager,
