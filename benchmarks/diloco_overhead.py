@@ -4,7 +4,8 @@ Two groups of one rank synchronise after every inner step, which has nothing to 
 is timed is the outer step. In the same processes, in turns with it, torch's own gloo group reduces
 as many bytes, and an optimizer of the same kind steps the same parameters: the floor. Memory is the
 peak of the process above what it had with model and gradients, in units of the model. It has three
-things at least: the backup, the outer momentum, and of one fragment what travels.
+things at least: the backup, the outer momentum, and what travels: of one fragment, or of several
+in flight, whose transfers then run beside the outer steps of others.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from harness.spread import Spread, timed
 from harness.workers import Worker, results
 
 GROUPS = 2
-WARM_UP = 1
+CASES = (1, 1), (4, 1), (4, 3)
+"""Fragments, and how many rounds are open at a time."""
+WARM_UP = 2
 
 Act = Callable[[], object]
 
@@ -50,6 +53,7 @@ class Found:
     """One group's view of one number of fragments."""
 
     fragments: int
+    in_flight: int
     raw_ms: Spread
     outer_ms: Spread
     diloco_ms: Spread
@@ -59,17 +63,18 @@ class Found:
 
 def measure(options: Options) -> Findings:
     """What the first of the two groups saw."""
-    found = [_case(options, fragments) for fragments in (1, 4)]
+    found = [_case(options, *case) for case in CASES]
     figures = []
     for one in found:
         floor = Floor("raw gloo and bare outer step", one.raw_ms.p50 + one.outer_ms.p50)
         name = f"DiLoCo, all of {one.fragments} fragments"
-        figures.append(
-            Figure(f"diloco.{one.fragments}", f"{name}, median", one.diloco_ms.p50, "ms", floor)
-        )
+        key = f"diloco.{one.fragments}"
+        if one.in_flight > 1:
+            name, key = f"{name}, {one.in_flight} in flight", f"{key}.flight"
+        figures.append(Figure(key, f"{name}, median", one.diloco_ms.p50, "ms", floor))
         figures.append(
             Figure(
-                f"diloco.{one.fragments}.memory",
+                f"{key}.memory",
                 f"{name}, peak above the plain loop",
                 one.peak_mib,
                 "MiB",
@@ -79,10 +84,11 @@ def measure(options: Options) -> Findings:
     return Findings(figures, {"cases": [asdict(one) for one in found]})
 
 
-def _case(options: Options, fragments: int) -> Found:
+def _case(options: Options, fragments: int, in_flight: int) -> Found:
     with ExitStack() as stack:
         address = stack.enter_context(lighthouse(min_replicas=GROUPS)).address
-        common = {"address": address, "options": options, "fragments": fragments}
+        common = {"address": address, "options": options}
+        common |= {"fragments": fragments, "in_flight": in_flight}
         workers = [stack.enter_context(Worker(_worker, group=0, **common))]
         (port,) = workers[0].events(options.timeout_s)
         workers.append(stack.enter_context(Worker(_worker, group=1, port=port, **common)))
@@ -99,6 +105,7 @@ def _worker(
     address: str,
     options: Options,
     fragments: int,
+    in_flight: int,
     port: int | None = None,
 ) -> Found:
     import torch
@@ -116,18 +123,27 @@ def _worker(
     for p in model.parameters():
         p.grad = torch.full_like(p, 1e-3 * (group + 1))
     size = sum(p.numel() for p in model.parameters())
-    raw_ms, outer_ms = _floors(model, size, barrier, options.times)
-    with manager_of(
-        group, lighthouse=address, min_replicas=GROUPS, init_sync=False, use_async_quorum=False
-    ) as manager:
+    with (
+        manager_of(
+            group, lighthouse=address, min_replicas=GROUPS, init_sync=False, use_async_quorum=False
+        ) as manager,
+        ExitStack() as entered,
+    ):
+        _in_turns(lambda: None, model, size, barrier, 1)  # a plain loop has an optimizer and gloo
         before = _plain_mib()
-        diloco_ms = _outer_steps(manager, model, fragments, barrier, options.times)
+        synchronise = _diloco(manager, model, fragments, in_flight - 1, entered)
+        for _ in range(WARM_UP):
+            synchronise()
         peak = peak_mib(os.getpid()) - before
-    return Found(fragments, raw_ms, outer_ms, diloco_ms, size * 4 / 2**20, peak)
+        spreads = _in_turns(synchronise, model, size, barrier, options.times)
+        entered.close()
+        if manager.current_step() != (WARM_UP + options.times) * fragments:
+            raise RuntimeError(f"a step was discarded: {manager.errored()}")
+    return Found(fragments, in_flight, *spreads, size * 4 / 2**20, peak)
 
 
 def _plain_mib() -> float:
-    """Resident now, without what the floors have left behind; the peak counts from here."""
+    """Resident now, without what was freed; the peak counts from here."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -140,21 +156,29 @@ def _outer(parameters: Any) -> Any:
     return torch.optim.SGD(parameters, lr=0.7, momentum=0.9, nesterov=True)
 
 
-def _floors(model: Any, size: int, barrier: Act, times: int) -> tuple[Spread, Spread]:
+def _in_turns(
+    synchronise: Act, model: Any, size: int, barrier: Act, times: int
+) -> tuple[Spread, Spread, Spread]:
+    """Milliseconds of the bare all-reduce, of the bare outer step, and of DiLoCo: alternately, so
+    that a busy machine slows all of them."""
     import torch
     import torch.distributed as dist
 
     flat, bare = torch.zeros(size), _outer(model.parameters())
-    raw_s, outer_s = [], []
-    for _ in range(WARM_UP + times):
-        barrier()
-        raw_s.append(timed(lambda: dist.all_reduce(flat)))
-        outer_s.append(timed(bare.step))
-    return tuple(Spread.of(s[WARM_UP:], scale=1e3) for s in (raw_s, outer_s))  # type: ignore[return-value]
+    dist.all_reduce(flat)
+    bare.step()
+    acts: tuple[Act, Act, Act] = (lambda: dist.all_reduce(flat), bare.step, synchronise)
+    took_s: tuple[list[float], list[float], list[float]] = ([], [], [])
+    for _ in range(times):
+        for act, seconds in zip(acts, took_s, strict=True):
+            barrier()
+            seconds.append(timed(act))
+    raw, outer, diloco = (Spread.of(seconds, scale=1e3) for seconds in took_s)
+    return raw, outer, diloco
 
 
-def _outer_steps(manager: Any, model: Any, fragments: int, barrier: Act, times: int) -> Spread:
-    """Milliseconds in which every fragment has synchronised once."""
+def _diloco(manager: Any, model: Any, fragments: int, delay: int, entered: ExitStack) -> Act:
+    """Synchronises every fragment once."""
     import torch
     from torch import nn
 
@@ -165,15 +189,11 @@ def _outer_steps(manager: Any, model: Any, fragments: int, barrier: Act, times: 
     parts = [nn.Sequential(*layers[at * each : (at + 1) * each]) for at in range(fragments)]
     inner = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-3)
     outers: list[torch.optim.Optimizer] = [_outer(part.parameters()) for part in parts]
-    found = []
     warnings.simplefilter("ignore")  # the inner optimizer steps nothing of the model, on purpose
-    with DiLoCo(manager, [*parts], inner, outers, sync_every=fragments):
-        for _ in range(WARM_UP + times):
-            barrier()
-            found.append(timed(lambda: [inner.step() for _ in range(fragments)]))
-    if manager.current_step() != (WARM_UP + times) * fragments:
-        raise RuntimeError(f"a step was discarded: {manager.errored()}")
-    return Spread.of(found[WARM_UP:], scale=1e3)
+    entered.enter_context(
+        DiLoCo(manager, [*parts], inner, outers, fragments, fragment_sync_delay=delay)
+    )
+    return lambda: [inner.step() for _ in range(fragments)]
 
 
 QUICK = Options(side=32, layers=4, times=1)

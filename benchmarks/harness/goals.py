@@ -52,6 +52,11 @@ GOALS = {
     "allreduce.4096": Goal(1.3),
     "allreduce.1048576": Goal(1.15),
     "allreduce.67108864": Goal(1.03),
+    # diloco_overhead
+    "diloco.1": Goal(1.25),
+    "diloco.1.memory": Goal(3.2),
+    "diloco.4": Goal(1.25),
+    "diloco.4.memory": Goal(2.5),
     # links, at 100 Mbit/s where the delay is longer than a transfer: per cent
     "links.blocked.100.100.1.fp32": Goal(5, ratio=False),
     "links.blocked.100.100.1.int8": Goal(5, ratio=False),
