@@ -151,7 +151,7 @@ def test_a_group_joins_while_several_averages_travel_and_all_end_equal(tmp_path:
     assert one == two == three
 
 
-def test_a_group_that_fell_behind_heals_between_two_of_its_inner_steps(tmp_path: Path) -> None:
+def test_a_group_that_fell_behind_heals_in_the_background_too(tmp_path: Path) -> None:
     def story(group: Group) -> Any:
         one = Training(group, min_replica_size=2)
         with one.door:

@@ -74,7 +74,7 @@ class Trainee:
             load_state_dict=self._load_end,
             state_dict=self._end_state,
             min_replica_size=options.min_groups,
-            use_async_quorum=options.strategy == "ddp",
+            use_async_quorum=options.strategy in ("ddp", "streaming"),
             timeout=timedelta(seconds=options.timeout_s),
             quorum_timeout=timedelta(seconds=options.quorum_timeout_s),
             replica_id=f"group_{options.group}",

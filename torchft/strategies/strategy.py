@@ -342,14 +342,13 @@ class Strategy:
             recipe.opened()
 
     def _meet(self, *, wait: bool = False) -> bool:
-        """See to a round that forms in the background. While it does, nothing closes and no other
-        opens: somebody may be given our state. True: this group was given a donor's in it, and
-        stands where that round was opened."""
-        if self.clock.forming_since is None:
+        """See to a round that forms in the background, as soon as another one closes or opens: till
+        then shared state stands, which somebody may be given. All ranks of a group do so after the
+        same inner step. True: this group was given a donor's state in it, and stands where that
+        round was opened."""
+        if self.clock.forming_since is None or not (wait or self._is_busy()):
             return False
         one = self._flight[-1]
-        if not (wait or one.round.formed or self._is_busy()):
-            return False
         try:
             anew = one.round.meet()
         except BaseException:
