@@ -53,7 +53,7 @@ class BackgroundRound:
             return False
         behind = self._step.plan.donor is not None
         self._met = True
-        self._step.load_staged()
+        self._step.heal()
         return behind
 
     @property

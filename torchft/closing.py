@@ -11,7 +11,7 @@ from collections.abc import Callable
 from datetime import timedelta
 
 from torchft.communicate import Communicator
-from torchft.errors import DiscardedTooOften
+from torchft.errors import DiscardedTooOften, HealError
 from torchft.ledger import Bucket, Ledger
 from torchft.progress import Progress
 from torchft.replica_group import ReplicaGroup
@@ -44,10 +44,30 @@ class Closer:
         self._ledger = ledger
         self._log = log
         self._progress = progress
-        self.load_staged = load_staged
+        self._load_staged = load_staged
         self._withdraw = withdraw
         self._bytes_offered = bytes_offered
         self._offered_until_last = 0
+
+    def heal(self, transaction: Transaction, plan: Plan, timeout: timedelta) -> None:
+        """Load a donor's state now, before a step that may stay open: where a rank of this group
+        could not, none has healed, and the step's error says so on all of them.
+
+        Raises as `close` does.
+        """
+        fresh = self._progress.fresh
+        self._load_staged(transaction)
+        if plan.donor is None or self._group.world_size == 1:
+            return
+        healed = not transaction.failed
+        with self._ledger.spending(Bucket.VOTE):
+            all_have = self._group.client.should_commit(
+                self._group.rank, plan.step, healed, timeout=timeout
+            )
+        if healed and not all_have:
+            self._progress.fresh = fresh
+            error = HealError("another rank of this group could not heal, so it heals once more")
+            transaction.report(error, at_home=not plan.participates)
 
     def close(self, transaction: Transaction, plan: Plan, timeout: timedelta) -> bool:
         """Vote on the step: whether it is committed.
@@ -57,7 +77,7 @@ class Closer:
             DiscardedTooOften: more discarded steps in a row than `max_retries`.
         """
         self._communicator.finish(transaction, plan, timeout)
-        self.load_staged(transaction)
+        self._load_staged(transaction)
         why = objection(
             failed=transaction.failed,
             counted=len(plan.counted),
@@ -82,7 +102,7 @@ class Closer:
         Raises as `close` does.
         """
         self._communicator.finish(transaction, plan, timeout)
-        self.load_staged(transaction)
+        self._load_staged(transaction)
         why = Why.ERROR if transaction.failed else None
         step = self._step_of(plan)
         healed = self._vote(transaction, step, why is None, timeout)

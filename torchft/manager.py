@@ -309,7 +309,10 @@ class Manager:
         if self._options.sync or wait or self._progress.fresh:
             form()
             self.wait_quorum()
-            self._load_staged(transaction)
+            if request.place is Place.AFTER:
+                self._begun("heal").heal()
+            else:
+                self._load_staged(transaction)
         else:
             self._forming = self._executor.submit(form)
 

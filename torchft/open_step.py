@@ -93,9 +93,10 @@ class OpenStep:
         """Its quorum stands, and its state has moved; or it failed to form."""
         return self.transaction.ready.is_set()
 
-    def load_staged(self) -> None:
-        """Load what this group was given when it formed, if anything; the vote does it too."""
-        self._means.closer.load_staged(self.transaction)
+    def heal(self) -> None:
+        """Load what this group was given when it formed, if anything, on all of its ranks or on
+        none."""
+        self._means.closer.heal(self.transaction, self.plan, self._means.timeout)
 
     def complete(self) -> None:
         """Wait until all that was begun in it has arrived, or failed."""

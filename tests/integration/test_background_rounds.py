@@ -33,7 +33,7 @@ class Training:
         self.group, self.model, self.steps = group, Tiny(seed=group.number), 0
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.inner = torch.optim.SGD(trained, lr=0.1, momentum=0.9)
-        manager = {"min_replica_size": 1, "state_dict": None, "load_state_dict": None}
+        manager = {"min_replica_size": 1, "load_state_dict": lambda _: None, "state_dict": dict}
         manager |= {name: options.pop(name) for name in list(options) if name in MANAGERS}
         self.manager: Manager = group.manager(use_async_quorum=asynchronous, **manager)
         self.door = DiLoCo(
@@ -67,7 +67,7 @@ class Training:
         return self.manager.current_step(), self.shared
 
 
-MANAGERS = ("min_replica_size", "quorum_timeout", "pg", "max_retries")
+MANAGERS = "load_state_dict", "max_retries", "min_replica_size", "quorum_timeout", "state_dict"
 
 
 @pytest.mark.parametrize("codec", [False, "int8"], ids=["fp32", "int8"])
@@ -166,6 +166,42 @@ def test_a_group_that_fell_behind_heals_in_the_background_too(tmp_path: Path) ->
 
     one, two = World(tmp_path, min_replicas=2).run(story, story)
     assert one == two
+
+
+@pytest.mark.parametrize("asynchronous", [True, False], ids=["async", "sync"])
+def test_one_rank_of_a_group_cannot_heal_so_none_takes_open_rounds_over(
+    tmp_path: Path, asynchronous: bool
+) -> None:
+    def there(group: Group) -> Any:
+        one = Training(group, asynchronous=asynchronous)
+        with one.door:
+            one.train_until(8)
+            group.world.happen(f"{group.name} rank {group.rank} is in full swing")
+            while not group.world.happened("the end is known"):
+                one.step()
+            one.train_until(int(group.world.wait("the end is known")))
+        return one.result()
+
+    def joins(group: Group) -> Any:
+        for rank in (0, 1):
+            group.world.wait(f"group_0 rank {rank} is in full swing")
+        tries = []
+
+        def load(state: Any) -> None:
+            tries.append(state)
+            if group.rank == 1 and len(tries) == 1:
+                raise RuntimeError("no memory")
+
+        one = Training(group, asynchronous=asynchronous, load_state_dict=load, state_dict=dict)
+        with one.door:
+            assert len(tries) == 2, "all ranks heal again when one could not"
+            if group.rank == 0:
+                group.world.happen("the end is known", str(one.manager.current_step() + 12))
+            one.train_until(int(group.world.wait("the end is known")))
+        return one.result()
+
+    one, other, two, another = World(tmp_path).run(there, joins, ranks=2)
+    assert (one, other) == (two, another)
 
 
 def test_a_member_dies_with_rounds_open_and_the_others_go_on_equal(tmp_path: Path) -> None:

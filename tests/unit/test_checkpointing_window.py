@@ -25,13 +25,35 @@ def test_a_reader_gets_what_is_offered(window: Window[str]) -> None:
     assert window.close(timeout_s=0) == 0
 
 
-def test_another_step_is_refused_and_both_are_named(window: Window[str]) -> None:
+@pytest.mark.parametrize(("asked", "timeout_s"), [(2, 30), (4, 0)])
+def test_another_step_is_refused_and_both_are_named(
+    window: Window[str], asked: int, timeout_s: float
+) -> None:
     window.open(3, "state")
     with (
-        pytest.raises(Refused, match="serving 3 but got step=4"),
-        window.lease(4, timeout_s=30, cut=no_cut),
+        pytest.raises(Refused, match=f"serving 3 but got step={asked}"),
+        window.lease(asked, timeout_s=timeout_s, cut=no_cut),
     ):
         pass
+
+
+def test_who_asks_for_the_next_step_while_an_older_one_is_offered_waits_for_it(
+    window: Window[str],
+) -> None:
+    """The donor has that one still open: it was offered, and nobody took it."""
+    got: list[str] = []
+
+    def read() -> None:
+        with window.lease(4, timeout_s=30, cut=no_cut) as offer:
+            got.append(offer)
+
+    window.open(3, "old")
+    reader = threading.Thread(target=read)
+    reader.start()
+    window.close(timeout_s=0)
+    window.open(4, "new")
+    reader.join(30)
+    assert got == ["new"]
 
 
 def test_a_reader_that_comes_early_waits_for_the_window(window: Window[str]) -> None:

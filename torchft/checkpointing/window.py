@@ -2,8 +2,8 @@
 
     closed ── open(offer) ──► open ── close() ──► closed        shut: closed for good
 
-A reader takes a *lease* for the step it wants. Before the window opens it waits; when another step
-is offered it is refused. `close` lets no new reader in, waits for those inside, and cuts off
+A reader takes a *lease* for the step it wants. Before that is offered it waits, also while an older
+one is; when a later one is offered it is refused. `close` lets no new reader in, waits for those inside, and cuts off
 whoever is still there at its deadline: then the healing peer's step fails and it heals again, while
 the donor, whose step has been decided, goes on.
 """
@@ -68,7 +68,7 @@ class Window(Generic[T]):
         """The offer for `step`. `cut` is called from another thread if the reader must end.
 
         Raises:
-            WrongStep: another step is offered.
+            WrongStep: a later step is offered, or still an older one after `timeout_s`.
             Refused: nothing was offered within `timeout_s`.
         """
         lease = _Lease(cut)
@@ -101,8 +101,11 @@ class Window(Generic[T]):
             self._shut = True
         self.close(0.0)
 
+    def _has_come_to(self, step: int) -> bool:
+        return self._step is not None and self._step >= step
+
     def _await_offer(self, step: int, timeout_s: float) -> T:
-        self._changed.wait_for(lambda: self._step is not None or self._shut, timeout_s)
+        self._changed.wait_for(lambda: self._has_come_to(step) or self._shut, timeout_s)
         if self._shut:
             raise Refused("the donor is shutting down")
         if self._step is None or self._offer is None:
