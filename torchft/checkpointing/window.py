@@ -3,9 +3,9 @@
     closed ── open(offer) ──► open ── close() ──► closed        shut: closed for good
 
 A reader takes a *lease* for the step it wants. Before that is offered it waits, also while an older
-one is; when a later one is offered it is refused. `close` lets no new reader in, waits for those inside, and cuts off
-whoever is still there at its deadline: then the healing peer's step fails and it heals again, while
-the donor, whose step has been decided, goes on.
+one is; when a later one is offered it is refused. `close` lets no new reader in, waits for those
+inside, and cuts off whoever is still there at its deadline: then the healing peer's step fails and
+it heals again, while the donor, whose step has been decided, goes on.
 """
 
 from __future__ import annotations
