@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from torchft import settings
-from torchft.errors import SettingsError
+from torchft.errors import PhaseError, SettingsError
 from torchft.ledger import Bucket
 from torchft.managed_peers import ManagedPeers
 from torchft.quantization import Codec, codec_for
@@ -72,7 +72,7 @@ class _Door:
         self._manager = manager
         self._optimizer = optimizer
         self._hooks: list[RemovableHandle] = []
-        self._entered = False
+        self._entered = self._restored = False
         self._stepping: Any = None
         self._strategy = Strategy([recipe], bucket_bytes=bucket_bytes)
         peers = ManagedPeers(manager, deterministic=deterministic, background=background)
@@ -103,8 +103,29 @@ class _Door:
         if kind is None:
             self._strategy.finish()
 
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint, beside the model's, the inner optimizer's and the manager's: all that
+        groups share, this group's residuals and inner backup, and the clock. Shares storage.
+
+        Raises:
+            PhaseError: with a delay, while a round is in flight; leaving the context closes it.
+        """
+        return self._strategy.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint, before the context is entered for the first time.
+
+        Raises:
+            PhaseError: it has been entered.
+        """
+        if self._entered:
+            raise PhaseError("training has begun: load a checkpoint before entering the context")
+        self._strategy.load_state_dict(state)
+        self._restored = True
+
     def _first_enter(self) -> None:
-        self._take_backup()
+        if not self._restored:
+            self._take_backup()
         # 0 participants: this process has not met the others in a quorum yet.
         if self._manager._init_sync and self._manager.num_participants() == 0:
             self._strategy.join()

@@ -151,9 +151,15 @@ def test_a_group_joins_while_several_averages_travel_and_all_end_equal(tmp_path:
     assert one == two == three
 
 
-def test_a_group_that_fell_behind_heals_in_the_background_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"should_quantize": "int4", "error_feedback": True}], ids=["fp32", "fed back"]
+)
+@pytest.mark.parametrize("asynchronous", [True, False], ids=["async", "sync"])
+def test_a_group_that_fell_behind_heals_and_drops_the_rounds_that_it_had_open(
+    tmp_path: Path, options: dict[str, Any], asynchronous: bool
+) -> None:
     def story(group: Group) -> Any:
-        one = Training(group, min_replica_size=2)
+        one = Training(group, asynchronous=asynchronous, min_replica_size=2, **options)
         with one.door:
             for _ in range(9):
                 one.step()
