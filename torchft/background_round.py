@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
+from torchft.ledger import Bucket, Ledger
 from torchft.peers import Handle, Round
 
 if TYPE_CHECKING:
@@ -111,16 +112,18 @@ class BackgroundRound:
             handle.advance()
             return handle
 
-        return _Later(self._background(begin), tensors)
+        return _Later(self._background(begin), tensors, self._step.transaction.ledger)
 
 
 class _Later(Handle):
     """What begins in the background."""
 
-    def __init__(self, begun: Future[Handle | None], tensors: Sequence[Tensor]) -> None:
-        self._begun = begun
-        self._tensors = tensors
+    def __init__(
+        self, begun: Future[Handle | None], tensors: Sequence[Tensor], ledger: Ledger
+    ) -> None:
+        self._begun, self._tensors, self._ledger = begun, tensors, ledger
 
     def wait(self) -> list[Tensor]:
-        handle = self._begun.result()
+        with self._ledger.spending(Bucket.COMMUNICATE):
+            handle = self._begun.result()
         return list(self._tensors) if handle is None else handle.wait()
