@@ -67,6 +67,10 @@ class WorkerWeights:
         """What the server last sent."""
         return self._bases.get(fragment)
 
+    def held(self, fragment: int) -> Tensor:
+        """The same, where there is one."""
+        return self._bases[fragment]
+
     def identity(self, fragment: int) -> str:
         """Of the base."""
         return identity_of(self._bases[fragment])

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torchft.errors import SettingsError
 from torchft.parameter_server.chunks import Chunks
@@ -142,6 +142,11 @@ class DiLoCoWorker:
     def sync_every(self) -> int:
         """Inner steps to a cycle."""
         return self._schedule.every if self.active and self._hook else self.options.sync_every
+
+    @property
+    def bases(self) -> dict[int, Tensor]:
+        """Fragment → what this worker and the server hold alike, fp32 `[1, n]`: not a copy."""
+        return {fragment: self._weights.held(fragment) for fragment in sorted(self._versions)}
 
     def metrics(self) -> dict[str, float]:
         """For logs."""
