@@ -99,11 +99,12 @@ class Desk:
         run.shape.check_same(request.shape)
         who = request.who
         known = run.rounds.members.get(who.worker)
-        refusal, effects = run.rounds.join(self._clock(), who.worker, who.session, request.beat_s)
+        beat_s = min(request.beat_s, self.options.rules.beat_s)  # as it is told below
+        refusal, effects = run.rounds.join(self._clock(), who.worker, who.session, beat_s)
         if refusal is not None:
             raise Conflict(f"{who.worker}: {refusal}; it may register when that one is silent")
-        event = {"worker": who.worker, "session": who.session, "beat_s": request.beat_s}
-        self._keeper.record("join", event)
+        event = {"worker": who.worker, "session": who.session}
+        self._keeper.record("join", {**event, "beat_s": beat_s})
         self.hosts[who.worker] = request.hostname
         if known is None or known.session != who.session:
             self._note(f"worker {who.worker} on {request.hostname} has registered")
@@ -354,13 +355,10 @@ class Desk:
                 self._note(f"worker {effect.worker} is gone: {effect.why}")
             else:
                 self._keeper.record_close(effect)
-                apply = self._ready()[1].apply
                 # At once: a checkpoint that is decided a moment later has to come after it.
-                self._start(
-                    self._step(
-                        effect, self._soon(self._applier, apply, effect, self._keeper.upload)
-                    )
-                )
+                apply = self._ready()[1].apply
+                stepped = self._soon(self._applier, apply, effect, self._keeper.upload)
+                self._start(self._step(effect, stepped))
 
     def _start(self, job: Any) -> None:
         task = asyncio.ensure_future(job)

@@ -32,6 +32,7 @@ from torchft.parameter_server.intake import Intake
 from torchft.parameter_server.page import headers, page
 from torchft.parameter_server.refused import (
     Forbidden,
+    Interrupted,
     NotFound,
     Refused,
     TooLarge,
@@ -109,11 +110,11 @@ class Service:
             except web.HTTPRequestEntityTooLarge:
                 return _refusal(request, 413, f"more than {MAX_JSON_BYTES} bytes of JSON")
             except TimeoutError:
-                return _refusal(
-                    request, 408, f"nothing came for {self._read_timeout_s:g} s: go on from there"
-                )
+                reason = f"nothing came for {self._read_timeout_s:g} s: go on from there"
+                return _refusal(request, Interrupted.status, reason)
             except (ConnectionError, asyncio.IncompleteReadError):
-                return _refusal(request, 400, "the body ended early: go on from there")
+                reason = "the body ended early: go on from there"
+                return _refusal(request, Interrupted.status, reason)
 
         return answer
 
