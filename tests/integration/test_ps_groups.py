@@ -130,6 +130,16 @@ def test_a_group_is_as_one_worker_with_all_of_its_batches(
         assert status["departures"] == {"left": 1}, "the group was one worker"
 
 
+def test_one_rank_alone_may_have_sharded_parameters(tmp_path: Path) -> None:
+    with (
+        server_in(tmp_path) as server,
+        ranks(1, weights_of, "fsdp", server.address, {}) as group,
+    ):
+        ((weights, synced),) = group.hear_all()
+        assert synced == 3
+        assert group.hear_all() == [weights], "the last news are there already"
+
+
 def follows(rank: Rank, kind: str, server: str) -> None:
     member = Member(rank, kind, server, timeout_s=20.0)
     with member.worker:

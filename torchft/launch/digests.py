@@ -218,7 +218,7 @@ def serve(name: str, *, steps: int, nodes: int = 4, method: str | None = None) -
     return compare_served(experiment, SERVED[name], method=method)
 
 
-COLUMNS = "{:<18} {:>8} {:>6} {:>11} {:>17} {:>6} {:>8}"
+COLUMNS = "{:<28} {:>8} {:>6} {:>11} {:>17} {:>6} {:>8}"
 
 
 def _line(name: str, pair: Pair, served: ServedPair | None, seconds: float) -> str:
