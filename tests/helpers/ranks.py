@@ -27,7 +27,12 @@ from torchft.process_group import ProcessGroupGloo
 DEADLINE_S = 30.0
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["pytest", "torch", "torchft.process_group"])
+_context.set_forkserver_preload(
+    [
+        *("pytest", "torch", "torch._dynamo", "torch.distributed.fsdp"),
+        *("torchft.parameter_server.worker", "torchft.process_group"),
+    ]
+)
 
 
 @dataclass

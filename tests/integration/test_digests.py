@@ -25,11 +25,15 @@ STEPS = 24
 EVERY = {
     "LocalSGD": 10,
     "DiLoCo": 10,
+    "DiLoCo bf16": 10,
     "DiLoCo int8": 10,
+    "DiLoCo int4": 10,
     "Streaming DiLoCo": 4,
     "Streaming delayed": 4,
     "Streaming in flight": 4,
     "Streaming, strided": 4,
+    "Streaming bf16": 4,
+    "Streaming int8": 4,
     "Streaming int4": 4,
     "int4, fed back": 5,
 }
@@ -169,6 +173,7 @@ def test_the_command_kills_a_node_too(capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["--steps", "30", "--nodes", "2", "--strategy", "DiLoCo"]) == 0
     _, whole, killed = capsys.readouterr().out.splitlines()
     assert whole.split()[:4] == ["DiLoCo", "3", "yes", "-"]
+    assert whole.split()[5] == "yes", "through the server too"
     assert killed.split()[:5] == ["DiLoCo,", "killed", "2", "yes", "-"]
 
 

@@ -39,6 +39,31 @@ def test_what_cannot_be_used_is_refused(tmp_path: Path) -> None:
         Tokens.of_secret("short")
     with pytest.raises(SettingsError, match="--auth-token-file"):
         read_token(tmp_path / "absent", Scope.READ)
+    (tmp_path / "empty").write_text("\n")
+    with pytest.raises(SettingsError, match="is empty"):
+        read_token(tmp_path / "empty", Scope.WORKER)
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(SettingsError, match="no token for read"):
         read_token(tmp_path / "other.json", Scope.READ)
+
+
+@pytest.mark.parametrize("damage", ["{", '{"admin": ', '["admin"]', '{"admin": "short"}', "\x00"])
+def test_a_damaged_file_starts_no_server_and_is_left_alone(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "tokens.json"
+    Tokens.at(path)
+    path.write_text(damage)
+    with pytest.raises(SettingsError):
+        Tokens.at(path)
+    assert path.read_text() == damage
+    _, new = Tokens.at(path, renew=True)
+    assert new and path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_file_that_others_could_read_is_not_written_into(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.json"
+    path.write_text("x" * 40)
+    path.chmod(0o644)
+    with path.open() as reader:
+        Tokens.at(path, renew=True)
+        assert reader.read() == "x" * 40, "whoever has it open reads the old one"
+    assert path.stat().st_mode & 0o777 == 0o600

@@ -52,7 +52,9 @@ def _ask(typed: argparse.Namespace) -> dict[str, Any]:
     path = typed.auth_token_file or default_token_file(client.port)
     if token is None and (typed.auth_token_file is not None or path.exists()):
         token = read_token(path, Scope.READ)
-    client = DiLoCoClient(typed.server, token=token, timeout_s=10.0)
+    ca = settings.text(settings.DILOCO_TLS_CA)
+    tls_ca = None if ca is None else Path(ca)
+    client = DiLoCoClient(typed.server, token=token, timeout_s=10.0, tls_ca=tls_ca)
     try:
         return client.get("/v1/status")
     finally:

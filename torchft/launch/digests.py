@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from torchft.errors import SettingsError
+from torchft.launch.served import Served, ServedPair, compare_served
 from torchft.launch.text import read_text
 from torchft.simulator.events import Dies, Event, Joins
 from torchft.simulator.experiment import Experiment
@@ -42,7 +43,7 @@ from torchft.strategies import (
     StreamingDiLoCoStrategy,
 )
 
-__all__ = ["STRATEGIES", "OddModel", "Pair", "compare", "experiment_of", "main"]
+__all__ = ["SERVED", "STRATEGIES", "OddModel", "Pair", "compare", "experiment_of", "main", "serve"]
 
 Digests = list[str | None]
 """Of one step, by node; None: it was not there."""
@@ -69,7 +70,11 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "Streaming, strided": lambda: StreamingDiLoCoStrategy(
         ADAMW, H=12, fragments=3, pattern="strided"
     ),
+    "DiLoCo bf16": lambda: DiLoCoStrategy(ADAMW, H=10, codec="bf16"),
     "DiLoCo int8": lambda: DiLoCoStrategy(ADAMW, H=10, codec="int8"),
+    "DiLoCo int4": lambda: DiLoCoStrategy(ADAMW, H=10, codec="int4"),
+    "Streaming bf16": lambda: StreamingDiLoCoStrategy(ADAMW, H=12, fragments=3, codec="bf16"),
+    "Streaming int8": lambda: StreamingDiLoCoStrategy(ADAMW, H=12, fragments=3, codec="int8"),
     "Streaming int4": lambda: StreamingDiLoCoStrategy(ADAMW, H=12, fragments=3, codec="int4"),
     "int4, fed back": lambda: DiLoCoStrategy(ADAMW, H=5, codec="int4", error_feedback=True),
     "SPARTA": lambda: SPARTAStrategy(ADAMW, p_sparta=0.05),
@@ -77,6 +82,17 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
 }
 WITH_A_KILL = ("all-reduce", "DiLoCo", "DiLoCo int8", "Streaming in flight", "int4, fed back")
 """These run again, and lose a node for a while."""
+SERVED = {
+    "DiLoCo": Served(10, 1, "fp32"),
+    "DiLoCo bf16": Served(10, 1, "bf16"),
+    "DiLoCo int8": Served(10, 1, "int8"),
+    "DiLoCo int4": Served(10, 1, "int4"),
+    "Streaming DiLoCo": Served(12, 3, "fp32"),
+    "Streaming bf16": Served(12, 3, "bf16"),
+    "Streaming int8": Served(12, 3, "int8"),
+    "Streaming int4": Served(12, 3, "int4"),
+}
+"""These run through a parameter server too: every H of how many fragments, and the codec."""
 
 
 class OddModel(nn.Module):
@@ -196,17 +212,24 @@ def compare(
     return Pair(real, simulated, perf_counter() - started)
 
 
-COLUMNS = "{:<18} {:>8} {:>6} {:>11} {:>17} {:>8}"
+def serve(name: str, *, steps: int, nodes: int = 4, method: str | None = None) -> ServedPair:
+    """Run a strategy of the table through a parameter server; then simulate that."""
+    experiment = experiment_of(name, steps=steps, nodes=nodes)
+    return compare_served(experiment, SERVED[name], method=method)
 
 
-def _line(name: str, pair: Pair) -> str:
+COLUMNS = "{:<28} {:>8} {:>6} {:>11} {:>17} {:>6} {:>8}"
+
+
+def _line(name: str, pair: Pair, served: ServedPair | None, seconds: float) -> str:
     return COLUMNS.format(
         name,
         pair.synchronisations,
         "yes" if pair.equal else "NO",
         "-" if pair.first_difference is None else f"step {pair.first_difference}",
         pair.last_digest[:16],
-        f"{pair.seconds:.1f}",
+        "-" if served is None else "yes" if served.equal else "NO",
+        f"{seconds:.1f}",
     )
 
 
@@ -230,16 +253,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 when all are equal, 1 when not, 2 when it cannot run."""
     options = _options(argv)
     torch.set_num_threads(1)
-    print(COLUMNS.format("strategy", "synchr.", "equal", "difference", "last digest", "s"))
+    heads = ("strategy", "synchr.", "equal", "difference", "last digest", "server", "s")
+    print(COLUMNS.format(*heads))
     equal = True
     for name, events in _runs(options):
+        began = perf_counter()
         try:
             pair = compare(name, steps=options.steps, nodes=options.nodes, events=events)
+            served = None
+            if name in SERVED and not events:
+                served = serve(name, steps=options.steps, nodes=options.nodes)
         except SettingsError as error:
             print(error, file=sys.stderr)
             return 2
         equal = equal and pair.equal and len(pair.real.heals) == len(events) // 2
-        print(_line(f"{name}, killed" if events else name, pair), flush=True)
+        equal = equal and (served is None or served.equal)
+        label, seconds = f"{name}, killed" if events else name, perf_counter() - began
+        print(_line(label, pair, served, seconds), flush=True)
     return 0 if equal else 1
 
 

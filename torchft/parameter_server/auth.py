@@ -105,9 +105,14 @@ def _read(path: Path, scope: Scope) -> str:
         raise SettingsError(
             f"cannot read {path}: {error.strerror}; check --auth-token-file"
         ) from None
+    if not text:
+        raise SettingsError(f"{path} is empty: it should hold a token, or a server's three")
     if not text.startswith("{"):
         return text
     try:
         return str(json.loads(text)[scope.name.lower()])
     except (ValueError, KeyError, TypeError):
-        raise SettingsError(f"{path} has no token for {scope.name.lower()}") from None
+        raise SettingsError(
+            f"{path} has no token for {scope.name.lower()}: copy the server's file again, or make "
+            "new ones there with --regen-token"
+        ) from None

@@ -57,6 +57,10 @@ class DelayedNesterov:
             self._sums[at].zero_()
             self._counts[at] = 0
 
+    def change(self, *, lr: float, momentum: float, nesterov: bool) -> None:
+        """Others for all steps from now on. It is Nesterov's whatever the last one says."""
+        self.lr, self.momentum = lr, momentum
+
     def state_dict(self, fragment: Fragment) -> dict[str, Any]:
         """Of one fragment."""
         at = fragment.index

@@ -10,28 +10,27 @@ An order that matters: an event is decided, written to the journal, then carried
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torchft.parameter_server.chronicle import Chronicle, Counts
 from torchft.parameter_server.dylu import local_steps
 from torchft.parameter_server.initial import InitialWeights
 from torchft.parameter_server.intake import Intake, norm_limit
 from torchft.parameter_server.keeper import Keeper
 from torchft.parameter_server.model_files import read_model, rows_of_model
-from torchft.parameter_server.options import ServerOptions
+from torchft.parameter_server.options import OuterOptions, ServerOptions
 from torchft.parameter_server.refused import Conflict, Gone, NotFound, NotReady, Unfit
 from torchft.parameter_server.requests import Registration, Speaker, Ticket
 from torchft.parameter_server.rounds import Close, Effect, Rounds
 from torchft.parameter_server.rounds import Gone as Departed
 from torchft.parameter_server.rules import Departure, Refusal
 from torchft.parameter_server.run import Run, Runs
-from torchft.parameter_server.shared import News, SharedState
+from torchft.parameter_server.shared import News, Published, SharedState
 from torchft.parameter_server.submission import Submission
 
 __all__ = ["Counts", "Desk"]
@@ -41,27 +40,12 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-@dataclass
-class Counts:
-    """What has happened since the start."""
-
-    rounds: int = 0
-    submissions: int = 0
-    late: int = 0
-    refused: int = 0
-    departures: dict[str, int] = field(default_factory=dict)
-    bytes_in: int = 0
-    bytes_out: int = 0
-    apply_s: float = 0.0
-    checkpoints: int = 0
-
-
 class Desk:
     """One server's. Call `open` on the loop before all else, `close` at the end."""
 
     def __init__(self, options: ServerOptions, clock: Callable[[], float] = time.monotonic) -> None:
         self.options, self._clock = options, clock
-        self.counts = Counts()
+        self.counts, self.chronicle = Counts(), Chronicle()
         self.run: Run | None = None
         self.hosts: dict[str, str] = {}
         self.failed: asyncio.Future[None] | None = None
@@ -114,12 +98,16 @@ class Desk:
         run = self.run or await self._begin(request)
         run.shape.check_same(request.shape)
         who = request.who
-        refusal, effects = run.rounds.join(self._clock(), who.worker, who.session, request.beat_s)
+        known = run.rounds.members.get(who.worker)
+        beat_s = min(request.beat_s, self.options.rules.beat_s)  # as it is told below
+        refusal, effects = run.rounds.join(self._clock(), who.worker, who.session, beat_s)
         if refusal is not None:
             raise Conflict(f"{who.worker}: {refusal}; it may register when that one is silent")
-        event = {"worker": who.worker, "session": who.session, "beat_s": request.beat_s}
-        self._keeper.record("join", event)
+        event = {"worker": who.worker, "session": who.session}
+        self._keeper.record("join", {**event, "beat_s": beat_s})
         self.hosts[who.worker] = request.hostname
+        if known is None or known.session != who.session:
+            self._note(f"worker {who.worker} on {request.hostname} has registered")
         self._carry_out(effects)
         return {
             "agreed": run.agreed.to_json(),
@@ -136,7 +124,7 @@ class Desk:
         agreed = self.options.agree(request.wished)
         shape = request.shape.cut(agreed.fragments)
         rounds = Rounds(self.options.rules, agreed.fragments)
-        run = Run(agreed, shape, rounds, None, {})
+        run = Run(agreed, shape, rounds, None, self.options.outer, {})
         folder = self.options.model
         if folder is not None:
             tensors = await self._in(self._applier, read_model, folder)
@@ -184,7 +172,7 @@ class Desk:
             raise _refused(who, verdict)
         if verdict.repeat:
             return {"done": True}
-        name = _upload_name(ticket)
+        name = ticket.upload
         if name not in self._intakes:
             self._drop_older(ticket)
             n = run.shape.size(ticket.fragment)
@@ -206,7 +194,7 @@ class Desk:
             await self._in(self._checkers, intake.take, index, data)
         except Unfit:
             self.counts.refused += 1
-            self._forget(intake)
+            self._drop(lambda _, other: other is intake)
             raise
 
     def finish(self, upload: str) -> dict[str, Any]:
@@ -327,14 +315,25 @@ class Desk:
         """Another number of workers. Raises SettingsError."""
         self._carry_out(self._known().rounds.expect(self._clock(), workers, min_workers))
 
+    def update_optimizer(self, lr: float | None, momentum: float | None) -> OuterOptions:
+        """Others for the rounds that close from now on. Raises SettingsError, NotReady."""
+        run, state = self._ready()
+        run.outer = run.outer.changed(lr, momentum)
+        self._keeper.record("optimizer", run.decided_outer)
+        # It comes after the steps that are decided already, and before all others.
+        settings = run.outer.settings
+        self._start(self._soon(self._applier, lambda: state.outer.change(**settings)))
+        self._note(f"outer lr {run.outer.lr:g}, momentum {run.outer.momentum:g} from now on")
+        return run.outer
+
     async def save(self) -> Path:
         """Write a checkpoint of all that is decided by now. Raises OSError."""
         run, _ = self._ready()
         number, spent = self._keeper.begin()
-        rounds = run.rounds.state_dict()
+        decided = run.decided()
 
         def write() -> Path:
-            return self._keeper.write(number, run.saved(rounds), run.model())
+            return self._keeper.write(number, run.saved(decided), run.model())
 
         try:
             path = await self._in(self._applier, write)
@@ -343,7 +342,7 @@ class Desk:
             raise
         self._keeper.end(number, spent)
         self.counts.checkpoints += 1
-        logger.info("saved %s", path)
+        self._note(f"saved {path.name}")
         return path
 
     # ------------------------------------------------------------------ how
@@ -353,10 +352,13 @@ class Desk:
             if isinstance(effect, Departed):
                 why = effect.why.name.lower()
                 self.counts.departures[why] = self.counts.departures.get(why, 0) + 1
-                logger.info("worker %s is gone: %s", effect.worker, effect.why)
+                self._note(f"worker {effect.worker} is gone: {effect.why}")
             else:
                 self._keeper.record_close(effect)
-                self._start(self._step(effect))
+                # At once: a checkpoint that is decided a moment later has to come after it.
+                apply = self._ready()[1].apply
+                stepped = self._soon(self._applier, apply, effect, self._keeper.upload)
+                self._start(self._step(effect, stepped))
 
     def _start(self, job: Any) -> None:
         task = asyncio.ensure_future(job)
@@ -369,12 +371,13 @@ class Desk:
         if error is not None and self.failed is not None and not self.failed.done():
             self.failed.set_exception(error)
 
-    async def _step(self, close: Close) -> None:
+    async def _step(self, close: Close, applied: asyncio.Future[Published]) -> None:
         """The outer step of a round. An error here ends the server: its weights are half stepped,
         and the journal has all that is needed to do it again."""
-        run, state = self._ready()
+        run, _ = self._ready()
         began = time.perf_counter()
-        await self._in(self._applier, state.apply, close, self._keeper.upload)
+        await applied
+        self.chronicle.closed(self._clock(), close, time.perf_counter() - began)
         self.counts.apply_s += time.perf_counter() - began
         self.counts.rounds += 1
         self._announce()
@@ -388,7 +391,7 @@ class Desk:
         try:
             await self.save()
         except OSError as error:
-            logger.error("no checkpoint was written, the run goes on: %s", error)
+            self._note(f"no checkpoint was written, the run goes on: {error}", logging.ERROR)
         finally:
             self._saving = False
 
@@ -417,27 +420,29 @@ class Desk:
 
     def _drop_older(self, ticket: Ticket) -> None:
         """One upload a worker and fragment."""
-        for name, (other, intake) in list(self._intakes.items()):
-            same = other.who.worker == ticket.who.worker and other.fragment == ticket.fragment
-            if same:
+        mine = (ticket.who.worker, ticket.fragment)
+        self._drop(lambda other, _: (other.who.worker, other.fragment) == mine)
+
+    def _drop(self, unwanted: Callable[[Ticket, Intake], bool]) -> None:
+        for name, (ticket, intake) in list(self._intakes.items()):
+            if unwanted(ticket, intake):
                 intake.drop()
                 del self._intakes[name]
 
-    def _forget(self, intake: Intake) -> None:
-        for name, (_, other) in list(self._intakes.items()):
-            if other is intake:
-                intake.drop()
-                del self._intakes[name]
+    def _note(self, what: str, level: int = logging.INFO) -> None:
+        """In the log and on the page."""
+        logger.log(level, "%s", what)
+        self.chronicle.note(self._clock(), what)
+
+    def _soon(
+        self, pool: ThreadPoolExecutor, work: Callable[..., T], *args: Any
+    ) -> asyncio.Future[T]:
+        return asyncio.get_running_loop().run_in_executor(pool, work, *args)
 
     async def _in(self, pool: ThreadPoolExecutor, work: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(pool, work, *args)
+        return await self._soon(pool, work, *args)
 
 
 def _refused(who: Speaker, refusal: Refusal) -> Exception:
     kind = {Refusal.NOT_REGISTERED: Gone, Refusal.NO_FRAGMENT: NotFound}.get(refusal, Unfit)
     return kind(f"{who.worker}: {refusal}")
-
-
-def _upload_name(ticket: Ticket) -> str:
-    parts = (ticket.who.worker, ticket.who.session, ticket.fragment, ticket.number)
-    return hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()[:32]

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from torchft.parameter_server.chunks import ChunkError, Chunks
-from torchft.parameter_server.refused import Refused, Unfit
+from torchft.parameter_server.refused import Interrupted, Unfit
 
 __all__ = ["Intake", "norm_limit"]
 
@@ -46,19 +46,19 @@ class Intake:
         """The next chunk. One that is here already is ignored.
 
         Raises:
-            Refused: it is damaged, or another was to come.
+            Interrupted: it is damaged, or another was to come.
             Unfit: it has NaN or infinity, or the norm is beyond the limit.
         """
         if index < self.have:
             return
         if index > self.have:
-            raise Refused(
+            raise Interrupted(
                 f"chunk {index} came, and chunk {self.have} was to come: go on from there"
             )
         try:
             numbers = self.chunks.decode(index, data, _scratch(self.chunks, index))
         except ChunkError as error:
-            raise Refused(str(error)) from None
+            raise Interrupted(str(error)) from None
         self._judge(float(torch.linalg.vector_norm(numbers)))
         with self.path.open("ab") as file:
             file.write(data)

@@ -1,11 +1,11 @@
 """What has happened since a checkpoint: one JSON line an event, and the uploads themselves.
 
-    journal/00000003.jsonl     after checkpoint 3:  ["join", …]  ["take", …]  ["close", …]
+    journal/00000003.jsonl     after checkpoint 3: ["join", …] ["take", …] ["close", …]
 
-A line is written before its event has any effect that a worker can see. A server that was killed
-loads its newest checkpoint and does again what the lines say, from the same uploads and with the
-same bits. Lines and uploads are handed to the system but not forced to disk: they survive the
-process, while checkpoints survive the machine.
+and ["optimizer", …] where an order changed its settings. A line is written before its event has any
+effect that a worker can see. A server that was killed loads its newest checkpoint and does again
+what the lines say, from the same uploads and with the same bits. Lines and uploads are handed to
+the system but not forced to disk: they survive the process, while checkpoints survive the machine.
 """
 
 from __future__ import annotations

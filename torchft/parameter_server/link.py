@@ -21,7 +21,15 @@ from torchft.parameter_server.chunks import ChunkError, Chunks
 from torchft.parameter_server.client import DiLoCoClient
 from torchft.parameter_server.flight import Arrived, Flight
 from torchft.parameter_server.options import Agreed
-from torchft.parameter_server.refused import Conflict, Gone, NotFound, NotReady, Refused, Unfit
+from torchft.parameter_server.refused import (
+    Conflict,
+    Gone,
+    Interrupted,
+    NotFound,
+    NotReady,
+    Refused,
+    Unfit,
+)
 from torchft.parameter_server.shape import ModelShape
 from torchft.parameter_server.shared import Kind
 from torchft.quantization import Identity, codec_of
@@ -221,7 +229,7 @@ class Link:
                 self._send_again()
                 self._end.wait(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
-            except (Conflict, NotReady, NotFound):
+            except (Conflict, Interrupted, NotReady, NotFound):
                 self._end.wait(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
             except (Refused, MismatchError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,17 @@ class OuterOptions:
         if self.dn_buffer_size is not None and self.dn_buffer_size < 0:
             raise SettingsError(f"dn_buffer_size={self.dn_buffer_size}: it must be at least 0")
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of torch's SGD."""
+        nesterov = self.nesterov and self.momentum > 0
+        return {"lr": self.lr, "momentum": self.momentum, "nesterov": nesterov}
+
+    def changed(self, lr: float | None, momentum: float | None) -> OuterOptions:
+        """None: as it was. Raises SettingsError."""
+        lr = self.lr if lr is None else lr
+        return replace(self, lr=lr, momentum=self.momentum if momentum is None else momentum)
+
     def build(self, rules: Rules) -> FlatOuter | DelayedNesterov:
         """The outer step of a run."""
         if rules.mode is Mode.ASYNCHRONOUS:
@@ -82,10 +93,7 @@ class OuterOptions:
                 return DelayedNesterov(lr=self.lr, momentum=self.momentum, buffer=buffer)
         elif self.dn_buffer_size:
             raise SettingsError("dn_buffer_size is for asynchronous rounds: add --async")
-        nesterov = self.nesterov and self.momentum > 0
-        return FlatOuter(
-            OptimSpec(torch.optim.SGD, lr=self.lr, momentum=self.momentum, nesterov=nesterov)
-        )
+        return FlatOuter(OptimSpec(torch.optim.SGD, **self.settings))
 
 
 @dataclass(frozen=True)

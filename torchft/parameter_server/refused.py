@@ -4,6 +4,7 @@ Refused                       the request is wrong; nothing at the server has ch
 ├── Unauthorized      401     no token, or a wrong one
 ├── Forbidden         403     a token that does not allow this
 ├── NotFound          404     there is no such thing (any more)
+├── Interrupted       408     an upload did not arrive whole: go on where it broke
 ├── Conflict          409     another process has this id
 ├── Gone              410     not registered (any more): register again
 ├── TooLarge          413     more bytes than can be right
@@ -19,6 +20,7 @@ __all__ = [
     "Conflict",
     "Forbidden",
     "Gone",
+    "Interrupted",
     "NotFound",
     "NotReady",
     "Refused",
@@ -51,6 +53,12 @@ class NotFound(Refused):
     """There is no such thing (any more)."""
 
     status = 404
+
+
+class Interrupted(Refused):
+    """An upload did not arrive whole: go on where it broke."""
+
+    status = 408
 
 
 class Conflict(Refused):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -87,6 +88,12 @@ class Ticket:
     steps: int
     tokens: int
     fingerprint: str
+
+    @property
+    def upload(self) -> str:
+        """The name of its numbers."""
+        parts = (self.who.worker, self.who.session, self.fragment, self.number)
+        return hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()[:32]
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Ticket:

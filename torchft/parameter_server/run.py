@@ -13,7 +13,7 @@ from torch import Tensor
 from torchft.errors import SettingsError
 from torchft.parameter_server.journal import close_of
 from torchft.parameter_server.keeper import Keeper
-from torchft.parameter_server.options import Agreed, ServerOptions
+from torchft.parameter_server.options import Agreed, OuterOptions, ServerOptions
 from torchft.parameter_server.rounds import Rounds
 from torchft.parameter_server.shape import ModelShape
 from torchft.parameter_server.shared import SharedState
@@ -35,6 +35,8 @@ class Run:
     rounds: Rounds
     state: SharedState | None
     """None: the first weights are still to come."""
+    outer: OuterOptions
+    """As it is for the rounds that close now: orders change it."""
     extras: dict[str, Tensor]
     """Tensors of the starting model that nobody trains; they go into checkpoints as they are."""
 
@@ -48,14 +50,23 @@ class Run:
         """The uploads of open rounds."""
         return [s.upload for one in self.rounds.rounds for s in one.pending]
 
-    def saved(self, rounds: dict[str, Any]) -> dict[str, Any]:
-        """All that a restart needs; `rounds` is as they were when it was decided to save."""
+    def decided(self) -> dict[str, Any]:
+        """What a checkpoint of now says; steps that are decided may still have to be taken."""
+        return {"rounds": self.rounds.state_dict(), "optimizer": self.decided_outer}
+
+    @property
+    def decided_outer(self) -> dict[str, float]:
+        """What an order can change."""
+        return {"lr": self.outer.lr, "momentum": self.outer.momentum}
+
+    def saved(self, decided: dict[str, Any]) -> dict[str, Any]:
+        """All that a restart needs; `decided` is of when it was decided to save."""
         assert self.state is not None
         return {
             "model": self.shape.to_json(),
             "agreed": self.agreed.to_json(),
-            "rounds": rounds,
             "extras": self.extras,
+            **decided,
             **self.state.state_dict(),
         }
 
@@ -79,11 +90,16 @@ class Runs:
         outer.bind([Fragment(0, (0,))], [_OneRow([torch.zeros(1, 1)])])
 
     def state(
-        self, shape: ModelShape, agreed: Agreed, rows: list[Tensor], at: list[int] | None = None
+        self,
+        shape: ModelShape,
+        agreed: Agreed,
+        rows: list[Tensor],
+        at: list[int] | None = None,
+        outer: OuterOptions | None = None,
     ) -> SharedState:
         """Over `rows`, which belong to it from now on."""
-        outer = self._options.outer.build(self._options.rules)
-        return SharedState(shape, codec_of(agreed.codec), outer, rows, self._keeper.news, at)
+        step = (outer or self._options.outer).build(self._options.rules)
+        return SharedState(shape, codec_of(agreed.codec), step, rows, self._keeper.news, at)
 
     def restored(self) -> Run | None:
         """Of the newest good checkpoint and what happened after it; None: there is none.
@@ -108,7 +124,8 @@ class Runs:
         rounds.load_state_dict(saved["rounds"], self._clock())
         rows = saved["rows"]
         weights, versions = [r["weights"] for r in rows], [r["version"] for r in rows]
-        state = self.state(shape, agreed, weights, versions)
+        outer = self._outer_of(saved)
+        state = self.state(shape, agreed, weights, versions, outer)
         try:
             state.load_outer({"rows": rows})
         except (KeyError, ValueError) as error:
@@ -116,7 +133,19 @@ class Runs:
                 f"the checkpoint is of another outer optimizer ({error}): start with the flags "
                 "that it was made with"
             ) from None
-        return Run(agreed, shape, rounds, state, saved["extras"])
+        return Run(agreed, shape, rounds, state, outer, saved["extras"])
+
+    def _outer_of(self, saved: Mapping[str, Any]) -> OuterOptions:
+        """The run's own, which an order may have changed; not what the flags say."""
+        flags = self._options.outer
+        outer = flags.changed(**saved["optimizer"])
+        if outer != flags:
+            logger.warning(
+                "the run goes on with its outer lr %g and momentum %g, not with %g and %g of the "
+                "flags: the order update_optimizer changes them",
+                *(outer.lr, outer.momentum, flags.lr, flags.momentum),
+            )
+        return outer
 
     def _redo(self, run: Run, number: int) -> None:
         """What happened after the checkpoint happens again."""
@@ -127,6 +156,9 @@ class Runs:
                 run.rounds.redo_join(now, event["worker"], event["session"], event["beat_s"])
             elif kind == "take":
                 run.rounds.redo_take(Submission(**event))
+            elif kind == "optimizer":
+                run.outer = run.outer.changed(**event)
+                run.state.outer.change(**run.outer.settings)
             else:
                 close = close_of(event)
                 run.rounds.redo_close(close)

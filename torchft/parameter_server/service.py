@@ -6,7 +6,7 @@
     GET  /v1/files/{name}            news, with ranges                         worker   chunks
     GET  /v1/status  /metrics                                                  read
     POST /v1/control/{order}                                                   admin    JSON
-    GET  /healthz                                                              anybody
+    GET  /healthz  /  /dashboard               the page has no numbers itself  anybody
 
 Nothing is held open for longer than a few seconds but a transfer that moves. Whoever sends garbage
 gets a 4xx with the reason, and nobody else notices.
@@ -29,8 +29,10 @@ from torchft.parameter_server.auth import Scope, Tokens
 from torchft.parameter_server.chunks import Chunks
 from torchft.parameter_server.desk import Desk
 from torchft.parameter_server.intake import Intake
+from torchft.parameter_server.page import headers, page
 from torchft.parameter_server.refused import (
     Forbidden,
+    Interrupted,
     NotFound,
     Refused,
     TooLarge,
@@ -67,13 +69,15 @@ class Service:
     ) -> None:
         self.desk, self.tokens, self._clock, self._stop = desk, tokens, clock, stop
         self._read_timeout_s = read_timeout_s
-        self._began = clock()
+        self._began, self._page = clock(), page()
 
     def app(self) -> web.Application:
         """The routes."""
         app = web.Application(client_max_size=MAX_JSON_BYTES)
         routes: list[tuple[str, str, Scope | None, Handler]] = [
             ("GET", "/healthz", None, self._health),
+            ("GET", "/", None, self._dashboard),
+            ("GET", "/dashboard", None, self._dashboard),
             ("GET", "/v1/status", Scope.READ, self._status),
             ("GET", "/metrics", Scope.READ, self._metrics),
             ("POST", "/v1/register", Scope.WORKER, self._register),
@@ -106,11 +110,11 @@ class Service:
             except web.HTTPRequestEntityTooLarge:
                 return _refusal(request, 413, f"more than {MAX_JSON_BYTES} bytes of JSON")
             except TimeoutError:
-                return _refusal(
-                    request, 408, f"nothing came for {self._read_timeout_s:g} s: go on from there"
-                )
+                reason = f"nothing came for {self._read_timeout_s:g} s: go on from there"
+                return _refusal(request, Interrupted.status, reason)
             except (ConnectionError, asyncio.IncompleteReadError):
-                return _refusal(request, 400, "the body ended early: go on from there")
+                reason = "the body ended early: go on from there"
+                return _refusal(request, Interrupted.status, reason)
 
         return answer
 
@@ -147,6 +151,9 @@ class Service:
 
     async def _health(self, request: web.Request) -> web.Response:
         return web.Response(text="ok\n")
+
+    async def _dashboard(self, request: web.Request) -> web.Response:
+        return web.Response(text=self._page, content_type="text/html", headers=headers(self._page))
 
     def _report(self) -> dict[str, Any]:
         now = self._clock()
@@ -248,11 +255,20 @@ class Service:
                 workers = whole(data, "num_workers", 1)
                 least = data.get("min_workers", self.desk.options.rules.min_workers)
                 self.desk.expect(workers, least)
+            case "update_optimizer":
+                return web.json_response(self._update_optimizer(data))
             case "shutdown":
                 self._stop()
             case order:
                 raise NotFound(f"there is no order {order[:40]!r}")
         return web.json_response({"status": "ok"})
+
+    def _update_optimizer(self, data: dict[str, Any]) -> dict[str, Any]:
+        if not data.keys() or data.keys() - {"lr", "momentum"}:
+            raise Refused("update_optimizer: give lr, momentum, or both")
+        given = {name: real(data, name) if name in data else None for name in ("lr", "momentum")}
+        outer = self.desk.update_optimizer(**given)
+        return {"status": "ok", "outer_lr": outer.lr, "outer_momentum": outer.momentum}
 
 
 def _number(value: str, name: str) -> int:

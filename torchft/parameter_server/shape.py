@@ -137,6 +137,11 @@ class ModelShape:
             raise MismatchError("the fragments do not have each parameter once")
         return cls(parameters, tuple(Fragment(index, mine) for index, mine in enumerate(held)))
 
+    def in_fragments(self, fragments: Sequence[Sequence[int]]) -> ModelShape:
+        """The same model, cut as somebody else did: the positions of each fragment's parameters."""
+        held = (Fragment(index, tuple(mine)) for index, mine in enumerate(fragments))
+        return ModelShape(self.parameters, tuple(held))
+
     def cut(self, parts: int) -> ModelShape:
         """The same model in so many fragments.
 

@@ -19,6 +19,7 @@ _METRICS = (
     ("outer_step_seconds_total", "counter", "time spent in outer steps, waiting included"),
     ("checkpoints_total", "counter", "checkpoints written"),
     ("workers", "gauge", "workers registered"),
+    ("worker_deaths_total", "counter", "workers that fell silent or were replaced"),
     ("uptime_seconds", "gauge", "time since the start"),
 )
 
@@ -26,6 +27,7 @@ _METRICS = (
 def status_of(desk: Desk, now: float, uptime_s: float) -> dict[str, Any]:
     """For `diloco status` and the page."""
     rules, counts, run = desk.options.rules, desk.counts, desk.run
+    outer = desk.options.outer if run is None else run.outer
     evicted = counts.departures.get("silent", 0) + counts.departures.get("replaced", 0)
     common: dict[str, Any] = {
         "mode": rules.mode,
@@ -34,8 +36,8 @@ def status_of(desk: Desk, now: float, uptime_s: float) -> dict[str, Any]:
         "grace_s": rules.grace_s,
         "heartbeat_timeout": rules.heartbeat_timeout_s,
         "uptime_s": uptime_s,
-        "outer_lr": desk.options.outer.lr,
-        "outer_momentum": desk.options.outer.momentum,
+        "outer_lr": outer.lr,
+        "outer_momentum": outer.momentum,
         "rounds": counts.rounds,
         "submissions": counts.submissions,
         "late": counts.late,
@@ -48,6 +50,8 @@ def status_of(desk: Desk, now: float, uptime_s: float) -> dict[str, Any]:
         "checkpoints": counts.checkpoints,
         "workers": {},
         "fragments": [],
+        "recent_rounds": desk.chronicle.rounds(now),
+        "events": desk.chronicle.events(now),
         "ready": run is not None and run.state is not None,
     }
     if run is None:
@@ -86,6 +90,7 @@ def metrics_of(status: dict[str, Any]) -> str:
         status["outer_step_s"],
         status["checkpoints"],
         len(status["workers"]),
+        status["total_worker_deaths"],
         status["uptime_s"],
     )
     return "\n".join(_lines(values)) + "\n"

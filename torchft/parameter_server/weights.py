@@ -11,6 +11,9 @@ residual takes memory. When no step was taken and nothing was lost it is exactly
 With `mix` a worker keeps a share of its own: w ← mix · w + (1 - mix) · (b' + …).
 
 A parameter of a smaller dtype sees b rounded to it; deltas are measured from there.
+
+In a group of ranks the base is at the first one alone. Where it reads sharded parameters, and where
+it writes any, the others do so along with it, one parameter at a time.
 """
 
 from __future__ import annotations
@@ -21,51 +24,58 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from torchft.errors import SettingsError
 from torchft.parameter_server.chunks import Chunks, identity_of
+from torchft.parameter_server.ranks import ALONE, Ranks
 from torchft.parameter_server.shape import ModelShape
+from torchft.parameter_server.sharded import is_sharded, named_parameters, put, whole
 from torchft.parameter_server.shared import Kind
 from torchft.quantization import Codec, Identity
-from torchft.strategies.model_local import ModelLocal
 
 __all__ = ["WorkerWeights", "named_parameters"]
 
 
-def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What is trained: a tied weight once, no frozen ones, no buffers.
-
-    Raises:
-        SettingsError: there is nothing to train, or a parameter is sharded or no float.
-    """
-    local = ModelLocal([model])
-    found = dict(zip(local.names, local.parameters, strict=True))
-    for name, parameter in found.items():
-        if hasattr(parameter, "to_local"):
-            raise SettingsError(
-                f"{name} is sharded: a worker of the parameter server needs it whole"
-            )
-    return found
-
-
 class WorkerWeights:
-    """The parameters of one process, by fragment."""
+    """The parameters of one worker, by fragment."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter], shape: ModelShape) -> None:
+    def __init__(
+        self, parameters: dict[str, nn.Parameter], shape: ModelShape, ranks: Ranks = ALONE
+    ) -> None:
         self.shape = shape
-        self._parameters = parameters
+        self._parameters, self._ranks = parameters, ranks
+        self._sharded = any(map(is_sharded, parameters.values()))
         self._bases: dict[int, Tensor] = {}
 
     @torch.no_grad()
     def row(self, fragment: int) -> Tensor:
         """The weights as they are now, fp32 `[1, n]` on the CPU."""
+        if self._sharded:
+            self._ranks.say("read", fragment)
         row = torch.empty(1, self.shape.size(fragment))
         for name, view in self.shape.views(fragment, row).items():
-            view.copy_(self._parameters[name].detach())
+            view.copy_(whole(self._parameters[name].detach()))
         return row
+
+    @torch.no_grad()
+    def read_along(self, fragment: int) -> None:
+        """The other ranks' part of `row`."""
+        for parameter in self.shape.of_fragment(fragment):
+            whole(self._parameters[parameter.name].detach())
+
+    @torch.no_grad()
+    def write_along(self, fragment: int, mix: float) -> None:
+        """The other ranks' part of every writing."""
+        for parameter in self.shape.of_fragment(fragment):
+            new = torch.empty(parameter.shape)
+            self._ranks.broadcast(new)
+            put(self._parameters[parameter.name].detach(), new, mix)
 
     def base(self, fragment: int) -> Tensor | None:
         """What the server last sent."""
         return self._bases.get(fragment)
+
+    def held(self, fragment: int) -> Tensor:
+        """The same, where there is one."""
+        return self._bases[fragment]
 
     def identity(self, fragment: int) -> str:
         """Of the base."""
@@ -145,7 +155,7 @@ class WorkerWeights:
                 part.add_(chunks.decode(index, data, torch.empty_like(part)))
 
     def _write(self, fragment: int, row: Tensor, mix: float) -> None:
+        self._ranks.say("write", fragment, mix)
         for name, view in self.shape.views(fragment, row).items():
-            parameter = self._parameters[name].detach()
-            new = view.to(parameter.device, parameter.dtype)
-            parameter.copy_(torch.lerp(new, parameter, mix) if mix else new)
+            self._ranks.broadcast(view)
+            put(self._parameters[name].detach(), view, mix)

@@ -9,6 +9,10 @@ At a slot of the schedule the newest news are adopted, then the next fragment is
 A server that cannot be reached stops nobody: steps go on and are part of the next submission. At
 the end the last steps are submitted, and the weights become the newest common ones.
 
+Under DDP and FSDP2 every rank makes a worker, with the same settings, and together they are one:
+all count steps, the first rank speaks with the server, and the news are written at all of them at
+the same step. `start`, `stop` and `force_sync` are then for all ranks together.
+
 Without a server's address nothing is done. (DiLoCo: arXiv 2311.08105, Streaming: 2501.18512.)
 """
 
@@ -21,13 +25,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from torchft.errors import SettingsError
 from torchft.parameter_server.chunks import Chunks
 from torchft.parameter_server.client import DiLoCoClient
 from torchft.parameter_server.flight import Arrived, Flight
 from torchft.parameter_server.link import Link
+from torchft.parameter_server.options import Agreed
+from torchft.parameter_server.ranks import Ranks
 from torchft.parameter_server.schedule import Schedule, due
 from torchft.parameter_server.shape import ModelShape
 from torchft.parameter_server.weights import WorkerWeights, named_parameters
@@ -41,6 +46,8 @@ logger = logging.getLogger(__name__)
 _SLICE_S = 0.05
 _END_S = 30.0
 """So long the end waits for the last submissions to be sent, and again for their round."""
+_APART = 4
+"""So many times as long as it waits for a round, the first rank may keep the others waiting."""
 
 
 class DiLoCoWorker:
@@ -49,7 +56,9 @@ class DiLoCoWorker:
     Args:
         server: `host:port`; None: what `DILOCO_SERVER` says; empty: do nothing.
         tokens: how many tokens the next step trains on, asked after every step; the weight of this
-            worker's work in decoupled rounds. None: every step counts as one.
+            worker's work in decoupled rounds. None: every step counts as one. In a group each rank
+            says its own.
+        process_group: the ranks that train this model together; None: all that there are.
         options: the fields of `WorkerOptions`. Those not given come from `DILOCO_*` variables.
 
     Raises:
@@ -63,6 +72,7 @@ class DiLoCoWorker:
         server: str | None = None,
         *,
         tokens: Callable[[], int] | None = None,
+        process_group: torch.distributed.ProcessGroup | None = None,
         **options: Any,
     ) -> None:
         self.options = WorkerOptions.resolve(server=server, **options)
@@ -74,19 +84,20 @@ class DiLoCoWorker:
         self._hook: Any = None
         if not self.active:
             return
-        _check_alone()
         self.worker_id = self.options.named()
-        parameters = named_parameters(model)
+        self._ranks = Ranks.of(process_group, _APART * self.options.timeout_s)
+        parameters = named_parameters(model, self._ranks)
         shape = ModelShape.of(parameters.items(), 1)
-        self._weights = WorkerWeights(parameters, shape)
+        self._weights = WorkerWeights(parameters, shape, self._ranks)
         self._flights: dict[int, Flight] = {}
         self._versions: dict[int, int] = {}
         self._numbers: dict[int, int] = {}
         self._steps: dict[int, int] = {}
         self._trained: dict[int, int] = {}
+        self._fresh = 0
         self._began: float | None = None
         self._rate = 0.0
-        self._link = self._new_link(shape)
+        self._together(lambda: self._make_link(shape))
 
     # ------------------------------------------------------------------ begin and end
 
@@ -104,18 +115,7 @@ class DiLoCoWorker:
         """
         if not self.active or self._hook is not None:
             return self
-        try:
-            self._link.connect(self.options.timeout_s)
-            self._take_over()
-        except BaseException:
-            self._link.stop()
-            raise
-        agreed = self._link.agreed
-        self._codec = codec_of(agreed.codec)
-        self._schedule = Schedule(agreed.sync_every, agreed.fragments)
-        default = 0 if agreed.fragments == 1 else 1
-        self._in_flight = default if self.options.in_flight is None else self.options.in_flight
-        self._link.start()
+        self._together(self._begin)
         self._hook = self._optimizer.register_step_post_hook(lambda *_: self._after_step())
         return self
 
@@ -126,15 +126,17 @@ class DiLoCoWorker:
         self._hook.remove()
         self._hook = None
         try:
-            if submit and self._link.fault is None:
-                self._finish()
+            if submit:
+                self._together(self._finish)
+                self._ranks.close()
         finally:
-            self._link.stop()
+            if self._ranks.leads:
+                self._link.stop()
 
     def force_sync(self) -> None:
         """A slot now, and wait for its round."""
         if self.active and self._hook is not None:
-            self._slot(wait=True)
+            self._together(lambda: self._slot(wait=True))
 
     # ------------------------------------------------------------------ while training
 
@@ -142,6 +144,11 @@ class DiLoCoWorker:
     def sync_every(self) -> int:
         """Inner steps to a cycle."""
         return self._schedule.every if self.active and self._hook else self.options.sync_every
+
+    @property
+    def bases(self) -> dict[int, Tensor]:
+        """Fragment → what this worker and the server hold alike, fp32 `[1, n]`: not a copy."""
+        return {fragment: self._weights.held(fragment) for fragment in sorted(self._versions)}
 
     def metrics(self) -> dict[str, float]:
         """For logs."""
@@ -156,7 +163,7 @@ class DiLoCoWorker:
             "diloco/last_recv_mb": self.last_receive_bytes / 1e6,
             "diloco/steps_per_second": self._rate,
             "diloco/sync_every": self.sync_every,
-            "diloco/reconnections": self._link.reconnections,
+            "diloco/reconnections": self._link.reconnections if self._ranks.leads else 0,
             "diloco/in_flight": len(self._flights),
         }
 
@@ -166,19 +173,20 @@ class DiLoCoWorker:
             seen = 1 / (now - self._began)
             self._rate = seen if not self._rate else self._rate + (seen - self._rate) / 10
         self.local_step += 1
-        tokens = 1 if self._tokens is None else max(1, int(self._tokens()))
+        self._fresh += 1 if self._tokens is None else max(1, int(self._tokens()))
         for fragment in self._versions:
             self._steps[fragment] += 1
-            self._trained[fragment] += tokens
         if self._schedule.advance():
-            self._slot(wait=self._in_flight == 0)
+            self._together(lambda: self._slot(wait=self._in_flight == 0))
         self._began = time.monotonic()
 
     def _slot(self, *, wait: bool) -> None:
         if self._link.fault is not None:
             raise self._link.fault
         began = time.monotonic()
+        self._count_tokens()
         if self.options.dylu and self._link.recommended:
+            self._ranks.say("every", self._link.recommended)
             self._schedule.change(self._link.recommended)
         if len(self._flights) >= max(1, self._in_flight):
             self._wait_for(next(iter(self._flights.values())))
@@ -190,10 +198,46 @@ class DiLoCoWorker:
                 self._land()
         self.last_sync_time_s = time.monotonic() - began
         self.sync_time_s += self.last_sync_time_s
+        self._ranks.say("counts", self.sync_count, self.refused)
 
     # ------------------------------------------------------------------ how
 
-    def _new_link(self, shape: ModelShape) -> Link:
+    def _together(self, lead: Callable[[], None]) -> None:
+        self._ranks.together(
+            lead,
+            {
+                "agreed": self._agree,
+                "counts": self._take_counts,
+                "every": lambda steps: self._schedule.change(steps),
+                "read": self._weights.read_along,
+                "tokens": self._count_tokens,
+                "write": self._weights.write_along,
+            },
+        )
+
+    def _agree(self, agreed: dict[str, Any], fragments: list[list[int]]) -> None:
+        """What the server says holds at every rank."""
+        settings = Agreed(**agreed)
+        self._weights.shape = self._weights.shape.in_fragments(fragments)
+        self._codec = codec_of(settings.codec)
+        self._schedule = Schedule(settings.sync_every, settings.fragments)
+        default = 0 if settings.fragments == 1 else 1
+        self._in_flight = default if self.options.in_flight is None else self.options.in_flight
+
+    def _take_counts(self, sync_count: int, refused: int) -> None:
+        self.sync_count, self.refused = sync_count, refused
+
+    def _count_tokens(self) -> None:
+        """What all ranks have trained since the last slot. Without counts each step is one."""
+        if self._tokens is not None and self._ranks.leads:
+            self._ranks.say("tokens")
+        if self._tokens is not None or not self._ranks.leads:
+            self._fresh = self._ranks.total(self._fresh)
+        for fragment in self._versions:
+            self._trained[fragment] += self._fresh
+        self._fresh = 0
+
+    def _make_link(self, shape: ModelShape) -> None:
         options = self.options
 
         def client() -> DiLoCoClient:
@@ -201,29 +245,46 @@ class DiLoCoWorker:
             token = options.token(plain.host, plain.port)
             return DiLoCoClient(options.server, token=token, tls_ca=options.tls_ca)
 
-        def rows(fragment: int) -> Any:
-            self._weights.shape = self._link.shape
-            base = self._weights.base(fragment)
-            return self._weights.row(fragment) if base is None else base
-
         wished = {
             "sync_every": options.sync_every,
             "codec": options.codec,
             "fragments": options.num_fragments,
         }
-        return Link(
-            *(client, self.worker_id, _hostname(), wished, shape, rows),
+        self._link = Link(
+            *(client, self.worker_id, _hostname(), wished, shape, self._row),
             beat_s=options.heartbeat_interval_s,
             speed=lambda: self._rate,
         )
 
+    def _row(self, fragment: int) -> Tensor:
+        """For a server without weights: the base, or these weights, which are the first."""
+        base = self._weights.base(fragment)
+        if base is None:
+            self._hear_agreed()
+            base = self._weights.row(fragment)
+        return base
+
+    def _hear_agreed(self) -> None:
+        agreed = self._link.agreed.to_json()
+        fragments = self._link.shape.to_json()["fragments"]
+        self._ranks.say("agreed", agreed, fragments)
+        self._agree(agreed, fragments)
+
+    def _begin(self) -> None:
+        try:
+            self._link.connect(self.options.timeout_s)
+            self._hear_agreed()
+            self._take_over()
+        except BaseException:
+            self._link.stop()
+            raise
+        self._link.start()
+
     def _take_over(self) -> None:
-        self._weights.shape = self._link.shape
-        codec = codec_of(self._link.agreed.codec)
-        for fragment in self._link.shape.fragments:
+        for fragment in self._weights.shape.fragments:
             at = fragment.index
             news = self._link.fetch(at, self.options.timeout_s)
-            self._weights.load(at, news.files, codec)
+            self._weights.load(at, news.files, self._codec)
             news.drop()
             self._weights.settle(at)
             self._versions[at] = news.version
@@ -305,6 +366,9 @@ class DiLoCoWorker:
 
     def _finish(self) -> None:
         """Nothing that was trained is left behind, if the server can be reached."""
+        if self._link.fault is not None:
+            return
+        self._count_tokens()
         end = time.monotonic() + _END_S
         self._until(lambda: all(f.over.is_set() for f in self._flights.values()), end)
         self._land()
@@ -319,6 +383,7 @@ class DiLoCoWorker:
         self._land()
         for fragment in self._versions.keys() - self._flights.keys():
             self._weights.settle(fragment)
+        self._ranks.say("counts", self.sync_count, self.refused)
 
     def _until(self, done: Callable[[], bool], end: float) -> bool:
         """Wait in slices; gives up when the server is away or the time is over."""
@@ -331,13 +396,3 @@ class DiLoCoWorker:
 
 def _hostname() -> str:
     return "".join(c if c.isalnum() or c in ".-_" else "-" for c in socket.gethostname()) or "host"
-
-
-def _check_alone() -> None:
-    group = torch.distributed
-    if group.is_available() and group.is_initialized() and group.get_world_size() > 1:
-        raise SettingsError(
-            "a worker of the parameter server is one process with the whole model: under DDP or "
-            "FSDP each rank would be a worker of its own, with the same work. Use "
-            "torchft.local_sgd.DiLoCo between replica groups of several ranks"
-        )

@@ -81,6 +81,12 @@ class FlatOuter:
         for parameter in parameters:
             parameter.grad = None
 
+    def change(self, **settings: float) -> None:
+        """Other hyperparameters for all steps from now on, such as `lr`."""
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group.update(settings)
+
     def state_dict(self, fragment: Fragment) -> dict[str, Any]:
         """The fragment's own optimizer."""
         return self._optimizers[fragment.index].state_dict()

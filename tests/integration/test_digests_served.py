@@ -1,0 +1,31 @@
+"""The same bits through a parameter server and in the simulation; `make digests` has all eight."""
+
+from __future__ import annotations
+
+import pytest
+
+from torchft.launch.digests import SERVED, experiment_of, serve
+from torchft.launch.served import Served, compare_served
+from torchft.strategies.strategy import Strategy
+
+
+@pytest.mark.parametrize("name", ["DiLoCo", "DiLoCo int4", "Streaming DiLoCo", "Streaming int8"])
+def test_workers_of_a_server_are_equal_to_simulated_nodes(name: str) -> None:
+    pair = serve(name, steps=24, nodes=3, method="fork")
+    assert pair.equal, f"they part at step {pair.first_difference}"
+    distance = SERVED[name].every // SERVED[name].fragments
+    assert list(pair.real) == list(range(distance - 1, 24, distance))
+
+
+class Mistaken(Served):
+    """Simulates what peers do with a codec, which is not what a server does."""
+
+    def strategy(self, named: Strategy) -> Strategy:
+        return named
+
+
+def test_a_server_that_does_something_else_is_seen_at_the_first_round() -> None:
+    experiment = experiment_of("DiLoCo int8", steps=20, nodes=2)
+    pair = compare_served(experiment, Mistaken(10, 1, "int8"), method="fork")
+    assert pair.first_difference == 9
+    assert not pair.server_ends_equal and not pair.equal
