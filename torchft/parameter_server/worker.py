@@ -141,6 +141,11 @@ class DiLoCoWorker:
     # ------------------------------------------------------------------ while training
 
     @property
+    def version(self) -> int:
+        """Outer steps in these weights; of several fragments, the least."""
+        return min(self._versions.values(), default=0) if self.active else 0
+
+    @property
     def sync_every(self) -> int:
         """Inner steps to a cycle."""
         return self._schedule.every if self.active and self._hook else self.options.sync_every
