@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor
 
 from torchft.ledger import Bucket, Ledger
@@ -103,16 +104,25 @@ class BackgroundRound:
 
     def _later(self, start: Callable[[], Handle], tensors: Sequence[Tensor]) -> Handle:
         is_made_anew = self._met
+        computed = _computed(tensors)
 
         def begin() -> Handle | None:
             step = self._step
             if not is_made_anew and (step.transaction.failure or step.plan.donor):
                 return None  # `meet` raises; or this group heals, and what it sends is made anew
+            if computed is not None:
+                torch.cuda.current_stream().wait_event(computed)
             handle = start()
             handle.advance()
             return handle
 
         return _Later(self._background(begin), tensors, self._step.transaction.ledger)
+
+
+def _computed(tensors: Sequence[Tensor]) -> torch.cuda.Event | None:
+    """When they are on a GPU: what the background's stream waits for."""
+    on_gpu = any(tensor.is_cuda for tensor in tensors)
+    return torch.cuda.current_stream().record_event() if on_gpu else None
 
 
 class _Later(Handle):
