@@ -67,7 +67,6 @@ class ServerDemoOptions:
         flags = [
             *("--server", f"127.0.0.1:{port}", "--worker-id", name, "--codec", self.codec),
             *("--sync-every", str(self.sync_every), "--auth-token-file", str(self.tokens)),
-            *("--heartbeat-interval", str(self.grace_s / 4)),
         ]
         of_the_script = [
             *("--num-shards", "3", "--shard-index", str(number)),
