@@ -9,13 +9,16 @@ export OMP_NUM_THREADS ?= 1
 # torch looks up the name of each peer that connects: a silent name server must not stall that.
 export RES_OPTIONS ?= timeout:1 attempts:1
 
-.PHONY: help demo test test-slow test-oldest check setup format lint types rust bench bench-simulator bench-learning bench-links digests clean
+.PHONY: help demo demo-server test test-slow test-oldest check setup format lint types rust bench bench-simulator bench-learning bench-links digests clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
 
 demo: setup ## three replica groups train, one is killed and heals
 	$(RUN) torchft demo $(ARGS)
+
+demo-server: setup ## a parameter server and its workers: one is killed, one joins, the server is killed
+	$(RUN) torchft demo-server $(ARGS)
 
 test: setup ## the Python and Rust tests
 	cargo test --quiet --release -p torchft-quorum -p torchft-server

@@ -17,7 +17,14 @@ from typing import Any
 
 from torchft.errors import TorchftError
 
-__all__ = ["RecordsError", "StepRecord", "StepRecords", "StepRecordsReader", "read_step_records"]
+__all__ = [
+    "LineFollower",
+    "RecordsError",
+    "StepRecord",
+    "StepRecords",
+    "StepRecordsReader",
+    "read_step_records",
+]
 
 
 class RecordsError(TorchftError):
@@ -102,25 +109,15 @@ class StepRecords:
         return self._file.read(1) != b"\n"
 
 
-class StepRecordsReader:
+class LineFollower:
     """Follows a file that others append to. The file need not exist yet."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.torn = 0
-        """How many torn lines were passed over: each is the last word of a killed process."""
         self._offset = 0
-        self._line = 0
 
-    def poll(self) -> list[StepRecord]:
-        """The records added since the last call. A last line without its end waits for it.
-
-        Raises:
-            RecordsError: a line is JSON but no step record.
-        """
-        return list(self._parse(self._whole_lines()))
-
-    def _whole_lines(self) -> list[bytes]:
+    def poll(self) -> list[bytes]:
+        """The lines added since the last call. A last line without its end waits for it."""
         try:
             with open(self.path, "rb") as file:
                 file.seek(self._offset)
@@ -130,6 +127,25 @@ class StepRecordsReader:
         whole = added[: added.rfind(b"\n") + 1]
         self._offset += len(whole)
         return whole.splitlines()
+
+
+class StepRecordsReader:
+    """Follows a file that others append to. The file need not exist yet."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.torn = 0
+        """How many torn lines were passed over: each is the last word of a killed process."""
+        self._lines = LineFollower(path)
+        self._line = 0
+
+    def poll(self) -> list[StepRecord]:
+        """The records added since the last call. A last line without its end waits for it.
+
+        Raises:
+            RecordsError: a line is JSON but no step record.
+        """
+        return list(self._parse(self._lines.poll()))
 
     def _parse(self, lines: list[bytes]) -> Iterator[StepRecord]:
         for line in lines:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from helpers.ps import Fleet, options
+from helpers.ps import Fleet, Net, options, train
 
+from torchft.parameter_server import DiLoCoWorker
 from torchft.parameter_server.rules import Mode
 from torchft.parameter_server.server import DiLoCoServer
 
@@ -33,3 +35,41 @@ def test_every_mode_whole_and_in_fragments(tmp_path: Path, mode: Mode, fragments
         fleet.join()
     for worker in fleet.workers.values():
         assert worker.sync_count >= 4 * fragments
+
+
+class Telling(DiLoCoWorker):
+    """Notes after which step what happens to which fragment."""
+
+    def __init__(self, *given: Any, **options: Any) -> None:
+        super().__init__(*given, **options)
+        self.told: list[str] = []
+
+    def _submit(self) -> Any:
+        flight = super()._submit()
+        if flight is not None:
+            self.told.append(f"{self.local_step}: submit {flight.fragment}")
+        return flight
+
+    def _adopt(self, flight: Any, news: Any) -> None:
+        super()._adopt(flight, news)
+        self.told.append(f"{self.local_step}: apply {flight.fragment}")
+
+
+def test_four_fragments_in_five_hundred_steps_as_users_know_it(tmp_path: Path) -> None:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with DiLoCoServer(options(tmp_path, 1)) as server:
+        worker = Telling(model, optimizer, server.address, sync_every=500, num_fragments=4)
+        with worker:
+            train(model, optimizer, seed=1, steps=1000)
+            told = list(worker.told)
+    assert told == [
+        "125: submit 0",
+        *("250: apply 0", "250: submit 1"),
+        *("375: apply 1", "375: submit 2"),
+        *("500: apply 2", "500: submit 3"),
+        *("625: apply 3", "625: submit 0"),
+        *("750: apply 0", "750: submit 1"),
+        *("875: apply 1", "875: submit 2"),
+        *("1000: apply 2", "1000: submit 3"),
+    ]

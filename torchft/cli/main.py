@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from torchft.cli import demo, diloco, doctor, simulate
+from torchft.cli import demo, demo_server, diloco, doctor, simulate
 from torchft.errors import TorchftError
 
 __all__ = ["main", "parser"]
@@ -29,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"torchft {version()}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     demo.add_command(commands)
+    demo_server.add_command(commands)
     diloco.add_command(commands)
     doctor.add_command(commands)
     simulate.add_command(commands)

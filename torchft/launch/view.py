@@ -14,10 +14,27 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, TextIO
 
-__all__ = ["Frame", "PlainView", "RichView", "Row", "View", "choose_view"]
+__all__ = ["Frame", "Picture", "PlainView", "RichView", "Row", "View", "choose_view"]
 
 PLAIN_EVERY_S = 2.0
 """How often the plain view tells a frame that differs from the one before."""
+
+
+class Picture(Protocol):
+    """A state right now, for both views."""
+
+    @property
+    def elapsed_s(self) -> float:
+        """Since the beginning."""
+        ...
+
+    def in_words(self) -> str:
+        """A line."""
+        ...
+
+    def table(self) -> Any:
+        """A table of rich's."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +62,14 @@ class Frame:
     """Steps to be committed."""
     rows: Sequence[Row]
 
+    def in_words(self) -> str:
+        """A line."""
+        return "; ".join(map(_in_words, self.rows))
+
+    def table(self) -> Any:
+        """A row for each group."""
+        return _table(self)
+
 
 class View(AbstractContextManager["View"], Protocol):
     """Where a run is shown, from `with` until its end."""
@@ -53,7 +78,7 @@ class View(AbstractContextManager["View"], Protocol):
         """Something happened."""
         ...
 
-    def show(self, frame: Frame) -> None:
+    def show(self, frame: Picture) -> None:
         """How it stands."""
         ...
 
@@ -76,8 +101,8 @@ class PlainView:
     def tell(self, elapsed_s: float, news: str) -> None:
         self._line(elapsed_s, news)
 
-    def show(self, frame: Frame) -> None:
-        text = "; ".join(map(_in_words, frame.rows))
+    def show(self, frame: Picture) -> None:
+        text = frame.in_words()
         if frame.elapsed_s >= self._next_s and text != self._told:
             self._next_s = frame.elapsed_s + self._every_s
             self._told = text
@@ -115,10 +140,10 @@ class RichView:
 
         self._live.console.print(Text(f"{elapsed_s:6.1f} s  {news}"))
 
-    def show(self, frame: Frame) -> None:
+    def show(self, frame: Picture) -> None:
         if time.monotonic() - self._drawn >= self._every_s:
             self._drawn = time.monotonic()
-            self._live.update(_table(frame), refresh=True)
+            self._live.update(frame.table(), refresh=True)
 
 
 COLOURS = {"training": "green", "healed": "yellow", "dead": "red", "starting": "cyan"}

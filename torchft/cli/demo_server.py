@@ -1,0 +1,93 @@
+"""`torchft demo-server`: workers of a parameter server come and go, and it is killed itself."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import tempfile
+from pathlib import Path
+
+from torchft.cli.numbers import at_least, seconds
+from torchft.errors import SettingsError
+
+__all__ = ["add_command"]
+
+ABOUT = """\
+A parameter server and two workers train examples/parameter_server, as processes of their own. One
+worker is killed; another joins; the server is killed, the workers train on, and it is started
+again. At the end the survivors' weights and the server's are compared.
+
+The exit code is 0 only if all of this happened, nothing that had been counted was lost, and the
+weights are equal bit for bit; 128 + n after signal n.
+"""
+
+
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `demo-server` to the commands of `torchft`."""
+    parser = commands.add_parser(
+        "demo-server",
+        help="train through a parameter server here, kill a worker and the server",
+        description=ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add("--sync-every", type=at_least(1), default=10, metavar="H", help="steps of a round (10)")
+    add(
+        "--codec",
+        choices=["fp32", "bf16", "fp8", "int8", "int4"],
+        default="bf16",
+        help="how numbers travel (bf16)",
+    )
+    add("--grace", type=seconds, default=3.0, metavar="SECONDS", help="of a silent worker (3)")
+    add("--keep", type=Path, metavar="FOLDER", help="a new folder for logs and checkpoints")
+    add(
+        "--train",
+        type=shlex.split,
+        metavar="COMMAND",
+        help="what the workers run (the example in this checkout)",
+    )
+    add(
+        "--timeout",
+        type=seconds,
+        default=900.0,
+        metavar="SECONDS",
+        help="give up a run that is not over by then (900)",
+    )
+
+
+def run(typed: argparse.Namespace) -> int:
+    """Do what was typed; returns the exit code."""
+    import shutil
+
+    from torchft.launch.server_demo import run_server_demo
+    from torchft.launch.server_demo_options import ServerDemoOptions, example
+    from torchft.launch.server_summary import text_of
+    from torchft.launch.view import choose_view
+
+    options = ServerDemoOptions(
+        train=typed.train or example(),
+        folder=_folder(typed.keep),
+        sync_every=typed.sync_every,
+        codec=typed.codec,
+        grace_s=typed.grace,
+        timeout_s=typed.timeout,
+    )
+    summary = run_server_demo(options, choose_view())
+    print(f"\n{text_of(summary)}")
+    if typed.keep is None and summary.good:
+        shutil.rmtree(options.folder)
+    if summary.stopped_by is not None:
+        return 128 + summary.stopped_by
+    return 0 if summary.good else 1
+
+
+def _folder(keep: Path | None) -> Path:
+    """New or empty, so that no older run is gone on with."""
+    if keep is None:
+        return Path(tempfile.mkdtemp(prefix="torchft_demo_server_"))
+    keep.mkdir(parents=True, exist_ok=True)
+    if any(keep.iterdir()):
+        raise SettingsError(f"--keep {keep}: the folder holds files already; name another one")
+    return keep.resolve()
