@@ -240,12 +240,11 @@ def test_a_damaged_base_leads_to_all_weights(
 ) -> None:
     adopt, damaged = WorkerWeights.adopt, []
 
-    def damages(self: WorkerWeights, fragment: int, *rest: Any) -> torch.Tensor:
-        kept = adopt(self, fragment, *rest)
+    def damages(self: WorkerWeights, fragment: int, *rest: Any) -> str:
         if not damaged:
             damaged.append(fragment)
             self._bases[fragment][0, 3] += 1.0
-        return kept
+        return adopt(self, fragment, *rest)
 
     monkeypatch.setattr(WorkerWeights, "adopt", damages)
     with DiLoCoServer(options(tmp_path, workers=1)) as server:

@@ -262,6 +262,34 @@ def test_a_quorum_closes_after_its_grace_window() -> None:
     assert world.counted() == ["a", "b"]
 
 
+# Else a round of one late delta is a whole outer step, and learning diverges (benchmarks).
+def test_late_work_alone_opens_no_grace_window() -> None:
+    world = World(workers=3, min_workers=1, mode=Mode.DECOUPLED)
+    world.join("a", "b", "c")
+    world.submit("a")
+    world.submit("b")
+    world.wait(6, "a", "b", "c")
+    assert world.counted() == ["a", "b"]
+    world.submit("c", base=0)
+    world.wait(20, "a", "b", "c")
+    assert world.versions == [1]
+    assert world.waits() == (Waiting.ONLY_LATE, ["a", "b", "c"])
+    world.submit("a", base=1)
+    world.wait(6, "a", "b", "c")
+    assert world.counted() == ["a", "c"]
+
+
+def test_late_work_counts_when_nobody_is_left_to_wait_for() -> None:
+    world = World(workers=2, mode=Mode.DECOUPLED)
+    world.join("a", "b")
+    world.submit("a")
+    world.wait(6, "a", "b")
+    world.submit("b", base=0)
+    world.leave("a")
+    world.leave("b")
+    assert world.counted() == ["b"]
+
+
 def test_the_grace_window_is_known_to_the_shell() -> None:
     world = World(mode=Mode.DECOUPLED)
     world.join("a", "b")

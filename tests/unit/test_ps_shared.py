@@ -131,11 +131,29 @@ def test_a_worker_far_behind_or_from_elsewhere_gets_all(tmp_path: Path) -> None:
     assert world.state.news_for(0, 99, world.at.identity).kind is Kind.WHOLE
 
 
-def test_old_news_are_deleted(tmp_path: Path) -> None:
+def test_old_news_give_their_files_to_newer_ones(tmp_path: Path) -> None:
     world = World(tmp_path, "int8")
     for turn in range(12):
         world.round([row(turn)])
-    assert len(list((tmp_path / "news").iterdir())) == 4
+    files = {path.name for path in (tmp_path / "news").iterdir()}
+    assert {name for name in files if name.endswith(".delta")} == {
+        f"f0-v{version}.delta" for version in (9, 10, 11, 12)
+    }
+    assert len(files) == 5  # and the one that the next version will be written into
+
+
+def test_news_that_are_being_read_are_not_written_over(tmp_path: Path) -> None:
+    world = World(tmp_path, "int8")
+    world.round([row(1)])
+    with (
+        world.state.reading("f0-v1.delta") as path,
+        path.open("rb") as file,
+    ):
+        before = path.read_bytes()
+        for turn in range(12):
+            world.round([row(turn)])
+        assert not path.exists()
+        assert file.read() == before
 
 
 # An old failing that must not come back: each of the first N - 1 submissions counted twice.

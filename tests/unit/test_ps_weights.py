@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.ps import Net
+from torch import nn
 
 from torchft.errors import SettingsError
 from torchft.parameter_server.chunks import Chunks
@@ -51,6 +52,19 @@ def test_without_steps_in_flight_the_weights_become_the_base_bit_for_bit(tmp_pat
     new = torch.randn(1, world.n)
     world.weights.adopt(0, sent, world.whole(new), world.codec)
     assert torch.equal(world.now(), new)
+
+
+def test_a_parameter_without_a_flat_view_is_read_and_written_too(tmp_path: Path) -> None:
+    model = nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)
+    assert not model.weight.is_contiguous()
+    named = named_parameters(model)
+    weights = WorkerWeights(named, ModelShape.of(named.items(), 1))
+    row = torch.arange(52.0)[None]
+    (tmp_path / "whole").write_bytes(Chunks(52, codec_of("fp32")).encode(0, row))
+    weights.load(0, [(Kind.WHOLE, tmp_path / "whole")], codec_of("fp32"))
+    weights.settle(0)
+    assert torch.equal(weights.row(0), row)
+    assert torch.equal(model.weight, row[0, :48].view(4, 3, 2, 2))
 
 
 # An old failing that must not come back: steps taken in flight were overwritten.

@@ -22,7 +22,7 @@ from torch import Tensor
 from torchft.errors import TorchftError
 from torchft.quantization import Codec
 
-__all__ = ["CHUNK", "ChunkError", "Chunks", "identity_of"]
+__all__ = ["CHUNK", "ChunkError", "Chunks", "RowIdentity", "identity_of"]
 
 CHUNK = 1 << 20
 """Numbers in a chunk; whole blocks of every codec."""
@@ -55,6 +55,10 @@ class Chunks:
         """Which numbers chunk `index` holds."""
         return slice(index * CHUNK, min(self.n, (index + 1) * CHUNK))
 
+    def spans(self) -> Iterator[tuple[int, slice]]:
+        """Each chunk's index, and which numbers it holds."""
+        return ((index, self.span(index)) for index in range(self.count))
+
     def nbytes_of(self, index: int) -> int:
         """Of chunk `index`, checksum included."""
         span = self.span(index)
@@ -66,10 +70,21 @@ class Chunks:
             return self.offset(index - 1) + self.nbytes_of(index - 1)
         return index * (self.codec.encoded_bytes(CHUNK) + TRAILER.size)
 
+    def part(self, index: int, row: memoryview) -> memoryview:
+        """Chunk `index` of a whole encoded row."""
+        return row[self.offset(index) :][: self.nbytes_of(index)]
+
     def encode(self, index: int, numbers: Tensor) -> bytes:
         """Chunk `index`, of its numbers `[1, m]`."""
+        out = bytearray(self.nbytes_of(index))
+        self.encode_into(memoryview(out), index, numbers)
+        return bytes(out)
+
+    def encode_into(self, out: memoryview, index: int, numbers: Tensor) -> None:
+        """The same, into memory of its length."""
         data = self.codec.encode(numbers.contiguous())[0].numpy().data
-        return data.tobytes() + TRAILER.pack(_checksum(data, index))
+        out[: -TRAILER.size] = data
+        out[-TRAILER.size :] = TRAILER.pack(_checksum(data, index))
 
     def decode(self, index: int, data: memoryview, out: Tensor) -> Tensor:
         """The numbers of chunk `index`, fp32, written into `out` `[1, m]`.
@@ -77,10 +92,21 @@ class Chunks:
         Raises:
             ChunkError: it is too short or too long, or its checksum does not match.
         """
-        body = self.check(index, data)
+        return self.codec.decode(self._encoded(index, data), out.shape[1], out=out)
+
+    def add(self, index: int, data: memoryview, total: Tensor) -> Tensor:
+        """The numbers of chunk `index`, added to `total` `[1, m]`. Raises as `decode`."""
+        return self.codec.decode_add_(total, self._encoded(index, data))
+
+    def norm(self, index: int, data: memoryview) -> float:
+        """L2 norm of chunk `index`. Raises as `decode`."""
         span = self.span(index)
-        encoded = torch.frombuffer(bytearray(body) if body.readonly else body, dtype=torch.uint8)
-        return self.codec.decode(encoded[None], span.stop - span.start, out=out)
+        encoded = self._encoded(index, data)
+        return float(torch.linalg.vector_norm(self.codec.decode(encoded, span.stop - span.start)))
+
+    def _encoded(self, index: int, data: memoryview) -> Tensor:
+        body = self.check(index, data)
+        return torch.frombuffer(bytearray(body) if body.readonly else body, dtype=torch.uint8)[None]
 
     def check(self, index: int, data: memoryview) -> memoryview:
         """The encoded numbers of chunk `index`. Raises as `decode`."""
@@ -93,33 +119,65 @@ class Chunks:
             raise ChunkError(f"the checksum of chunk {index} does not match: send it again")
         return body
 
+    def memory(self) -> memoryview:
+        """Room for the longest chunk."""
+        return memoryview(bytearray(self.nbytes_of(0) if self.count else 0))
+
+    def room(self, path: Path) -> Path:
+        """A file that a whole row can be written into, over whatever is there."""
+        with path.open("ab") as file:
+            file.truncate(min(file.tell(), self.nbytes))
+        return path
+
     def read(self, path: Path) -> Iterator[memoryview]:
         """The chunks of a whole row in a file, one after the other in the same memory.
 
         Raises:
             ChunkError: the file has another length.
         """
-        memory = memoryview(bytearray(max(map(self.nbytes_of, range(self.count)), default=0)))
+        memory = self.memory()
+        for index in range(self.count):
+            yield self.read_one(path, index, memory)
+
+    def read_one(self, path: Path, index: int, memory: memoryview) -> memoryview:
+        """Chunk `index` of a whole row in a file, in `memory`. Raises as `read`."""
+        piece = memory[: self.nbytes_of(index)]
         with path.open("rb", buffering=0) as file:
             if (size := os.fstat(file.fileno()).st_size) != self.nbytes:
                 raise ChunkError(f"{path} has {size} bytes, not {self.nbytes}")
-            for index in range(self.count):
-                piece = memory[: self.nbytes_of(index)]
-                file.readinto(piece)
-                yield piece
+            file.seek(self.offset(index))
+            if file.readinto(piece) != len(piece):
+                raise ChunkError(f"{path} ends within chunk {index}")
+        return piece
 
 
-def identity_of(row: Tensor) -> str:
-    """A short text that tells one fp32 row `[1, n]` from another: 16 hexadecimal digits.
+class RowIdentity:
+    """A short text that tells one fp32 row from another, from its chunks in their order.
 
     The sum of its 64-bit words, each chunk's multiplied by its place. It guards against mistakes
     and damage, not against malice.
     """
-    words = 0
-    for index, begin in enumerate(range(0, row.shape[1], CHUNK)):
-        data = row[0, begin : begin + CHUNK].contiguous().numpy().view(np.uint8).data
-        words = (words * _MIX + _checksum(data, index)) % (1 << 64)
-    return f"{words:016x}"
+
+    def __init__(self) -> None:
+        self._words = self._count = 0
+
+    def add(self, numbers: Tensor) -> None:
+        """The next chunk, `[1, m]`."""
+        data = numbers[0].contiguous().numpy().view(np.uint8).data
+        self._words = (self._words * _MIX + _checksum(data, self._count)) % (1 << 64)
+        self._count += 1
+
+    def __str__(self) -> str:
+        """16 hexadecimal digits."""
+        return f"{self._words:016x}"
+
+
+def identity_of(row: Tensor) -> str:
+    """Of a whole row `[1, n]`."""
+    found = RowIdentity()
+    for part in row.split(CHUNK, 1) if row.shape[1] else ():
+        found.add(part)
+    return str(found)
 
 
 def _checksum(data: memoryview, index: int) -> int:

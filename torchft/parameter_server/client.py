@@ -10,7 +10,7 @@ import contextlib
 import http.client
 import json
 import ssl
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
@@ -69,7 +69,7 @@ class DiLoCoClient:
         return self._again("GET", path, None, {})
 
     def put(
-        self, path: str, pieces: Iterable[bytes], nbytes: int, **query: object
+        self, path: str, pieces: Iterable[memoryview], nbytes: int, **query: object
     ) -> dict[str, Any]:
         """Send `nbytes` in pieces. Raises as `post`."""
         where = f"{path}?{urlencode(query)}"
@@ -83,22 +83,25 @@ class DiLoCoClient:
                     raise
             return self._answer()
 
-    def download(self, name: str, nbytes: int, write: Callable[[bytes], object]) -> None:
-        """The last `nbytes` of a file of news. Raises as `post`; what was written stays."""
-        headers = {"Range": f"bytes=-{nbytes}"}
+    @contextlib.contextmanager
+    def reading(self, name: str, nbytes: int) -> Iterator[Callable[[memoryview], None]]:
+        """The last `nbytes` of a file of news: what it gives fills memory. Raises as `post`."""
         with self._named():
-            self._send("GET", f"/v1/files/{quote(name)}", None, headers)
+            self._send("GET", f"/v1/files/{quote(name)}", None, {"Range": f"bytes=-{nbytes}"})
             assert self._connection is not None
             reply = self._connection.getresponse()
             if reply.status not in (200, 206):
                 raise refusal_of(reply.status, _reason(reply.read(_PIECE_BYTES)))
-            left = nbytes
-            while left:
-                piece = reply.read(min(left, _PIECE_BYTES))
-                if not piece:
-                    raise ConnectionError(f"{left} of {nbytes} bytes are missing")
-                write(piece)
-                left -= len(piece)
+
+            def fill(memory: memoryview) -> None:
+                at = 0
+                while at < len(memory):
+                    count = reply.readinto(memory[at:])
+                    if not count:
+                        raise ConnectionError(f"{name} ends {len(memory) - at} bytes too early")
+                    at += count
+
+            yield fill
             reply.read()
 
     def close(self) -> None:
@@ -129,7 +132,11 @@ class DiLoCoClient:
             return self._answer()
 
     def _send(
-        self, method: str, path: str, body: bytes | Iterable[bytes] | None, headers: dict[str, str]
+        self,
+        method: str,
+        path: str,
+        body: bytes | Iterable[memoryview] | None,
+        headers: dict[str, str],
     ) -> None:
         if self._connection is None:
             self._connection = self._made()

@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,6 +76,10 @@ class Desk:
     def news_folder(self) -> Path:
         """Where files of news lie."""
         return self._keeper.news
+
+    def reading(self, name: str) -> AbstractContextManager[Path]:
+        """A file of news, which stays as it is within the block. Raises Gone, NotReady."""
+        return self._ready()[1].reading(name)
 
     async def close(self, *, save: bool = True) -> None:
         """Finish what was decided, save it, and end the threads."""
@@ -177,7 +182,7 @@ class Desk:
             self._drop_older(ticket)
             n = run.shape.size(ticket.fragment)
             limit = norm_limit(state.norm(ticket.fragment), n, self.options.norm_bound)
-            intake = Intake(self._keeper.upload(name), state.chunks(ticket.fragment), limit)
+            intake = Intake(self._keeper.create_upload(name), state.chunks(ticket.fragment), limit)
             self._intakes[name] = (ticket, intake)
         return {"done": False, "upload": name, "have": self._intakes[name][1].have}
 

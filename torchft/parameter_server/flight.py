@@ -6,6 +6,7 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torchft.parameter_server.inbox import Inbox
 from torchft.parameter_server.shared import Kind
 
 __all__ = ["Arrived", "Flight"]
@@ -18,11 +19,12 @@ class Arrived:
     version: int
     identity: str
     files: tuple[tuple[Kind, Path], ...]
+    inbox: Inbox
 
     def drop(self) -> None:
         """They have been read."""
         for _, path in self.files:
-            path.unlink(missing_ok=True)
+            self.inbox.drop(path)
 
 
 @dataclass
@@ -35,7 +37,7 @@ class Flight:
     number: int
     steps: int
     tokens: int
-    chunks: list[bytes]
+    chunks: list[memoryview]
     """The encoded delta; kept until the news are adopted, whatever happens to the connection."""
     is_sent: bool = False
     refused: str | None = None

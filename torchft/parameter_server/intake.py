@@ -11,8 +11,6 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import torch
-
 from torchft.parameter_server.chunks import ChunkError, Chunks
 from torchft.parameter_server.refused import Interrupted, Unfit
 
@@ -29,13 +27,13 @@ def norm_limit(weights_norm: float, n: int, factor: float) -> float:
 
 
 class Intake:
-    """One upload, written to `path` as it comes."""
+    """One upload, written to `path` as it comes, over what is there."""
 
     def __init__(self, path: Path, chunks: Chunks, limit: float) -> None:
         self.path, self.chunks, self.limit = path, chunks, limit
         self.have = 0
         self._squares = 0.0
-        path.write_bytes(b"")
+        chunks.room(path)
 
     @property
     def is_whole(self) -> bool:
@@ -56,11 +54,12 @@ class Intake:
                 f"chunk {index} came, and chunk {self.have} was to come: go on from there"
             )
         try:
-            numbers = self.chunks.decode(index, data, _scratch(self.chunks, index))
+            norm = self.chunks.norm(index, data)
         except ChunkError as error:
             raise Interrupted(str(error)) from None
-        self._judge(float(torch.linalg.vector_norm(numbers)))
-        with self.path.open("ab") as file:
+        self._judge(norm)
+        with self.path.open("r+b", buffering=0) as file:
+            file.seek(self.chunks.offset(index))
             file.write(data)
         self.have += 1
 
@@ -80,8 +79,3 @@ class Intake:
     def drop(self) -> None:
         """It will not be needed."""
         self.path.unlink(missing_ok=True)
-
-
-def _scratch(chunks: Chunks, index: int) -> torch.Tensor:
-    span = chunks.span(index)
-    return torch.empty(1, span.stop - span.start)

@@ -18,6 +18,7 @@ from torchft.parameter_server.checkpoints import Checkpoints, load
 from torchft.parameter_server.journal import Journal, line_of
 from torchft.parameter_server.options import ServerOptions
 from torchft.parameter_server.rounds import Close
+from torchft.parameter_server.spool import Spool
 
 __all__ = ["Keeper"]
 
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _JOURNAL_SIZES = 8
 """A checkpoint is due early when the kept uploads take so many times its size."""
+_FREE_UPLOADS = 32
 _CHECKPOINT_BYTES = 16
 """Of a checkpoint, a parameter, about."""
 
@@ -41,6 +43,7 @@ class Keeper:
         self._options = options
         self._checkpoints = Checkpoints(folder / "checkpoints", options.save_total_limit)
         self._spent: list[Path] = []
+        self._spool = Spool(self.uploads, _FREE_UPLOADS)
         self._rounds = 0
 
     @property
@@ -87,6 +90,10 @@ class Keeper:
         """Where it lies."""
         return self.uploads / f"{name}.row"
 
+    def create_upload(self, name: str) -> Path:
+        """A file for it."""
+        return self._spool.create(self.upload(name))
+
     def spend(self, close: Close) -> None:
         """The step was taken."""
         done = [self.upload(share.submission.upload) for share in close.shares]
@@ -94,7 +101,7 @@ class Keeper:
         if self._options.save_every:
             self._spent += done
         else:
-            _delete(done)
+            self._retire(done)
 
     def is_due(self, fragments: int, numel: int) -> bool:
         """A checkpoint is."""
@@ -119,7 +126,7 @@ class Keeper:
     def end(self, number: int, spent: list[Path]) -> None:
         """It is safe."""
         self.journal.forget(number)
-        _delete(spent)
+        self._retire(spent)
 
     def give_up(self, spent: list[Path]) -> None:
         """It was not written: the older one and both journals still hold."""
@@ -128,9 +135,10 @@ class Keeper:
     def delete_all_but(self, pending: Iterable[str]) -> None:
         """Uploads that no event names."""
         needed = {*self._spent, *map(self.upload, pending)}
-        _delete(path for path in self.uploads.iterdir() if path not in needed)
+        for path in self.uploads.iterdir():
+            if path not in needed and not self._spool.is_free(path):
+                path.unlink(missing_ok=True)
 
-
-def _delete(paths: Iterable[Path]) -> None:
-    for path in paths:
-        path.unlink(missing_ok=True)
+    def _retire(self, paths: Iterable[Path]) -> None:
+        for path in paths:
+            self._spool.retire(path)

@@ -8,18 +8,19 @@ the base it was measured from, and is sent again after any trouble. Trouble is m
 from __future__ import annotations
 
 import logging
-import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torchft.errors import MismatchError, UnreachableError
-from torchft.parameter_server.chunks import ChunkError, Chunks
+from torchft.parameter_server.chunks import Chunks
 from torchft.parameter_server.client import DiLoCoClient
 from torchft.parameter_server.flight import Arrived, Flight
+from torchft.parameter_server.inbox import Inbox
 from torchft.parameter_server.options import Agreed
 from torchft.parameter_server.refused import (
     Conflict,
@@ -42,6 +43,8 @@ _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
 _WAIT_S = 2.0
 """One question for news is answered after this time at the latest."""
+_PIECE = 1 << 20
+"""Bytes that are handed to the system at once: all of them must go within the client's timeout."""
 _TAKEN_ID_S = 20.0
 """So long a new process waits for the one that had its id to be silent."""
 
@@ -76,7 +79,7 @@ class Link:
         self._make_client = make_client
         self._client, self._beat_client = make_client(), make_client()
         self._beat_s, self._speed = beat_s, speed
-        self._folder = tempfile.TemporaryDirectory(prefix="diloco-")
+        self._inbox = Inbox()
         self._flights: list[Flight] = []
         self._work = threading.Condition()
         self._end = threading.Event()
@@ -139,7 +142,7 @@ class Link:
         self.leave()
         self._client.close()
         self._beat_client.close()
-        self._folder.cleanup()
+        self._inbox.close()
 
     def pause(self, seconds: float) -> None:
         """Wait, or until the end."""
@@ -195,9 +198,10 @@ class Link:
         for fragment in self.shape.fragments:
             chunks = Chunks(self.shape.size(fragment.index), Identity())
             row = self._rows(fragment.index)
-            data = [chunks.encode(i, row[:, chunks.span(i)]) for i in range(chunks.count)]
+            data = (memoryview(chunks.encode(i, row[:, span])) for i, span in chunks.spans())
+            path = f"/v1/weights/{fragment.index}"
             try:
-                self._put(f"/v1/weights/{fragment.index}", data, 0, **self._who())
+                self._put(path, data, chunks.nbytes, 0, **self._who())
             except NotFound:
                 return  # another worker's were there first
 
@@ -283,15 +287,19 @@ class Link:
             reply = self._client.post("/v1/tickets", ticket)
             if not reply["done"]:
                 have = reply["have"]
-                reply = self._put(f"/v1/uploads/{reply['upload']}", flight.chunks[have:], have)
+                left = flight.chunks[have:]
+                path, nbytes = f"/v1/uploads/{reply['upload']}", sum(map(len, left))
+                reply = self._put(path, left, nbytes, have)
         except Unfit as error:
             flight.refused = str(error)
             return
         flight.is_sent = bool(reply["done"])
 
-    def _put(self, path: str, data: list[bytes], have: int, **query: object) -> dict[str, Any]:
-        nbytes = sum(map(len, data))
-        reply = self._client.put(path, iter(data), nbytes, **{"from": have}, **query)
+    def _put(
+        self, path: str, data: Iterable[memoryview], nbytes: int, have: int, **query: object
+    ) -> dict[str, Any]:
+        pieces = (chunk[at : at + _PIECE] for chunk in data for at in range(0, len(chunk), _PIECE))
+        reply = self._client.put(path, pieces, nbytes, **{"from": have}, **query)
         self.bytes_sent += nbytes
         return reply
 
@@ -304,24 +312,13 @@ class Link:
             return None
         kind = Kind(reply["kind"])
         files = tuple((kind, self._download(fragment, kind, name)) for name in reply["files"])
-        return Arrived(reply["version"], reply["identity"], files)
+        return Arrived(reply["version"], reply["identity"], files, self._inbox)
 
     def _download(self, fragment: int, kind: Kind, name: str) -> Path:
-        """A file of news, checked; one that was begun is gone on with."""
         codec = Identity() if kind is Kind.WHOLE else codec_of(self.agreed.codec)
         chunks = Chunks(self.shape.size(fragment), codec)
-        path = Path(self._folder.name) / Path(name).name
-        with path.open("ab") as file:
-            left = chunks.nbytes - file.tell()
-            if left:
-                self._client.download(name, left, file.write)
+        path = self._inbox.fetch(name, chunks, partial(self._client.reading, name))
         self.bytes_received += chunks.nbytes
-        try:
-            for index, data in enumerate(chunks.read(path)):
-                chunks.check(index, data)
-        except ChunkError as error:
-            path.unlink()
-            raise UnreachableError(f"{name} was damaged on its way: {error}") from None
         return path
 
     # ------------------------------------------------------------------ signs of life

@@ -11,6 +11,7 @@ What holds whatever happens, and is tested by random schedules:
 
 - A submission is counted at most once, however often it is sent.
 - Work that comes after its round has closed counts in the next one. Whoever sent it need not wait.
+  It opens no grace window: a round of late work alone would be a whole outer step for few samples.
 - A round that could close is closed by the event that made it so, or by the first `tick` after it.
 - Rounds are ordered by (version, fragment). A member that has submitted to a later round has passed
   the earlier ones by and is not waited for there, so no two workers wait for each other.
@@ -212,6 +213,8 @@ class Rounds:
             return None, []
         if rules.mode is Mode.SYNCHRONOUS:
             return Waiting.MEMBERS, missing
+        if len(one.arrived) < rules.min_workers:
+            return Waiting.ONLY_LATE, missing
         if now >= self._grace_ends(now, fragment, missing):
             return None, []
         return Waiting.GRACE, missing
@@ -351,7 +354,7 @@ class Rounds:
         return effects
 
     def _note_quorum(self, now: float, one: OpenRound) -> None:
-        there = len(one.submitters) >= self.rules.min_workers
+        there = len(one.arrived) >= self.rules.min_workers
         if not there:
             one.quorum_at = None
         elif one.quorum_at is None:

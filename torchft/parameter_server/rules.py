@@ -28,6 +28,7 @@ class Waiting(StrEnum):
     NOT_ALL_HERE = "fewer workers have registered than the run begins with"
     BELOW_MINIMUM = "fewer workers have submitted than the minimum"
     MEMBERS = "members have not submitted yet"
+    ONLY_LATE = "fewer workers than the minimum have submitted work of this round"
     GRACE = "the quorum is there, and the grace window runs"
 
 

@@ -20,9 +20,10 @@ import logging
 import re
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
-from aiohttp import web
+from aiohttp import StreamReader, web
 
 from torchft.errors import MismatchError, SettingsError
 from torchft.parameter_server.auth import Scope, Tokens
@@ -210,9 +211,13 @@ class Service:
             raise Refused(f"go on from chunk {intake.have}")
         self._check_length(request, chunks, index)
         checking: asyncio.Future[None] | None = None
+        memories = chunks.memory(), chunks.memory()
+        body = _Body(request.content)
         try:
             for at in range(index, chunks.count):
-                data = await self._exactly(request, chunks.nbytes_of(at))
+                data = memories[at % 2][: chunks.nbytes_of(at)]
+                async with asyncio.timeout(self._read_timeout_s):
+                    await body.fill(data)
                 if checking is not None:
                     await checking
                 checking = asyncio.ensure_future(self.desk.take_chunk(intake, at, data))
@@ -228,17 +233,13 @@ class Service:
         if length > right:
             raise TooLarge(f"{length} bytes are more than the {right} that this upload has left")
 
-    async def _exactly(self, request: web.Request, nbytes: int) -> memoryview:
-        async with asyncio.timeout(self._read_timeout_s):
-            return memoryview(await request.content.readexactly(nbytes))
-
     async def _file(self, request: web.Request) -> web.StreamResponse:
         name = request.match_info["name"]
         path = self.desk.news_folder / name
         if not _FILE.fullmatch(name) or not path.is_file():
             raise NotFound("these news are old: ask for news again")
         self.desk.counts.bytes_out += path.stat().st_size
-        return web.FileResponse(path, chunk_size=1 << 20)
+        return _News(self.desk, path)
 
     # ------------------------------------------------------------------ orders
 
@@ -269,6 +270,37 @@ class Service:
         given = {name: real(data, name) if name in data else None for name in ("lr", "momentum")}
         outer = self.desk.update_optimizer(**given)
         return {"status": "ok", "outer_lr": outer.lr, "outer_momentum": outer.momentum}
+
+
+class _Body:
+    """A request's body, read into memory that is there."""
+
+    def __init__(self, stream: StreamReader) -> None:
+        self._stream, self._left = stream, memoryview(b"")
+
+    async def fill(self, memory: memoryview) -> None:
+        """All of `memory`. Raises IncompleteReadError: the body ends before."""
+        at = 0
+        while at < len(memory):
+            piece = self._left or memoryview(await self._stream.readany())
+            if not piece:
+                raise asyncio.IncompleteReadError(b"", len(memory) - at)
+            count = min(len(piece), len(memory) - at)
+            memory[at : at + count] = piece[:count]
+            self._left = piece[count:]
+            at += count
+
+
+class _News(web.FileResponse):
+    """A file of news, which stays as it is until all of it is sent."""
+
+    def __init__(self, desk: Desk, path: Path) -> None:
+        super().__init__(path, chunk_size=1 << 20)
+        self._desk, self._name = desk, path.name
+
+    async def prepare(self, request: web.BaseRequest) -> Any:
+        with self._desk.reading(self._name):
+            return await super().prepare(request)
 
 
 def _number(value: str, name: str) -> int:

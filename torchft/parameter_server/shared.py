@@ -3,11 +3,11 @@
     weights w    fp32, the outer optimizer's own                                  4 B/param
     outer        momentum (and, delayed, the sum of a turn)                       4 or 8
     sent b       what workers hold; only under a codec that loses something       4
-    the mean     while a step is taken                                            4
 
-The news of a new version is the weights themselves where the codec loses nothing, and else the
-encoded difference w - b, which all add to b: what an encoding loses stays in w - b and is sent
-later. Whoever is too far behind gets all of b, fp32. Each version has an identity that follows
+A step goes through a row chunk by chunk, from the mean to what is published, so that nothing else
+takes memory. The news of a new version is the weights themselves where the codec loses nothing, and
+else the encoded difference w - b, which all add to b: what an encoding loses stays in w - b and is
+sent later. Whoever is too far behind gets all of b, fp32. Each version has an identity that follows
 from its bits, so nobody adds a difference to weights that are not those it was made from.
 
 News lie in files that never change, so a slow reader holds up nobody. All methods but `news_for`
@@ -16,24 +16,30 @@ and `published` belong to one thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchft.parameter_server.chunks import Chunks, identity_of
+from torchft.parameter_server.chunks import Chunks, RowIdentity, identity_of
 from torchft.parameter_server.delayed_nesterov import DelayedNesterov
 from torchft.parameter_server.rounds import Close
 from torchft.parameter_server.shape import ModelShape
+from torchft.parameter_server.spool import Spool
 from torchft.quantization import Codec, Identity
+from torchft.strategies.local import Fragment
 from torchft.strategies.parts.outer import FlatOuter
 
 __all__ = ["Kind", "News", "Published", "SharedState"]
 
+_FREE_FILES = 4
 _KEPT = 4
 """Versions whose news are kept."""
 
@@ -68,9 +74,11 @@ class News:
 class _Row:
     """One fragment."""
 
-    def __init__(self, weights: Tensor, version: int, *, lossy: bool) -> None:
-        self.flats = [weights]
+    def __init__(self, weights: Tensor, version: int, first: int, *, lossy: bool) -> None:
+        self.weights = weights
         self.sent = weights.clone() if lossy else weights
+        self.first = first
+        """Among all chunks of the model, its first one's number."""
         self.norm = float(torch.linalg.vector_norm(weights))
         self.published = Published(version, identity_of(self.sent))
         self.identities = {version: self.published.identity}
@@ -94,10 +102,17 @@ class SharedState:
         self.shape, self.codec, self.outer, self.folder = shape, codec, outer, folder
         self.lossy = not isinstance(codec, Identity)
         folder.mkdir(parents=True, exist_ok=True)
+        self._spool = Spool(folder, _FREE_FILES)
         at = versions or [0] * len(weights)
-        pairs = zip(weights, at, strict=True)
-        self._rows = [_Row(row, version, lossy=self.lossy) for row, version in pairs]
-        outer.bind(shape.fragments, self._rows)
+        counts = [self.chunks(fragment).count for fragment in range(len(weights))]
+        firsts = [0, *accumulate(counts)]
+        self._rows = [
+            _Row(row, version, first, lossy=self.lossy)
+            for row, version, first in zip(weights, at, firsts[:-1], strict=True)
+        ]
+        self._steps = [Fragment(chunk, (chunk,)) for chunk in range(firsts[-1])]
+        """What the outer optimizer takes for fragments: chunks of the rows."""
+        outer.bind(self._steps, list(self._flats()))
 
     # ------------------------------------------------------------------ for every thread
 
@@ -137,41 +152,42 @@ class SharedState:
         Raises:
             ChunkError, OSError: an upload cannot be read again.
         """
-        row = self._rows[close.fragment]
-        mean = self._mean(close, upload)
-        self.outer.step(self.shape.fragments[close.fragment], [mean])
-        del mean
-        row.norm = float(torch.linalg.vector_norm(row.flats[0]))
-        if self.lossy:
-            row.deltas[close.version] = self._write_delta(close, row)
-        identity = identity_of(row.sent)
-        row.identities[close.version] = identity
-        if not self.lossy:
-            self._write_whole(close.fragment, close.version, identity)
-        self._forget(row, close.version)
-        row.published = Published(close.version, identity)
+        row, chunks = self._rows[close.fragment], self.chunks(close.fragment)
+        paths = [(upload(share.submission.upload), share.weight) for share in close.shares]
+        means = _Means(chunks, paths)
+        news = _NewsFile(self._spool.create(self.folder / "next"), chunks, row)
+        squares = 0.0
+        for index, span in chunks.spans():
+            self.outer.step(self._steps[row.first + index], [means.of(index)])
+            squares += float(torch.linalg.vector_norm(row.weights[:, span])) ** 2
+            news.publish(index, span)
+        row.norm = math.sqrt(squares)
+        self._publish(close, row, news)
         return row.published
+
+    def reading(self, name: str) -> AbstractContextManager[Path]:
+        """A file of news, which stays as it is within the block. For every thread."""
+        return self._spool.reading(self.folder / name)
 
     def state_dict(self) -> dict[str, Any]:
         """Of a fragment each: what a restart needs. Shows the tensors, copies none."""
         return {
             "rows": [
                 {
-                    "weights": row.flats[0],
+                    "weights": row.weights,
                     "sent": row.sent if self.lossy else None,
                     "version": row.published.version,
-                    "outer": self.outer.state_dict(fragment),
+                    "outer": [self.outer.state_dict(step) for step in self._steps_of(fragment)],
                 }
-                for row, fragment in zip(self._rows, self.shape.fragments, strict=True)
+                for fragment, row in enumerate(self._rows)
             ]
         }
 
     def load_outer(self, state: dict[str, Any]) -> None:
         """What the constructor does not take, of the same `state_dict`."""
-        for row, saved, fragment in zip(
-            self._rows, state["rows"], self.shape.fragments, strict=True
-        ):
-            self.outer.load_state_dict(fragment, saved["outer"])
+        for fragment, (row, saved) in enumerate(zip(self._rows, state["rows"], strict=True)):
+            for step, outer in zip(self._steps_of(fragment), saved["outer"], strict=True):
+                self.outer.load_state_dict(step, outer)
             if self.lossy and saved["sent"] is not None:
                 row.sent = saved["sent"]
                 version = row.published.version
@@ -182,37 +198,32 @@ class SharedState:
         """Name → fp32 weights, sharing storage."""
         found: dict[str, Tensor] = {}
         for fragment, row in enumerate(self._rows):
-            found |= self.shape.views(fragment, row.flats[0])
+            found |= self.shape.views(fragment, row.weights)
         return found
 
     # ------------------------------------------------------------------ how
 
-    def _mean(self, close: Close, upload: Callable[[str], Path]) -> Tensor:
-        chunks = self.chunks(close.fragment)
-        mean = torch.empty(1, chunks.n)
-        scratch = torch.empty(1, min(chunks.n, chunks.span(0).stop))
-        for position, share in enumerate(close.shares):
-            for index, piece in enumerate(chunks.read(upload(share.submission.upload))):
-                part = mean[:, chunks.span(index)]
-                numbers = scratch[:, : part.shape[1]] if position else part
-                chunks.decode(index, piece, numbers)
-                if share.weight != 1.0:
-                    numbers.mul_(share.weight)
-                if position:
-                    part.add_(numbers)
-        return mean.div_(close.divisor) if close.divisor != 1 else mean
+    def _flats(self) -> Iterator[_Flat]:
+        for fragment, row in enumerate(self._rows):
+            for _, span in self.chunks(fragment).spans():
+                yield _Flat([row.weights[:, span]])
 
-    def _write_delta(self, close: Close, row: _Row) -> str:
-        chunks = self.chunks(close.fragment)
-        name = f"f{close.fragment}-v{close.version}.delta"
-        with (self.folder / name).open("wb") as file:
-            for index in range(chunks.count):
-                span = chunks.span(index)
-                sent = row.sent[:, span]
-                data = chunks.encode(index, row.flats[0][:, span] - sent)
-                file.write(data)
-                sent.add_(chunks.decode(index, memoryview(data), torch.empty_like(sent)))
-        return name
+    def _steps_of(self, fragment: int) -> list[Fragment]:
+        first = self._rows[fragment].first
+        return self._steps[first : first + self.chunks(fragment).count]
+
+    def _publish(self, close: Close, row: _Row, news: _NewsFile) -> None:
+        identity = str(news.identity)
+        if self.lossy:
+            name = f"f{close.fragment}-v{close.version}.delta"
+            row.deltas[close.version] = name
+        else:
+            name = _whole_name(close.fragment, close.version, identity)
+            row.wholes[close.version] = name
+        news.path.replace(self.folder / name)
+        row.identities[close.version] = identity
+        self._forget(row, close.version)
+        row.published = Published(close.version, identity)
 
     def _whole(self, fragment: int) -> Chunks:
         return self.chunks(fragment, Identity())
@@ -226,10 +237,10 @@ class SharedState:
         row, chunks = self._rows[fragment], self._whole(fragment)
         name = row.wholes.get(version)
         if name is None:
-            name = f"f{fragment}-v{version}-{identity}.whole"
+            name = _whole_name(fragment, version, identity)
             with (self.folder / name).open("wb") as file:
-                for index in range(chunks.count):
-                    file.write(chunks.encode(index, row.sent[:, chunks.span(index)]))
+                for index, span in chunks.spans():
+                    file.write(chunks.encode(index, row.sent[:, span]))
             row.wholes[version] = name
         return name
 
@@ -239,4 +250,61 @@ class SharedState:
             del row.identities[old]
         for kept, names in ((_KEPT, row.deltas), (2, row.wholes)):
             for old in [v for v in names if v <= version - kept]:
-                (self.folder / names.pop(old)).unlink(missing_ok=True)
+                self._spool.retire(self.folder / names.pop(old))
+
+
+@dataclass(frozen=True)
+class _Flat:
+    flats: list[Tensor]
+
+
+class _Means:
+    """Of the submissions of a closed round, chunk by chunk: Σ weight · delta / how many."""
+
+    def __init__(self, chunks: Chunks, uploads: Sequence[tuple[Path, float]]) -> None:
+        self._chunks, self._uploads = chunks, uploads
+        self._memory = chunks.memory()
+        self._room = [torch.empty(1, chunks.span(0).stop) for _ in range(2)]
+
+    def of(self, index: int) -> Tensor:
+        """Valid until the next call. Raises ChunkError, OSError."""
+        chunks, span = self._chunks, self._chunks.span(index)
+        mean, numbers = (room[:, : span.stop - span.start] for room in self._room)
+        for position, (path, weight) in enumerate(self._uploads):
+            piece = chunks.read_one(path, index, self._memory)
+            if position and weight == 1.0:
+                chunks.add(index, piece, mean)
+                continue
+            out = chunks.decode(index, piece, numbers if position else mean)
+            if weight != 1.0:
+                out.mul_(weight)
+            if position:
+                mean.add_(numbers)
+        return mean.div_(len(self._uploads)) if len(self._uploads) != 1 else mean
+
+
+class _NewsFile:
+    """The news of a version that is being made, written chunk by chunk."""
+
+    def __init__(self, path: Path, chunks: Chunks, row: _Row) -> None:
+        self.path, self.identity = chunks.room(path), RowIdentity()
+        self._chunks, self._row = chunks, row
+        self._memory = chunks.memory()
+
+    def publish(self, index: int, span: slice) -> None:
+        """A chunk of the weights has been stepped."""
+        chunks, row = self._chunks, self._row
+        weights, sent = row.weights[:, span], row.sent[:, span]
+        piece = self._memory[: chunks.nbytes_of(index)]
+        lossy = row.sent is not row.weights
+        chunks.encode_into(piece, index, weights - sent if lossy else weights)
+        if lossy:
+            chunks.add(index, piece, sent)
+        self.identity.add(sent)
+        with self.path.open("r+b", buffering=0) as file:
+            file.seek(chunks.offset(index))
+            file.write(piece)
+
+
+def _whole_name(fragment: int, version: int, identity: str) -> str:
+    return f"f{fragment}-v{version}-{identity}.whole"

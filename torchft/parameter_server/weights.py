@@ -11,20 +11,20 @@ residual takes memory. When no step was taken and nothing was lost it is exactly
 With `mix` a worker keeps a share of its own: w ← mix · w + (1 - mix) · (b' + …).
 
 A parameter of a smaller dtype sees b rounded to it; deltas are measured from there.
-
-In a group of ranks the base is at the first one alone. Where it reads sharded parameters, and where
-it writes any, the others do so along with it, one parameter at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from torchft.parameter_server.chunks import Chunks, identity_of
+from torchft.checkpointing.memory import fresh_memory
+from torchft.parameter_server.chunks import Chunks, RowIdentity, identity_of
+from torchft.parameter_server.pieces import Gathered, Pieces
 from torchft.parameter_server.ranks import ALONE, Ranks
 from torchft.parameter_server.shape import ModelShape
 from torchft.parameter_server.sharded import is_sharded, named_parameters, put, whole
@@ -44,6 +44,7 @@ class WorkerWeights:
         self._parameters, self._ranks = parameters, ranks
         self._sharded = any(map(is_sharded, parameters.values()))
         self._bases: dict[int, Tensor] = {}
+        self._outboxes: dict[int, memoryview] = {}
 
     @torch.no_grad()
     def row(self, fragment: int) -> Tensor:
@@ -82,80 +83,109 @@ class WorkerWeights:
         return identity_of(self._bases[fragment])
 
     @torch.no_grad()
-    def encode(self, fragment: int, chunks: Chunks) -> list[bytes]:
-        """The delta, as chunks."""
-        delta = self.row(fragment)
-        torch.sub(self._rounded(fragment), delta, out=delta)
-        return [chunks.encode(i, delta[:, chunks.span(i)]) for i in range(chunks.count)]
+    def encode(self, fragment: int, chunks: Chunks) -> list[memoryview]:
+        """The delta, as chunks, which last until the next one of this fragment is encoded."""
+        pieces, base = self._pieces(fragment), self._bases[fragment]
+        row, delta = self._outbox(fragment, chunks.nbytes), _room(chunks)
+        for index, span in chunks.spans():
+            part = pieces.read(span, delta[:, : span.stop - span.start])
+            torch.sub(pieces.rounded(span, base[:, span]), part, out=part)
+            chunks.encode_into(chunks.part(index, row), index, part)
+        return [chunks.part(index, row) for index in range(chunks.count)]
 
     @torch.no_grad()
     def adopt(
         self,
         fragment: int,
-        sent: Sequence[bytes] | None,
-        news: Iterable[tuple[Kind, Path]],
+        sent: Sequence[memoryview] | None,
+        news: Sequence[tuple[Kind, Path]],
         codec: Codec,
         mix: float = 0.0,
-    ) -> Tensor:
-        """Make the new base of files of news, and the weights of it; returns what was kept.
+    ) -> str:
+        """Make the new base of files of news, and the weights of it; returns the base's identity.
 
         `sent` None: nothing was submitted, or it was refused and is given up.
         """
-        kept = self._unknown_to_server(fragment, sent, codec)
-        for kind, path in news:
-            self._read(fragment, kind, path, codec)
-        self._write(fragment, self._bases[fragment] + kept, mix)
-        return kept
+        pieces, base = self._pieces(fragment), self._bases[fragment]
+        chunks, identity = Chunks(base.shape[1], codec), RowIdentity()
+        read, room = _reader(chunks, news), _room(chunks)
+        for index, span in chunks.spans():
+            part = base[:, span]
+            kept = pieces.read(span, room[:, : part.shape[1]])
+            kept.sub_(pieces.rounded(span, part))
+            if sent is not None:
+                chunks.add(index, sent[index], kept)
+            read(index, part)
+            identity.add(part)
+            pieces.write(span, kept.add_(part), mix)
+        pieces.close()
+        return str(identity)
 
-    def load(self, fragment: int, news: Iterable[tuple[Kind, Path]], codec: Codec) -> None:
+    def load(self, fragment: int, news: Sequence[tuple[Kind, Path]], codec: Codec) -> None:
         """The base from nothing; the weights stay."""
-        self._bases[fragment] = torch.empty(1, self.shape.size(fragment))
-        for kind, path in news:
-            self._read(fragment, kind, path, codec)
+        n = self.shape.size(fragment)
+        base = self._bases[fragment] = torch.empty(1, n)
+        chunks = Chunks(n, codec)
+        read = _reader(chunks, news)
+        for index, span in chunks.spans():
+            read(index, base[:, span])
+
+    @torch.no_grad()
+    def beyond_base(self, fragment: int) -> Tensor:
+        """What the weights have that the base has not, `[1, n]`."""
+        base = self._bases[fragment]
+        whole = slice(0, base.shape[1])
+        return self.row(fragment).sub_(self._pieces(fragment).rounded(whole, base))
 
     @torch.no_grad()
     def settle(self, fragment: int, kept: Tensor | None = None) -> None:
         """The weights become the base, and `kept` on top."""
-        base = self._bases[fragment]
-        self._write(fragment, base if kept is None else base + kept, 0.0)
+        base, pieces = self._bases[fragment], self._pieces(fragment)
+        pieces.write(slice(0, base.shape[1]), base if kept is None else base + kept)
+        pieces.close()
 
     # ------------------------------------------------------------------ how
 
-    def _unknown_to_server(
-        self, fragment: int, sent: Sequence[bytes] | None, codec: Codec
-    ) -> Tensor:
-        kept = self.row(fragment).sub_(self._rounded(fragment))
-        if sent is None:
-            return kept
-        chunks = Chunks(self.shape.size(fragment), codec)
-        for index, data in enumerate(sent):
-            part = kept[:, chunks.span(index)]
-            part.add_(chunks.decode(index, memoryview(data), torch.empty_like(part)))
-        return kept
+    def _outbox(self, fragment: int, nbytes: int) -> memoryview:
+        """Kept: to take fresh memory and to give it back takes longer than encoding into it."""
+        if fragment not in self._outboxes:
+            self._outboxes[fragment] = fresh_memory(nbytes)
+        return self._outboxes[fragment]
 
-    def _rounded(self, fragment: int) -> Tensor:
-        """The base as the parameters can hold it."""
-        base = self._bases[fragment]
-        if all(p.dtype == "float32" for p in self.shape.of_fragment(fragment)):
-            return base
-        rounded = torch.empty_like(base)
-        views = self.shape.views(fragment, base)
-        for name, view in self.shape.views(fragment, rounded).items():
-            view.copy_(views[name].to(self._parameters[name].dtype))
-        return rounded
-
-    def _read(self, fragment: int, kind: Kind, path: Path, codec: Codec) -> None:
-        base = self._bases[fragment]
-        chunks = Chunks(base.shape[1], Identity() if kind is Kind.WHOLE else codec)
-        for index, data in enumerate(chunks.read(path)):
-            part = base[:, chunks.span(index)]
-            if kind is Kind.WHOLE:
-                chunks.decode(index, data, part)
-            else:
-                part.add_(chunks.decode(index, data, torch.empty_like(part)))
+    def _pieces(self, fragment: int) -> Pieces | Gathered:
+        parameters = [
+            self._parameters[one.name].detach() for one in self.shape.of_fragment(fragment)
+        ]
+        if self._ranks.alone and not self._sharded:
+            return Pieces(parameters)
+        return Gathered(
+            self.row(fragment),
+            [(parameter.numel(), parameter.dtype) for parameter in parameters],
+            partial(self._write, fragment),
+        )
 
     def _write(self, fragment: int, row: Tensor, mix: float) -> None:
         self._ranks.say("write", fragment, mix)
         for name, view in self.shape.views(fragment, row).items():
             self._ranks.broadcast(view)
             put(self._parameters[name].detach(), view, mix)
+
+
+def _room(chunks: Chunks) -> Tensor:
+    """For the numbers of the longest chunk."""
+    return torch.empty(1, chunks.span(0).stop)
+
+
+def _reader(chunks: Chunks, news: Sequence[tuple[Kind, Path]]) -> Callable[[int, Tensor], None]:
+    """Reads chunk by chunk: each file of news changes the numbers that it is given."""
+    whole = Chunks(chunks.n, Identity())
+    kinds = [(kind, whole if kind is Kind.WHOLE else chunks, path) for kind, path in news]
+    memory = whole.memory()
+
+    def read(index: int, part: Tensor) -> None:
+        for kind, of_kind, path in kinds:
+            data = of_kind.read_one(path, index, memory)
+            change = of_kind.decode if kind is Kind.WHOLE else of_kind.add
+            change(index, data, part)
+
+    return read

@@ -342,10 +342,11 @@ class DiLoCoWorker:
                 self._adopt(flight, flight.arrived)
 
     def _adopt(self, flight: Flight, news: Arrived) -> None:
-        kept = self._weights.adopt(
+        identity = self._weights.adopt(
             flight.fragment, flight.chunks, news.files, self._codec, self.options.mix
         )
-        if self._weights.identity(flight.fragment) != news.identity:
+        if identity != news.identity:
+            kept = self._weights.beyond_base(flight.fragment)
             logger.warning(
                 "the base of fragment %d was damaged: fetching all of it", flight.fragment
             )
