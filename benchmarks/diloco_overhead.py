@@ -9,8 +9,6 @@ things at least: the backup, the outer momentum, and of one fragment what travel
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
 import warnings
 from collections.abc import Callable
@@ -18,14 +16,13 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 from harness.cli import Findings, option, run
 from harness.figures import Figure, Floor
 from harness.group import manager_of
 from harness.lighthouse import lighthouse
-from harness.machine import peak_mib, resident_mib
+from harness.machine import forget_peak, peak_mib
 from harness.spread import Spread, timed
 from harness.workers import Worker, results
 
@@ -120,18 +117,10 @@ def _worker(
     with manager_of(
         group, lighthouse=address, min_replicas=GROUPS, init_sync=False, use_async_quorum=False
     ) as manager:
-        before = _plain_mib()
+        before = forget_peak()
         diloco_ms = _outer_steps(manager, model, fragments, barrier, options.times)
         peak = peak_mib(os.getpid()) - before
     return Found(fragments, raw_ms, outer_ms, diloco_ms, size * 4 / 2**20, peak)
-
-
-def _plain_mib() -> float:
-    """Resident now, without what the floors have left behind; the peak counts from here."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return resident_mib(os.getpid())
 
 
 def _outer(parameters: Any) -> Any:
