@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 # torch looks up the name of each peer that connects: a silent name server must not stall that.
 export RES_OPTIONS ?= timeout:1 attempts:1
 
-.PHONY: help demo demo-server test test-slow test-oldest check setup format lint types rust bench bench-simulator bench-learning bench-links digests clean
+.PHONY: help demo demo-server test test-slow test-oldest check setup format lint types rust bench bench-simulator bench-learning bench-links bench-server bench-server-learning digests clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -70,6 +70,12 @@ bench-learning: setup ## what communicating less costs in held-out loss: ten min
 
 bench-links: setup ## slow links: how much of the time groups train (root, iproute2)
 	$(RUN) python benchmarks/links.py $(ARGS)
+
+bench-server: setup ## the parameter server: time, bytes, memory, a kill, many workers: ten minutes
+	$(RUN) python benchmarks/run.py server server_faults $(ARGS)
+
+bench-server-learning: setup ## what it costs in held-out loss not to wait for the slowest
+	$(RUN) python benchmarks/run.py server_learning $(ARGS)
 
 clean: ## remove what was built
 	cargo clean

@@ -10,8 +10,6 @@ in flight, whose transfers then run beside the outer steps of others.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
 import warnings
 from collections.abc import Callable
@@ -19,14 +17,13 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 from harness.cli import Findings, option, run
 from harness.figures import Figure, Floor
 from harness.group import manager_of
 from harness.lighthouse import lighthouse
-from harness.machine import peak_mib, resident_mib
+from harness.machine import forget_peak, peak_mib
 from harness.spread import Spread, timed
 from harness.workers import Worker, results
 
@@ -130,7 +127,7 @@ def _worker(
         ExitStack() as entered,
     ):
         _in_turns(lambda: None, model, size, barrier, 1)  # a plain loop has an optimizer and gloo
-        before = _plain_mib()
+        before = forget_peak()
         synchronise = _diloco(manager, model, fragments, in_flight - 1, entered)
         for _ in range(WARM_UP):
             synchronise()
@@ -140,14 +137,6 @@ def _worker(
         if manager.current_step() != (WARM_UP + options.times) * fragments:
             raise RuntimeError(f"a step was discarded: {manager.errored()}")
     return Found(fragments, in_flight, *spreads, size * 4 / 2**20, peak)
-
-
-def _plain_mib() -> float:
-    """Resident now, without what was freed; the peak counts from here."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return resident_mib(os.getpid())
 
 
 def _outer(parameters: Any) -> Any:

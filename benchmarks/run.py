@@ -30,10 +30,13 @@ BENCHMARKS = (
     "simulator_starts",
     "codecs",
     "learning",
+    "server",
+    "server_faults",
+    "server_learning",
 )
 """Each a script beside this one, in the order in which they run."""
 
-LONG = ("learning",)
+LONG = ("learning", "server", "server_faults", "server_learning")
 """These run only when they are named."""
 
 

@@ -85,6 +85,24 @@ GOALS = {
     "simulator.memory.gpt": Goal(4096, ratio=False),  # MiB
     # learning: per cent above the loss of DiLoCo in fp32
     "learning.gap.streaming.int8.diloco": Goal(1, ratio=False),
+    # server
+    "server.sync.fp32": Goal(2),
+    "server.bytes.int8": Goal(2.1, ratio=False),  # a parameter, up and down
+    "server.bytes.int4": Goal(1.2, ratio=False),
+    **{f"server.memory.{codec}": Goal(20, ratio=False) for codec in ("fp32", "int8", "int4")},
+    **{
+        f"server.worker_memory.{codec}": Goal(12, ratio=False) for codec in ("fp32", "int8", "int4")
+    },
+    # server_faults
+    "server_faults.kill": Goal(1),
+    "server_faults.stuck": Goal(0, ratio=False),
+    # server_learning: per cent above the loss of synchronous rounds
+    **{
+        f"server_learning.gap.{task}.{mode}.{speeds}": Goal(2, ratio=False)
+        for task in ("toy", "bytes")
+        for mode in ("decoupled", "asynchronous")
+        for speeds in ("equal", "1:4")
+    },
     # codecs: GB/s of fp32, on one core
     **{
         f"codecs.{codec}.{act}": Goal(1, ratio=False, least=True)

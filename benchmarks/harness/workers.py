@@ -86,6 +86,23 @@ class Worker:
                 found.append(message)
         return found
 
+    def event(self, timeout_s: float) -> Any:
+        """The one thing that it sends next.
+
+        Raises:
+            WorkerFailed: it ended, or says nothing in time.
+        """
+        found = self.events(timeout_s)
+        if len(found) != 1:
+            raise WorkerFailed(f"{len(found)} events in {timeout_s:g} s, not 1:\n{self.said()}")
+        return found[0]
+
+    @property
+    def pid(self) -> int:
+        """Of its process."""
+        assert self._process.pid is not None
+        return self._process.pid
+
     def kill(self) -> None:
         """SIGKILL; it is gone on return."""
         self._process.kill()

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(FOLDER))
@@ -59,7 +60,7 @@ def test_an_unknown_benchmark_is_refused_with_the_known_ones() -> None:
     assert "'speed' is not one of startup" in done.stderr
 
 
-LONG = {"recovery_time", "simulator_starts"}
+LONG = {"recovery_time", "simulator_starts", "server", "server_faults"}
 """Even the least of a kill, a restart and a heal takes a while, and so do five starts of torch."""
 
 
@@ -76,7 +77,9 @@ def test_a_tiny_run_finds_sane_figures(name: str) -> None:
     assert result.figures
     for figure in result.figures:
         assert math.isfinite(figure.value), figure
-        assert figure.value >= 0 or figure.key.startswith("learning.gap."), figure
+        assert figure.value >= 0 or figure.key.startswith(
+            ("learning.gap.", "server_learning.gap.")
+        ), figure
         assert figure.floor is None or figure.floor.value > 0, figure
 
 
@@ -163,6 +166,31 @@ def test_a_gap_is_taken_seed_by_seed_and_a_quarter_of_h_is_the_delay() -> None:
     assert (settings["fragment_sync_delay"], settings["fragment_update_alpha"]) == (5, 0.5)
 
 
+@pytest.mark.parametrize(
+    ("codec", "least", "most"), [("fp32", 8.0, 8.02), ("int8", 2.0, 2.1), ("int4", 1.1, 1.2)]
+)
+def test_a_synchronisation_takes_so_many_bytes_of_the_wire(
+    tmp_path: Path, codec: str, least: float, most: float
+) -> None:
+    from harness.serving import Wire, layers
+
+    from torchft.parameter_server import DiLoCoWorker
+    from torchft.parameter_server.options import ServerOptions
+    from torchft.parameter_server.rules import Rules
+    from torchft.parameter_server.server import DiLoCoServer
+
+    model = layers(512, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with DiLoCoServer(ServerOptions(tmp_path, Rules(1))) as server, Wire(server.port) as wire:
+        address = f"127.0.0.1:{wire.port}"
+        with DiLoCoWorker(model, optimizer, address, codec=codec, sync_every=1) as worker:
+            before = wire.nbytes
+            optimizer.step()
+            counted = (wire.nbytes - before) / (2 * 512**2)
+            assert worker.sync_count == 1
+    assert least <= counted <= most
+
+
 def test_what_takes_ten_minutes_runs_only_when_it_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -171,7 +199,7 @@ def test_what_takes_ten_minutes_runs_only_when_it_is_named(
     ran: list[str] = []
     monkeypatch.setattr(run, "_run", lambda name, flags: ran.append(name) or RESULT)
     assert run.main([]) == 0
-    assert set(BENCHMARKS) - set(ran) == {"learning"}
+    assert set(BENCHMARKS) - set(ran) == set(run.LONG)
     ran.clear()
     assert run.main(["learning"]) == 0
     assert ran == ["learning"]
