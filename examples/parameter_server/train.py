@@ -1,6 +1,6 @@
 """A tiny causal transformer learns to write, alone or as one of many workers of a server.
 
-    python train.py --max-steps 200                                   alone, a minute on two cores
+    OMP_NUM_THREADS=1 python train.py --max-steps 200                 alone, a minute of one core
 
     diloco server -o out/server -n 2                                  the server, and two workers:
     python train.py --diloco-server localhost:8512 --num-shards 2 --shard-index 0
