@@ -53,7 +53,7 @@ class StopsOnSignal(TrainerCallback):
 
 class EndTogether(TrainerCallback):
     """Ends at the outer step that a file holds, once it is there: all workers that look at it end
-    with the same weights, whenever they began."""
+    with the same weights, whenever they began. For workers of one rank."""
 
     def __init__(self, path: Path, diloco: DiLoCoCallback) -> None:
         self.path, self.diloco = path, diloco

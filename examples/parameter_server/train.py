@@ -1,6 +1,6 @@
 """A tiny causal transformer learns to write, alone or as one of many workers of a server.
 
-    python train.py --max-steps 200                                   alone, a minute on two cores
+    OMP_NUM_THREADS=1 python train.py --max-steps 200                 alone, a minute of one core
 
     diloco server -o out/server -n 2                                  the server, and two workers:
     python train.py --diloco-server localhost:8512 --num-shards 2 --shard-index 0
@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from asked import Asked, Model, command_line, read
 from callbacks import Diary, EndTogether, StopsOnSignal
 from stories import windows_of
@@ -70,7 +71,8 @@ def train(asked: Asked, *, resume: bool, end_file: Path | None) -> dict[str, Any
         "syncs": worker.sync_count if worker is not None else 0,
         "waited_s": worker.sync_time_s if worker is not None else 0.0,
     }
-    (asked.output_dir / RESULT).write_text(json.dumps(result, indent=1))
+    if trainer.is_world_process_zero():
+        (asked.output_dir / RESULT).write_text(json.dumps(result, indent=1))
     return result
 
 
@@ -111,6 +113,7 @@ def arguments_of(asked: Asked) -> TrainingArguments:
         seed=how.seed,
         report_to=[],
         disable_tqdm=True,
+        use_cpu=not torch.accelerator.is_available(),  # said, or ranks on CPUs are not joined
         dataloader_pin_memory=False,
     )
 

@@ -6,6 +6,7 @@ import atexit
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +297,17 @@ def test_old_weights_in_the_model_before_its_last_steps_are_submitted_are_refuse
         callback = DiLoCoCallback(server.address)
         made = trainer(tmp_path, callback, load_best_model_at_end=True, **more)
         with pytest.raises(SettingsError, match="load the best checkpoint after training"):
+            made.train()
+
+
+def test_ranks_that_the_trainer_trains_each_by_itself_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = types.SimpleNamespace(is_initialized=lambda: True, get_world_size=lambda: 2)
+    with server_of(tmp_path) as server:
+        made = trainer(tmp_path, DiLoCoCallback(server.address))
+        monkeypatch.setattr("torchft.integrations.transformers.distributed", two)
+        with pytest.raises(SettingsError, match="the Trainer trains each by itself"):
             made.train()
 
 

@@ -6,7 +6,8 @@
 
 Training begins with the common weights, submits every H steps of the optimizer (not micro batches)
 and ends with the last steps submitted and the newest common weights in the model. A setting that
-is not given comes from its `DILOCO_*` variable; without a server's address nothing is done.
+is not given comes from its `DILOCO_*` variable; without a server's address nothing is done. Ranks
+that the Trainer trains together are what `DiLoCoWorker` makes of them.
 
 A Trainer's checkpoint has the worker's id and counts, and a run that goes on from one takes them
 up: explicit argument over variable over checkpoint over default. The weights come from the server;
@@ -27,7 +28,7 @@ from typing import Any
 
 from accelerate.optimizer import AcceleratedOptimizer  # type: ignore[import-untyped]
 from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper  # type: ignore[import-untyped]
-from torch import nn
+from torch import distributed, nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -214,6 +215,13 @@ def _check(args: TrainingArguments, optimizer: Optimizer) -> None:
         raise SettingsError(
             "DeepSpeed keeps weights of its own, which would overwrite the common ones: train with "
             "DDP or FSDP2"
+        )
+    ranks = distributed.get_world_size() if distributed.is_initialized() else 1
+    if ranks > args.world_size:
+        raise SettingsError(
+            f"there are {ranks} ranks, and the Trainer trains each by itself (its world size is "
+            f"{args.world_size}), so their weights differ. On CPUs set use_cpu=True, which makes "
+            "it use DDP"
         )
     if args.load_best_model_at_end:
         raise SettingsError(

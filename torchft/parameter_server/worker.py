@@ -142,7 +142,8 @@ class DiLoCoWorker:
 
     @property
     def version(self) -> int:
-        """Outer steps in these weights; of several fragments, the least."""
+        """Outer steps in these weights; of several fragments, the least; of several ranks, as the
+        first one knows."""
         return min(self._versions.values(), default=0) if self.active else 0
 
     @property
