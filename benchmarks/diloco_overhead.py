@@ -60,7 +60,7 @@ class Found:
 
 def measure(options: Options) -> Findings:
     """What the first of the two groups saw."""
-    found = [_case(options, *case) for case in CASES]
+    found = _found(options)
     figures = []
     for one in found:
         floor = Floor("raw gloo and bare outer step", one.raw_ms.p50 + one.outer_ms.p50)
@@ -81,15 +81,16 @@ def measure(options: Options) -> Findings:
     return Findings(figures, {"cases": [asdict(one) for one in found]})
 
 
-def _case(options: Options, fragments: int, in_flight: int) -> Found:
+def _found(options: Options) -> list[Found]:
     with ExitStack() as stack:
-        address = stack.enter_context(lighthouse(min_replicas=GROUPS)).address
-        common = {"address": address, "options": options}
-        common |= {"fragments": fragments, "in_flight": in_flight}
+        # One for each case: it would wait for the managers of the case before.
+        at = [stack.enter_context(lighthouse(min_replicas=GROUPS)).address for _ in CASES]
+        common = {"addresses": at, "options": options}
         workers = [stack.enter_context(Worker(_worker, group=0, **common))]
         (port,) = workers[0].events(options.timeout_s)
         workers.append(stack.enter_context(Worker(_worker, group=1, port=port, **common)))
-        return results(workers, timeout_s=options.timeout_s)[0]
+        found: list[Found] = results(workers, timeout_s=options.timeout_s)[0]
+        return found
 
 
 # ---------------------------------------------------------------------- in the workers
@@ -99,12 +100,10 @@ def _worker(
     line: Connection,
     *,
     group: int,
-    address: str,
+    addresses: list[str],
     options: Options,
-    fragments: int,
-    in_flight: int,
     port: int | None = None,
-) -> Found:
+) -> list[Found]:
     import torch
     import torch.distributed as dist
     from torch import nn
@@ -120,13 +119,29 @@ def _worker(
     for p in model.parameters():
         p.grad = torch.full_like(p, 1e-3 * (group + 1))
     size = sum(p.numel() for p in model.parameters())
+    _in_turns(lambda: None, model, size, barrier, 1)  # a plain loop has an optimizer and gloo
+    return [
+        _case(options, *case, group, address, model, size, barrier)
+        for case, address in zip(CASES, addresses, strict=True)
+    ]
+
+
+def _case(
+    options: Options,
+    fragments: int,
+    in_flight: int,
+    group: int,
+    address: str,
+    model: Any,
+    size: int,
+    barrier: Act,
+) -> Found:
     with (
         manager_of(
             group, lighthouse=address, min_replicas=GROUPS, init_sync=False, use_async_quorum=False
         ) as manager,
         ExitStack() as entered,
     ):
-        _in_turns(lambda: None, model, size, barrier, 1)  # a plain loop has an optimizer and gloo
         before = forget_peak()
         synchronise = _diloco(manager, model, fragments, in_flight - 1, entered)
         for _ in range(WARM_UP):
