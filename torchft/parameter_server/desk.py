@@ -119,10 +119,12 @@ class Desk:
         run = self.run or await self._begin(request)
         run.shape.check_same(request.shape)
         who = request.who
-        refusal, effects = run.rounds.join(self._clock(), who.worker, who.session, request.beat_s)
+        # The reply says how often it has to be heard, if at all: that holds, not what it wished.
+        beat_s = min(request.beat_s, self.options.rules.beat_s)
+        refusal, effects = run.rounds.join(self._clock(), who.worker, who.session, beat_s)
         if refusal is not None:
             raise Conflict(f"{who.worker}: {refusal}; it may register when that one is silent")
-        event = {"worker": who.worker, "session": who.session, "beat_s": request.beat_s}
+        event = {"worker": who.worker, "session": who.session, "beat_s": beat_s}
         self._keeper.record("join", event)
         self.hosts[who.worker] = request.hostname
         self._carry_out(effects)
