@@ -9,6 +9,7 @@ import http.client
 import os
 import pickle
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -282,6 +283,18 @@ def test_a_slow_reader_holds_up_nobody(server: DiLoCoServer) -> None:
         assert lives(server)
     with pytest.raises(NotFound), voice.client.reading("../../journal/00000000.jsonl", 1):
         pytest.fail("the journal can be read")
+
+
+def test_nobody_is_waited_for_longer_because_it_wished_to_be_heard_seldom(
+    server: DiLoCoServer,
+) -> None:
+    voice, dead = Voice(server.address, "a"), Voice(server.address, "dead")
+    voice.begin()
+    dead.register(beat_s=30.0)
+    voice.submit()
+    began = time.monotonic()
+    until(lambda: voice.version() == 1, "the dead one is taken for silent")
+    assert time.monotonic() - began < 30
 
 
 def test_silent_connections_hold_up_nobody(server: DiLoCoServer) -> None:
