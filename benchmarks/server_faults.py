@@ -37,7 +37,7 @@ class Options:
     step_ms: float = option(20.0, "a training step of theirs")
     crowd: int = option(64, "workers that synchronise as often as they can")
     rounds: int = option(50, "synchronisations of each of those")
-    timeout_s: float = option(120.0, "when a run counts as stuck")
+    timeout_s: float = option(300.0, "when a run counts as stuck")
 
 
 def measure(options: Options) -> Findings:
