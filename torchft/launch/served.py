@@ -173,7 +173,10 @@ def _simulated(experiment: Experiment, served: Served) -> tuple[Digests, list[di
 
     run_stacked(replace(experiment, strategy=strategy, digests=False), on_step=look)
     shared = [
-        {"weights": recipe.backups[f.index].flats[0], "outer": recipe.outer.state_dict(f)}
+        {
+            "weights": recipe.backups[f.index].flats[0],
+            "outer": _whole([recipe.outer.state_dict(f)]),
+        }
         for f in recipe.fragments
     ]
     return found, shared
@@ -304,4 +307,10 @@ def _saved(folder: Path) -> list[dict[str, Any]]:
 
     saved = Checkpoints(folder / "server" / "checkpoints", 0).newest()
     assert saved is not None
-    return [{"weights": row["weights"], "outer": row["outer"]} for row in saved[1]["rows"]]
+    return [{"weights": row["weights"], "outer": _whole(row["outer"])} for row in saved[1]["rows"]]
+
+
+def _whole(outer: list[dict[str, Any]]) -> dict[str, Any]:
+    """The state of SGD optimizers, each over a part of a row, as that of one."""
+    momenta = [state["state"][0]["momentum_buffer"].reshape(-1) for state in outer]
+    return {"momentum": torch.cat(momenta), "settings": outer[0]["param_groups"]}
