@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from torchft.ledger import Bucket, Ledger
-from torchft.peers import Handle, Round
+from torchft.peers import Handle
 
 if TYPE_CHECKING:
+    from torchft.managed_peers import ManagedRound
     from torchft.open_step import OpenStep
     from torchft.quantization import Codec
 
@@ -39,7 +40,7 @@ class BackgroundRound:
     """Who is new meets the others at once."""
 
     def __init__(
-        self, now: Round, step: OpenStep, background: _Background, *, met: bool = False
+        self, now: ManagedRound, step: OpenStep, background: _Background, *, met: bool = False
     ) -> None:
         self._now, self._step, self._background = now, step, background
         self._met = met
@@ -66,7 +67,7 @@ class BackgroundRound:
     @property
     def bytes_sent(self) -> int:
         """Payload that its collectives have sent so far."""
-        return self._step.transaction.account.bytes_sent
+        return self._now.bytes_sent
 
     def carried(self) -> dict[str, Any]:
         """Who takes part, and whether it failed."""

@@ -60,10 +60,7 @@ class Closer:
         if plan.donor is None or self._group.world_size == 1:
             return
         healed = not transaction.failed
-        with self._ledger.spending(Bucket.VOTE):
-            all_have = self._group.client.should_commit(
-                self._group.rank, plan.step, healed, timeout=timeout
-            )
+        all_have = self._all_say(plan.step, healed, timeout)
         if healed and not all_have:
             self._progress.fresh = fresh
             error = HealError("another rank of this group could not heal, so it heals once more")
@@ -119,13 +116,15 @@ class Closer:
 
     def _vote(self, transaction: Transaction, step: int, yes: bool, timeout: timedelta) -> bool:
         try:
-            with self._ledger.spending(Bucket.VOTE):
-                return self._group.client.should_commit(
-                    self._group.rank, step, yes, timeout=timeout
-                )
+            return self._all_say(step, yes, timeout)
         finally:
             with self._ledger.spending(Bucket.HEAL):
                 self._withdraw(transaction)
+
+    def _all_say(self, step: int, yes: bool, timeout: timedelta) -> bool:
+        """Whether all ranks of this group say yes to what is asked of them at `step`."""
+        with self._ledger.spending(Bucket.VOTE):
+            return self._group.client.should_commit(self._group.rank, step, yes, timeout=timeout)
 
     def _record(
         self, transaction: Transaction, plan: Plan, step: int, committed: bool, why: Why | None

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import tempfile
 from pathlib import Path
 
 from torchft.cli.numbers import at_least, seconds
-from torchft.errors import SettingsError
 
 __all__ = ["add_command"]
 
@@ -61,6 +59,7 @@ def run(typed: argparse.Namespace) -> int:
     """Do what was typed; returns the exit code."""
     import shutil
 
+    from torchft.launch.folder import run_folder
     from torchft.launch.server_demo import run_server_demo
     from torchft.launch.server_demo_options import ServerDemoOptions, example
     from torchft.launch.server_summary import text_of
@@ -68,7 +67,7 @@ def run(typed: argparse.Namespace) -> int:
 
     options = ServerDemoOptions(
         train=typed.train or example(),
-        folder=_folder(typed.keep),
+        folder=run_folder(typed.keep, "torchft_demo_server_"),
         sync_every=typed.sync_every,
         codec=typed.codec,
         grace_s=typed.grace,
@@ -81,13 +80,3 @@ def run(typed: argparse.Namespace) -> int:
     if summary.stopped_by is not None:
         return 128 + summary.stopped_by
     return 0 if summary.good else 1
-
-
-def _folder(keep: Path | None) -> Path:
-    """New or empty, so that no older run is gone on with."""
-    if keep is None:
-        return Path(tempfile.mkdtemp(prefix="torchft_demo_server_"))
-    keep.mkdir(parents=True, exist_ok=True)
-    if any(keep.iterdir()):
-        raise SettingsError(f"--keep {keep}: the folder holds files already; name another one")
-    return keep.resolve()

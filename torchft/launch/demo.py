@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from torchft import settings
-from torchft.errors import SettingsError
 from torchft.launch.demo_options import DemoOptions
 from torchft.launch.ending import read_endings
+from torchft.launch.folder import run_folder
 from torchft.launch.group import Group, torchrun
 from torchft.launch.outcome import group_result, kill_result
 from torchft.launch.processes import psutil
@@ -44,7 +43,7 @@ def run_demo(options: DemoOptions, view: View) -> Summary:
     """
     psutil()
     read_text(options.corpus)
-    folder = _folder(options.keep)
+    folder = run_folder(options.keep, "torchft_demo_")
     with StopSignals() as stop, _lighthouse(options) as address, view:
         run = make_run(options, view, folder, address)
         run.tell(_plan(options))
@@ -98,16 +97,6 @@ def summarise(options: DemoOptions, run: Run, folder: Path) -> Summary:
         stopped_by=run.stopped_by,
         folder=folder,
     )
-
-
-def _folder(keep: Path | None) -> Path:
-    """Where logs and records go: new or empty, so that no older run is read."""
-    if keep is None:
-        return Path(tempfile.mkdtemp(prefix="torchft_demo_"))
-    keep.mkdir(parents=True, exist_ok=True)
-    if any(keep.iterdir()):
-        raise SettingsError(f"--keep {keep}: the folder holds files already; name another one")
-    return keep.resolve()
 
 
 @contextlib.contextmanager

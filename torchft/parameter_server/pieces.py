@@ -63,25 +63,30 @@ class Pieces:
 
 
 class Gathered:
-    """The same for a worker of several ranks, over the whole row `[1, n]`, which is gathered from
-    them; `write_all` gives it back, with the share that stays. `parts` are the parameters' numbers
-    and dtypes in the row's order."""
+    """The same for a worker of several ranks, over the whole row `[1, n]`. `read_all` gathers it
+    from them, when it is read first; `write_all` gives it back, with the share that stays. `parts`
+    are the parameters' numbers and dtypes in the row's order."""
 
     def __init__(
         self,
-        row: Tensor,
         parts: Sequence[tuple[int, torch.dtype]],
+        read_all: Callable[[], Tensor],
         write_all: Callable[[Tensor, float], None],
     ) -> None:
-        self._row, self._parts, self._write_all = row, parts, write_all
+        self._parts, self._read_all, self._write_all = parts, read_all, write_all
+        self._row: Tensor | None = None
         self._mix: float | None = None
 
     def read(self, span: slice, out: Tensor) -> Tensor:
         """The numbers of `span`, into `out` `[1, m]`."""
+        if self._row is None:
+            self._row = self._read_all()
         return out.copy_(self._row[:, span])
 
     def write(self, span: slice, row: Tensor, mix: float = 0.0) -> None:
-        """`row` `[1, m]` into `span`, when all is written."""
+        """`row` `[1, m]` into `span`, when all is written: every span has to be."""
+        if self._row is None:
+            self._row = torch.empty(1, sum(numel for numel, _ in self._parts))
         self._row[:, span].copy_(row)
         self._mix = mix
 
@@ -100,5 +105,5 @@ class Gathered:
 
     def close(self) -> None:
         """What was written reaches the parameters of all ranks."""
-        if self._mix is not None:
+        if self._row is not None and self._mix is not None:
             self._write_all(self._row, self._mix)

@@ -133,9 +133,10 @@ class WorkerWeights:
     @torch.no_grad()
     def beyond_base(self, fragment: int) -> Tensor:
         """What the weights have that the base has not, `[1, n]`."""
-        base = self._bases[fragment]
-        whole = slice(0, base.shape[1])
-        return self.row(fragment).sub_(self._pieces(fragment).rounded(whole, base))
+        pieces, base = self._pieces(fragment), self._bases[fragment]
+        everything = slice(0, base.shape[1])
+        beyond = pieces.read(everything, torch.empty_like(base))
+        return beyond.sub_(pieces.rounded(everything, base))
 
     @torch.no_grad()
     def settle(self, fragment: int, kept: Tensor | None = None) -> None:
@@ -159,8 +160,8 @@ class WorkerWeights:
         if self._ranks.alone and not self._sharded:
             return Pieces(parameters)
         return Gathered(
-            self.row(fragment),
             [(parameter.numel(), parameter.dtype) for parameter in parameters],
+            partial(self.row, fragment),
             partial(self._write, fragment),
         )
 
