@@ -292,10 +292,13 @@ class InProcessRound(FormedAtOnce):
         self._node.world.give_up(self.number)
 
     def is_spoilt(self, key: tuple[Any, ...]) -> bool:
-        """A member is lost, or gave the round up."""
-        if self._node.script.failed(self.number) or self.number in self._node.world.given_up:
-            return True
-        return not self._node.world.is_whole(key, self.number, self.members)
+        """A member is lost, or gave the round up: nobody judges what is left then."""
+        world = self._node.world
+        spoilt = self._node.script.failed(self.number) or not world.is_whole(
+            key, self.number, self.members
+        )
+        self.failed |= spoilt
+        return spoilt
 
     def rows(self, key: tuple[Any, ...], of: Sequence[int] | None = None) -> list[list[Tensor]]:
         """What the counted sent, or others."""
