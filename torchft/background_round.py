@@ -12,11 +12,11 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from torch import Tensor
 
 from torchft.ledger import Bucket, Ledger
 from torchft.peers import Handle
+from torchft.side_stream import SideStream
 
 if TYPE_CHECKING:
     from torchft.managed_peers import ManagedRound
@@ -105,36 +105,34 @@ class BackgroundRound:
 
     def _later(self, start: Callable[[], Handle], tensors: Sequence[Tensor]) -> Handle:
         is_made_anew = self._met
-        computed = _computed(tensors)
+        beside = SideStream(tensors)
 
         def begin() -> Handle | None:
             step = self._step
             if not is_made_anew and (step.transaction.failure or step.plan.donor):
                 return None  # `meet` raises; or this group heals, and what it sends is made anew
-            if computed is not None:
-                torch.cuda.current_stream().wait_event(computed)
-            handle = start()
-            handle.advance()
+            with beside:
+                handle = start()
+                handle.advance()
             return handle
 
-        return _Later(self._background(begin), tensors, self._step.transaction.ledger)
-
-
-def _computed(tensors: Sequence[Tensor]) -> torch.cuda.Event | None:
-    """When they are on a GPU: what the background's stream waits for."""
-    on_gpu = any(tensor.is_cuda for tensor in tensors)
-    return torch.cuda.current_stream().record_event() if on_gpu else None
+        return _Later(self._background(begin), tensors, beside, self._step.transaction.ledger)
 
 
 class _Later(Handle):
     """What begins in the background."""
 
     def __init__(
-        self, begun: Future[Handle | None], tensors: Sequence[Tensor], ledger: Ledger
+        self,
+        begun: Future[Handle | None],
+        tensors: Sequence[Tensor],
+        beside: SideStream,
+        ledger: Ledger,
     ) -> None:
-        self._begun, self._tensors, self._ledger = begun, tensors, ledger
+        self._begun, self._tensors, self._beside, self._ledger = begun, tensors, beside, ledger
 
     def wait(self) -> list[Tensor]:
         with self._ledger.spending(Bucket.COMMUNICATE):
             handle = self._begun.result()
+        self._beside.join()
         return list(self._tensors) if handle is None else handle.wait()
