@@ -40,6 +40,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_PAST_S = 1e-3
+"""A window has ended when its last moment is over."""
+
 
 class Desk:
     """One server's. Call `open` on the loop before all else, `close` at the end."""
@@ -304,10 +307,14 @@ class Desk:
 
     # ------------------------------------------------------------------ time and orders
 
-    def tick(self) -> None:
-        """Time has passed."""
-        if self.run is not None:
-            self._carry_out(self.run.rounds.tick(self._clock()))
+    def tick(self, longest_s: float) -> float:
+        """Time has passed. Returns when to say so again: seconds from now, at most `longest_s`."""
+        if self.run is None:
+            return longest_s
+        now = self._clock()
+        self._carry_out(self.run.rounds.tick(now))
+        at = self.run.rounds.next_at(now)
+        return longest_s if at is None else min(longest_s, at - now + _PAST_S)
 
     def kick(self, worker: str) -> bool:
         """Send a worker away; whether there was one."""

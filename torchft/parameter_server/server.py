@@ -106,10 +106,11 @@ async def _listen(runner: web.AppRunner, address: Address) -> int:
 
 async def _until(stop: asyncio.Event, desk: Desk) -> None:
     assert desk.failed is not None
+    wait_s = _TICK_S
     while not stop.is_set():
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(stop.wait(), _TICK_S)
-        desk.tick()
+            await asyncio.wait_for(stop.wait(), wait_s)
+        wait_s = desk.tick(_TICK_S)
         if desk.failed.done():
             desk.failed.result()
 
