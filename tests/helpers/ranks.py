@@ -78,10 +78,11 @@ class Ranks:
 
     processes: list[Any] = field(default_factory=list)
     lines: list[Connection] = field(default_factory=list)
+    deadline_s: float = DEADLINE_S
 
     def hear(self, rank: int) -> Any:
         """The next report of `rank`; its error, if it failed."""
-        assert self.lines[rank].poll(DEADLINE_S), f"rank {rank} says nothing"
+        assert self.lines[rank].poll(self.deadline_s), f"rank {rank} says nothing"
         news = self.lines[rank].recv()
         if isinstance(news, _Failed):
             raise AssertionError(f"rank {rank} failed:\n{news.text}")
@@ -121,10 +122,12 @@ def ranks(
     body: Callable[..., None],
     *args: Any,
     timeout_s: float = 20.0,
+    deadline_s: float = DEADLINE_S,
 ) -> Iterator[Ranks]:
-    """`count` processes that run `body(rank, *args)`; none is left behind."""
+    """`count` processes that run `body(rank, *args)`; none is left behind. So long may each take
+    for a report."""
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    world = Ranks()
+    world = Ranks(deadline_s=deadline_s)
     try:
         for rank in range(count):
             ours, theirs = _context.Pipe()
