@@ -205,7 +205,8 @@ class Desk:
     def finish(self, upload: str) -> dict[str, Any]:
         """All chunks are here: the submission counts from now on. Raises as `ticket`."""
         run, _ = self._ready()
-        ticket, intake = self._intakes[upload]
+        intake = self.intake(upload)
+        ticket, _ = self._intakes[upload]
         if not intake.is_whole:
             return {"done": False, "have": intake.have}
         who = ticket.who
@@ -292,6 +293,7 @@ class Desk:
             alive = holder is not None and holder.session == self._initial.who.session
             if alive and holder and not holder.is_silent(self._clock(), self.options.rules):
                 return False
+            self._initial.drop()
             self._initial = None
         if self._initial is None:
             self._initial = InitialWeights(who, run.shape, self._keeper.uploads)
