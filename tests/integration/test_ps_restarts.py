@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from helpers.ps import Fleet, options, plain_outer, train, until
 from integration.test_ps_faults import TOKENS, Voice
 
 from torchft.parameter_server import checkpoints
+from torchft.parameter_server.auth import Scope
 from torchft.parameter_server.options import ServerOptions
 from torchft.parameter_server.server import Address, DiLoCoServer
 
@@ -19,6 +22,23 @@ def server_at(opts: ServerOptions, port: int = 0) -> DiLoCoServer:
 
 def weights_at(voice: Voice) -> str:
     return str(voice.news()["identity"])
+
+
+def killed_after(opts: ServerOptions, rounds: int, *, first: int = 0) -> str:
+    """A server whose one worker has submitted so many times; what its weights were in the end."""
+    server = server_at(opts).start()
+    voice = Voice(server.address)
+    voice.begin()
+    at = voice.version()
+    for count in range(rounds):
+        voice.submit(0.1 * (first + count + 1), at + count, first + count + 1)
+        until(lambda count=count: voice.version() == at + count + 1, "a round")  # type: ignore[misc]
+    until(lambda: voice.status()["rounds"] == rounds, "its step is taken")
+    if opts.save_every == 1 or at == 0:
+        until(lambda: voice.status()["checkpoints"], "the first checkpoint")
+    before = weights_at(voice)
+    server.stop(save=False)
+    return before
 
 
 # An old failing that must not come back: SIGTERM after 3 rounds went back to round 2.
@@ -74,6 +94,118 @@ def test_a_cut_line_at_the_end_of_the_journal_is_no_event(tmp_path: Path) -> Non
     newest.write_text(newest.read_text() + '["close", {"frag')
     with server_at(opts) as again:
         assert Voice(again.address).news()["version"] == 1
+
+
+# An error of ours that must not come back: events were added to the cut line, and lost with it.
+def test_what_follows_a_cut_line_outlives_the_next_kill(tmp_path: Path) -> None:
+    opts = options(tmp_path, workers=1, save_every=100, outer=plain_outer)
+    killed_after(opts, 1)
+    (newest,) = (tmp_path / "journal").glob("*.jsonl")
+    newest.write_text(newest.read_text() + '["close", {"frag')
+    before = killed_after(opts, 2, first=1)
+    with server_at(opts) as again:
+        assert Voice(again.address).news()["version"] == 3
+        assert weights_at(Voice(again.address)) == before
+
+
+def absent(path: Path) -> None:
+    path.unlink()
+
+
+def zeros(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+# An error of ours that must not come back: the server could not be started any more.
+@pytest.mark.parametrize("damage", [absent, zeros])
+def test_an_upload_that_a_power_failure_took_costs_what_came_after_it(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    opts = options(tmp_path, workers=1, save_every=100, outer=plain_outer)
+    before = killed_after(opts, 2)
+    killed_after(opts, 1, first=2)
+    uploads = (tmp_path / "spool" / "uploads").glob("*.row")
+    damage(max(uploads, key=lambda path: path.stat().st_mtime_ns))
+    for _ in range(2):
+        with server_at(opts) as again:
+            voice = Voice(again.address)
+            assert voice.news()["version"] == 2
+            assert weights_at(voice) == before
+    after = killed_after(opts, 1, first=2)
+    with server_at(opts) as again:
+        assert weights_at(Voice(again.address)) == after
+
+
+def test_a_lost_upload_of_an_open_round_is_sent_again(tmp_path: Path) -> None:
+    opts = options(tmp_path, workers=2, save_every=100, outer=plain_outer)
+    server = server_at(opts).start()
+    a, b = Voice(server.address, "a"), Voice(server.address, "b")
+    a.begin()
+    b.begin()
+    a.submit()
+    Voice(server.address, "x", Scope.ADMIN).client.post("/v1/control/save_state", {})
+    server.stop(save=False)
+    for path in (tmp_path / "spool" / "uploads").glob("*.row"):
+        absent(path)
+    with server_at(opts) as again:
+        a, b = Voice(again.address, "a"), Voice(again.address, "b")
+        assert a.submit() == {"done": True}
+        b.submit()
+        until(lambda: a.news()["version"] == 1, "the round closes")
+
+
+# An error of ours that must not come back: the journal of a checkpoint was done again over the one
+# before it, so that the rounds between the two were left out and their version said otherwise.
+def test_a_journal_is_not_done_again_over_an_older_checkpoint(tmp_path: Path) -> None:
+    opts = options(tmp_path, workers=1, save_every=2, outer=plain_outer)
+    before = killed_after(opts, 2)
+    killed_after(opts, 3, first=2)
+    found = checkpoints.Checkpoints(tmp_path / "checkpoints", 0).all()
+    assert checkpoints.load(found[-2])[1]["rounds"]["versions"] == [2]
+    (found[-1] / checkpoints.STATE).write_bytes(b"half")
+    with server_at(opts) as again:
+        assert Voice(again.address).news()["version"] == 2
+        assert weights_at(Voice(again.address)) == before
+    after = killed_after(opts, 1, first=5)
+    with server_at(opts) as again:
+        assert Voice(again.address).news()["version"] == 3
+        assert weights_at(Voice(again.address)) == after
+
+
+# An error of ours that must not come back: the next start went on from the newest one.
+def test_what_follows_a_named_checkpoint_outlives_a_kill(tmp_path: Path) -> None:
+    opts = options(tmp_path, workers=1, save_every=1, save_total_limit=0)
+    killed_after(opts, 4)
+    found = checkpoints.Checkpoints(tmp_path / "checkpoints", 0).all()
+    chosen = next(p for p in found if checkpoints.load(p)[1]["rounds"]["versions"] == [2])
+    more = options(tmp_path, workers=1, save_every=100, from_checkpoint=chosen)
+    before = killed_after(more, 1, first=4)
+    with server_at(opts) as again:
+        assert Voice(again.address).news()["version"] == 3
+        assert weights_at(Voice(again.address)) == before
+
+
+# An error of ours that must not come back: who had left was a member again, and was waited for.
+@pytest.mark.parametrize("kicked", [False, True], ids=["left", "kicked"])
+def test_who_is_gone_stays_gone_when_the_server_is_killed(tmp_path: Path, kicked: bool) -> None:
+    opts = options(tmp_path, workers=2, save_every=100, outer=plain_outer)
+    server = server_at(opts).start()
+    a, b = Voice(server.address, "a"), Voice(server.address, "b")
+    a.begin()
+    b.begin()
+    b.submit(0.5)
+    if kicked:
+        order = {"worker": "b"}
+        Voice(server.address, "x", Scope.ADMIN).client.post("/v1/control/kick_worker", order)
+    else:
+        b.client.post("/v1/deregister", b.who)
+    server.stop(save=False)
+    with server_at(opts) as again:
+        a = Voice(again.address, "a")
+        assert list(a.status()["workers"]) == ["a"]
+        assert a.status()["fragments"][0]["pending"] == ([] if kicked else ["b"])
+        a.submit()
+        until(lambda: a.news()["version"] == 1, "nobody else is waited for")
 
 
 def test_going_on_from_a_named_checkpoint(tmp_path: Path) -> None:

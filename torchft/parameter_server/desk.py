@@ -360,6 +360,9 @@ class Desk:
                 why = effect.why.name.lower()
                 self.counts.departures[why] = self.counts.departures.get(why, 0) + 1
                 self._note(f"worker {effect.worker} is gone: {effect.why}")
+                if effect.why is not Departure.REPLACED:  # that is what its new join says
+                    event = {"worker": effect.worker, "why": effect.why.name}
+                    self._keeper.record("gone", event)
             else:
                 self._keeper.record_close(effect)
                 # At once: a checkpoint that is decided a moment later has to come after it.

@@ -68,13 +68,24 @@ class Keeper:
             return None
         known = (int(path.name.split("-")[1]) for path in self._checkpoints.all())
         self.number = max([saved[0], *known])
-        if chosen is None:
+        follows = chosen is None and self._journal_follows(saved[0])
+        if follows:
             self.journal.begin(saved[0])
         else:
-            self.number += 1
-            self.journal.forget(self.number)
+            self.number = max(self.number, self.journal.clear()) + 1
             self.journal.begin(self.number)
-        return (*saved, chosen is None)
+        return (*saved, follows)
+
+    def _journal_follows(self, number: int) -> bool:
+        """With the checkpoint after it, a journal loses what was between the two."""
+        if number == self.number or self.journal.has(number):
+            return True
+        logger.warning(
+            "the rounds between checkpoint %d and checkpoint %d, which is damaged, are lost, and "
+            "so are those after it",
+            *(number, self.number),
+        )
+        return False
 
     def record(self, kind: str, event: dict[str, Any]) -> None:
         """Before an event has an effect."""

@@ -264,6 +264,21 @@ class Rounds:
         self.members.setdefault(worker, Member(session, now, beat_s, taken=taken))
         self._start()
 
+    def redo_leave(self, worker: str, why: Departure) -> None:
+        """A departure after the checkpoint, from the journal."""
+        member = self.members.get(worker)
+        if member is not None:
+            if why is Departure.KICKED:
+                self._drop_pending(worker, member)
+            self._remove(worker, why)
+
+    def lose(self, submission: Submission) -> None:
+        """The numbers of a pending one are not there any more: its worker may send them again."""
+        self.rounds[submission.fragment].pending.remove(submission)
+        member = self._member(submission.worker, submission.session)
+        if member is not None:
+            member.taken[submission.fragment] = submission.number - 1
+
     def redo_take(self, submission: Submission) -> None:
         """A submission after the checkpoint, from the journal."""
         member = self._member(submission.worker, submission.session)
