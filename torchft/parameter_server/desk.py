@@ -318,9 +318,11 @@ class Desk:
         self._carry_out(run.rounds.leave(self._clock(), worker, None, Departure.KICKED))
         return there
 
-    def expect(self, workers: int, min_workers: int) -> None:
+    def expect(self, workers: int, min_workers: int | None) -> None:
         """Another number of workers. Raises SettingsError."""
-        self._carry_out(self._known().rounds.expect(self._clock(), workers, min_workers))
+        rounds = self._known().rounds
+        least = rounds.rules.min_workers if min_workers is None else min_workers
+        self._carry_out(rounds.expect(self._clock(), workers, least))
 
     def update_optimizer(self, lr: float | None, momentum: float | None) -> OuterOptions:
         """Others for the rounds that close from now on. Raises SettingsError, NotReady."""

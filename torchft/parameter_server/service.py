@@ -254,8 +254,8 @@ class Service:
                     raise NotFound("there is no such worker")
             case "update_num_workers":
                 workers = whole(data, "num_workers", 1)
-                least = data.get("min_workers", self.desk.options.rules.min_workers)
-                self.desk.expect(workers, least)
+                given = "min_workers" in data
+                self.desk.expect(workers, whole(data, "min_workers", 1) if given else None)
             case "update_optimizer":
                 return web.json_response(self._update_optimizer(data))
             case "shutdown":
