@@ -10,6 +10,7 @@ import torch
 from helpers.ps import Fleet, options, plain_outer, train, until
 from integration.test_ps_faults import TOKENS, Voice
 
+from torchft.errors import SettingsError
 from torchft.parameter_server import checkpoints
 from torchft.parameter_server.auth import Scope
 from torchft.parameter_server.options import ServerOptions
@@ -24,7 +25,7 @@ def weights_at(voice: Voice) -> str:
     return str(voice.news()["identity"])
 
 
-def killed_after(opts: ServerOptions, rounds: int, *, first: int = 0) -> str:
+def killed_after(opts: ServerOptions, rounds: int, *, first: int = 0, save: bool = False) -> str:
     """A server whose one worker has submitted so many times; what its weights were in the end."""
     server = server_at(opts).start()
     voice = Voice(server.address)
@@ -37,7 +38,7 @@ def killed_after(opts: ServerOptions, rounds: int, *, first: int = 0) -> str:
     if opts.save_every == 1 or at == 0:
         until(lambda: voice.status()["checkpoints"], "the first checkpoint")
     before = weights_at(voice)
-    server.stop(save=False)
+    server.stop(save=save)
     return before
 
 
@@ -157,9 +158,10 @@ def test_a_lost_upload_of_an_open_round_is_sent_again(tmp_path: Path) -> None:
 # An error of ours that must not come back: the journal of a checkpoint was done again over the one
 # before it, so that the rounds between the two were left out and their version said otherwise.
 def test_a_journal_is_not_done_again_over_an_older_checkpoint(tmp_path: Path) -> None:
-    opts = options(tmp_path, workers=1, save_every=2, outer=plain_outer)
-    before = killed_after(opts, 2)
-    killed_after(opts, 3, first=2)
+    opts = options(tmp_path, workers=1, save_every=100, outer=plain_outer)
+    before = killed_after(opts, 2, save=True)
+    killed_after(opts, 2, first=2, save=True)
+    killed_after(opts, 1, first=4)
     found = checkpoints.Checkpoints(tmp_path / "checkpoints", 0).all()
     assert checkpoints.load(found[-2])[1]["rounds"]["versions"] == [2]
     (found[-1] / checkpoints.STATE).write_bytes(b"half")
@@ -174,15 +176,32 @@ def test_a_journal_is_not_done_again_over_an_older_checkpoint(tmp_path: Path) ->
 
 # An error of ours that must not come back: the next start went on from the newest one.
 def test_what_follows_a_named_checkpoint_outlives_a_kill(tmp_path: Path) -> None:
-    opts = options(tmp_path, workers=1, save_every=1, save_total_limit=0)
-    killed_after(opts, 4)
-    found = checkpoints.Checkpoints(tmp_path / "checkpoints", 0).all()
-    chosen = next(p for p in found if checkpoints.load(p)[1]["rounds"]["versions"] == [2])
+    opts = options(tmp_path, workers=1, save_every=100, save_total_limit=0)
+    killed_after(opts, 2, save=True)
+    chosen = checkpoints.Checkpoints(tmp_path / "checkpoints", 0).all()[-1]
+    killed_after(opts, 2, first=2, save=True)
     more = options(tmp_path, workers=1, save_every=100, from_checkpoint=chosen)
     before = killed_after(more, 1, first=4)
     with server_at(opts) as again:
         assert Voice(again.address).news()["version"] == 3
         assert weights_at(Voice(again.address)) == before
+
+
+# An error of ours that must not come back: the second deleted what the first was receiving, and
+# only then found that its port was taken.
+def test_a_second_server_in_the_same_folder_is_refused_and_touches_nothing(tmp_path: Path) -> None:
+    opts = options(tmp_path, workers=1, save_every=1, outer=plain_outer)
+    with server_at(opts) as server:
+        voice = Voice(server.address)
+        voice.begin()
+        upload = voice.ticket()["upload"]
+        for port in (server.port, 0):
+            with pytest.raises(SettingsError, match="end that one first, or give another -o"):
+                server_at(opts, port).start()
+        voice.put(f"/v1/uploads/{upload}", torch.full((1, voice.shape.size(0)), 0.1))
+        until(lambda: voice.news()["version"] == 1, "the round closes")
+    with server_at(opts) as again:
+        assert Voice(again.address).news()["version"] == 1
 
 
 # An error of ours that must not come back: who had left was a member again, and was waited for.

@@ -18,7 +18,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torchft.parameter_server.arriving import Arriving
 from torchft.parameter_server.chronicle import Chronicle, Counts
+from torchft.parameter_server.claim import Claim
 from torchft.parameter_server.dylu import local_steps
 from torchft.parameter_server.initial import InitialWeights
 from torchft.parameter_server.intake import Intake, norm_limit
@@ -52,13 +54,14 @@ class Desk:
         self.failed: asyncio.Future[None] | None = None
         self._keeper = Keeper(options)
         self._runs = Runs(options, self._keeper, clock)
-        self._intakes: dict[str, tuple[Ticket, Intake]] = {}
+        self._arriving = Arriving()
         self._initial: InitialWeights | None = None
         self._applier = ThreadPoolExecutor(1, "outer-step")
         self._checkers = ThreadPoolExecutor(2, "intake")
         self._news = asyncio.Event()
         self._jobs: set[asyncio.Future[Any]] = set()
         self._saving = False
+        self._claim: Claim | None = None
 
     # ------------------------------------------------------------------ begin and end
 
@@ -69,6 +72,7 @@ class Desk:
             SettingsError: what is there cannot be gone on from.
         """
         self.failed = asyncio.get_running_loop().create_future()
+        self._claim = Claim(self.options.output_dir)
         await self._in(self._applier, self._runs.warm_up)
         self.run = await self._in(self._applier, self._runs.restored)
 
@@ -90,6 +94,8 @@ class Desk:
             await self.save()
         self._applier.shutdown()
         self._checkers.shutdown()
+        if self._claim is not None:
+            self._claim.release()
 
     # ------------------------------------------------------------------ what workers ask
 
@@ -177,20 +183,17 @@ class Desk:
             raise _refused(who, verdict)
         if verdict.repeat:
             return {"done": True}
-        name = ticket.upload
-        if name not in self._intakes:
-            self._drop_older(ticket)
-            n = run.shape.size(ticket.fragment)
-            limit = norm_limit(state.norm(ticket.fragment), n, self.options.norm_bound)
-            intake = Intake(self._keeper.create_upload(name), state.chunks(ticket.fragment), limit)
-            self._intakes[name] = (ticket, intake)
-        return {"done": False, "upload": name, "have": self._intakes[name][1].have}
+        intake = self._arriving.of(ticket, lambda: self._new_intake(ticket, state))
+        return {"done": False, "upload": ticket.upload, "have": intake.have}
+
+    def _new_intake(self, ticket: Ticket, state: SharedState) -> Intake:
+        chunks = state.chunks(ticket.fragment)
+        limit = norm_limit(state.norm(ticket.fragment), chunks.n, self.options.norm_bound)
+        return Intake(self._keeper.create_upload(ticket.upload), chunks, limit)
 
     def intake(self, upload: str) -> Intake:
         """Raises NotFound."""
-        if upload not in self._intakes:
-            raise NotFound("there is no such upload: ask for a ticket again")
-        return self._intakes[upload][1]
+        return self._arriving.named(upload)[1]
 
     async def take_chunk(self, intake: Intake, index: int, data: memoryview) -> None:
         """Check and keep one chunk. Raises Refused, Unfit."""
@@ -199,14 +202,13 @@ class Desk:
             await self._in(self._checkers, intake.take, index, data)
         except Unfit:
             self.counts.refused += 1
-            self._drop(lambda _, other: other is intake)
+            self._arriving.drop(intake)
             raise
 
     def finish(self, upload: str) -> dict[str, Any]:
         """All chunks are here: the submission counts from now on. Raises as `ticket`."""
         run, _ = self._ready()
-        intake = self.intake(upload)
-        ticket, _ = self._intakes[upload]
+        ticket, intake = self._arriving.named(upload)
         if not intake.is_whole:
             return {"done": False, "have": intake.have}
         who = ticket.who
@@ -219,7 +221,7 @@ class Desk:
         )
         if isinstance(verdict, Refusal):
             raise _refused(who, verdict)
-        del self._intakes[upload]
+        self._arriving.done(upload)
         if not verdict.repeat:
             self._keeper.record("take", submission.state_dict())
             _, effects = run.rounds.submit(self._clock(), submission)
@@ -429,17 +431,6 @@ class Desk:
         base = self.options.dylu_base_sync_every or run.agreed.sync_every
         speeds = {name: member.steps_per_s for name, member in run.rounds.members.items()}
         return local_steps(base, speeds, worker)
-
-    def _drop_older(self, ticket: Ticket) -> None:
-        """One upload a worker and fragment."""
-        mine = (ticket.who.worker, ticket.fragment)
-        self._drop(lambda other, _: (other.who.worker, other.fragment) == mine)
-
-    def _drop(self, unwanted: Callable[[Ticket, Intake], bool]) -> None:
-        for name, (ticket, intake) in list(self._intakes.items()):
-            if unwanted(ticket, intake):
-                intake.drop()
-                del self._intakes[name]
 
     def _note(self, what: str, level: int = logging.INFO) -> None:
         """In the log and on the page."""
