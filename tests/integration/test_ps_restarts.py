@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from integration.test_ps_faults import TOKENS, Voice
 from torchft.errors import SettingsError
 from torchft.parameter_server import checkpoints
 from torchft.parameter_server.auth import Scope
+from torchft.parameter_server.journal import Journal
 from torchft.parameter_server.options import ServerOptions
 from torchft.parameter_server.server import Address, DiLoCoServer
 
@@ -267,6 +272,42 @@ def test_workers_train_on_while_the_server_is_away(tmp_path: Path) -> None:
     assert torch.allclose(fleet.weights("a"), trained, atol=1e-6)
     assert worker.sync_count >= 3
     server.stop()
+
+
+# An error of ours that must not come back: the training of all workers ended with the 500.
+@pytest.mark.parametrize("what", ["take", "close"])
+def test_workers_train_on_while_the_servers_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    opts = options(tmp_path, workers=1, save_every=100, outer=plain_outer)
+    full, said = threading.Event(), threading.Event()
+    write = Journal.write
+
+    def write_where_room_is(self: Journal, kind: str, event: dict[str, Any]) -> None:
+        if full.is_set() and kind == what:
+            said.set()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, kind, event)
+
+    monkeypatch.setattr(Journal, "write", write_where_room_is)
+    with server_at(opts) as server:
+        voice = Voice(server.address)
+        fleet = Fleet(server.address, auth_token=voice.token)
+        worker = fleet.worker("a")
+        optimizer = worker.optimizer  # type: ignore[attr-defined]
+        with worker:
+            full.set()
+            train(fleet.models["a"], optimizer, 1, 15)
+            assert said.is_set()
+            full.clear()
+            until(lambda: voice.version() >= 1, "the work is taken when there is room")
+            train(fleet.models["a"], optimizer, 2, 5)
+            trained = fleet.weights("a").clone()
+        assert torch.allclose(fleet.weights("a"), trained, atol=1e-6), "nothing is lost"
+        before = weights_at(voice)
+        server.stop(save=False)
+    with server_at(opts) as again:
+        assert weights_at(Voice(again.address)) == before
 
 
 def test_a_server_that_forgot_everything_gets_the_weights_again(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from helpers.ps import Fleet, Net, options, plain_outer, train, until
 from integration.test_ps_faults import TOKENS, Voice
 from safetensors.torch import load_file, save_file
 
-from torchft.errors import MismatchError
+from torchft.errors import MismatchError, UnreachableError
 from torchft.parameter_server import chunks
 from torchft.parameter_server.chunks import Chunks
 from torchft.parameter_server.client import DiLoCoClient
@@ -203,6 +204,28 @@ class Wide(Voice):
     def __init__(self, server: str, worker: str) -> None:
         super().__init__(server, worker)
         self.shape = ModelShape((Parameter("w", (self.SIZE,), "float32"),), (Fragment(0, (0,)),))
+
+
+# An error of ours that must not come back: the 502 of a proxy ended the training.
+@pytest.mark.parametrize("status", [500, 502, 504, 507])
+def test_a_server_or_proxy_in_trouble_is_one_that_is_away(status: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(
+                    f"HTTP/1.1 {status} No\r\nContent-Length: 4\r\n\r\nwhy!".encode()
+                )
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        client = DiLoCoClient(f"127.0.0.1:{listener.getsockname()[1]}", timeout_s=5.0)
+        with pytest.raises(UnreachableError, match=f"{status}, why!"):
+            client.post("/v1/heartbeat", {})
+        client.close()
+        thread.join()
 
 
 def test_a_slow_reader_of_many_bytes_holds_up_nobody(tmp_path: Path) -> None:

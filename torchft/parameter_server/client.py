@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
 from torchft.errors import SettingsError, UnreachableError
-from torchft.parameter_server.refused import refusal_of
+from torchft.parameter_server.refused import NotReady, refusal_of
 
 __all__ = ["DiLoCoClient"]
 
@@ -91,7 +91,8 @@ class DiLoCoClient:
             assert self._connection is not None
             reply = self._connection.getresponse()
             if reply.status not in (200, 206):
-                raise refusal_of(reply.status, _reason(reply.read(_PIECE_BYTES)))
+                _check(reply.status, reply.read(_PIECE_BYTES))
+                raise http.client.HTTPException(f"{reply.status} for a file")
 
             def fill(memory: memoryview) -> None:
                 at = 0
@@ -152,8 +153,7 @@ class DiLoCoClient:
         body = reply.read()
         if reply.will_close:
             self.close()
-        if reply.status >= 400:
-            raise refusal_of(reply.status, _reason(body))
+        _check(reply.status, body)
         data = json.loads(body)
         if not isinstance(data, dict):
             raise http.client.HTTPException("the answer is no JSON object")
@@ -181,6 +181,14 @@ class DiLoCoClient:
         except BaseException:
             self.close()
             raise
+
+
+def _check(status: int, body: bytes) -> None:
+    # Whoever says 5xx, the server or a proxy before it, may be well again soon.
+    if status >= 500 and status != NotReady.status:
+        raise http.client.HTTPException(f"{status}, {_reason(body)}")
+    if status >= 400:
+        raise refusal_of(status, _reason(body))
 
 
 def _reason(body: bytes) -> str:

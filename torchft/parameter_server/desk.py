@@ -10,6 +10,7 @@ An order that matters: an event is decided, written to the journal, then carried
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -21,7 +22,6 @@ from typing import Any, TypeVar
 from torchft.parameter_server.arriving import Arriving
 from torchft.parameter_server.chronicle import Chronicle, Counts
 from torchft.parameter_server.claim import Claim
-from torchft.parameter_server.dylu import local_steps
 from torchft.parameter_server.initial import InitialWeights
 from torchft.parameter_server.intake import Intake, norm_limit
 from torchft.parameter_server.keeper import Keeper
@@ -62,6 +62,8 @@ class Desk:
         self._jobs: set[asyncio.Future[Any]] = set()
         self._saving = False
         self._claim: Claim | None = None
+        self._effects: list[Effect] = []
+        """Decided, and not in the journal yet."""
 
     # ------------------------------------------------------------------ begin and end
 
@@ -126,7 +128,7 @@ class Desk:
             "model": run.shape.to_json(),
             "beat_s": self.options.rules.beat_s,
             "mode": self.options.rules.mode,
-            "sync_every": self._steps_for(who.worker),
+            "sync_every": run.steps_for(who.worker, self.options),
             "send_weights": self._wants_weights_of(who),
         }
 
@@ -159,7 +161,7 @@ class Desk:
         if refusal is not None:
             raise Gone(f"{who.worker}: {refusal}; register again")
         self._carry_out(effects)
-        return {"sync_every": self._steps_for(who.worker), "versions": run.versions}
+        return {"sync_every": run.steps_for(who.worker, self.options), "versions": run.versions}
 
     def leave(self, who: Speaker) -> None:
         """It goes."""
@@ -221,9 +223,10 @@ class Desk:
         )
         if isinstance(verdict, Refusal):
             raise _refused(who, verdict)
-        self._arriving.done(upload)
         if not verdict.repeat:
             self._keeper.record("take", submission.state_dict())
+        self._arriving.done(upload)
+        if not verdict.repeat:
             _, effects = run.rounds.submit(self._clock(), submission)
             self.counts.submissions += 1
             self.counts.late += verdict.staleness > 0
@@ -311,7 +314,8 @@ class Desk:
     def tick(self) -> None:
         """Time has passed."""
         if self.run is not None:
-            self._carry_out(self.run.rounds.tick(self._clock()))
+            with contextlib.suppress(OSError):  # whoever asks is told
+                self._carry_out(self.run.rounds.tick(self._clock()))
 
     def kick(self, worker: str) -> bool:
         """Send a worker away; whether there was one."""
@@ -340,6 +344,7 @@ class Desk:
     async def save(self) -> Path:
         """Write a checkpoint of all that is decided by now. Raises OSError."""
         run, _ = self._ready()
+        self._carry_out([])
         number, spent = self._keeper.begin()
         decided = run.decided()
 
@@ -359,20 +364,22 @@ class Desk:
     # ------------------------------------------------------------------ how
 
     def _carry_out(self, effects: list[Effect]) -> None:
-        for effect in effects:
-            if isinstance(effect, Departed):
-                why = effect.why.name.lower()
-                self.counts.departures[why] = self.counts.departures.get(why, 0) + 1
-                self._note(f"worker {effect.worker} is gone: {effect.why}")
-                if effect.why is not Departure.REPLACED:  # that is what its new join says
-                    event = {"worker": effect.worker, "why": effect.why.name}
-                    self._keeper.record("gone", event)
-            else:
-                self._keeper.record_close(effect)
-                # At once: a checkpoint that is decided a moment later has to come after it.
-                apply = self._ready()[1].apply
-                stepped = self._soon(self._applier, apply, effect, self._keeper.upload)
-                self._start(self._step(effect, stepped))
+        """With those that the journal had no room for before. Raises OSError: it has none now."""
+        self._effects += effects
+        while self._effects:
+            self._keeper.record_effect(self._effects[0])
+            self._carry_out_one(self._effects.pop(0))
+
+    def _carry_out_one(self, effect: Effect) -> None:
+        if isinstance(effect, Departed):
+            why = effect.why.name.lower()
+            self.counts.departures[why] = self.counts.departures.get(why, 0) + 1
+            self._note(f"worker {effect.worker} is gone: {effect.why}")
+        else:
+            # At once: a checkpoint that is decided a moment later has to come after it.
+            apply = self._ready()[1].apply
+            stepped = self._soon(self._applier, apply, effect, self._keeper.upload)
+            self._start(self._step(effect, stepped))
 
     def _start(self, job: Any) -> None:
         task = asyncio.ensure_future(job)
@@ -423,14 +430,6 @@ class Desk:
         if run.state is None:
             raise NotReady("the first worker's weights are still to come")
         return run, run.state
-
-    def _steps_for(self, worker: str) -> int:
-        run = self._known()
-        if not self.options.dylu:
-            return run.agreed.sync_every
-        base = self.options.dylu_base_sync_every or run.agreed.sync_every
-        speeds = {name: member.steps_per_s for name, member in run.rounds.members.items()}
-        return local_steps(base, speeds, worker)
 
     def _note(self, what: str, level: int = logging.INFO) -> None:
         """In the log and on the page."""

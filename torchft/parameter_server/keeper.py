@@ -17,7 +17,8 @@ from torch import Tensor
 from torchft.parameter_server.checkpoints import Checkpoints, load
 from torchft.parameter_server.journal import Journal, line_of
 from torchft.parameter_server.options import ServerOptions
-from torchft.parameter_server.rounds import Close
+from torchft.parameter_server.rounds import Close, Effect
+from torchft.parameter_server.rules import Departure
 from torchft.parameter_server.spool import Spool
 
 __all__ = ["Keeper"]
@@ -92,10 +93,12 @@ class Keeper:
         if self._options.save_every:
             self.journal.write(kind, event)
 
-    def record_close(self, close: Close) -> None:
-        """The same, of a round."""
-        if self._options.save_every:
-            self.journal.write("close", line_of(close))
+    def record_effect(self, effect: Effect) -> None:
+        """The same, of what the rounds decided."""
+        if isinstance(effect, Close):
+            self.record("close", line_of(effect))
+        elif effect.why is not Departure.REPLACED:  # that is what its new join says
+            self.record("gone", {"worker": effect.worker, "why": effect.why.name})
 
     def upload(self, name: str) -> Path:
         """Where it lies."""

@@ -28,7 +28,7 @@ from torchft.parameter_server.member import Member
 from torchft.parameter_server.rules import Departure, Mode, Refusal, Rules, Waiting
 from torchft.parameter_server.submission import Share, Submission, shares
 
-__all__ = ["Close", "Gone", "OpenRound", "Rounds", "Taken", "Verdict"]
+__all__ = ["Close", "Effect", "Gone", "OpenRound", "Rounds", "Taken", "Verdict"]
 
 _REMEMBERED = 4096
 """Former sessions whose last numbers are kept, so that a late repeat is not counted again."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchft.errors import SettingsError
+from torchft.parameter_server.dylu import local_steps
 from torchft.parameter_server.journal import close_of
 from torchft.parameter_server.keeper import Keeper
 from torchft.parameter_server.options import Agreed, OuterOptions, ServerOptions
@@ -50,6 +51,14 @@ class Run:
     def pending(self) -> list[str]:
         """The uploads of open rounds."""
         return [s.upload for one in self.rounds.rounds for s in one.pending]
+
+    def steps_for(self, worker: str, options: ServerOptions) -> int:
+        """Inner steps that a worker should take between two submissions."""
+        if not options.dylu:
+            return self.agreed.sync_every
+        base = options.dylu_base_sync_every or self.agreed.sync_every
+        speeds = {name: member.steps_per_s for name, member in self.rounds.members.items()}
+        return local_steps(base, speeds, worker)
 
     def decided(self) -> dict[str, Any]:
         """What a checkpoint of now says; steps that are decided may still have to be taken."""
