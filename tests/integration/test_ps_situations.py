@@ -206,6 +206,17 @@ class Wide(Voice):
         self.shape = ModelShape((Parameter("w", (self.SIZE,), "float32"),), (Fragment(0, (0,)),))
 
 
+# An error of ours that must not come back: it waited ten minutes without a word.
+def test_a_worker_says_what_it_waits_for(caplog: pytest.LogCaptureFixture) -> None:
+    fleet = Fleet("127.0.0.1:1", timeout_s=0.5)
+    began = time.monotonic()
+    with caplog.at_level("WARNING"), pytest.raises(UnreachableError):
+        fleet.worker("a").start()
+    assert time.monotonic() - began < 10
+    assert "no answer from the parameter server at 127.0.0.1:1" in caplog.text
+    assert caplog.text.count("asking again for up to 0.5 s") == 1
+
+
 # An error of ours that must not come back: the 502 of a proxy ended the training.
 @pytest.mark.parametrize("status", [500, 502, 504, 507])
 def test_a_server_or_proxy_in_trouble_is_one_that_is_away(status: int) -> None:
