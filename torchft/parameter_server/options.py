@@ -135,13 +135,25 @@ class ServerOptions:
             )
         self.outer.build(self.rules)
 
+    @property
+    def _own(self) -> dict[str, Any]:
+        return {"sync_every": self.sync_every, "codec": self.codec, "fragments": self.fragments}
+
+    def differences(self, agreed: Agreed) -> list[str]:
+        """In words, what is said here and does not hold in a run that has begun."""
+        return [
+            f"{name} {value}, not {self._own[name]}"
+            for name, value in agreed.to_json().items()
+            if self._own[name] not in (None, value)
+        ]
+
     def agree(self, wished: Mapping[str, Any]) -> Agreed:
         """With the first worker.
 
         Raises:
             SettingsError: it asks for what cannot be.
         """
-        own = {"sync_every": self.sync_every, "codec": self.codec, "fragments": self.fragments}
+        own = self._own
         default = {"sync_every": 500, "codec": "bf16", "fragments": 1}
         asked = {name: wished.get(name) for name in own}
         return Agreed(

@@ -14,6 +14,7 @@ from torchft.errors import SettingsError
 from torchft.parameter_server.dylu import local_steps
 from torchft.parameter_server.journal import close_of
 from torchft.parameter_server.keeper import Keeper
+from torchft.parameter_server.model_files import files_of
 from torchft.parameter_server.options import Agreed, OuterOptions, ServerOptions
 from torchft.parameter_server.rounds import Rounds
 from torchft.parameter_server.rules import Departure
@@ -117,8 +118,10 @@ class Runs:
         Raises:
             SettingsError: what is there cannot be gone on from.
         """
-        saved = self._keeper.open()
+        saved, model = self._keeper.open(), self._options.model
         if saved is None:
+            if model is not None:
+                files_of(model)  # better now than when the first worker comes
             return None
         number, state, follows = saved
         run = self._of(state)
@@ -133,6 +136,8 @@ class Runs:
 
     def _of(self, saved: Mapping[str, Any]) -> Run:
         shape, agreed = ModelShape.from_json(saved["model"]), Agreed(**saved["agreed"])
+        for difference in self._options.differences(agreed):
+            logger.warning("the run goes on with its own settings: %s of the flags", difference)
         rounds = Rounds(self._options.rules, len(shape.fragments))
         rounds.load_state_dict(saved["rounds"], self._clock())
         rows = saved["rows"]
