@@ -190,6 +190,30 @@ def test_gigantic_json_is_not_read(server: DiLoCoServer) -> None:
     assert b" 408 " in answer or b" 413 " in answer
 
 
+# An error of ours that must not come back: these were a 500.
+@pytest.mark.parametrize("codec", [["int8"], {"int8": 1}, 8])
+def test_a_wish_that_is_no_name_of_a_codec_is_a_4xx(server: DiLoCoServer, codec: object) -> None:
+    with pytest.raises(Refused, match="codec"):
+        Voice(server.address).register(wished={"codec": codec})
+    assert lives(server)
+
+
+@pytest.mark.parametrize("least", ["x", None, 1.5, True, 0])
+def test_a_minimum_that_is_no_number_of_workers_is_a_4xx(
+    server: DiLoCoServer, least: object
+) -> None:
+    assert lives(server)
+    admin = Voice(server.address, "a", Scope.ADMIN)
+    with pytest.raises(Refused, match="min_workers: give a whole number"):
+        order = {"num_workers": 2, "min_workers": least}
+        admin.client.post("/v1/control/update_num_workers", order)
+
+
+def test_a_token_of_any_bytes_is_no_valid_one(server: DiLoCoServer) -> None:
+    head = b"GET /v1/status HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer \xff\xfe\r\n\r\n"
+    assert b" 401 " in raw(server, head)
+
+
 def test_another_model_is_refused_by_name_and_nobody_waits(server: DiLoCoServer) -> None:
     first = Voice(server.address, "first")
     first.begin()
@@ -270,6 +294,9 @@ def test_orders_of_the_admin(server: DiLoCoServer) -> None:
         admin.client.post("/v1/control/kick_worker", {"worker": "b"})
     with pytest.raises(Refused, match="no round could close"):
         admin.client.post("/v1/control/update_num_workers", {"num_workers": 1, "min_workers": 5})
+    admin.client.post("/v1/control/update_num_workers", {"num_workers": 5, "min_workers": 3})
+    admin.client.post("/v1/control/update_num_workers", {"num_workers": 4})
+    assert [admin.status()[name] for name in ("num_workers", "min_workers")] == [4, 3]
     assert "checkpoint" in admin.client.post("/v1/control/save_state", {})
 
 

@@ -197,9 +197,11 @@ def test_flags_that_differ_from_the_run_are_named(
 ) -> None:
     with server_at(options(tmp_path, workers=1, save_every=1)) as server:
         submit(voices(server.address)[0], 0)
-    other = options(tmp_path, workers=1, outer=OuterOptions(lr=0.1))
+    other = options(tmp_path, workers=1, outer=OuterOptions(lr=0.1), sync_every=7, codec="fp32")
     with caplog.at_level("WARNING"), server_at(other) as again:
         assert Voice(again.address).status()["outer_lr"] == 0.7
     assert "outer lr 0.7 and momentum 0.9, not with 0.1 and 0.9" in caplog.text
+    assert "with its own settings: sync_every 5, not 7 of the flags" in caplog.text
+    assert "codec" not in caplog.text
     with pytest.raises(SettingsError):
         OuterOptions().changed(-1.0, None)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from helpers.ps import Fleet, options, plain_outer, train, until
 from integration.test_ps_faults import TOKENS, Voice
 
+from torchft.errors import SettingsError
 from torchft.parameter_server import checkpoints
+from torchft.parameter_server.auth import Scope
+from torchft.parameter_server.journal import Journal
 from torchft.parameter_server.options import ServerOptions
 from torchft.parameter_server.server import Address, DiLoCoServer
 
@@ -19,6 +28,23 @@ def server_at(opts: ServerOptions, port: int = 0) -> DiLoCoServer:
 
 def weights_at(voice: Voice) -> str:
     return str(voice.news()["identity"])
+
+
+def killed_after(opts: ServerOptions, rounds: int, *, first: int = 0, save: bool = False) -> str:
+    """A server whose one worker has submitted so many times; what its weights were in the end."""
+    server = server_at(opts).start()
+    voice = Voice(server.address)
+    voice.begin()
+    at = voice.version()
+    for count in range(rounds):
+        voice.submit(0.1 * (first + count + 1), at + count, first + count + 1)
+        until(lambda count=count: voice.version() == at + count + 1, "a round")  # type: ignore[misc]
+    until(lambda: voice.status()["rounds"] == rounds, "its step is taken")
+    if opts.save_every == 1 or at == 0:
+        until(lambda: voice.status()["checkpoints"], "the first checkpoint")
+    before = weights_at(voice)
+    server.stop(save=save)
+    return before
 
 
 # An old failing that must not come back: SIGTERM after 3 rounds went back to round 2.
@@ -76,6 +102,136 @@ def test_a_cut_line_at_the_end_of_the_journal_is_no_event(tmp_path: Path) -> Non
         assert Voice(again.address).news()["version"] == 1
 
 
+# An error of ours that must not come back: events were added to the cut line, and lost with it.
+def test_what_follows_a_cut_line_outlives_the_next_kill(tmp_path: Path) -> None:
+    opts = options(tmp_path, workers=1, save_every=100, outer=plain_outer)
+    killed_after(opts, 1)
+    (newest,) = (tmp_path / "journal").glob("*.jsonl")
+    newest.write_text(newest.read_text() + '["close", {"frag')
+    before = killed_after(opts, 2, first=1)
+    with server_at(opts) as again:
+        assert Voice(again.address).news()["version"] == 3
+        assert weights_at(Voice(again.address)) == before
+
+
+def absent(path: Path) -> None:
+    path.unlink()
+
+
+def zeros(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+# An error of ours that must not come back: the server could not be started any more.
+@pytest.mark.parametrize("damage", [absent, zeros])
+def test_an_upload_that_a_power_failure_took_costs_what_came_after_it(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    opts = options(tmp_path, workers=1, save_every=100, outer=plain_outer)
+    before = killed_after(opts, 2)
+    killed_after(opts, 1, first=2)
+    uploads = (tmp_path / "spool" / "uploads").glob("*.row")
+    damage(max(uploads, key=lambda path: path.stat().st_mtime_ns))
+    for _ in range(2):
+        with server_at(opts) as again:
+            voice = Voice(again.address)
+            assert voice.news()["version"] == 2
+            assert weights_at(voice) == before
+    after = killed_after(opts, 1, first=2)
+    with server_at(opts) as again:
+        assert weights_at(Voice(again.address)) == after
+
+
+def test_a_lost_upload_of_an_open_round_is_sent_again(tmp_path: Path) -> None:
+    opts = options(tmp_path, workers=2, save_every=100, outer=plain_outer)
+    server = server_at(opts).start()
+    a, b = Voice(server.address, "a"), Voice(server.address, "b")
+    a.begin()
+    b.begin()
+    a.submit()
+    Voice(server.address, "x", Scope.ADMIN).client.post("/v1/control/save_state", {})
+    server.stop(save=False)
+    for path in (tmp_path / "spool" / "uploads").glob("*.row"):
+        absent(path)
+    with server_at(opts) as again:
+        a, b = Voice(again.address, "a"), Voice(again.address, "b")
+        assert a.submit() == {"done": True}
+        b.submit()
+        until(lambda: a.news()["version"] == 1, "the round closes")
+
+
+# An error of ours that must not come back: the journal of a checkpoint was done again over the one
+# before it, so that the rounds between the two were left out and their version said otherwise.
+def test_a_journal_is_not_done_again_over_an_older_checkpoint(tmp_path: Path) -> None:
+    opts = options(tmp_path, workers=1, save_every=100, outer=plain_outer)
+    before = killed_after(opts, 2, save=True)
+    killed_after(opts, 2, first=2, save=True)
+    killed_after(opts, 1, first=4)
+    found = checkpoints.Checkpoints(tmp_path / "checkpoints", 0).all()
+    assert checkpoints.load(found[-2])[1]["rounds"]["versions"] == [2]
+    (found[-1] / checkpoints.STATE).write_bytes(b"half")
+    with server_at(opts) as again:
+        assert Voice(again.address).news()["version"] == 2
+        assert weights_at(Voice(again.address)) == before
+    after = killed_after(opts, 1, first=5)
+    with server_at(opts) as again:
+        assert Voice(again.address).news()["version"] == 3
+        assert weights_at(Voice(again.address)) == after
+
+
+# An error of ours that must not come back: the next start went on from the newest one.
+def test_what_follows_a_named_checkpoint_outlives_a_kill(tmp_path: Path) -> None:
+    opts = options(tmp_path, workers=1, save_every=100, save_total_limit=0)
+    killed_after(opts, 2, save=True)
+    chosen = checkpoints.Checkpoints(tmp_path / "checkpoints", 0).all()[-1]
+    killed_after(opts, 2, first=2, save=True)
+    more = options(tmp_path, workers=1, save_every=100, from_checkpoint=chosen)
+    before = killed_after(more, 1, first=4)
+    with server_at(opts) as again:
+        assert Voice(again.address).news()["version"] == 3
+        assert weights_at(Voice(again.address)) == before
+
+
+# An error of ours that must not come back: the second deleted what the first was receiving, and
+# only then found that its port was taken.
+def test_a_second_server_in_the_same_folder_is_refused_and_touches_nothing(tmp_path: Path) -> None:
+    opts = options(tmp_path, workers=1, save_every=1, outer=plain_outer)
+    with server_at(opts) as server:
+        voice = Voice(server.address)
+        voice.begin()
+        upload = voice.ticket()["upload"]
+        for port in (server.port, 0):
+            with pytest.raises(SettingsError, match="end that one first, or give another -o"):
+                server_at(opts, port).start()
+        voice.put(f"/v1/uploads/{upload}", torch.full((1, voice.shape.size(0)), 0.1))
+        until(lambda: voice.news()["version"] == 1, "the round closes")
+    with server_at(opts) as again:
+        assert Voice(again.address).news()["version"] == 1
+
+
+# An error of ours that must not come back: who had left was a member again, and was waited for.
+@pytest.mark.parametrize("kicked", [False, True], ids=["left", "kicked"])
+def test_who_is_gone_stays_gone_when_the_server_is_killed(tmp_path: Path, kicked: bool) -> None:
+    opts = options(tmp_path, workers=2, save_every=100, outer=plain_outer)
+    server = server_at(opts).start()
+    a, b = Voice(server.address, "a"), Voice(server.address, "b")
+    a.begin()
+    b.begin()
+    b.submit(0.5)
+    if kicked:
+        order = {"worker": "b"}
+        Voice(server.address, "x", Scope.ADMIN).client.post("/v1/control/kick_worker", order)
+    else:
+        b.client.post("/v1/deregister", b.who)
+    server.stop(save=False)
+    with server_at(opts) as again:
+        a = Voice(again.address, "a")
+        assert list(a.status()["workers"]) == ["a"]
+        assert a.status()["fragments"][0]["pending"] == ([] if kicked else ["b"])
+        a.submit()
+        until(lambda: a.news()["version"] == 1, "nobody else is waited for")
+
+
 def test_going_on_from_a_named_checkpoint(tmp_path: Path) -> None:
     opts = options(tmp_path, workers=1, save_every=1, save_total_limit=0)
     with server_at(opts) as server:
@@ -116,6 +272,42 @@ def test_workers_train_on_while_the_server_is_away(tmp_path: Path) -> None:
     assert torch.allclose(fleet.weights("a"), trained, atol=1e-6)
     assert worker.sync_count >= 3
     server.stop()
+
+
+# An error of ours that must not come back: the training of all workers ended with the 500.
+@pytest.mark.parametrize("what", ["take", "close"])
+def test_workers_train_on_while_the_servers_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    opts = options(tmp_path, workers=1, save_every=100, outer=plain_outer)
+    full, said = threading.Event(), threading.Event()
+    write = Journal.write
+
+    def write_where_room_is(self: Journal, kind: str, event: dict[str, Any]) -> None:
+        if full.is_set() and kind == what:
+            said.set()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, kind, event)
+
+    monkeypatch.setattr(Journal, "write", write_where_room_is)
+    with server_at(opts) as server:
+        voice = Voice(server.address)
+        fleet = Fleet(server.address, auth_token=voice.token)
+        worker = fleet.worker("a")
+        optimizer = worker.optimizer  # type: ignore[attr-defined]
+        with worker:
+            full.set()
+            train(fleet.models["a"], optimizer, 1, 15)
+            assert said.is_set()
+            full.clear()
+            until(lambda: voice.version() >= 1, "the work is taken when there is room")
+            train(fleet.models["a"], optimizer, 2, 5)
+            trained = fleet.weights("a").clone()
+        assert torch.allclose(fleet.weights("a"), trained, atol=1e-6), "nothing is lost"
+        before = weights_at(voice)
+        server.stop(save=False)
+    with server_at(opts) as again:
+        assert weights_at(Voice(again.address)) == before
 
 
 def test_a_server_that_forgot_everything_gets_the_weights_again(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -16,11 +17,11 @@ from helpers.ps import Fleet, Net, options, plain_outer, train, until
 from integration.test_ps_faults import TOKENS, Voice
 from safetensors.torch import load_file, save_file
 
-from torchft.errors import MismatchError
+from torchft.errors import MismatchError, SettingsError, UnreachableError
 from torchft.parameter_server import chunks
 from torchft.parameter_server.chunks import Chunks
 from torchft.parameter_server.client import DiLoCoClient
-from torchft.parameter_server.refused import Conflict, Refused
+from torchft.parameter_server.refused import Conflict
 from torchft.parameter_server.rules import Mode
 from torchft.parameter_server.server import Address, DiLoCoServer
 from torchft.parameter_server.shape import ModelShape, Parameter
@@ -71,9 +72,8 @@ def test_a_model_of_another_shape_or_none_is_refused_in_words(tmp_path: Path) ->
         Fleet(server.address).worker("a").start()
     (tmp_path / "empty").mkdir()
     opts = options(tmp_path / "other", workers=1, model=tmp_path / "empty")
-    words = r"has no \.safetensors file"
-    with DiLoCoServer(opts) as server, pytest.raises(Refused, match=words):
-        Fleet(server.address).worker("a").start()
+    with pytest.raises(SettingsError, match=r"has no \.safetensors file"):
+        DiLoCoServer(opts).start()
 
 
 # ---------------------------------------------------------------------- speeds and schedules
@@ -203,6 +203,39 @@ class Wide(Voice):
     def __init__(self, server: str, worker: str) -> None:
         super().__init__(server, worker)
         self.shape = ModelShape((Parameter("w", (self.SIZE,), "float32"),), (Fragment(0, (0,)),))
+
+
+# An error of ours that must not come back: it waited ten minutes without a word.
+def test_a_worker_says_what_it_waits_for(caplog: pytest.LogCaptureFixture) -> None:
+    fleet = Fleet("127.0.0.1:1", timeout_s=0.5)
+    began = time.monotonic()
+    with caplog.at_level("WARNING"), pytest.raises(UnreachableError):
+        fleet.worker("a").start()
+    assert time.monotonic() - began < 10
+    assert "no answer from the parameter server at 127.0.0.1:1" in caplog.text
+    assert caplog.text.count("asking again for up to 0.5 s") == 1
+
+
+# An error of ours that must not come back: the 502 of a proxy ended the training.
+@pytest.mark.parametrize("status", [500, 502, 504, 507])
+def test_a_server_or_proxy_in_trouble_is_one_that_is_away(status: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(
+                    f"HTTP/1.1 {status} No\r\nContent-Length: 4\r\n\r\nwhy!".encode()
+                )
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        client = DiLoCoClient(f"127.0.0.1:{listener.getsockname()[1]}", timeout_s=5.0)
+        with pytest.raises(UnreachableError, match=f"{status}, why!"):
+            client.post("/v1/heartbeat", {})
+        client.close()
+        thread.join()
 
 
 def test_a_slow_reader_of_many_bytes_holds_up_nobody(tmp_path: Path) -> None:

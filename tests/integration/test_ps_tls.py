@@ -82,7 +82,7 @@ def test_a_server_with_another_certificate_gets_no_token(
     other, _ = certificate(tmp_path, "other")
     for trusted in (other, None):
         client = DiLoCoClient(f"https://{server.address}", token=WORKER, tls_ca=trusted)
-        with pytest.raises(UnreachableError, match="CERTIFICATE_VERIFY_FAILED"):
+        with pytest.raises(UnreachableError, match=r"CERTIFICATE_VERIFY_FAILED.*DILOCO_TLS_CA"):
             client.get("/v1/status")
 
 
@@ -92,6 +92,14 @@ def test_a_worker_that_speaks_plainly_is_told_nothing(server: DiLoCoServer) -> N
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as plain:
         plain.sendall(b"GET /v1/status HTTP/1.1\r\nHost: x\r\n\r\n")
         assert b"HTTP/1.1 200" not in plain.recv(4096)
+
+
+# An error of ours that must not come back: a worker tried again for ten minutes.
+def test_what_is_no_certificate_to_trust_is_said_at_once(tmp_path: Path) -> None:
+    (tmp_path / "no.pem").write_text("nothing")
+    for file in ("no.pem", "absent.pem"):
+        with pytest.raises(SettingsError, match=f"{file} .*check DILOCO_TLS_CA"):
+            DiLoCoClient("https://127.0.0.1:1", tls_ca=tmp_path / file)
 
 
 def test_files_that_are_no_certificate_are_refused(

@@ -45,6 +45,12 @@ class World:
         return self.weights.row(0)
 
 
+def test_a_compiled_model_has_the_names_of_the_one_that_it_was_compiled_from() -> None:
+    plain = nn.Linear(3, 3)
+    compiled = torch.compile(plain, backend="eager")
+    assert list(named_parameters(compiled)) == list(named_parameters(plain)) == ["weight", "bias"]
+
+
 def test_without_steps_in_flight_the_weights_become_the_base_bit_for_bit(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.move(0.1)

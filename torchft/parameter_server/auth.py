@@ -56,9 +56,9 @@ class Tokens:
 
     def scope_of(self, token: str) -> Scope | None:
         """What `token` allows; None: nothing."""
-        found = None
+        given, found = token.encode(errors="surrogateescape"), None  # it may be any bytes
         for scope, known in self.by_scope.items():
-            if hmac.compare_digest(token.encode(), known.encode()):
+            if hmac.compare_digest(given, known.encode()):
                 found = scope
         return found
 

@@ -150,6 +150,15 @@ class Chunks:
                 raise ChunkError(f"{path} ends within chunk {index}")
         return piece
 
+    def are_whole(self, path: Path) -> bool:
+        """All of a row is in the file, and good."""
+        try:
+            for index, data in enumerate(self.read(path)):
+                self.check(index, data)
+        except (ChunkError, OSError):
+            return False
+        return True
+
 
 class RowIdentity:
     """A short text that tells one fp32 row from another, from its chunks in their order.
@@ -184,4 +193,5 @@ def _checksum(data: memoryview, index: int) -> int:
     whole = len(data) & ~7
     words = np.frombuffer(data[:whole], "<u8").sum(dtype=np.uint64)
     tail = int.from_bytes(data[whole:], "little")
-    return (int(words) + tail + index * _MIX) % (1 << 64)
+    # From 1 on: what the system fills with zeros after a crash must not match.
+    return (int(words) + tail + (index + 1) * _MIX) % (1 << 64)

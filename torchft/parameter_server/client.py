@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
 from torchft.errors import SettingsError, UnreachableError
-from torchft.parameter_server.refused import refusal_of
+from torchft.parameter_server.refused import NotReady, refusal_of
 
 __all__ = ["DiLoCoClient"]
 
@@ -31,7 +31,7 @@ class DiLoCoClient:
     network, not the whole of a transfer that moves.
 
     Raises:
-        SettingsError: the address is none.
+        SettingsError: the address is none, or `tls_ca` is no certificate.
     """
 
     def __init__(
@@ -50,8 +50,8 @@ class DiLoCoClient:
         if url.scheme not in ("http", "https") or not host or not port:
             raise SettingsError(f"{server!r} is no address: give host:port, such as gpu-1:8512")
         self.host, self.port = host, port
-        self._secure = url.scheme == "https"
-        self._token, self._timeout_s, self._ca = token, timeout_s, tls_ca
+        self._context = _tls(tls_ca) if url.scheme == "https" else None
+        self._token, self._timeout_s = token, timeout_s
         self._connection: http.client.HTTPConnection | None = None
 
     def post(self, path: str, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,7 +91,8 @@ class DiLoCoClient:
             assert self._connection is not None
             reply = self._connection.getresponse()
             if reply.status not in (200, 206):
-                raise refusal_of(reply.status, _reason(reply.read(_PIECE_BYTES)))
+                _check(reply.status, reply.read(_PIECE_BYTES))
+                raise http.client.HTTPException(f"{reply.status} for a file")
 
             def fill(memory: memoryview) -> None:
                 at = 0
@@ -152,19 +153,17 @@ class DiLoCoClient:
         body = reply.read()
         if reply.will_close:
             self.close()
-        if reply.status >= 400:
-            raise refusal_of(reply.status, _reason(body))
+        _check(reply.status, body)
         data = json.loads(body)
         if not isinstance(data, dict):
             raise http.client.HTTPException("the answer is no JSON object")
         return data
 
     def _made(self) -> http.client.HTTPConnection:
-        if not self._secure:
+        if self._context is None:
             return http.client.HTTPConnection(self.host, self.port, timeout=self._timeout_s)
-        context = ssl.create_default_context(cafile=None if self._ca is None else str(self._ca))
         return http.client.HTTPSConnection(
-            self.host, self.port, timeout=self._timeout_s, context=context
+            self.host, self.port, timeout=self._timeout_s, context=self._context
         )
 
     @contextlib.contextmanager
@@ -174,13 +173,33 @@ class DiLoCoClient:
             yield
         except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
             self.close()
+            untrusted = isinstance(error, ssl.SSLCertVerificationError)
+            hint = "; DILOCO_TLS_CA names the certificate to trust" if untrusted else ""
             raise UnreachableError(
                 f"no answer from the parameter server at {self.host}:{self.port}: "
-                f"{type(error).__name__}: {error}"
+                f"{type(error).__name__}: {error}{hint}"
             ) from error
         except BaseException:
             self.close()
             raise
+
+
+def _tls(ca: Path | None) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=None if ca is None else str(ca))
+    except OSError as error:  # ssl.SSLError is one
+        reason = error.strerror or error
+        raise SettingsError(
+            f"cannot use {ca} as a certificate: {reason}; check DILOCO_TLS_CA"
+        ) from None
+
+
+def _check(status: int, body: bytes) -> None:
+    # Whoever says 5xx, the server or a proxy before it, may be well again soon.
+    if status >= 500 and status != NotReady.status:
+        raise http.client.HTTPException(f"{status}, {_reason(body)}")
+    if status >= 400:
+        raise refusal_of(status, _reason(body))
 
 
 def _reason(body: bytes) -> str:

@@ -10,6 +10,7 @@ An order that matters: an event is decided, written to the journal, then carried
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -18,8 +19,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torchft.parameter_server.arriving import Arriving
 from torchft.parameter_server.chronicle import Chronicle, Counts
-from torchft.parameter_server.dylu import local_steps
+from torchft.parameter_server.claim import Claim
 from torchft.parameter_server.initial import InitialWeights
 from torchft.parameter_server.intake import Intake, norm_limit
 from torchft.parameter_server.keeper import Keeper
@@ -55,13 +57,16 @@ class Desk:
         self.failed: asyncio.Future[None] | None = None
         self._keeper = Keeper(options)
         self._runs = Runs(options, self._keeper, clock)
-        self._intakes: dict[str, tuple[Ticket, Intake]] = {}
+        self._arriving = Arriving()
         self._initial: InitialWeights | None = None
         self._applier = ThreadPoolExecutor(1, "outer-step")
         self._checkers = ThreadPoolExecutor(2, "intake")
         self._news = asyncio.Event()
         self._jobs: set[asyncio.Future[Any]] = set()
         self._saving = False
+        self._claim: Claim | None = None
+        self._effects: list[Effect] = []
+        """Decided, and not in the journal yet."""
 
     # ------------------------------------------------------------------ begin and end
 
@@ -72,6 +77,7 @@ class Desk:
             SettingsError: what is there cannot be gone on from.
         """
         self.failed = asyncio.get_running_loop().create_future()
+        self._claim = Claim(self.options.output_dir)
         await self._in(self._applier, self._runs.warm_up)
         self.run = await self._in(self._applier, self._runs.restored)
 
@@ -93,6 +99,8 @@ class Desk:
             await self.save()
         self._applier.shutdown()
         self._checkers.shutdown()
+        if self._claim is not None:
+            self._claim.release()
 
     # ------------------------------------------------------------------ what workers ask
 
@@ -123,7 +131,7 @@ class Desk:
             "model": run.shape.to_json(),
             "beat_s": self.options.rules.beat_s,
             "mode": self.options.rules.mode,
-            "sync_every": self._steps_for(who.worker),
+            "sync_every": run.steps_for(who.worker, self.options),
             "send_weights": self._wants_weights_of(who),
         }
 
@@ -156,7 +164,7 @@ class Desk:
         if refusal is not None:
             raise Gone(f"{who.worker}: {refusal}; register again")
         self._carry_out(effects)
-        return {"sync_every": self._steps_for(who.worker), "versions": run.versions}
+        return {"sync_every": run.steps_for(who.worker, self.options), "versions": run.versions}
 
     def leave(self, who: Speaker) -> None:
         """It goes."""
@@ -180,20 +188,17 @@ class Desk:
             raise _refused(who, verdict)
         if verdict.repeat:
             return {"done": True}
-        name = ticket.upload
-        if name not in self._intakes:
-            self._drop_older(ticket)
-            n = run.shape.size(ticket.fragment)
-            limit = norm_limit(state.norm(ticket.fragment), n, self.options.norm_bound)
-            intake = Intake(self._keeper.create_upload(name), state.chunks(ticket.fragment), limit)
-            self._intakes[name] = (ticket, intake)
-        return {"done": False, "upload": name, "have": self._intakes[name][1].have}
+        intake = self._arriving.of(ticket, lambda: self._new_intake(ticket, state))
+        return {"done": False, "upload": ticket.upload, "have": intake.have}
+
+    def _new_intake(self, ticket: Ticket, state: SharedState) -> Intake:
+        chunks = state.chunks(ticket.fragment)
+        limit = norm_limit(state.norm(ticket.fragment), chunks.n, self.options.norm_bound)
+        return Intake(self._keeper.create_upload(ticket.upload), chunks, limit)
 
     def intake(self, upload: str) -> Intake:
         """Raises NotFound."""
-        if upload not in self._intakes:
-            raise NotFound("there is no such upload: ask for a ticket again")
-        return self._intakes[upload][1]
+        return self._arriving.named(upload)[1]
 
     async def take_chunk(self, intake: Intake, index: int, data: memoryview) -> None:
         """Check and keep one chunk. Raises Refused, Unfit."""
@@ -202,13 +207,13 @@ class Desk:
             await self._in(self._checkers, intake.take, index, data)
         except Unfit:
             self.counts.refused += 1
-            self._drop(lambda _, other: other is intake)
+            self._arriving.drop(intake)
             raise
 
     def finish(self, upload: str) -> dict[str, Any]:
         """All chunks are here: the submission counts from now on. Raises as `ticket`."""
         run, _ = self._ready()
-        ticket, intake = self._intakes[upload]
+        ticket, intake = self._arriving.named(upload)
         if not intake.is_whole:
             return {"done": False, "have": intake.have}
         who = ticket.who
@@ -221,9 +226,10 @@ class Desk:
         )
         if isinstance(verdict, Refusal):
             raise _refused(who, verdict)
-        del self._intakes[upload]
         if not verdict.repeat:
             self._keeper.record("take", submission.state_dict())
+        self._arriving.done(upload)
+        if not verdict.repeat:
             _, effects = run.rounds.submit(self._clock(), submission)
             self.counts.submissions += 1
             self.counts.late += verdict.staleness > 0
@@ -295,6 +301,7 @@ class Desk:
             alive = holder is not None and holder.session == self._initial.who.session
             if alive and holder and not holder.is_silent(self._clock(), self.options.rules):
                 return False
+            self._initial.drop()
             self._initial = None
         if self._initial is None:
             self._initial = InitialWeights(who, run.shape, self._keeper.uploads)
@@ -312,7 +319,8 @@ class Desk:
         if self.run is None:
             return longest_s
         now = self._clock()
-        self._carry_out(self.run.rounds.tick(now))
+        with contextlib.suppress(OSError):  # whoever asks is told
+            self._carry_out(self.run.rounds.tick(now))
         at = self.run.rounds.next_at(now)
         return longest_s if at is None else min(longest_s, at - now + _PAST_S)
 
@@ -323,9 +331,11 @@ class Desk:
         self._carry_out(run.rounds.leave(self._clock(), worker, None, Departure.KICKED))
         return there
 
-    def expect(self, workers: int, min_workers: int) -> None:
+    def expect(self, workers: int, min_workers: int | None) -> None:
         """Another number of workers. Raises SettingsError."""
-        self._carry_out(self._known().rounds.expect(self._clock(), workers, min_workers))
+        rounds = self._known().rounds
+        least = rounds.rules.min_workers if min_workers is None else min_workers
+        self._carry_out(rounds.expect(self._clock(), workers, least))
 
     def update_optimizer(self, lr: float | None, momentum: float | None) -> OuterOptions:
         """Others for the rounds that close from now on. Raises SettingsError, NotReady."""
@@ -341,6 +351,7 @@ class Desk:
     async def save(self) -> Path:
         """Write a checkpoint of all that is decided by now. Raises OSError."""
         run, _ = self._ready()
+        self._carry_out([])
         number, spent = self._keeper.begin()
         decided = run.decided()
 
@@ -360,17 +371,22 @@ class Desk:
     # ------------------------------------------------------------------ how
 
     def _carry_out(self, effects: list[Effect]) -> None:
-        for effect in effects:
-            if isinstance(effect, Departed):
-                why = effect.why.name.lower()
-                self.counts.departures[why] = self.counts.departures.get(why, 0) + 1
-                self._note(f"worker {effect.worker} is gone: {effect.why}")
-            else:
-                self._keeper.record_close(effect)
-                # At once: a checkpoint that is decided a moment later has to come after it.
-                apply = self._ready()[1].apply
-                stepped = self._soon(self._applier, apply, effect, self._keeper.upload)
-                self._start(self._step(effect, stepped))
+        """With those that the journal had no room for before. Raises OSError: it has none now."""
+        self._effects += effects
+        while self._effects:
+            self._keeper.record_effect(self._effects[0])
+            self._carry_out_one(self._effects.pop(0))
+
+    def _carry_out_one(self, effect: Effect) -> None:
+        if isinstance(effect, Departed):
+            why = effect.why.name.lower()
+            self.counts.departures[why] = self.counts.departures.get(why, 0) + 1
+            self._note(f"worker {effect.worker} is gone: {effect.why}")
+        else:
+            # At once: a checkpoint that is decided a moment later has to come after it.
+            apply = self._ready()[1].apply
+            stepped = self._soon(self._applier, apply, effect, self._keeper.upload)
+            self._start(self._step(effect, stepped))
 
     def _start(self, job: Any) -> None:
         task = asyncio.ensure_future(job)
@@ -421,25 +437,6 @@ class Desk:
         if run.state is None:
             raise NotReady("the first worker's weights are still to come")
         return run, run.state
-
-    def _steps_for(self, worker: str) -> int:
-        run = self._known()
-        if not self.options.dylu:
-            return run.agreed.sync_every
-        base = self.options.dylu_base_sync_every or run.agreed.sync_every
-        speeds = {name: member.steps_per_s for name, member in run.rounds.members.items()}
-        return local_steps(base, speeds, worker)
-
-    def _drop_older(self, ticket: Ticket) -> None:
-        """One upload a worker and fragment."""
-        mine = (ticket.who.worker, ticket.fragment)
-        self._drop(lambda other, _: (other.who.worker, other.fragment) == mine)
-
-    def _drop(self, unwanted: Callable[[Ticket, Intake], bool]) -> None:
-        for name, (ticket, intake) in list(self._intakes.items()):
-            if unwanted(ticket, intake):
-                intake.drop()
-                del self._intakes[name]
 
     def _note(self, what: str, level: int = logging.INFO) -> None:
         """In the log and on the page."""

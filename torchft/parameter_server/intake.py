@@ -3,16 +3,21 @@
     have = 0 … count        whole chunks that are here and good; a broken transfer goes on there
     ok                      all are here, all numbers are finite, and the norm is within the bound
 
-Nothing here touches the shared weights: a bad upload is its sender's trouble alone.
+Nothing here touches the shared weights: a bad upload is its sender's trouble alone. Two connections
+may bring the same chunk at once, when a worker that was cut off comes back sooner than its old
+connection runs dry: chunks are taken one at a time.
 """
 
 from __future__ import annotations
 
+import errno
 import math
+import os
+import threading
 from pathlib import Path
 
 from torchft.parameter_server.chunks import ChunkError, Chunks
-from torchft.parameter_server.refused import Interrupted, Unfit
+from torchft.parameter_server.refused import Interrupted, NotFound, Unfit
 
 __all__ = ["Intake", "norm_limit"]
 
@@ -33,6 +38,8 @@ class Intake:
         self.path, self.chunks, self.limit = path, chunks, limit
         self.have = 0
         self._squares = 0.0
+        self._dropped = False
+        self._lock = threading.Lock()
         chunks.room(path)
 
     @property
@@ -46,9 +53,15 @@ class Intake:
         Raises:
             Interrupted: it is damaged, or another was to come.
             Unfit: it has NaN or infinity, or the norm is beyond the limit.
+            NotFound: the upload was given up meanwhile.
         """
-        if index < self.have:
-            return
+        with self._lock:
+            if self._dropped:
+                raise NotFound("this upload was given up: ask for a ticket again")
+            if index >= self.have:
+                self._take_next(index, data)
+
+    def _take_next(self, index: int, data: memoryview) -> None:
         if index > self.have:
             raise Interrupted(
                 f"chunk {index} came, and chunk {self.have} was to come: go on from there"
@@ -60,7 +73,8 @@ class Intake:
         self._judge(norm)
         with self.path.open("r+b", buffering=0) as file:
             file.seek(self.chunks.offset(index))
-            file.write(data)
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         self.have += 1
 
     def _judge(self, norm: float) -> None:
@@ -78,4 +92,5 @@ class Intake:
 
     def drop(self) -> None:
         """It will not be needed."""
+        self._dropped = True
         self.path.unlink(missing_ok=True)

@@ -17,7 +17,8 @@ from torch import Tensor
 from torchft.parameter_server.checkpoints import Checkpoints, load
 from torchft.parameter_server.journal import Journal, line_of
 from torchft.parameter_server.options import ServerOptions
-from torchft.parameter_server.rounds import Close
+from torchft.parameter_server.rounds import Close, Effect
+from torchft.parameter_server.rules import Departure
 from torchft.parameter_server.spool import Spool
 
 __all__ = ["Keeper"]
@@ -68,23 +69,36 @@ class Keeper:
             return None
         known = (int(path.name.split("-")[1]) for path in self._checkpoints.all())
         self.number = max([saved[0], *known])
-        if chosen is None:
+        follows = chosen is None and self._journal_follows(saved[0])
+        if follows:
             self.journal.begin(saved[0])
         else:
-            self.number += 1
-            self.journal.forget(self.number)
+            self.number = max(self.number, self.journal.clear()) + 1
             self.journal.begin(self.number)
-        return (*saved, chosen is None)
+        return (*saved, follows)
+
+    def _journal_follows(self, number: int) -> bool:
+        """With the checkpoint after it, a journal loses what was between the two."""
+        if number == self.number or self.journal.has(number):
+            return True
+        logger.warning(
+            "the rounds between checkpoint %d and checkpoint %d, which is damaged, are lost, and "
+            "so are those after it",
+            *(number, self.number),
+        )
+        return False
 
     def record(self, kind: str, event: dict[str, Any]) -> None:
         """Before an event has an effect."""
         if self._options.save_every:
             self.journal.write(kind, event)
 
-    def record_close(self, close: Close) -> None:
-        """The same, of a round."""
-        if self._options.save_every:
-            self.journal.write("close", line_of(close))
+    def record_effect(self, effect: Effect) -> None:
+        """The same, of what the rounds decided."""
+        if isinstance(effect, Close):
+            self.record("close", line_of(effect))
+        elif effect.why is not Departure.REPLACED:  # that is what its new join says
+            self.record("gone", {"worker": effect.worker, "why": effect.why.name})
 
     def upload(self, name: str) -> Path:
         """Where it lies."""

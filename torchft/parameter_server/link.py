@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -207,15 +208,18 @@ class Link:
 
     def _patiently(self, call: Callable[[], Any], timeout_s: float) -> Any:
         """Again and again while the server is away, not ready, or knows an older process."""
-        waited, pause = 0.0, _FIRST_PAUSE_S
+        began, pause = time.monotonic(), _FIRST_PAUSE_S
         while True:
             try:
                 return call()
             except (UnreachableError, NotReady, Conflict) as error:
                 limit = min(timeout_s, _TAKEN_ID_S) if isinstance(error, Conflict) else timeout_s
-                if waited >= limit or self._end.wait(pause):
+                left = limit - (time.monotonic() - began)
+                if left <= 0 or self._end.wait(min(pause, left)):
                     raise
-                waited, pause = waited + pause, min(2 * pause, _LONGEST_PAUSE_S)
+                if pause == _FIRST_PAUSE_S:
+                    logger.warning("%s; asking again for up to %g s", error, limit)
+                pause = min(2 * pause, _LONGEST_PAUSE_S)
 
     # ------------------------------------------------------------------ flights
 

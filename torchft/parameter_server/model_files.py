@@ -10,7 +10,7 @@ from torch import Tensor
 from torchft.errors import MismatchError, SettingsError
 from torchft.parameter_server.shape import ModelShape
 
-__all__ = ["read_model", "rows_of_model"]
+__all__ = ["files_of", "read_model", "rows_of_model"]
 
 
 def read_model(folder: Path) -> dict[str, Tensor]:
@@ -22,6 +22,17 @@ def read_model(folder: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    found: dict[str, Tensor] = {}
+    for path in files_of(folder):
+        try:
+            found |= load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise SettingsError(f"cannot read {path}: {error}") from None
+    return found
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The safetensors files. Raises SettingsError: there is none."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise SettingsError(
@@ -29,13 +40,7 @@ def read_model(folder: Path) -> dict[str, Tensor]:
             "save_pretrained(..., safe_serialization=True), or start without a model and the first "
             "worker's weights begin the run"
         )
-    found: dict[str, Tensor] = {}
-    for path in files:
-        try:
-            found |= load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise SettingsError(f"cannot read {path}: {error}") from None
-    return found
+    return files
 
 
 def rows_of_model(shape: ModelShape, tensors: dict[str, Tensor]) -> list[Tensor]:

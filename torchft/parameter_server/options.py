@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -35,6 +36,8 @@ class Agreed:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise SettingsError(f"{name}={value!r}: it must be a whole number, at least 1")
+        if not isinstance(self.codec, str):
+            raise SettingsError(f"codec={str(self.codec)[:40]!r}: give the name of a codec")
         codec_of(self.codec)
         if self.fragments > self.sync_every:
             raise SettingsError(
@@ -67,8 +70,8 @@ class OuterOptions:
     are expected; 0: momentum moves with every submission."""
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise SettingsError(f"outer_lr={self.lr:g}: it must be above 0")
+        if not 0 < self.lr < math.inf:
+            raise SettingsError(f"outer_lr={self.lr:g}: it must be above 0, and finite")
         if not 0 <= self.momentum < 1:
             raise SettingsError(f"outer_momentum={self.momentum:g}: it must be from 0 to below 1")
         if self.dn_buffer_size is not None and self.dn_buffer_size < 0:
@@ -121,8 +124,10 @@ class ServerOptions:
         for name in ("save_every", "save_total_limit"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"{name}={getattr(self, name)}: it must be at least 0")
-        if self.norm_bound < 0:
-            raise SettingsError(f"norm_bound={self.norm_bound:g}: it must be at least 0")
+        if not 0 <= self.norm_bound < math.inf:
+            raise SettingsError(
+                f"norm_bound={self.norm_bound:g}: it must be at least 0, and finite; 0: no bound"
+            )
         if self.dylu and self.rules.mode is Mode.SYNCHRONOUS:
             raise SettingsError(
                 "dylu gives slower workers fewer steps, which a synchronous round cannot use: "
@@ -130,13 +135,25 @@ class ServerOptions:
             )
         self.outer.build(self.rules)
 
+    @property
+    def _own(self) -> dict[str, Any]:
+        return {"sync_every": self.sync_every, "codec": self.codec, "fragments": self.fragments}
+
+    def differences(self, agreed: Agreed) -> list[str]:
+        """In words, what is said here and does not hold in a run that has begun."""
+        return [
+            f"{name} {value}, not {self._own[name]}"
+            for name, value in agreed.to_json().items()
+            if self._own[name] not in (None, value)
+        ]
+
     def agree(self, wished: Mapping[str, Any]) -> Agreed:
         """With the first worker.
 
         Raises:
             SettingsError: it asks for what cannot be.
         """
-        own = {"sync_every": self.sync_every, "codec": self.codec, "fragments": self.fragments}
+        own = self._own
         default = {"sync_every": 500, "codec": "bf16", "fragments": 1}
         asked = {name: wished.get(name) for name in own}
         return Agreed(

@@ -28,7 +28,7 @@ from torchft.parameter_server.member import Member
 from torchft.parameter_server.rules import Departure, Mode, Refusal, Rules, Waiting
 from torchft.parameter_server.submission import Share, Submission, shares
 
-__all__ = ["Close", "Gone", "OpenRound", "Rounds", "Taken", "Verdict"]
+__all__ = ["Close", "Effect", "Gone", "OpenRound", "Rounds", "Taken", "Verdict"]
 
 _REMEMBERED = 4096
 """Former sessions whose last numbers are kept, so that a late repeat is not counted again."""
@@ -263,6 +263,21 @@ class Rounds:
         taken = self._former.pop((worker, session), {})
         self.members.setdefault(worker, Member(session, now, beat_s, taken=taken))
         self._start()
+
+    def redo_leave(self, worker: str, why: Departure) -> None:
+        """A departure after the checkpoint, from the journal."""
+        member = self.members.get(worker)
+        if member is not None:
+            if why is Departure.KICKED:
+                self._drop_pending(worker, member)
+            self._remove(worker, why)
+
+    def lose(self, submission: Submission) -> None:
+        """The numbers of a pending one are not there any more: its worker may send them again."""
+        self.rounds[submission.fragment].pending.remove(submission)
+        member = self._member(submission.worker, submission.session)
+        if member is not None:
+            member.taken[submission.fragment] = submission.number - 1
 
     def redo_take(self, submission: Submission) -> None:
         """A submission after the checkpoint, from the journal."""

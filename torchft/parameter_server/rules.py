@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -81,9 +82,9 @@ class Rules:
                 f"min_workers={self.min_workers} of {self.workers} expected workers: no round "
                 "could close; lower it, or expect more workers"
             )
-        if not self.grace_s > 0:
-            raise SettingsError(f"grace_s={self.grace_s:g}: give seconds above 0")
-        if self.heartbeat_timeout_s and self.heartbeat_timeout_s < self.grace_s:
+        if not 0 < self.grace_s < math.inf:
+            raise SettingsError(f"grace_s={self.grace_s:g}: give seconds above 0, and finite")
+        if self.heartbeat_timeout_s and not self.heartbeat_timeout_s >= self.grace_s:
             raise SettingsError(
                 f"heartbeat_timeout_s={self.heartbeat_timeout_s:g} is shorter than "
                 f"grace_s={self.grace_s:g}: a member would be gone before it counts as silent"

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from torchft.errors import SettingsError
+from torchft.parameter_server.dylu import local_steps
 from torchft.parameter_server.journal import close_of
 from torchft.parameter_server.keeper import Keeper
+from torchft.parameter_server.model_files import files_of
 from torchft.parameter_server.options import Agreed, OuterOptions, ServerOptions
 from torchft.parameter_server.rounds import Rounds
+from torchft.parameter_server.rules import Departure
 from torchft.parameter_server.shape import ModelShape
 from torchft.parameter_server.shared import SharedState
 from torchft.parameter_server.submission import Submission
@@ -49,6 +52,14 @@ class Run:
     def pending(self) -> list[str]:
         """The uploads of open rounds."""
         return [s.upload for one in self.rounds.rounds for s in one.pending]
+
+    def steps_for(self, worker: str, options: ServerOptions) -> int:
+        """Inner steps that a worker should take between two submissions."""
+        if not options.dylu:
+            return self.agreed.sync_every
+        base = options.dylu_base_sync_every or self.agreed.sync_every
+        speeds = {name: member.steps_per_s for name, member in self.rounds.members.items()}
+        return local_steps(base, speeds, worker)
 
     def decided(self) -> dict[str, Any]:
         """What a checkpoint of now says; steps that are decided may still have to be taken."""
@@ -107,19 +118,26 @@ class Runs:
         Raises:
             SettingsError: what is there cannot be gone on from.
         """
-        saved = self._keeper.open()
+        saved, model = self._keeper.open(), self._options.model
         if saved is None:
+            if model is not None:
+                files_of(model)  # better now than when the first worker comes
             return None
-        number, state, journal_holds = saved
+        number, state, follows = saved
         run = self._of(state)
-        if journal_holds:
+        self._lose_damaged(run)
+        if follows:
             self._redo(run, number)
+        elif self._options.save_every:
+            self._save(run)  # what happens from here on has to follow something
         self._keeper.delete_all_but(run.pending)
         logger.info("going on from checkpoint %d at versions %s", number, run.versions)
         return run
 
     def _of(self, saved: Mapping[str, Any]) -> Run:
         shape, agreed = ModelShape.from_json(saved["model"]), Agreed(**saved["agreed"])
+        for difference in self._options.differences(agreed):
+            logger.warning("the run goes on with its own settings: %s of the flags", difference)
         rounds = Rounds(self._options.rules, len(shape.fragments))
         rounds.load_state_dict(saved["rounds"], self._clock())
         rows = saved["rows"]
@@ -147,23 +165,62 @@ class Runs:
             )
         return outer
 
-    def _redo(self, run: Run, number: int) -> None:
-        """What happened after the checkpoint happens again."""
+    def _save(self, run: Run) -> None:
+        number, spent = self._keeper.begin()
+        self._keeper.write(number, run.saved(run.decided()), run.model())
+        self._keeper.end(number, spent)
+
+    def _lose_damaged(self, run: Run) -> None:
+        """Uploads are not forced to disk: after a power failure one may be gone."""
+        for one in run.rounds.rounds:
+            for submission in [s for s in one.pending if not self._is_there(run, s)]:
+                logger.warning("the work of %s that was pending is lost", submission.worker)
+                run.rounds.lose(submission)
+
+    def _is_there(self, run: Run, submission: Submission) -> bool:
         assert run.state is not None
-        now = self._clock()
+        chunks = run.state.chunks(submission.fragment)
+        return chunks.are_whole(self._keeper.upload(submission.upload))
+
+    def _redo(self, run: Run, number: int) -> None:
+        """What happened after the checkpoint happens again, as far as its uploads are there."""
         for kind, event in self._keeper.journal.after(number):
-            if kind == "join":
-                run.rounds.redo_join(now, event["worker"], event["session"], event["beat_s"])
-            elif kind == "take":
-                run.rounds.redo_take(Submission(**event))
-            elif kind == "optimizer":
-                run.outer = run.outer.changed(**event)
-                run.state.outer.change(**run.outer.settings)
-            else:
-                close = close_of(event)
-                run.rounds.redo_close(close)
-                run.state.apply(close, self._keeper.upload)
-                self._keeper.spend(close)
+            if not self._can_redo(run, kind, event):
+                logger.warning(
+                    "an upload after checkpoint %d is lost or damaged: the run goes on at versions "
+                    "%s, from before it",
+                    *(number, run.versions),
+                )
+                self._keeper.journal.cut()
+                return
+            self._redo_one(run, kind, event)
+
+    def _can_redo(self, run: Run, kind: str, event: dict[str, Any]) -> bool:
+        if kind == "take":
+            return self._is_there(run, Submission(**event))
+        if kind == "close":
+            close = close_of(event)
+            pending = run.rounds.rounds[close.fragment].pending
+            return all(share.submission in pending for share in close.shares)
+        return True
+
+    def _redo_one(self, run: Run, kind: str, event: dict[str, Any]) -> None:
+        assert run.state is not None
+        if kind == "join":
+            session, beat_s = event["session"], event["beat_s"]
+            run.rounds.redo_join(self._clock(), event["worker"], session, beat_s)
+        elif kind == "gone":
+            run.rounds.redo_leave(event["worker"], Departure[event["why"]])
+        elif kind == "take":
+            run.rounds.redo_take(Submission(**event))
+        elif kind == "optimizer":
+            run.outer = run.outer.changed(**event)
+            run.state.outer.change(**run.outer.settings)
+        else:
+            close = close_of(event)
+            run.rounds.redo_close(close)
+            run.state.apply(close, self._keeper.upload)
+            self._keeper.spend(close)
 
 
 @dataclass(frozen=True)

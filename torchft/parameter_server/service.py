@@ -53,6 +53,7 @@ LONGEST_WAIT_S = 5.0
 """A request for news is answered after this time at the latest."""
 MAX_JSON_BYTES = 8 << 20
 """About a hundred thousand parameters."""
+_NO_ROOM = 507
 _FILE = re.compile(r"f\d+-v\d+(?:-[0-9a-f]{16})?\.(?:delta|whole)")
 
 
@@ -116,6 +117,9 @@ class Service:
             except (ConnectionError, asyncio.IncompleteReadError):
                 reason = "the body ended early: go on from there"
                 return _refusal(request, Interrupted.status, reason)
+            except OSError as error:
+                # Workers train on and ask again: there may be room by then.
+                return _refusal(request, _NO_ROOM, f"the server cannot write: {error.strerror}")
 
         return answer
 
@@ -254,8 +258,8 @@ class Service:
                     raise NotFound("there is no such worker")
             case "update_num_workers":
                 workers = whole(data, "num_workers", 1)
-                least = data.get("min_workers", self.desk.options.rules.min_workers)
-                self.desk.expect(workers, least)
+                given = "min_workers" in data
+                self.desk.expect(workers, whole(data, "min_workers", 1) if given else None)
             case "update_optimizer":
                 return web.json_response(self._update_optimizer(data))
             case "shutdown":

@@ -51,7 +51,9 @@ def named_parameters(model: nn.Module, ranks: Ranks = ALONE) -> dict[str, nn.Par
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        return model.module
+        return _unwrapped(model.module)
+    if isinstance(compiled_from := getattr(model, "_orig_mod", None), nn.Module):
+        return _unwrapped(compiled_from)  # the same parameters
     kinds = {type(module).__name__ for module in model.modules()}
     if "FullyShardedDataParallel" in kinds:
         raise SettingsError(

@@ -26,7 +26,8 @@ _METRICS = (
 
 def status_of(desk: Desk, now: float, uptime_s: float) -> dict[str, Any]:
     """For `diloco status` and the page."""
-    rules, counts, run = desk.options.rules, desk.counts, desk.run
+    counts, run = desk.counts, desk.run
+    rules = desk.options.rules if run is None else run.rounds.rules  # orders change them
     outer = desk.options.outer if run is None else run.outer
     evicted = counts.departures.get("silent", 0) + counts.departures.get("replaced", 0)
     common: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import uuid
 from dataclasses import dataclass, fields
@@ -58,7 +59,7 @@ class WorkerOptions:
             raise SettingsError(f"no codec {self.codec!r}: give one of {', '.join(codec_names())}")
         if not 0 <= self.mix < 1:
             raise SettingsError(f"mix={self.mix:g}: it must be from 0 to below 1")
-        if self.heartbeat_interval_s < 0 or self.timeout_s <= 0:
+        if not (0 <= self.heartbeat_interval_s < math.inf and self.timeout_s > 0):
             raise SettingsError("heartbeat_interval_s is at least 0, timeout_s above 0")
         if self.in_flight is not None and self.in_flight < 0:
             raise SettingsError(f"in_flight={self.in_flight}: it must be at least 0")
