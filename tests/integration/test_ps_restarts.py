@@ -310,6 +310,36 @@ def test_workers_train_on_while_the_servers_disk_is_full(
         assert weights_at(Voice(again.address)) == before
 
 
+# An error of ours that must not come back: the end gave up at once, and said that it had waited.
+def test_the_last_steps_wait_for_a_server_that_is_being_restarted(tmp_path: Path) -> None:
+    opts = options(tmp_path, workers=1, save_every=1, outer=plain_outer)
+    server = server_at(opts).start()
+    port, away = server.port, threading.Event()
+    fleet = Fleet(server.address, auth_token=Voice(server.address).token)
+    worker = fleet.worker("a")
+    again: list[DiLoCoServer] = []
+
+    def come_back() -> None:
+        assert away.wait(30)
+        again.append(server_at(opts, port).start())
+
+    thread = threading.Thread(target=come_back)
+    thread.start()
+    with worker:
+        train(fleet.models["a"], worker.optimizer, 1, 5)  # type: ignore[attr-defined]
+        server.stop(save=False)
+        train(fleet.models["a"], worker.optimizer, 2, 7)  # type: ignore[attr-defined]
+        trained = fleet.weights("a").clone()
+        until(worker._link.down.is_set, "it knows that nobody is there")
+        away.set()
+    thread.join()
+    assert torch.allclose(fleet.weights("a"), trained, atol=1e-6)
+    voice = Voice(again[0].address)
+    assert voice.version() == worker.version >= 2
+    assert voice.news()["identity"] == worker._weights.identity(0), "the server has them too"
+    again[0].stop()
+
+
 def test_a_server_that_forgot_everything_gets_the_weights_again(tmp_path: Path) -> None:
     opts = options(tmp_path, workers=1, save_every=0, outer=plain_outer)
     server = server_at(opts).start()

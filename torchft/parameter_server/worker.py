@@ -377,12 +377,12 @@ class DiLoCoWorker:
             return
         self._count_tokens()
         end = time.monotonic() + _END_S
-        self._until(lambda: all(f.over.is_set() for f in self._flights.values()), end)
+        self._until(lambda: all(f.over.is_set() for f in self._flights.values()), end, True)
         self._land()
         while self._submit() is not None:
             pass
         last = list(self._flights.values())
-        sent = self._until(lambda: all(f.is_sent or f.over.is_set() for f in last), end)
+        sent = self._until(lambda: all(f.is_sent or f.over.is_set() for f in last), end, True)
         if not sent:
             logger.warning("the last steps did not reach the server within %g s", _END_S)
         self._link.leave()
@@ -392,10 +392,11 @@ class DiLoCoWorker:
             self._weights.settle(fragment)
         self._ranks.say("counts", self.sync_count, self.refused)
 
-    def _until(self, done: Callable[[], bool], end: float) -> bool:
-        """Wait in slices; gives up when the server is away or the time is over."""
+    def _until(self, done: Callable[[], bool], end: float, through_outages: bool = False) -> bool:
+        """Wait in slices; gives up when the time is over, or the server away, which may end."""
         while not done():
-            if self._link.fault is not None or time.monotonic() > end or self._link.down.is_set():
+            away = self._link.down.is_set() and not through_outages
+            if self._link.fault is not None or time.monotonic() > end or away:
                 return False
             self._link.pause(_SLICE_S)
         return True
