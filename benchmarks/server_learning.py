@@ -48,7 +48,7 @@ class Options:
     """How much is learned."""
 
     steps: int = option(800, "inner steps of all four nodes together, of the bytes")
-    every: int = option(20, "H")
+    every: int = option(5, "H")
     batch: int = option(8, "rows of 64 bytes in a step")
     seeds: int = option(3, "runs of each case")
     held_out: int = option(1024, "rows that a loss is taken on")
@@ -167,7 +167,8 @@ def _toy(options: Options) -> Task:
 
 
 def _bytes(options: Options) -> Task:
-    """Rates as in `learning.py`, where they were tuned for synchronous DiLoCo."""
+    """Of outer rates .4, .7 and 1 and momenta 0, .5, .8 and .9, on seed 0, the one with a momentum
+    that submissions which come one by one bear: synchronous rounds end 2 % above their best."""
     train, held_out = datasets.text()
     rows = held_out[:: max(1, len(held_out) // options.held_out)][: options.held_out]
 
@@ -182,7 +183,7 @@ def _bytes(options: Options) -> Task:
         held_out=rows,
         steps=options.steps,
         inner_lr=2e-3,
-        outer=OuterOptions(lr=0.4, momentum=0.9),
+        outer=OuterOptions(lr=0.4, momentum=0.5),
     )
 
 
