@@ -15,9 +15,10 @@ from helpers.ps import Fleet, options, plain_outer, train, until
 from integration.test_ps_faults import TOKENS, Voice
 
 from torchft.errors import SettingsError
-from torchft.parameter_server import checkpoints
+from torchft.parameter_server import checkpoints, chunks, shared
 from torchft.parameter_server.auth import Scope
 from torchft.parameter_server.journal import Journal
+from torchft.parameter_server.keeper import StorageError
 from torchft.parameter_server.options import ServerOptions
 from torchft.parameter_server.server import Address, DiLoCoServer
 
@@ -308,6 +309,72 @@ def test_workers_train_on_while_the_servers_disk_is_full(
         server.stop(save=False)
     with server_at(opts) as again:
         assert weights_at(Voice(again.address)) == before
+
+
+def full_for_news(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """While it is set, the disk fills up after the first chunk of a version."""
+    full, publish = threading.Event(), shared._NewsFile.publish
+
+    def publish_where_room_is(self: Any, index: int, span: slice) -> None:
+        if full.is_set() and index:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        publish(self, index, span)
+
+    monkeypatch.setattr(shared._NewsFile, "publish", publish_where_room_is)
+    monkeypatch.setattr(chunks, "CHUNK", 64)
+    return full
+
+
+# An error of ours that must not come back: a traceback was all that the server said at its end.
+def test_a_disk_that_fills_up_in_an_outer_step_ends_the_server_and_the_next_one_takes_the_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = full_for_news(monkeypatch)
+    undisturbed = options(tmp_path / "undisturbed", workers=1, save_every=100)
+    expected = killed_after(undisturbed, 2)
+    opts = options(tmp_path / "out", workers=1, save_every=100)
+    killed_after(opts, 1)
+    server = server_at(opts).start()
+    full.set()
+    Voice(server.address).submit(0.2, 1, 2)
+    with pytest.raises(StorageError, match=r"version 2 .*No space left .*free some room"):
+        until(lambda: not server._thread.is_alive(), "it ends by itself")
+        server.stop()
+    with pytest.raises(StorageError, match="could not start: No space left"):
+        server_at(opts).start()
+    full.clear()
+    with server_at(opts) as again:
+        assert Voice(again.address).news()["version"] == 2
+        assert weights_at(Voice(again.address)) == expected, "the same bits"
+
+
+def test_a_disk_that_is_full_when_the_server_ends_costs_no_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opts = options(tmp_path, workers=1, save_every=100)
+
+    def no_room(*_: object) -> Path:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    server = server_at(opts).start()
+    voice = Voice(server.address)
+    voice.begin()
+    until(lambda: voice.status()["checkpoints"], "the first checkpoint")
+    voice.submit()
+    until(lambda: voice.news()["version"] == 1, "a round")
+    before = weights_at(voice)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.Checkpoints, "save", no_room)
+        with pytest.raises(StorageError, match="last checkpoint was not written: No space left"):
+            server.stop()
+    with server_at(opts) as again:
+        assert weights_at(Voice(again.address)) == before
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(StorageError, match="could not start: Not a directory"):
+        server_at(options(tmp_path / "file" / "out")).start()
 
 
 # An error of ours that must not come back: the end gave up at once, and said that it had waited.

@@ -156,6 +156,21 @@ def test_news_that_are_being_read_are_not_written_over(tmp_path: Path) -> None:
         assert file.read() == before
 
 
+def test_weights_that_a_failed_step_left_half_stepped_are_not_stepped_saved_or_told(
+    tmp_path: Path,
+) -> None:
+    world = World(tmp_path)
+    (tmp_path / "news" / "next").mkdir()  # nothing can be written there
+    with pytest.raises(IsADirectoryError):
+        world.round([row(1)])
+    with pytest.raises(OSError, match="an outer step failed"):
+        world.round([row(1)])
+    with pytest.raises(OSError, match="an outer step failed"):
+        world.state.state_dict()
+    with pytest.raises(OSError, match="an outer step failed"):
+        world.state.news_for(0, 9, "another")
+
+
 # An old failing that must not come back: each of the first N - 1 submissions counted twice.
 def test_delayed_nesterov_counts_each_submission_once(tmp_path: Path) -> None:
     world = World(tmp_path, outer=DelayedNesterov(lr=0.7, momentum=0.9, buffer=4))

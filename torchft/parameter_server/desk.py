@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from torchft.parameter_server.arriving import Arriving
 from torchft.parameter_server.chronicle import Chronicle, Counts
+from torchft.parameter_server.chunks import ChunkError
 from torchft.parameter_server.claim import Claim
 from torchft.parameter_server.initial import InitialWeights
 from torchft.parameter_server.intake import Intake, norm_limit
@@ -75,11 +76,15 @@ class Desk:
 
         Raises:
             SettingsError: what is there cannot be gone on from.
+            StorageError: files there cannot be read or written.
         """
         self.failed = asyncio.get_running_loop().create_future()
-        self._claim = Claim(self.options.output_dir)
         await self._in(self._applier, self._runs.warm_up)
-        self.run = await self._in(self._applier, self._runs.restored)
+        try:
+            self._claim = Claim(self.options.output_dir)
+            self.run = await self._in(self._applier, self._runs.restored)
+        except OSError as error:
+            raise self._keeper.ended("the server could not start", error) from error
 
     @property
     def news_folder(self) -> Path:
@@ -91,16 +96,24 @@ class Desk:
         return self._ready()[1].reading(name)
 
     async def close(self, *, save: bool = True) -> None:
-        """Finish what was decided, save it, and end the threads."""
+        """Finish what was decided, save it, and end the threads.
+
+        Raises:
+            StorageError: it could not be saved.
+        """
         while self._jobs:
             await asyncio.wait(set(self._jobs))
         healthy = self.failed is not None and not self.failed.done()
-        if save and healthy and self._keeper.has_unsaved and self.options.save_every:
-            await self.save()
-        self._applier.shutdown()
-        self._checkers.shutdown()
-        if self._claim is not None:
-            self._claim.release()
+        try:
+            if save and healthy and self._keeper.has_unsaved and self.options.save_every:
+                await self.save()
+        except OSError as error:
+            raise self._keeper.ended("the last checkpoint was not written", error) from error
+        finally:
+            self._applier.shutdown()
+            self._checkers.shutdown()
+            if self._claim is not None:
+                self._claim.release()
 
     # ------------------------------------------------------------------ what workers ask
 
@@ -404,7 +417,11 @@ class Desk:
         and the journal has all that is needed to do it again."""
         run, _ = self._ready()
         began = time.perf_counter()
-        await applied
+        try:
+            await applied
+        except (ChunkError, OSError) as error:
+            what = f"version {close.version} of fragment {close.fragment} was not made"
+            raise self._keeper.ended(what, error) from error
         self.chronicle.closed(self._clock(), close, time.perf_counter() - began)
         self.counts.apply_s += time.perf_counter() - began
         self.counts.rounds += 1

@@ -42,11 +42,10 @@ def close_of(line: dict[str, Any]) -> Close:
 
 
 class Journal:
-    """The files in `folder`; events go to the newest one."""
+    """The files in `folder`, which is there; events go to the newest one."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
         self._at = 0
         self._newest = self._path(0), 0
         """The event that was read last: its file, and where in it."""

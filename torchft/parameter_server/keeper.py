@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from torchft.errors import TorchftError
 from torchft.parameter_server.checkpoints import Checkpoints, load
 from torchft.parameter_server.journal import Journal, line_of
 from torchft.parameter_server.options import ServerOptions
@@ -21,7 +22,7 @@ from torchft.parameter_server.rounds import Close, Effect
 from torchft.parameter_server.rules import Departure
 from torchft.parameter_server.spool import Spool
 
-__all__ = ["Keeper"]
+__all__ = ["Keeper", "StorageError"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,10 @@ _JOURNAL_SIZES = 8
 _FREE_UPLOADS = 32
 _CHECKPOINT_BYTES = 16
 """Of a checkpoint, a parameter, about."""
+
+
+class StorageError(TorchftError):
+    """The server ends, because its disk is full or broken."""
 
 
 class Keeper:
@@ -59,7 +64,7 @@ class Keeper:
         Raises:
             SettingsError: there is no good one.
         """
-        for folder in (self.uploads, self.news):
+        for folder in (self.uploads, self.news, self.journal.folder):
             folder.mkdir(parents=True, exist_ok=True)
         for old in self.news.iterdir():
             old.unlink()
@@ -99,6 +104,19 @@ class Keeper:
             self.record("close", line_of(effect))
         elif effect.why is not Departure.REPLACED:  # that is what its new join says
             self.record("gone", {"worker": effect.worker, "why": effect.why.name})
+
+    def ended(self, what: str, why: Exception) -> StorageError:
+        """`what` could not be done, and the server cannot go on without it."""
+        kept = (
+            "checkpoints and journal have all that is needed to go on"
+            if self._options.save_every
+            else "nothing was kept (--save-every 0), and workers hand their weights in again"
+        )
+        reason = why.strerror if isinstance(why, OSError) else why
+        return StorageError(
+            f"{what}: {reason}. Look after the disk of {self._options.output_dir}, free some room "
+            f"if it is full, and start the server again: {kept}"
+        )
 
     def upload(self, name: str) -> Path:
         """Where it lies."""

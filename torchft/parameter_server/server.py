@@ -68,10 +68,15 @@ async def serve(
 
     Raises:
         SettingsError: the port is taken, or what is in the output folder cannot be gone on from.
+        StorageError: the disk is full or broken; the journal has what is needed to go on.
         Exception: an outer step failed; the journal has what is needed to do it again.
     """
     desk = Desk(options)
-    await desk.open()
+    try:
+        await desk.open()
+    except BaseException:
+        await desk.close(save=False)
+        raise
     service = Service(desk, address.tokens, read_timeout_s=address.read_timeout_s, stop=stop.set)
     runner = web.AppRunner(
         service.app(),

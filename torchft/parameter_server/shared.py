@@ -10,13 +10,16 @@ else the encoded difference w - b, which all add to b: what an encoding loses st
 sent later. Whoever is too far behind gets all of b, fp32. Each version has an identity that follows
 from its bits, so nobody adds a difference to weights that are not those it was made from.
 
-News lie in files that never change, so a slow reader holds up nobody. All methods but `news_for`
-and `published` belong to one thread.
+News lie in files that never change, so a slow reader holds up nobody. A step that fails leaves the
+weights half stepped: from then on none of them is stepped, saved or told. All methods but
+`news_for` and `published` belong to one thread.
 """
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -113,6 +116,8 @@ class SharedState:
         self._steps = [Fragment(chunk, (chunk,)) for chunk in range(firsts[-1])]
         """What the outer optimizer takes for fragments: chunks of the rows."""
         outer.bind(self._steps, list(self._flats()))
+        self._stepping = False
+        """Also after a step that failed."""
 
     # ------------------------------------------------------------------ for every thread
 
@@ -142,7 +147,9 @@ class SharedState:
     # ------------------------------------------------------------------ for its own thread
 
     def news_for(self, fragment: int, base: int, identity: str) -> News:
-        """The shortest way from `base` to the newest version."""
+        """The shortest way from `base` to the newest version. Raises OSError: a step failed, or
+        they cannot be written."""
+        self._check_whole()
         return self.deltas_for(fragment, base, identity) or self._all_of(fragment)
 
     @torch.no_grad()
@@ -150,8 +157,10 @@ class SharedState:
         """Take the outer step of a closed round, and publish the version it makes.
 
         Raises:
-            ChunkError, OSError: an upload cannot be read again.
+            ChunkError, OSError: an upload cannot be read again, or news cannot be written.
         """
+        self._check_whole()
+        self._stepping = True
         row, chunks = self._rows[close.fragment], self.chunks(close.fragment)
         paths = [(upload(share.submission.upload), share.weight) for share in close.shares]
         means = _Means(chunks, paths)
@@ -163,6 +172,7 @@ class SharedState:
             news.publish(index, span)
         row.norm = math.sqrt(squares)
         self._publish(close, row, news)
+        self._stepping = False
         return row.published
 
     def reading(self, name: str) -> AbstractContextManager[Path]:
@@ -170,7 +180,9 @@ class SharedState:
         return self._spool.reading(self.folder / name)
 
     def state_dict(self) -> dict[str, Any]:
-        """Of a fragment each: what a restart needs. Shows the tensors, copies none."""
+        """Of a fragment each: what a restart needs. Shows the tensors, copies none. Raises OSError:
+        a step failed."""
+        self._check_whole()
         return {
             "rows": [
                 {
@@ -202,6 +214,10 @@ class SharedState:
         return found
 
     # ------------------------------------------------------------------ how
+
+    def _check_whole(self) -> None:
+        if self._stepping:
+            raise OSError(errno.EIO, "an outer step failed, and the server ends")
 
     def _flats(self) -> Iterator[_Flat]:
         for fragment, row in enumerate(self._rows):
@@ -303,7 +319,8 @@ class _NewsFile:
         self.identity.add(sent)
         with self.path.open("r+b", buffering=0) as file:
             file.seek(chunks.offset(index))
-            file.write(piece)
+            if file.write(piece) != len(piece):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
 
 def _whole_name(fragment: int, version: int, identity: str) -> str:
