@@ -15,11 +15,12 @@ from helpers.ps import Fleet, options, plain_outer, train, until
 from integration.test_ps_faults import TOKENS, Voice
 
 from torchft.errors import SettingsError
-from torchft.parameter_server import checkpoints, chunks, shared
+from torchft.parameter_server import checkpoints, chunks
 from torchft.parameter_server.auth import Scope
 from torchft.parameter_server.journal import Journal
 from torchft.parameter_server.keeper import StorageError
 from torchft.parameter_server.options import ServerOptions
+from torchft.parameter_server.outer_step import OuterStep
 from torchft.parameter_server.server import Address, DiLoCoServer
 
 
@@ -313,14 +314,14 @@ def test_workers_train_on_while_the_servers_disk_is_full(
 
 def full_for_news(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """While it is set, the disk fills up after the first chunk of a version."""
-    full, publish = threading.Event(), shared._NewsFile.publish
+    full, publish = threading.Event(), OuterStep._publish
 
-    def publish_where_room_is(self: Any, index: int, span: slice) -> None:
+    def publish_where_room_is(self: OuterStep, index: int, memory: memoryview) -> None:
         if full.is_set() and index:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        publish(self, index, span)
+        publish(self, index, memory)
 
-    monkeypatch.setattr(shared._NewsFile, "publish", publish_where_room_is)
+    monkeypatch.setattr(OuterStep, "_publish", publish_where_room_is)
     monkeypatch.setattr(chunks, "CHUNK", 64)
     return full
 

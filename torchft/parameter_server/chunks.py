@@ -170,10 +170,18 @@ class RowIdentity:
     def __init__(self) -> None:
         self._words = self._count = 0
 
+    @staticmethod
+    def checksum(index: int, numbers: Tensor) -> int:
+        """What chunk `index`, `[1, m]`, has part in it with."""
+        return _checksum(numbers[0].contiguous().numpy().view(np.uint8).data, index)
+
     def add(self, numbers: Tensor) -> None:
         """The next chunk, `[1, m]`."""
-        data = numbers[0].contiguous().numpy().view(np.uint8).data
-        self._words = (self._words * _MIX + _checksum(data, self._count)) % (1 << 64)
+        self.join(self.checksum(self._count, numbers))
+
+    def join(self, checksum: int) -> None:
+        """The next chunk's."""
+        self._words = (self._words * _MIX + checksum) % (1 << 64)
         self._count += 1
 
     def __str__(self) -> str:

@@ -5,10 +5,11 @@
     sent b       what workers hold; only under a codec that loses something       4
 
 A step goes through a row chunk by chunk, from the mean to what is published, so that nothing else
-takes memory. The news of a new version is the weights themselves where the codec loses nothing, and
-else the encoded difference w - b, which all add to b: what an encoding loses stays in w - b and is
-sent later. Whoever is too far behind gets all of b, fp32. Each version has an identity that follows
-from its bits, so nobody adds a difference to weights that are not those it was made from.
+takes memory (`OuterStep`). The news of a new version is the weights themselves where the codec
+loses nothing, and else the encoded difference w - b, which all add to b: what an encoding loses
+stays in w - b and is sent later. Whoever is too far behind gets all of b, fp32. Each version has an
+identity that follows from its bits, so nobody adds a difference to weights that are not those it
+was made from.
 
 News lie in files that never change, so a slow reader holds up nobody. A step that fails leaves the
 weights half stepped: from then on none of them is stepped, saved or told. All methods but
@@ -18,12 +19,11 @@ weights half stepped: from then on none of them is stepped, saved or told. All m
 from __future__ import annotations
 
 import errno
-import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchft.parameter_server.chunks import Chunks, RowIdentity, identity_of
+from torchft.parameter_server.chunks import Chunks, identity_of
 from torchft.parameter_server.delayed_nesterov import DelayedNesterov
+from torchft.parameter_server.outer_step import OuterStep
 from torchft.parameter_server.rounds import Close
 from torchft.parameter_server.shape import ModelShape
 from torchft.parameter_server.spool import Spool
@@ -152,7 +153,6 @@ class SharedState:
         self._check_whole()
         return self.deltas_for(fragment, base, identity) or self._all_of(fragment)
 
-    @torch.no_grad()
     def apply(self, close: Close, upload: Callable[[str], Path]) -> Published:
         """Take the outer step of a closed round, and publish the version it makes.
 
@@ -163,15 +163,10 @@ class SharedState:
         self._stepping = True
         row, chunks = self._rows[close.fragment], self.chunks(close.fragment)
         paths = [(upload(share.submission.upload), share.weight) for share in close.shares]
-        means = _Means(chunks, paths)
-        news = _NewsFile(self._spool.create(self.folder / "next"), chunks, row)
-        squares = 0.0
-        for index, span in chunks.spans():
-            self.outer.step(self._steps[row.first + index], [means.of(index)])
-            squares += float(torch.linalg.vector_norm(row.weights[:, span])) ** 2
-            news.publish(index, span)
-        row.norm = math.sqrt(squares)
-        self._publish(close, row, news)
+        path = self._spool.create(self.folder / "next")
+        step = OuterStep(chunks, paths, partial(self._step_chunk, row), row.weights, row.sent, path)
+        row.norm, identity = step.take()
+        self._publish(close, row, path, identity)
         self._stepping = False
         return row.published
 
@@ -228,15 +223,17 @@ class SharedState:
         first = self._rows[fragment].first
         return self._steps[first : first + self.chunks(fragment).count]
 
-    def _publish(self, close: Close, row: _Row, news: _NewsFile) -> None:
-        identity = str(news.identity)
+    def _step_chunk(self, row: _Row, index: int, mean: Tensor) -> None:
+        self.outer.step(self._steps[row.first + index], [mean])
+
+    def _publish(self, close: Close, row: _Row, news: Path, identity: str) -> None:
         if self.lossy:
             name = f"f{close.fragment}-v{close.version}.delta"
             row.deltas[close.version] = name
         else:
             name = _whole_name(close.fragment, close.version, identity)
             row.wholes[close.version] = name
-        news.path.replace(self.folder / name)
+        news.replace(self.folder / name)
         row.identities[close.version] = identity
         self._forget(row, close.version)
         row.published = Published(close.version, identity)
@@ -272,55 +269,6 @@ class SharedState:
 @dataclass(frozen=True)
 class _Flat:
     flats: list[Tensor]
-
-
-class _Means:
-    """Of the submissions of a closed round, chunk by chunk: Σ weight · delta / how many."""
-
-    def __init__(self, chunks: Chunks, uploads: Sequence[tuple[Path, float]]) -> None:
-        self._chunks, self._uploads = chunks, uploads
-        self._memory = chunks.memory()
-        self._room = [torch.empty(1, chunks.span(0).stop) for _ in range(2)]
-
-    def of(self, index: int) -> Tensor:
-        """Valid until the next call. Raises ChunkError, OSError."""
-        chunks, span = self._chunks, self._chunks.span(index)
-        mean, numbers = (room[:, : span.stop - span.start] for room in self._room)
-        for position, (path, weight) in enumerate(self._uploads):
-            piece = chunks.read_one(path, index, self._memory)
-            if position and weight == 1.0:
-                chunks.add(index, piece, mean)
-                continue
-            out = chunks.decode(index, piece, numbers if position else mean)
-            if weight != 1.0:
-                out.mul_(weight)
-            if position:
-                mean.add_(numbers)
-        return mean.div_(len(self._uploads)) if len(self._uploads) != 1 else mean
-
-
-class _NewsFile:
-    """The news of a version that is being made, written chunk by chunk."""
-
-    def __init__(self, path: Path, chunks: Chunks, row: _Row) -> None:
-        self.path, self.identity = chunks.room(path), RowIdentity()
-        self._chunks, self._row = chunks, row
-        self._memory = chunks.memory()
-
-    def publish(self, index: int, span: slice) -> None:
-        """A chunk of the weights has been stepped."""
-        chunks, row = self._chunks, self._row
-        weights, sent = row.weights[:, span], row.sent[:, span]
-        piece = self._memory[: chunks.nbytes_of(index)]
-        lossy = row.sent is not row.weights
-        chunks.encode_into(piece, index, weights - sent if lossy else weights)
-        if lossy:
-            chunks.add(index, piece, sent)
-        self.identity.add(sent)
-        with self.path.open("r+b", buffering=0) as file:
-            file.seek(chunks.offset(index))
-            if file.write(piece) != len(piece):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
 
 def _whole_name(fragment: int, version: int, identity: str) -> str:
