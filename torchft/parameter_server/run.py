@@ -124,6 +124,12 @@ class Runs:
                 files_of(model)  # better now than when the first worker comes
             return None
         number, state, follows = saved
+        if model is not None:
+            logger.warning(
+                "the run goes on from its checkpoint %d, and the model in %s is not read: give "
+                "another -o to begin with it",
+                *(number, model),
+            )
         run = self._of(state)
         self._lose_damaged(run)
         if follows:
