@@ -198,6 +198,17 @@ def test_a_wish_that_is_no_name_of_a_codec_is_a_4xx(server: DiLoCoServer, codec:
     assert lives(server)
 
 
+# An error of ours that must not come back: all workers were told to train 10³⁰ steps by themselves.
+@pytest.mark.parametrize("name", ["sync_every", "fragments"])
+@pytest.mark.parametrize("number", [10**30, 1_000_001, 0, -1, 1.5, True, "5", [5]])
+def test_a_wish_that_is_no_sane_number_is_a_4xx(
+    server: DiLoCoServer, name: str, number: object
+) -> None:
+    with pytest.raises(Refused, match=f"{name}=.*a whole number from 1 to 1000000"):
+        Voice(server.address).register(wished={name: number})
+    assert lives(server)
+
+
 @pytest.mark.parametrize("least", ["x", None, 1.5, True, 0])
 def test_a_minimum_that_is_no_number_of_workers_is_a_4xx(
     server: DiLoCoServer, least: object

@@ -47,6 +47,22 @@ def saved_model(folder: Path, **changes: torch.Tensor) -> Path:
     return folder
 
 
+# An error of ours that must not come back: the model was ignored without a word.
+def test_a_model_for_a_folder_that_has_a_run_is_not_read_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with DiLoCoServer(options(tmp_path / "out", workers=1)) as server:
+        fleet = Fleet(server.address)
+        with fleet.worker("a", seed=1):
+            step(fleet, "a", 1, 5)
+    folder = saved_model(tmp_path / "model")
+    with DiLoCoServer(options(tmp_path / "out", workers=1, model=folder)) as server:
+        more = Fleet(server.address)
+        with more.worker("a", seed=2):
+            assert torch.equal(more.weights("a"), fleet.weights("a")), "the run's own"
+    assert f"the model in {folder} is not read" in caplog.text
+
+
 def test_a_run_begins_with_the_model_in_a_folder(tmp_path: Path) -> None:
     folder = saved_model(tmp_path / "model", **{"norm.running_mean": torch.full((6,), 3.0)})
     with DiLoCoServer(options(tmp_path / "out", workers=1, model=folder)) as server:

@@ -30,6 +30,7 @@ NAN, INF = float("nan"), float("inf")
         (lambda: WorkerOptions(heartbeat_interval_s=NAN), "heartbeat_interval_s"),
         (lambda: WorkerOptions(timeout_s=NAN), "timeout_s"),
         (lambda: WorkerOptions(mix=NAN), "mix=nan"),
+        (lambda: WorkerOptions(sync_every=10**7), "from 1 to 1000000"),
     ],
 )
 def test_a_number_that_is_none_or_has_no_end(make: Callable[[], object], name: str) -> None:

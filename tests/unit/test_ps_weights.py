@@ -14,6 +14,7 @@ from torchft.parameter_server.chunks import Chunks
 from torchft.parameter_server.shape import ModelShape
 from torchft.parameter_server.shared import Kind
 from torchft.parameter_server.weights import WorkerWeights, named_parameters
+from torchft.parameter_server.worker import DiLoCoWorker
 from torchft.quantization import codec_of
 
 
@@ -123,6 +124,28 @@ def test_buffers_frozen_and_tied_parameters_do_not_travel() -> None:
     assert "frozen" not in names
     assert "head.weight" not in names, "it is h.0.weight"
     assert not [name for name in names if "running" in name]
+
+
+# An error of ours that must not come back: a raw NotImplementedError.
+def test_a_model_on_the_meta_device_is_refused() -> None:
+    with torch.device("meta"):
+        model = Net()
+    with pytest.raises(SettingsError, match=r"h\.0\.weight lies on the meta device.*to_empty"):
+        DiLoCoWorker(model, torch.optim.SGD(model.parameters()), "127.0.0.1:1")
+
+
+# An error of ours that must not come back: deltas of zeros were submitted.
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    of_another = torch.optim.SGD(Net().parameters())
+    with pytest.raises(SettingsError, match="steps none of the model's 11 trained parameters"):
+        DiLoCoWorker(Net(), of_another, "127.0.0.1:1")
+    DiLoCoWorker(Net(), of_another, "")  # nothing is done, so nothing is wrong
+
+
+def test_an_optimizer_of_a_part_of_the_model_is_one_of_it() -> None:
+    model = Net()
+    compiled = torch.compile(model, backend="eager")
+    assert DiLoCoWorker(compiled, torch.optim.SGD(model.h.parameters()), "127.0.0.1:1").active
 
 
 def test_a_model_without_trained_parameters_is_refused() -> None:

@@ -152,13 +152,13 @@ class DiLoCoCallback(TrainerCallback, ExportableState):
     ) -> DiLoCoWorker:
         options = dict(self._options)
         self._take_up(state)
-        if not WorkerOptions.resolve(**options).worker_id:
+        resolved = WorkerOptions.resolve(**options)
+        if resolved.server:
+            _check(args, optimizer)
+        if not resolved.worker_id:
             options["worker_id"] = self.progress.get("worker_id")
         steps = _stepped(optimizer)
-        worker = DiLoCoWorker(model, steps, tokens=self._tokens(args, state), **options)
-        if worker.active:
-            _check(args, optimizer)
-        return worker
+        return DiLoCoWorker(model, steps, tokens=self._tokens(args, state), **options)
 
     def _take_up(self, state: TrainerState) -> None:
         """What the checkpoint that the Trainer goes on from knows of this worker."""

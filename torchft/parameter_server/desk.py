@@ -1,8 +1,8 @@
 """The server without its network: rounds, shared weights, journal and checkpoints, put together.
 
 Everything here runs on one event loop; what takes long (checking numbers, outer steps, files) runs
-in two pools of threads. Outer steps and checkpoints share the pool of one thread, so they come in
-the order in which they were decided, and a checkpoint has all that was decided before it.
+in threads. Outer steps and checkpoints are taken in the order in which they were decided, so a
+checkpoint has all that was decided before it.
 
 An order that matters: an event is decided, written to the journal, then carried out.
 """
@@ -14,23 +14,22 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torchft.parameter_server.arriving import Arriving
 from torchft.parameter_server.chronicle import Chronicle, Counts
 from torchft.parameter_server.chunks import ChunkError
 from torchft.parameter_server.claim import Claim
-from torchft.parameter_server.initial import InitialWeights
+from torchft.parameter_server.initial import FirstWeights
 from torchft.parameter_server.intake import Intake, norm_limit
+from torchft.parameter_server.jobs import Jobs
 from torchft.parameter_server.keeper import Keeper
-from torchft.parameter_server.model_files import read_model, rows_of_model
 from torchft.parameter_server.options import OuterOptions, ServerOptions
 from torchft.parameter_server.refused import Conflict, Gone, NotFound, NotReady, Unfit
 from torchft.parameter_server.requests import Registration, Speaker, Ticket
-from torchft.parameter_server.rounds import Close, Effect, Rounds
+from torchft.parameter_server.rounds import Close, Effect
 from torchft.parameter_server.rounds import Gone as Departed
 from torchft.parameter_server.rules import Departure, Refusal
 from torchft.parameter_server.run import Run, Runs
@@ -40,8 +39,6 @@ from torchft.parameter_server.submission import Submission
 __all__ = ["Counts", "Desk"]
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 _PAST_S = 1e-3
 """A window has ended when its last moment is over."""
@@ -55,15 +52,12 @@ class Desk:
         self.counts, self.chronicle = Counts(), Chronicle()
         self.run: Run | None = None
         self.hosts: dict[str, str] = {}
-        self.failed: asyncio.Future[None] | None = None
         self._keeper = Keeper(options)
         self._runs = Runs(options, self._keeper, clock)
         self._arriving = Arriving()
-        self._initial: InitialWeights | None = None
-        self._applier = ThreadPoolExecutor(1, "outer-step")
-        self._checkers = ThreadPoolExecutor(2, "intake")
+        self._first = FirstWeights(self._keeper.uploads, clock)
+        self._jobs = Jobs()
         self._news = asyncio.Event()
-        self._jobs: set[asyncio.Future[Any]] = set()
         self._saving = False
         self._claim: Claim | None = None
         self._effects: list[Effect] = []
@@ -78,13 +72,17 @@ class Desk:
             SettingsError: what is there cannot be gone on from.
             StorageError: files there cannot be read or written.
         """
-        self.failed = asyncio.get_running_loop().create_future()
-        await self._in(self._applier, self._runs.warm_up)
+        await self._jobs.in_turn(self._runs.warm_up)
         try:
             self._claim = Claim(self.options.output_dir)
-            self.run = await self._in(self._applier, self._runs.restored)
+            self.run = await self._jobs.in_turn(self._runs.restored)
         except OSError as error:
             raise self._keeper.ended("the server could not start", error) from error
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What the server ends with."""
+        return self._jobs.failure
 
     @property
     def news_folder(self) -> Path:
@@ -101,17 +99,19 @@ class Desk:
         Raises:
             StorageError: it could not be saved.
         """
-        while self._jobs:
-            await asyncio.wait(set(self._jobs))
-        healthy = self.failed is not None and not self.failed.done()
+        await self._jobs.finish()
         try:
-            if save and healthy and self._keeper.has_unsaved and self.options.save_every:
+            if (
+                save
+                and self.failure is None
+                and self._keeper.has_unsaved
+                and self.options.save_every
+            ):
                 await self.save()
         except OSError as error:
             raise self._keeper.ended("the last checkpoint was not written", error) from error
         finally:
-            self._applier.shutdown()
-            self._checkers.shutdown()
+            self._jobs.end()
             if self._claim is not None:
                 self._claim.release()
 
@@ -145,25 +145,12 @@ class Desk:
             "beat_s": self.options.rules.beat_s,
             "mode": self.options.rules.mode,
             "sync_every": run.steps_for(who.worker, self.options),
-            "send_weights": self._wants_weights_of(who),
+            "send_weights": self._first.are_wanted_of(who, run),
         }
 
     async def _begin(self, request: Registration) -> Run:
-        """The first worker fixes what the server's settings leave open."""
-        agreed = self.options.agree(request.wished)
-        shape = request.shape.cut(agreed.fragments)
-        rounds = Rounds(self.options.rules, agreed.fragments)
-        run = Run(agreed, shape, rounds, None, self.options.outer, {})
-        folder = self.options.model
-        if folder is not None:
-            tensors = await self._in(self._applier, read_model, folder)
-            run.state = await self._in(
-                self._applier,
-                lambda: self._runs.state(shape, agreed, rows_of_model(shape, tensors)),
-            )
-            trained = {parameter.name for parameter in shape.parameters}
-            run.extras = {n: tensor for n, tensor in tensors.items() if n not in trained}
-        if self.run is not None:  # another one was first, while the files were read
+        run = await self._jobs.in_turn(self._runs.begun, request)
+        if self.run is not None:  # another one was first
             return self.run
         self.run = run
         if run.state is not None:
@@ -217,7 +204,7 @@ class Desk:
         """Check and keep one chunk. Raises Refused, Unfit."""
         self.counts.bytes_in += len(data)
         try:
-            await self._in(self._checkers, intake.take, index, data)
+            await self._jobs.beside(intake.take, index, data)
         except Unfit:
             self.counts.refused += 1
             self._arriving.drop(intake)
@@ -263,9 +250,7 @@ class Desk:
             at, changed = state.published(fragment), self._news
             if (at.version, at.identity) != (base, identity):
                 known = state.deltas_for(fragment, base, identity)
-                return known or await self._in(
-                    self._applier, state.news_for, fragment, base, identity
-                )
+                return known or await self._jobs.in_turn(state.news_for, fragment, base, identity)
             left = end - self._clock()
             if left <= 0:
                 return None
@@ -283,47 +268,25 @@ class Desk:
 
     def initial(self, who: Speaker, fragment: int) -> Intake:
         """Where the first weights of a fragment go. Raises NotReady, NotFound."""
-        run = self._known()
-        if run.state is not None:
-            raise NotFound("the run has weights already")
-        if self._initial is None or not self._wants_weights_of(who):
-            raise NotReady("another worker sends the first weights")
-        if not 0 <= fragment < len(run.shape.fragments):
-            raise NotFound(f"there is no fragment {fragment}")
-        return self._initial.intakes[fragment]
+        return self._first.intake(who, fragment, self._known())
 
     async def finish_initial(self) -> dict[str, Any]:
         """When the last fragment is here the run has weights."""
-        run, initial = self._known(), self._initial
+        run, initial = self._known(), self._first.sent
         if run.state is None and initial is not None and initial.is_whole:
-            state = await self._in(
-                self._applier, lambda: self._runs.state(run.shape, run.agreed, initial.rows())
+            state = await self._jobs.in_turn(
+                lambda: self._runs.state(run.shape, run.agreed, initial.rows())
             )
             if run.state is None:  # the same weights may have come twice
-                run.state, self._initial = state, None
-                initial.drop()
+                run.state = state
+                self._first.drop()
                 self._first_checkpoint()
         return {"done": run.state is not None}
-
-    def _wants_weights_of(self, who: Speaker) -> bool:
-        run = self._known()
-        if run.state is not None:
-            return False
-        if self._initial is not None and self._initial.who != who:
-            holder = run.rounds.members.get(self._initial.who.worker)
-            alive = holder is not None and holder.session == self._initial.who.session
-            if alive and holder and not holder.is_silent(self._clock(), self.options.rules):
-                return False
-            self._initial.drop()
-            self._initial = None
-        if self._initial is None:
-            self._initial = InitialWeights(who, run.shape, self._keeper.uploads)
-        return True
 
     def _first_checkpoint(self) -> None:
         """So that a journal has something to begin from."""
         if self.options.save_every:
-            self._start(self._save_in_passing())
+            self._jobs.start(self._save_in_passing())
 
     # ------------------------------------------------------------------ time and orders
 
@@ -357,7 +320,7 @@ class Desk:
         self._keeper.record("optimizer", run.decided_outer)
         # It comes after the steps that are decided already, and before all others.
         settings = run.outer.settings
-        self._start(self._soon(self._applier, lambda: state.outer.change(**settings)))
+        self._jobs.start(self._jobs.in_turn(lambda: state.outer.change(**settings)))
         self._note(f"outer lr {run.outer.lr:g}, momentum {run.outer.momentum:g} from now on")
         return run.outer
 
@@ -372,7 +335,7 @@ class Desk:
             return self._keeper.write(number, run.saved(decided), run.model())
 
         try:
-            path = await self._in(self._applier, write)
+            path = await self._jobs.in_turn(write)
         except OSError:
             self._keeper.give_up(spent)
             raise
@@ -398,19 +361,8 @@ class Desk:
         else:
             # At once: a checkpoint that is decided a moment later has to come after it.
             apply = self._ready()[1].apply
-            stepped = self._soon(self._applier, apply, effect, self._keeper.upload)
-            self._start(self._step(effect, stepped))
-
-    def _start(self, job: Any) -> None:
-        task = asyncio.ensure_future(job)
-        self._jobs.add(task)
-        task.add_done_callback(self._done)
-
-    def _done(self, task: asyncio.Future[Any]) -> None:
-        self._jobs.discard(task)
-        error = None if task.cancelled() else task.exception()
-        if error is not None and self.failed is not None and not self.failed.done():
-            self.failed.set_exception(error)
+            stepped = self._jobs.in_turn(apply, effect, self._keeper.upload)
+            self._jobs.start(self._step(effect, stepped))
 
     async def _step(self, close: Close, applied: asyncio.Future[Published]) -> None:
         """The outer step of a round. An error here ends the server: its weights are half stepped,
@@ -459,14 +411,6 @@ class Desk:
         """In the log and on the page."""
         logger.log(level, "%s", what)
         self.chronicle.note(self._clock(), what)
-
-    def _soon(
-        self, pool: ThreadPoolExecutor, work: Callable[..., T], *args: Any
-    ) -> asyncio.Future[T]:
-        return asyncio.get_running_loop().run_in_executor(pool, work, *args)
-
-    async def _in(self, pool: ThreadPoolExecutor, work: Callable[..., T], *args: Any) -> T:
-        return await self._soon(pool, work, *args)
 
 
 def _refused(who: Speaker, refusal: Refusal) -> Exception:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,11 +10,57 @@ from torch import Tensor
 
 from torchft.parameter_server.chunks import Chunks
 from torchft.parameter_server.intake import Intake
+from torchft.parameter_server.refused import NotFound, NotReady
 from torchft.parameter_server.requests import Speaker
+from torchft.parameter_server.run import Run
 from torchft.parameter_server.shape import ModelShape
 from torchft.quantization import Identity
 
-__all__ = ["InitialWeights"]
+__all__ = ["FirstWeights", "InitialWeights"]
+
+
+class FirstWeights:
+    """Who sends them: one worker, until it is silent or gone; then another, from the start."""
+
+    def __init__(self, folder: Path, clock: Callable[[], float]) -> None:
+        self.sent: InitialWeights | None = None
+        self._folder, self._clock = folder, clock
+
+    def are_wanted_of(self, who: Speaker, run: Run) -> bool:
+        """If nobody else sends them, `who` is the one from now on."""
+        if run.state is not None:
+            return False
+        if self.sent is not None and self.sent.who != who:
+            if self._is_heard(self.sent.who, run):
+                return False
+            self.drop()
+        if self.sent is None:
+            self.sent = InitialWeights(who, run.shape, self._folder)
+        return True
+
+    def intake(self, who: Speaker, fragment: int, run: Run) -> Intake:
+        """Where a fragment of them goes. Raises NotReady, NotFound."""
+        if run.state is not None:
+            raise NotFound("the run has weights already")
+        if self.sent is None or not self.are_wanted_of(who, run):
+            raise NotReady("another worker sends the first weights")
+        if not 0 <= fragment < len(run.shape.fragments):
+            raise NotFound(f"there is no fragment {fragment}")
+        return self.sent.intakes[fragment]
+
+    def drop(self) -> None:
+        """They are taken, or will not be."""
+        if self.sent is not None:
+            self.sent.drop()
+            self.sent = None
+
+    def _is_heard(self, who: Speaker, run: Run) -> bool:
+        member = run.rounds.members.get(who.worker)
+        return (
+            member is not None
+            and member.session == who.session
+            and not member.is_silent(self._clock(), run.rounds.rules)
+        )
 
 
 class InitialWeights:

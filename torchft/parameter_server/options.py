@@ -17,7 +17,11 @@ from torchft.quantization import codec_of
 from torchft.strategies.optim_spec import OptimSpec
 from torchft.strategies.parts.outer import FlatOuter
 
-__all__ = ["Agreed", "OuterOptions", "ServerOptions"]
+__all__ = ["MOST", "Agreed", "OuterOptions", "ServerOptions"]
+
+
+MOST = 1_000_000
+"""Of inner steps between two submissions, and of fragments: more is a mistake, or malice."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,10 @@ class Agreed:
     def __post_init__(self) -> None:
         for name in ("sync_every", "fragments"):
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise SettingsError(f"{name}={value!r}: it must be a whole number, at least 1")
+            if type(value) is not int or not 1 <= value <= MOST:
+                raise SettingsError(
+                    f"{name}={str(value)[:40]}: it must be a whole number from 1 to {MOST}"
+                )
         if not isinstance(self.codec, str):
             raise SettingsError(f"codec={str(self.codec)[:40]!r}: give the name of a codec")
         codec_of(self.codec)

@@ -14,8 +14,9 @@ from torchft.errors import SettingsError
 from torchft.parameter_server.dylu import local_steps
 from torchft.parameter_server.journal import close_of
 from torchft.parameter_server.keeper import Keeper
-from torchft.parameter_server.model_files import files_of
+from torchft.parameter_server.model_files import files_of, read_model, rows_of_model
 from torchft.parameter_server.options import Agreed, OuterOptions, ServerOptions
+from torchft.parameter_server.requests import Registration
 from torchft.parameter_server.rounds import Rounds
 from torchft.parameter_server.rules import Departure
 from torchft.parameter_server.shape import ModelShape
@@ -112,6 +113,23 @@ class Runs:
         step = (outer or self._options.outer).build(self._options.rules)
         return SharedState(shape, codec_of(agreed.codec), step, rows, self._keeper.news, at)
 
+    def begun(self, request: Registration) -> Run:
+        """The first worker fixes what the server's settings leave open.
+
+        Raises:
+            MismatchError, SettingsError: its model or its wishes cannot be.
+        """
+        agreed = self._options.agree(request.wished)
+        shape = request.shape.cut(agreed.fragments)
+        rounds = Rounds(self._options.rules, agreed.fragments)
+        run = Run(agreed, shape, rounds, None, self._options.outer, {})
+        if self._options.model is not None:
+            tensors = read_model(self._options.model)
+            run.state = self.state(shape, agreed, rows_of_model(shape, tensors))
+            trained = {parameter.name for parameter in shape.parameters}
+            run.extras = {n: tensor for n, tensor in tensors.items() if n not in trained}
+        return run
+
     def restored(self) -> Run | None:
         """Of the newest good checkpoint and what happened after it; None: there is none.
 
@@ -124,6 +142,12 @@ class Runs:
                 files_of(model)  # better now than when the first worker comes
             return None
         number, state, follows = saved
+        if model is not None:
+            logger.warning(
+                "the run goes on from its checkpoint %d, and the model in %s is not read: give "
+                "another -o to begin with it",
+                *(number, model),
+            )
         run = self._of(state)
         self._lose_damaged(run)
         if follows:

@@ -110,14 +110,13 @@ async def _listen(runner: web.AppRunner, address: Address) -> int:
 
 
 async def _until(stop: asyncio.Event, desk: Desk) -> None:
-    assert desk.failed is not None
     wait_s = _TICK_S
     while not stop.is_set():
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), wait_s)
         wait_s = desk.tick(_TICK_S)
-        if desk.failed.done():
-            desk.failed.result()
+        if desk.failure is not None:
+            raise desk.failure
 
 
 class DiLoCoServer:

@@ -14,7 +14,7 @@ from torchft.errors import SettingsError
 from torchft.parameter_server.ranks import ALONE, Ranks
 from torchft.strategies.model_local import ModelLocal
 
-__all__ = ["is_sharded", "named_parameters", "put", "whole"]
+__all__ = ["check_optimizer", "is_sharded", "named_parameters", "put", "whole"]
 
 
 def is_sharded(parameter: Tensor) -> bool:
@@ -38,15 +38,35 @@ def named_parameters(model: nn.Module, ranks: Ranks = ALONE) -> dict[str, nn.Par
     """What is trained: a tied weight once, no frozen ones, no buffers.
 
     Raises:
-        SettingsError: there is nothing to train, a parameter is no float, or it is sharded over
-            ranks that are not all `ranks`.
+        SettingsError: there is nothing to train, a parameter is no float or has no memory, or it
+            is sharded over ranks that are not all `ranks`.
     """
     local = ModelLocal([_unwrapped(model)])
     found = dict(zip(local.names, local.parameters, strict=True))
     for name, parameter in found.items():
+        if parameter.device.type == "meta":
+            raise SettingsError(
+                f"{name} lies on the meta device, which holds no numbers: materialise the model "
+                "first, with model.to_empty(device=…) and weights loaded or initialised"
+            )
         if is_sharded(parameter):
             _check_mesh(name, parameter, ranks)
     return found
+
+
+def check_optimizer(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """It trains the model, or a part of it.
+
+    Raises:
+        SettingsError: it steps none of `parameters`.
+    """
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if stepped.isdisjoint(map(id, parameters.values())):
+        raise SettingsError(
+            f"the optimizer steps none of the model's {len(parameters)} trained parameters, so "
+            "there would be nothing to submit: make it of this model's parameters, after the model "
+            "was moved, sharded or wrapped"
+        )
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -35,6 +35,7 @@ from torchft.parameter_server.options import Agreed
 from torchft.parameter_server.ranks import Ranks
 from torchft.parameter_server.schedule import Schedule, due
 from torchft.parameter_server.shape import ModelShape
+from torchft.parameter_server.sharded import check_optimizer
 from torchft.parameter_server.weights import WorkerWeights, named_parameters
 from torchft.parameter_server.worker_options import WorkerOptions
 from torchft.quantization import codec_of
@@ -62,7 +63,8 @@ class DiLoCoWorker:
         options: the fields of `WorkerOptions`. Those not given come from `DILOCO_*` variables.
 
     Raises:
-        SettingsError: an option that cannot be, or a model that cannot be synchronised.
+        SettingsError: an option that cannot be, a model that cannot be synchronised, or an
+            optimizer of another model.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class DiLoCoWorker:
         self.worker_id = self.options.named()
         self._ranks = Ranks.of(process_group, _APART * self.options.timeout_s)
         parameters = named_parameters(model, self._ranks)
+        check_optimizer(parameters, optimizer)
         shape = ModelShape.of(parameters.items(), 1)
         self._weights = WorkerWeights(parameters, shape, self._ranks)
         self._flights: dict[int, Flight] = {}

@@ -12,6 +12,7 @@ from typing import Any
 from torchft import settings
 from torchft.errors import SettingsError
 from torchft.parameter_server.auth import Scope, default_token_file, read_token
+from torchft.parameter_server.options import MOST
 from torchft.quantization import codec_names
 
 __all__ = ["WorkerOptions"]
@@ -48,8 +49,8 @@ class WorkerOptions:
 
     def __post_init__(self) -> None:
         for name in ("sync_every", "num_fragments"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name}={getattr(self, name)}: it must be at least 1")
+            if not 1 <= getattr(self, name) <= MOST:
+                raise SettingsError(f"{name}={getattr(self, name)}: it must be from 1 to {MOST}")
         if self.num_fragments > self.sync_every:
             raise SettingsError(
                 f"num_fragments={self.num_fragments} do not fit into sync_every={self.sync_every} "

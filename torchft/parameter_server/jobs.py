@@ -1,0 +1,56 @@
+"""What takes long, beside the event loop: work in threads, and tasks that nobody waits for.
+
+Work that has an order (outer steps, checkpoints, news) shares one thread, which does it in the
+order in which it was asked for. What has none has threads of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+__all__ = ["Jobs"]
+
+T = TypeVar("T")
+
+
+class Jobs:
+    """Of one event loop; all but the work itself runs on it."""
+
+    def __init__(self) -> None:
+        self.failure: BaseException | None = None
+        """The first one of a task that nobody waits for."""
+        self._ordered = ThreadPoolExecutor(1, "outer-step")
+        self._unordered = ThreadPoolExecutor(2, "intake")
+        self._tasks: set[asyncio.Future[None]] = set()
+
+    def in_turn(self, work: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+        """After all that was asked for before."""
+        return asyncio.get_running_loop().run_in_executor(self._ordered, work, *args)
+
+    def beside(self, work: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+        """As soon as a thread is free."""
+        return asyncio.get_running_loop().run_in_executor(self._unordered, work, *args)
+
+    def start(self, task: Awaitable[None]) -> None:
+        """It runs on; nobody waits for it."""
+        started = asyncio.ensure_future(task)
+        self._tasks.add(started)
+        started.add_done_callback(self._done)
+
+    async def finish(self) -> None:
+        """All that was started is over."""
+        while self._tasks:
+            await asyncio.wait(set(self._tasks))
+
+    def end(self) -> None:
+        """Of the threads, after their work."""
+        self._ordered.shutdown()
+        self._unordered.shutdown()
+
+    def _done(self, task: asyncio.Future[None]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        self.failure = self.failure or error
