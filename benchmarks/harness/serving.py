@@ -87,8 +87,14 @@ def _work(
     from torchft.parameter_server import DiLoCoWorker
 
     model = layers(side, count)
-    # It steps nothing of the model, so that a synchronisation is all that is timed.
-    inner = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+
+    class Still(torch.optim.Optimizer):
+        """It changes nothing, so that a synchronisation is all that is timed."""
+
+        def step(self, closure: object = None) -> None:  # type: ignore[override]
+            return
+
+    inner = Still(model.parameters(), {})
     base = forget_peak()
     with DiLoCoWorker(
         *(model, inner, address), worker_id=name, sync_every=1, codec=codec, timeout_s=_LONGEST_S
