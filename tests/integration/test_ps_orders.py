@@ -51,6 +51,26 @@ def rounds_with_a_change(voice: Voice, admin: Voice) -> str:
     return weights_at(voice)
 
 
+@pytest.mark.parametrize("save", [False, True], ids=["killed", "told to end"])
+def test_an_order_of_how_many_workers_there_are_outlives_the_server_until_other_flags_are_given(
+    tmp_path: Path, save: bool
+) -> None:
+    opts = options(tmp_path, workers=3, min_workers=2, save_every=100)
+    server = server_at(opts).start()
+    voice, admin = voices(server.address)
+    until(lambda: voice.status()["checkpoints"], "the first checkpoint")
+    order = {"num_workers": 1, "min_workers": 1}
+    admin.client.post("/v1/control/update_num_workers", order)
+    submit(voice, 0)
+    server.stop(save=save)
+    for base in (1, 2):
+        with server_at(opts) as again:
+            submit(Voice(again.address), base)
+    with server_at(options(tmp_path, workers=4, min_workers=2, save_every=100)) as again:
+        status = Voice(again.address).status()
+        assert (status["num_workers"], status["min_workers"]) == (4, 2)
+
+
 MODES = {
     "synchronous": {},
     "one by one": {"mode": Mode.ASYNCHRONOUS, "outer": OuterOptions(dn_buffer_size=2)},

@@ -309,9 +309,12 @@ class Desk:
 
     def expect(self, workers: int, min_workers: int | None) -> None:
         """Another number of workers. Raises SettingsError."""
-        rounds = self._known().rounds
-        least = rounds.rules.min_workers if min_workers is None else min_workers
-        self._carry_out(rounds.expect(self._clock(), workers, least))
+        run = self._known()
+        least = run.rounds.rules.min_workers if min_workers is None else min_workers
+        order = self.options.rules.order(workers, least)
+        self._keeper.record("expect", order)
+        run.expected = order
+        self._carry_out(run.rounds.expect(self._clock(), workers, least))
 
     def update_optimizer(self, lr: float | None, momentum: float | None) -> OuterOptions:
         """Others for the rounds that close from now on. Raises SettingsError, NotReady."""

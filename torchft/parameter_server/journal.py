@@ -2,11 +2,11 @@
 
     journal/00000003.jsonl     after checkpoint 3: ["join", …] ["take", …] ["close", …]
 
-["gone", …] is a member that is one no more, ["optimizer", …] an order that changed its settings. A
-line is written before its event has any effect that a worker can see. A server that was killed
-loads its newest checkpoint and does again what the lines say, from the same uploads and with the
-same bits. Lines and uploads are handed to the system but not forced to disk: they survive the
-process, while checkpoints survive the machine. Where an upload is lost, the journal ends.
+["gone", …] is a member that is one no more, ["optimizer", …] and ["expect", …] are orders. A line
+is written before its event has any effect that a worker can see. A server that was killed loads its
+newest checkpoint and does again what the lines say, from the same uploads and with the same bits.
+Lines and uploads are handed to the system but not forced to disk: they survive the process, while
+checkpoints survive the machine. Where an upload is lost, the journal ends.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ What holds whatever happens, and is tested by random schedules:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torchft.parameter_server.member import Member
@@ -190,9 +190,7 @@ class Rounds:
 
     def expect(self, now: float, workers: int, min_workers: int) -> list[Effect]:
         """The run is to have so many workers from now on."""
-        fields = {**self.rules.__dict__, "workers": workers, "min_workers": min_workers}
-        self.rules = Rules(**fields)
-        self._start()
+        self.redo_expect(workers, min_workers)
         return self._closes(now)
 
     # ------------------------------------------------------------------ what is going on
@@ -271,6 +269,11 @@ class Rounds:
             if why is Departure.KICKED:
                 self._drop_pending(worker, member)
             self._remove(worker, why)
+
+    def redo_expect(self, workers: int, min_workers: int) -> None:
+        """Another number of workers, of a checkpoint or the journal."""
+        self.rules = replace(self.rules, workers=workers, min_workers=min_workers)
+        self._start()
 
     def lose(self, submission: Submission) -> None:
         """The numbers of a pending one are not there any more: its worker may send them again."""

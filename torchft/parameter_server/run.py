@@ -43,6 +43,8 @@ class Run:
     """As it is for the rounds that close now: orders change it."""
     extras: dict[str, Tensor]
     """Tensors of the starting model that nobody trains; they go into checkpoints as they are."""
+    expected: dict[str, Any] | None = None
+    """The order that changed how many workers are expected, if one did: `Rules.order`."""
 
     @property
     def versions(self) -> list[int]:
@@ -64,7 +66,11 @@ class Run:
 
     def decided(self) -> dict[str, Any]:
         """What a checkpoint of now says; steps that are decided may still have to be taken."""
-        return {"rounds": self.rounds.state_dict(), "optimizer": self.decided_outer}
+        return {
+            "rounds": self.rounds.state_dict(),
+            "optimizer": self.decided_outer,
+            "expected": self.expected,
+        }
 
     @property
     def decided_outer(self) -> dict[str, float]:
@@ -175,7 +181,21 @@ class Runs:
                 f"the checkpoint is of another outer optimizer ({error}): start with the flags "
                 "that it was made with"
             ) from None
-        return Run(agreed, shape, rounds, state, outer, saved["extras"])
+        run = Run(agreed, shape, rounds, state, outer, saved["extras"])
+        if expected := saved.get("expected"):
+            self._expect(run, expected)
+        return run
+
+    def _expect(self, run: Run, expected: dict[str, Any]) -> None:
+        """An order holds after a restart with the same flags; others win over it."""
+        rules = self._options.rules
+        if expected["flags"] == [rules.workers, rules.min_workers]:
+            run.expected = expected
+            run.rounds.redo_expect(*expected["order"])
+            logger.warning(
+                "the run goes on with %d workers, at least %d, as it was ordered",
+                *expected["order"],
+            )
 
     def _outer_of(self, saved: Mapping[str, Any]) -> OuterOptions:
         """The run's own, which an order may have changed; not what the flags say."""
@@ -237,6 +257,8 @@ class Runs:
             run.rounds.redo_leave(event["worker"], Departure[event["why"]])
         elif kind == "take":
             run.rounds.redo_take(Submission(**event))
+        elif kind == "expect":
+            self._expect(run, event)
         elif kind == "optimizer":
             run.outer = run.outer.changed(**event)
             run.state.outer.change(**run.outer.settings)
