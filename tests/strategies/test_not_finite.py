@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.peers import Node, Script, World
-from helpers.reference import reference
-from helpers.tiny import digest
+from helpers.reference import OUTER, reference
+from helpers.tiny import Tiny, backward, digest
 from helpers.training import ROWS, STEPS, Training
 from torch.testing import assert_close
 
 from torchft.errors import NotFiniteError
+from torchft.simulator.stacked import StackedLocal
+from torchft.strategies import DiLoCo, Inner, ModelLocal, OptimSpec, Strategy
 from torchft.strategies.parts.finite import are_finite, not_finite
+from torchft.strategies.recipe import Clock
 
 AVERAGES = [name for name, row in ROWS.items() if row.kind.name not in ("islands", "demo", "top_k")]
 LATER = [name for name in AVERAGES if ROWS[name].kind.name != "sparta"]
@@ -55,6 +58,48 @@ def test_a_subset_that_is_not_finite_is_not_written() -> None:
         assert all(bool(w.isfinite().all()) for w in one.weights)
     assert "3 of them in first.unused" not in str(world.reasons[0])
     assert "has 3 values that are NaN or infinite" in str(world.reasons[0])
+
+
+@pytest.mark.parametrize("delay", [0, 3])
+def test_a_node_whose_fragments_infect_each_other_goes_on_after_one_no(delay: int) -> None:
+    """An old failing that must not come back: only the fragment of the round went back, got its
+    NaN again from the others, and was tried again and again, so that no round ever committed."""
+    world = World(Script(2))
+
+    def story(node: Node) -> Strategy:
+        model = Tiny()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        local = ModelLocal([model.first, model.second], torch.optim.AdamW(trained, lr=0.01))
+        recipe = DiLoCo(OUTER, 4, fragments=2, delay=delay, inner_state="restored")
+        strategy = Strategy([recipe]).bind(local, node)
+        for number in range(1, 25):
+            if node.rank == 1 and number == 6:
+                torch.nn.init.constant_(model.second[2].bias, torch.nan)
+            local.zero_grads()
+            backward(model, node.rank, number)
+            strategy.step()
+        strategy.finish()
+        assert all(bool(p.isfinite().all()) for p in trained)
+        assert min(recipe.versions) > 3
+        return strategy
+
+    results = world.run(story)
+    assert world.reasons
+    assert len({digest(one.shared_state_dict()) for one in results.values()}) == 1
+
+
+def test_a_simulated_node_with_nan_goes_back_and_its_neighbour_goes_on() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+    local = StackedLocal(model, 2, Inner(OptimSpec(torch.optim.SGD)), 10)
+    recipe = DiLoCo(OUTER, 4, fragments=2)
+    recipe.bind(local, Clock())
+    first, second = recipe.fragments
+    start = [flat[0].clone() for flat in local.weights(second)]
+    local.set_weights(first, [torch.stack([w[0], w[1] * torch.nan]) for w in local.weights(first)])
+    local.set_weights(second, [w + 1.0 for w in local.weights(second)])
+    recipe.discard(first, None)
+    for was, now in zip(start, local.weights(second), strict=True):
+        assert_close(now, torch.stack([was + 1.0, was]))
 
 
 @pytest.mark.parametrize("name", ["all-reduce", "LocalSGD", "DiLoCo", "DiLoCo in buckets"])

@@ -42,9 +42,18 @@ class Backup:
         self.copy_(weights)
         self._local.release(weights, reusable=True)
 
-    def restore(self) -> None:
-        """The parameters go back to the last synchronisation."""
-        self._local.set_weights(self._fragment, self.flats)
+    @torch.no_grad()
+    def restore(self, rows: Sequence[int] | None = None) -> None:
+        """The parameters go back to the last synchronisation; those of some rows, or of all."""
+        if rows is None:
+            self._local.set_weights(self._fragment, self.flats)
+            return
+        weights = self._local.weights(self._fragment)
+        values = [weight.clone() for weight in weights]
+        self._local.release(weights, reusable=True)
+        for value, flat in zip(values, self.flats, strict=True):
+            value[rows] = flat.to(value.device)
+        self._local.set_weights(self._fragment, values)
 
     @torch.no_grad()
     def copy_(self, values: Sequence[Tensor]) -> None:

@@ -6,12 +6,14 @@ for AdamW. What belongs to the optimizer as a whole, like its learning rate and 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchft.strategies.local import Fragment, Local, local_part
+from torchft.strategies.parts.finite import are_finite
 
 __all__ = ["InnerBackup"]
 
@@ -30,8 +32,11 @@ class InnerBackup:
 
     @torch.no_grad()
     def take(self) -> None:
-        """The state as it is now is that of the last synchronisation."""
+        """The state as it is now is that of the last synchronisation, where it is finite: a NaN
+        that came while the average travelled would come back with every no."""
         for at, state in self._local.inner_states(self._fragment).items():
+            if not are_finite(local_part(v) for v in state.values() if isinstance(v, Tensor)):
+                continue
             before = self._saved.get(at, {})
             self._saved[at] = {
                 name: self._copy(value, before.get(name)) for name, value in state.items()
@@ -47,9 +52,11 @@ class InnerBackup:
         return part.to(device, copy=True)
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """The state goes back to the last synchronisation."""
+    def restore(self, rows: Collection[int] | None = None) -> None:
+        """The state goes back to the last synchronisation; that of some rows, or of all."""
         for at, state in self._local.inner_states(self._fragment).items():
+            if rows is not None and at[0] not in rows:
+                continue
             saved = self._saved.get(at, {})
             for name in list(state.keys() - saved.keys()):
                 del state[name]  # as before the first step
