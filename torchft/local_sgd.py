@@ -30,6 +30,7 @@ from torchft.errors import PhaseError, SettingsError
 from torchft.ledger import Bucket
 from torchft.managed_peers import ManagedPeers
 from torchft.quantization import Codec, codec_for
+from torchft.quantization.proof import prove
 from torchft.strategies import diloco, local_sgd
 from torchft.strategies.buffers import LEFT
 from torchft.strategies.fragments import SEQUENTIAL
@@ -69,6 +70,9 @@ class _Door:
     ) -> None:
         # True means the same wherever the parameters lie on equal devices; groups compare it.
         recipe.codec = codec_for(should_quantize, local.parameters[0].device)
+        if recipe.codec is not None:
+            for dtype, device in local.layout(local.whole).kinds:
+                prove(recipe.codec, dtype, device)
         self._manager = manager
         self._optimizer = optimizer
         self._hooks: list[RemovableHandle] = []
