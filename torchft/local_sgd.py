@@ -81,6 +81,9 @@ class _Door:
         self._strategy = Strategy([recipe], bucket_bytes=bucket_bytes)
         peers = ManagedPeers(manager, deterministic=deterministic, background=background)
         self._strategy.bind(local, peers, applying=self._applying)
+        manager.describe_setting("fragment_sync_delay", str(recipe.delay))
+        manager.describe_setting("deterministic", str(deterministic))
+        manager.describe_setting("bucket bytes", str(bucket_bytes))
         if recipe.buffers != LEFT:
             manager.describe_model("model buffers", list(local.buffers()[0].items()))
 
@@ -205,6 +208,7 @@ class LocalSGD(_Door):
             should_quantize=should_quantize,
             deterministic=deterministic,
         )
+        manager.describe_setting("sync_every", str(sync_every))
         manager.describe_model(
             "LocalSGD", list(zip(local.names, map(local_part, local.parameters), strict=True))
         )
@@ -327,6 +331,8 @@ class DiLoCo(_Door):
             deterministic=deterministic,
             background=manager._use_async_quorum and fragment_sync_delay > 0,
         )
+        manager.describe_setting("sync_every", str(sync_every))
+        manager.describe_setting("outer optimizer", ", ".join(map(_said, outers)))
         self._register(local)
         if fragment_sync_delay:
             manager.offer_copies()
@@ -373,6 +379,11 @@ def _refuse(fragments: object, bucket_cap_mb: int | None) -> None:
         raise SettingsError("model_fragments is a list of modules: for one fragment pass [model]")
     if bucket_cap_mb is not None and bucket_cap_mb <= 0:
         raise SettingsError(f"bucket_cap_mb={bucket_cap_mb} must be above 0")
+
+
+def _said(outer: Optimizer) -> str:
+    """What it was made with. Groups with other rates would part without anybody noticing."""
+    return f"{type(outer).__name__} {sorted(outer.defaults.items())}"
 
 
 def _parts(modules: list[nn.Module], fragments: int | None, pattern: str) -> int:

@@ -378,6 +378,29 @@ def test_groups_compare_how_they_quantise(given: Any, name: str) -> None:
     assert "codec" not in plain.manager.described
 
 
+@pytest.mark.parametrize(
+    ("other", "setting"),
+    [
+        ({"sync_every": 8}, "sync_every"),
+        ({"fragment_sync_delay": 1}, "fragment_sync_delay"),
+        ({"deterministic": True}, "deterministic"),
+        ({"use_bucketization": True, "bucket_cap_mb": 2}, "bucket bytes"),
+        ({"lr": 0.5}, "outer optimizer"),
+    ],
+)
+def test_groups_compare_what_would_part_them(other: dict[str, Any], setting: str) -> None:
+    """An old failing that must not come back: groups of another schedule averaged with each other,
+    and with another kind of average waited for each other until the timeout, every time."""
+    described = []
+    for given in {}, other:
+        group = alone()
+        options = {"sync_every": 4, "lr": 0.7, **given}
+        outer = OUTER(group.trained, lr=options.pop("lr"))
+        DiLoCo(group.manager, [group.model], group.inner, outer, **options)
+        described.append(group.manager.described)
+    assert [key for key in described[0] if described[0][key] != described[1][key]] == [setting]
+
+
 class TestRefusals:
     """Each says what would fit, before anything runs."""
 
