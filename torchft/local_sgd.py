@@ -33,6 +33,7 @@ from torchft.quantization import Codec, codec_for
 from torchft.quantization.proof import prove
 from torchft.strategies import diloco, local_sgd
 from torchft.strategies.buffers import LEFT
+from torchft.strategies.checks import check_whole
 from torchft.strategies.fragments import SEQUENTIAL
 from torchft.strategies.local import Fragment, local_part
 from torchft.strategies.model_local import ModelLocal
@@ -377,7 +378,10 @@ class DiLoCo(_Door):
 def _refuse(fragments: object, bucket_cap_mb: int | None) -> None:
     if isinstance(fragments, nn.Module):
         raise SettingsError("model_fragments is a list of modules: for one fragment pass [model]")
-    if bucket_cap_mb is not None and bucket_cap_mb <= 0:
+    if bucket_cap_mb is None:
+        return
+    check_whole(bucket_cap_mb=bucket_cap_mb)
+    if bucket_cap_mb <= 0:
         raise SettingsError(f"bucket_cap_mb={bucket_cap_mb} must be above 0")
 
 
