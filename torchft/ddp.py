@@ -28,6 +28,7 @@ from torchft.errors import SettingsError
 from torchft.futures import future_on
 from torchft.process_group import ProcessGroupDummy
 from torchft.quantization import Codec, codec_for
+from torchft.quantization.proof import prove
 
 if TYPE_CHECKING:
     from torchft.manager import Manager
@@ -104,8 +105,8 @@ def _codec(
     trained = [p for p in module.parameters() if p.requires_grad]
     codec = codec_for(should_quantize, trained[0].device) if trained else None
     if codec is not None:
-        for parameter in trained:
-            codec.check(parameter.dtype)
+        for dtype, device in {(parameter.dtype, parameter.device) for parameter in trained}:
+            prove(codec, dtype, device)
         manager.describe_setting("codec", codec.name)
     return codec
 

@@ -30,8 +30,10 @@ from torchft.errors import PhaseError, SettingsError
 from torchft.ledger import Bucket
 from torchft.managed_peers import ManagedPeers
 from torchft.quantization import Codec, codec_for
+from torchft.quantization.proof import prove
 from torchft.strategies import diloco, local_sgd
 from torchft.strategies.buffers import LEFT
+from torchft.strategies.checks import check_whole
 from torchft.strategies.fragments import SEQUENTIAL
 from torchft.strategies.local import Fragment, local_part
 from torchft.strategies.model_local import ModelLocal
@@ -69,6 +71,9 @@ class _Door:
     ) -> None:
         # True means the same wherever the parameters lie on equal devices; groups compare it.
         recipe.codec = codec_for(should_quantize, local.parameters[0].device)
+        if recipe.codec is not None:
+            for dtype, device in local.layout(local.whole).kinds:
+                prove(recipe.codec, dtype, device)
         self._manager = manager
         self._optimizer = optimizer
         self._hooks: list[RemovableHandle] = []
@@ -77,6 +82,9 @@ class _Door:
         self._strategy = Strategy([recipe], bucket_bytes=bucket_bytes)
         peers = ManagedPeers(manager, deterministic=deterministic, background=background)
         self._strategy.bind(local, peers, applying=self._applying)
+        manager.describe_setting("fragment_sync_delay", str(recipe.delay))
+        manager.describe_setting("deterministic", str(deterministic))
+        manager.describe_setting("bucket bytes", str(bucket_bytes))
         if recipe.buffers != LEFT:
             manager.describe_model("model buffers", list(local.buffers()[0].items()))
 
@@ -201,6 +209,7 @@ class LocalSGD(_Door):
             should_quantize=should_quantize,
             deterministic=deterministic,
         )
+        manager.describe_setting("sync_every", str(sync_every))
         manager.describe_model(
             "LocalSGD", list(zip(local.names, map(local_part, local.parameters), strict=True))
         )
@@ -323,6 +332,8 @@ class DiLoCo(_Door):
             deterministic=deterministic,
             background=manager._use_async_quorum and fragment_sync_delay > 0,
         )
+        manager.describe_setting("sync_every", str(sync_every))
+        manager.describe_setting("outer optimizer", ", ".join(map(_said, outers)))
         self._register(local)
         if fragment_sync_delay:
             manager.offer_copies()
@@ -367,8 +378,16 @@ class DiLoCo(_Door):
 def _refuse(fragments: object, bucket_cap_mb: int | None) -> None:
     if isinstance(fragments, nn.Module):
         raise SettingsError("model_fragments is a list of modules: for one fragment pass [model]")
-    if bucket_cap_mb is not None and bucket_cap_mb <= 0:
+    if bucket_cap_mb is None:
+        return
+    check_whole(bucket_cap_mb=bucket_cap_mb)
+    if bucket_cap_mb <= 0:
         raise SettingsError(f"bucket_cap_mb={bucket_cap_mb} must be above 0")
+
+
+def _said(outer: Optimizer) -> str:
+    """What it was made with. Groups with other rates would part without anybody noticing."""
+    return f"{type(outer).__name__} {sorted(outer.defaults.items())}"
 
 
 def _parts(modules: list[nn.Module], fragments: int | None, pattern: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from world import Group, World
 
+from torchft.errors import MismatchError
 from torchft.local_sgd import DiLoCo, LocalSGD
 from torchft.manager import Manager
 from torchft.process_group import FakeProcessGroupWrapper
@@ -112,6 +114,26 @@ def test_a_group_heals_from_donors_that_train_on_meanwhile(tmp_path: Path) -> No
         lambda group: story(group, ""), lambda group: story(group, "two rounds")
     )
     assert one == two
+
+
+def test_a_group_with_another_schedule_is_told_so_before_anything_is_averaged(
+    tmp_path: Path,
+) -> None:
+    def story(group: Group) -> str:
+        model = linear(seed=0)
+        manager = synchronous(group, quorum_timeout=timedelta(seconds=5))
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        outer = torch.optim.SGD(model.parameters(), lr=0.7)
+        raised = MismatchError if group.number else TimeoutError  # nobody is left to train with
+        with (
+            pytest.raises(raised) as refused,
+            DiLoCo(manager, [model], inner, outer, sync_every=2 + group.number),
+        ):
+            pass
+        return str(refused.value)
+
+    _, said = World(tmp_path, min_replicas=2).run(story, story)
+    assert "sync_every is 3 here and 2 there" in said
 
 
 def test_a_group_that_cannot_apply_what_was_committed_heals_from_the_others(

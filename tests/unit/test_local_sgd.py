@@ -378,6 +378,29 @@ def test_groups_compare_how_they_quantise(given: Any, name: str) -> None:
     assert "codec" not in plain.manager.described
 
 
+@pytest.mark.parametrize(
+    ("other", "setting"),
+    [
+        ({"sync_every": 8}, "sync_every"),
+        ({"fragment_sync_delay": 1}, "fragment_sync_delay"),
+        ({"deterministic": True}, "deterministic"),
+        ({"use_bucketization": True, "bucket_cap_mb": 2}, "bucket bytes"),
+        ({"lr": 0.5}, "outer optimizer"),
+    ],
+)
+def test_groups_compare_what_would_part_them(other: dict[str, Any], setting: str) -> None:
+    """An old failing that must not come back: groups of another schedule averaged with each other,
+    and with another kind of average waited for each other until the timeout, every time."""
+    described = []
+    for given in {}, other:
+        group = alone()
+        options = {"sync_every": 4, "lr": 0.7, **given}
+        outer = OUTER(group.trained, lr=options.pop("lr"))
+        DiLoCo(group.manager, [group.model], group.inner, outer, **options)
+        described.append(group.manager.described)
+    assert [key for key in described[0] if described[0][key] != described[1][key]] == [setting]
+
+
 class TestRefusals:
     """Each says what would fit, before anything runs."""
 
@@ -389,6 +412,11 @@ class TestRefusals:
             (4, {"fragment_sync_delay": -1}, "use 0 to 4"),
             (4, {"fragment_update_alpha": 1.5}, "is not a share"),
             (4, {"fragment_update_alpha": -0.1}, "is not a share"),
+            (4, {"fragment_update_alpha": "half"}, "is not a share"),
+            (4.5, {}, "sync_every=4.5 must be a whole number"),
+            (True, {}, "sync_every=True must be a whole number"),
+            (4, {"fragment_sync_delay": 1.5}, "fragment_sync_delay=1.5 must be a whole number"),
+            (4, {"bucket_cap_mb": 0.5}, "bucket_cap_mb=0.5 must be a whole number"),
             (4, {"inner_state": "kept"}, "'stands' or is 'restored'"),
             (4, {"bucket_cap_mb": 0}, "must be above 0"),
             (4, {"fragments": 2}, "are the fragments already: leave fragments"),
@@ -397,7 +425,7 @@ class TestRefusals:
             (4, {"should_quantize": "int5"}, "no codec 'int5': give one of fp32, bf16"),
         ],
     )
-    def test_schedules_and_options(self, every: int, options: dict[str, Any], says: str) -> None:
+    def test_schedules_and_options(self, every: Any, options: dict[str, Any], says: str) -> None:
         group = alone()
         fragments = [group.model.first, group.model.second]
         with pytest.raises(ValueError, match=says):
@@ -408,6 +436,7 @@ class TestRefusals:
         [
             ({"fragments": 9}, "8 parameters cannot be 9 fragments: use 1 to 8"),
             ({"fragments": 0}, "no fragment to synchronise"),
+            ({"fragments": 2.0}, "fragments=2.0 must be a whole number"),
             ({"fragment_pattern": "stripes"}, "'sequential' or 'strided'"),
         ],
     )
@@ -415,6 +444,17 @@ class TestRefusals:
         group = alone()
         with pytest.raises(ValueError, match=says):
             DiLoCo(group.manager, [group.model], group.inner, OUTER(group.trained), 12, **options)
+
+    def test_parameters_without_values(self) -> None:
+        group = alone()
+        for module in nn.LazyLinear(2), nn.Linear(3, 2, device="meta"):
+            with pytest.raises(ValueError, match="parameter weight has no values yet"):
+                LocalSGD(group.manager, module, group.inner, 3)
+
+    def test_steps_that_are_no_whole_number(self) -> None:
+        group = alone()
+        with pytest.raises(ValueError, match=r"sync_every=2.5 must be a whole number"):
+            LocalSGD(group.manager, group.model, group.inner, 2.5)  # type: ignore[arg-type]
 
     def test_another_number_of_outer_optimizers(self) -> None:
         group = alone()

@@ -27,6 +27,7 @@ from torchft.errors import PhaseError, SettingsError
 from torchft.ordered import chunk_of
 from torchft.process_group import ProcessGroup
 from torchft.quantization import Codec, codec_for, codec_of, default_codec
+from torchft.quantization.codec import into
 from torchft.quantization.mean import add_lost, take_said
 
 __all__ = ["QuantizedMean", "adds", "allreduce_quantized", "codec_for"]
@@ -86,7 +87,7 @@ class QuantizedMean(OrderedMean):
         if not self._counted:
             return total
         first, *others = self._counted
-        self._numbers.decode(received[first : first + 1], self._chunk, out=total)
+        into(total, self._numbers.decode(received[first : first + 1], self._chunk, out=total))
         for member in others:
             self._numbers.decode_add_(total, received[member : member + 1])
         return total.div_(len(self._counted))

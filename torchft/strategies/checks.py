@@ -21,7 +21,7 @@ from torchft.strategies.optim_spec import OptimSpec
 if TYPE_CHECKING:
     from torchft.strategies.recipe import Recipe
 
-__all__ = ["check_recipes", "check_values", "contributed", "inner_of", "recipes_of"]
+__all__ = ["check_recipes", "check_values", "check_whole", "contributed", "inner_of", "recipes_of"]
 
 _PAIR = "contribution returns a pair: a list of tensors [rows, …] and a draft, which may be None"
 
@@ -84,6 +84,17 @@ def check_recipes(recipes: Sequence[Recipe]) -> None:
         )
     for recipe in recipes:
         _check_recipe(recipe)
+
+
+def check_whole(**settings: object) -> None:
+    """Each of these counts something.
+
+    Raises:
+        SettingsError: which one is no whole number.
+    """
+    for name, value in settings.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise SettingsError(f"{name}={value!r} must be a whole number")
 
 
 def _check_recipe(recipe: Recipe) -> None:

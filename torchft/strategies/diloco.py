@@ -38,6 +38,7 @@ from torch import Tensor
 from torchft.errors import SettingsError
 from torchft.quantization import ErrorFeedback
 from torchft.strategies.buffers import LEFT, check_buffers
+from torchft.strategies.checks import check_whole
 from torchft.strategies.fragments import SEQUENTIAL, check_pattern
 from torchft.strategies.local import Fragment
 from torchft.strategies.parts.backup import Backup
@@ -265,6 +266,7 @@ def check_schedule(every: int, fragments: int, delay: int, mix: float) -> None:
     Raises:
         SettingsError: also a ValueError.
     """
+    check_whole(sync_every=every, fragments=fragments, fragment_sync_delay=delay)
     if fragments < 1:
         raise SettingsError("there is no fragment to synchronise")
     if every < fragments:
@@ -277,8 +279,8 @@ def check_schedule(every: int, fragments: int, delay: int, mix: float) -> None:
             f"fragment_sync_delay={delay} does not fit between two synchronisations of a fragment, "
             f"which are {every} inner steps apart: use 0 to {every}"
         )
-    if not 0.0 <= mix <= 1.0:
+    if not isinstance(mix, int | float) or not 0.0 <= mix <= 1.0:
         raise SettingsError(
-            f"fragment_update_alpha={mix} is not a share: use 0 (take the global weights) to 1 "
+            f"fragment_update_alpha={mix!r} is not a share: use 0 (take the global weights) to 1 "
             "(keep the local ones)"
         )

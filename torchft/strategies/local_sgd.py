@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torchft.errors import SettingsError
 from torchft.strategies.buffers import LEFT, check_buffers
+from torchft.strategies.checks import check_whole
 from torchft.strategies.local import Fragment
 from torchft.strategies.parts.backup import Backup
 from torchft.strategies.recipe import Recipe
@@ -35,6 +36,7 @@ class LocalSGD(Recipe):
         backup_device: torch.device | str | None = "cpu",
         pin_memory: bool = True,
     ) -> None:
+        check_whole(sync_every=every)
         if every < 1:
             raise SettingsError(f"sync_every={every}: weights are averaged every 1 or more steps")
         self.buffers = check_buffers(buffers)

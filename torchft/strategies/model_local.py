@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from torchft.errors import SettingsError
 from torchft.strategies.buffers import buffers_of
@@ -58,6 +59,11 @@ class ModelLocal:
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad or id(parameter) in seen:
                 continue
+            if parameter.is_meta or isinstance(parameter, UninitializedParameter):
+                raise SettingsError(
+                    f"parameter {name} has no values yet: move the model off the meta device, or "
+                    "run its lazy modules once, before it is given to a strategy"
+                )
             if not parameter.is_floating_point():
                 raise SettingsError(f"parameter {name} is {parameter.dtype}: it cannot be averaged")
             self.names.append(name)
