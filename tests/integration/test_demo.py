@@ -70,7 +70,13 @@ def said_all(command: Command) -> str:
     return said
 
 
-@pytest.mark.parametrize("more", [(), ("--codec=int8",)], ids=["as they are", "int8"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param((), id="as they are"),
+        pytest.param(("--codec=int8",), id="int8", marks=pytest.mark.slow),
+    ],
+)
 def test_a_group_is_killed_and_heals_and_all_end_alike(demo: Demo, more: tuple[str, ...]) -> None:
     command = demo("--replicas=2", "--steps=40", "--seed=3", *more)
     said = said_all(command)

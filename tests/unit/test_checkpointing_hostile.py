@@ -251,7 +251,7 @@ REQUESTS: dict[str, tuple[bytes, bytes]] = {
     "a way out": (b"GET /checkpoint/../../etc/passwd HTTP/1.1\r\n\r\n", b"404"),
     "garbage": (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", b"404"),
     "an endless head": (b"GET /checkpoint/3/0-of-1 HTTP/1.1\r\n" + b"x" * 10_000, b"404"),
-    "another step": (b"GET /checkpoint/4/0-of-1 HTTP/1.1\r\n\r\n", b"400"),
+    "an older step": (b"GET /checkpoint/2/0-of-1 HTTP/1.1\r\n\r\n", b"400"),
     "the right one": (b"GET /checkpoint/3/0-of-1 HTTP/1.1\r\n\r\n", b"200"),
 }
 
