@@ -130,7 +130,7 @@ def test_buffers_frozen_and_tied_parameters_do_not_travel() -> None:
 def test_a_model_on_the_meta_device_is_refused() -> None:
     with torch.device("meta"):
         model = Net()
-    with pytest.raises(SettingsError, match=r"h\.0\.weight lies on the meta device.*to_empty"):
+    with pytest.raises(SettingsError, match=r"h\.0\.weight has no values yet.*to_empty"):
         DiLoCoWorker(model, torch.optim.SGD(model.parameters()), "127.0.0.1:1")
 
 

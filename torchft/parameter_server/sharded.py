@@ -44,11 +44,6 @@ def named_parameters(model: nn.Module, ranks: Ranks = ALONE) -> dict[str, nn.Par
     local = ModelLocal([_unwrapped(model)])
     found = dict(zip(local.names, local.parameters, strict=True))
     for name, parameter in found.items():
-        if parameter.device.type == "meta":
-            raise SettingsError(
-                f"{name} lies on the meta device, which holds no numbers: materialise the model "
-                "first, with model.to_empty(device=…) and weights loaded or initialised"
-            )
         if is_sharded(parameter):
             _check_mesh(name, parameter, ranks)
     return found

@@ -61,8 +61,8 @@ class ModelLocal:
                 continue
             if parameter.is_meta or isinstance(parameter, UninitializedParameter):
                 raise SettingsError(
-                    f"parameter {name} has no values yet: move the model off the meta device, or "
-                    "run its lazy modules once, before it is given to a strategy"
+                    f"parameter {name} has no values yet: move the model off the meta device, with "
+                    "model.to_empty(device=…) and initialised weights, or run its lazy modules once"
                 )
             if not parameter.is_floating_point():
                 raise SettingsError(f"parameter {name} is {parameter.dtype}: it cannot be averaged")
