@@ -6,14 +6,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.commands import is_gone, wait_for
 
-from torchft.launch.processes import kill_all, psutil, tree
+from torchft.launch.processes import kill_all, tree
 from torchft.records import read_step_records
 
 pytestmark = pytest.mark.timeout(400)
@@ -43,21 +43,6 @@ def demo(tmp_path: Path) -> Iterator[Demo]:
 
 def descendants(command: Command) -> list[Any]:
     return tree(command.pid)[1:]
-
-
-def wait_for(what: Callable[[], bool], *, within_s: float, why: str) -> None:
-    deadline = time.monotonic() + within_s
-    while not what():
-        assert time.monotonic() < deadline, f"not within {within_s} s: {why}"
-        time.sleep(0.02)
-
-
-def is_gone(process: Any) -> bool:
-    ps = psutil()
-    try:
-        return not process.is_running() or process.status() == ps.STATUS_ZOMBIE
-    except ps.NoSuchProcess:
-        return True
 
 
 def workers(command: Command) -> list[Any]:

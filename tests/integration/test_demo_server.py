@@ -7,14 +7,13 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from helpers.commands import is_gone, wait_for
 
-from torchft.launch.processes import kill_all, psutil, tree
+from torchft.launch.processes import kill_all, tree
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -67,21 +66,6 @@ def test_the_demo_with_trainers_of_transformers(demo: Demo) -> None:
     check(demo("--timeout=1200"), 1300)
 
 
-def is_gone(process: Any) -> bool:
-    ps = psutil()
-    try:
-        return not process.is_running() or process.status() == ps.STATUS_ZOMBIE
-    except ps.NoSuchProcess:
-        return True
-
-
-def until(what: Callable[[], bool], within_s: float, why: str) -> None:
-    deadline = time.monotonic() + within_s
-    while not what():
-        assert time.monotonic() < deadline, f"not within {within_s} s: {why}"
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize(
     "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
 )
@@ -90,13 +74,13 @@ def test_a_demo_that_is_ended_leaves_nothing_behind(
 ) -> None:
     command = demo(light())
     log = tmp_path / "run" / "worker_a" / "log.jsonl"
-    until(log.exists, 200, "a trains")
+    wait_for(log.exists, within_s=200, why="a trains")
     processes = tree(command.pid)[1:]
     assert len(processes) >= 5, "the server, and two workers with a command each"
     os.kill(command.pid, number)
     code = command.wait(60)
     assert code == (128 + number if number == signal.SIGTERM else -number)
-    until(lambda: all(map(is_gone, processes)), 60, "all have ended")
+    wait_for(lambda: all(map(is_gone, processes)), within_s=60, why="all have ended")
 
 
 def test_a_worker_that_fails_ends_the_demo_which_says_so(demo: Demo) -> None:

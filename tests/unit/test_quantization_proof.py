@@ -9,34 +9,12 @@ import torch
 from helpers.manager import InProcessManager
 from helpers.peers import Node, Script, World
 from torch import Tensor, nn
+from unit.test_quantization import Halves
 
 from torchft.errors import SettingsError
 from torchft.local_sgd import DiLoCo
 from torchft.quantization import Codec, codec_names, codec_of
-from torchft.quantization.codec import into
 from torchft.quantization.proof import prove
-
-
-class Halves(Codec):
-    """The one that the documentation shows."""
-
-    name = "halves"
-
-    def encoded_bytes(self, n: int) -> int:
-        return 2 * n
-
-    def encode(self, values: Tensor) -> Tensor:
-        return values.half().view(torch.uint8)
-
-    def decode(
-        self,
-        encoded: Tensor,
-        n: int,
-        dtype: torch.dtype = torch.float32,
-        *,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        return into(out, encoded.view(torch.float16).to(dtype))
 
 
 class IgnoresOut(Halves):
