@@ -10,7 +10,6 @@ from torchft.strategies.demo import DeMo
 from torchft.strategies.diloco import DiLoCo
 from torchft.strategies.fedavg import FedAvg
 from torchft.strategies.gym import (
-    DeMoStrategy,
     DiLoCoStrategy,
     FedAvgStrategy,
     LocalSGDStrategy,
@@ -18,8 +17,8 @@ from torchft.strategies.gym import (
     SPARTADiLoCoStrategy,
     SPARTAStrategy,
     StreamingDiLoCoStrategy,
-    TopKStrategy,
 )
+from torchft.strategies.gym_gathered import DeMoStrategy, TopKStrategy
 from torchft.strategies.inner import Inner, InnerOptimizer
 from torchft.strategies.local import Fragment, Layout, Local
 from torchft.strategies.local_sgd import LocalSGD
