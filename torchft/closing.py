@@ -51,13 +51,14 @@ class Closer:
 
     def heal(self, transaction: Transaction, plan: Plan, timeout: timedelta) -> None:
         """Load a donor's state now, before a step that may stay open: where a rank of this group
-        could not, none has healed, and the step's error says so on all of them.
+        could not, none has healed, and the step's error says so on all of them. Also a rank that
+        has nothing to load meets the others here.
 
         Raises as `close` does.
         """
         fresh = self._progress.fresh
         self._load_staged(transaction)
-        if plan.donor is None or self._group.world_size == 1:
+        if not plan.may_heal or self._group.world_size == 1:
             return
         healed = not transaction.failed
         all_have = self._all_say(plan.step, healed, timeout)

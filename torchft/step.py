@@ -167,6 +167,15 @@ class Plan:
         return self.replica_rank in self.counted
 
     @property
+    def may_heal(self) -> bool:
+        """Whether a rank of this group may heal: the same on all of its ranks, unlike `donor`.
+
+        When all members are new, the rank that keeps its own state lies in one group for group
+        rank 0 and in another for group rank 1, so some ranks of a group have a donor and some not.
+        """
+        return self.donor is not None or (self.opening and self.anyone_heals)
+
+    @property
     def name(self) -> str:
         """This group's replica id."""
         return self.members[self.replica_rank]

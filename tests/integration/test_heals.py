@@ -225,3 +225,23 @@ def test_a_donor_dies_while_its_state_travels_and_another_donor_is_asked(tmp_pat
     first, stayed, second, healed = World(tmp_path).run(*stories)
     assert first == second == KILLED
     assert stayed == healed
+
+
+def test_two_groups_of_two_ranks_open_a_run_without_waiting_for_each_other(tmp_path: Path) -> None:
+    def story(group: Group) -> list[float]:
+        group.w.fill_(group.number + 1.0)
+        manager = group.manager(use_async_quorum=False, min_replica_size=2)
+        peers = ManagedPeers(manager)
+        began = time.monotonic()
+        first = peers.open(Place.AFTER)
+        assert first.opening
+        second = peers.open(Place.AFTER)
+        (mean,) = second.average([torch.full((1, 1), group.number * 2.0)]).wait()
+        assert second.close()
+        assert time.monotonic() - began < 10.0  # half of the timeout of a vote
+        return [group.rank, group.w[0].item(), mean.item()]
+
+    results = World(tmp_path, min_replicas=2).run(story, story, ranks=2)
+    (one, two), (three, four) = results[:2], results[2:]
+    assert one == three and two == four
+    assert one[2] == two[2] == 1.0
