@@ -24,6 +24,7 @@ BENCHMARKS = (
     "quorum_latency",
     "commit_latency",
     "allreduce_overhead",
+    "guards",
     "diloco_overhead",
     "recovery_time",
     "simulator",

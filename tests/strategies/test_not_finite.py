@@ -11,9 +11,9 @@ from helpers.training import ROWS, STEPS, Training
 from torch.testing import assert_close
 
 from torchft.errors import NotFiniteError
+from torchft.finite import are_finite, not_finite
 from torchft.simulator.stacked import StackedLocal
 from torchft.strategies import DiLoCo, Inner, ModelLocal, OptimSpec, Strategy
-from torchft.strategies.parts.finite import are_finite, not_finite
 from torchft.strategies.recipe import Clock
 
 AVERAGES = [name for name, row in ROWS.items() if row.kind.name not in ("islands", "demo", "top_k")]

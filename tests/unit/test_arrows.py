@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "torchft"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 BASE = {
-    *("digest", "errors", "futures", "ledger", "ordered"),
+    *("digest", "errors", "finite", "futures", "ledger", "ordered"),
     *("peers", "records", "settings", "work"),
 }
 NUMBERS = {"compression", "quantization"}

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from torchft.errors import SettingsError
+from torchft.finite import are_finite
 from torchft.quantization import ErrorFeedback
 from torchft.strategies.buffers import LEFT, check_buffers
 from torchft.strategies.checks import check_whole
@@ -43,7 +44,6 @@ from torchft.strategies.fragments import SEQUENTIAL, check_pattern
 from torchft.strategies.local import Fragment
 from torchft.strategies.parts.backup import Backup
 from torchft.strategies.parts.feedback import feedback_of
-from torchft.strategies.parts.finite import are_finite
 from torchft.strategies.parts.inner_backup import InnerBackup
 from torchft.strategies.parts.outer import FlatOuter, Outer, OuterFactory
 from torchft.strategies.recipe import Recipe

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Self
 from torch import Tensor
 
 from torchft.errors import HealError, PhaseError, SettingsError
+from torchft.finite import are_finite, not_finite
 from torchft.peers import Handle, Peers, Place, Round
 from torchft.strategies import checks
 from torchft.strategies.buffers import LEFT, Buffers, check_means
@@ -35,7 +36,6 @@ from torchft.strategies.in_flight import InFlight
 from torchft.strategies.local import Fragment, Local
 from torchft.strategies.optim_spec import OptimSpec, plain
 from torchft.strategies.parts import buckets
-from torchft.strategies.parts.finite import are_finite, not_finite
 from torchft.strategies.recipe import By, Clock, Recipe
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchft.finite import are_finite
 from torchft.strategies.local import Fragment, Local, local_part
-from torchft.strategies.parts.finite import are_finite
 
 __all__ = ["InnerBackup"]
 
