@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchft.errors import SettingsError
 from torchft.parameter_server.chunks import Chunks, identity_of
 from torchft.parameter_server.delayed_nesterov import DelayedNesterov
 from torchft.parameter_server.outer_step import OuterStep
@@ -269,6 +270,13 @@ class SharedState:
 @dataclass(frozen=True)
 class _Flat:
     flats: list[Tensor]
+
+    def in_shape(self, flats: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Raises SettingsError: a chunk is a part of a row, without parameters."""
+        raise SettingsError(
+            "the server steps flat chunks of the weights, so its outer optimizer must step number "
+            "by number, as SGD does"
+        )
 
 
 def _whole_name(fragment: int, version: int, identity: str) -> str:

@@ -129,7 +129,7 @@ class Run:
         self.peers.begin(self.step)
         self.strategy.begin()
         losses = finite_losses(self._backward(), self.step)
-        self.result.history.append(StepRow(self.step, losses, self.local.inner.lr))
+        self.result.history.append(StepRow(self.step, losses, self.local.lr))
         self.strategy.step()
         if self.step + 1 == self.total_steps:
             self.strategy.finish()
@@ -147,6 +147,7 @@ class Run:
             self.local.zero_row(node)
             seed_node(seed, node, self.step, self.device)
             losses[node] = self.nodes[node].backward(batch, pieces)
+            self.local.keep_generators(node)
         return losses
 
     def digests(self) -> list[str | None]:

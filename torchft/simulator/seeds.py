@@ -9,11 +9,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import torch
 
-__all__ = ["kept_rng", "seed_everything", "seed_node", "seed_of"]
+__all__ = ["Generators", "kept_rng", "seed_everything", "seed_node", "seed_of"]
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -51,26 +53,44 @@ def seed_everything(mixed: int) -> None:
     random.seed(mixed)
 
 
+@dataclass(frozen=True)
+class Generators:
+    """Where Python's, numpy's and torch's generators stand, of the CPU and of `device`."""
+
+    device: torch.device
+    torch_state: torch.Tensor
+    numpy_state: Any
+    python_state: Any
+    device_state: torch.Tensor | None
+
+    @classmethod
+    def now(cls, device: torch.device) -> Self:
+        """As they stand."""
+        on_device = None
+        if device.type == "cuda":
+            on_device = torch.cuda.get_rng_state(device)
+        elif device.type == "mps":
+            on_device = torch.mps.get_rng_state()
+        return cls(
+            device, torch.get_rng_state(), np.random.get_state(), random.getstate(), on_device
+        )
+
+    def restore(self) -> None:
+        """They go on from there."""
+        torch.set_rng_state(self.torch_state)
+        np.random.set_state(self.numpy_state)
+        random.setstate(self.python_state)
+        if self.device_state is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(self.device_state, self.device)
+        elif self.device_state is not None:
+            torch.mps.set_rng_state(self.device_state)
+
+
 @contextmanager
 def kept_rng(device: torch.device) -> Iterator[None]:
     """Whatever is seeded and drawn inside, the caller's generators go on where they were."""
-    kept = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    on_device = _device_state(device)
+    kept = Generators.now(device)
     try:
         yield
     finally:
-        torch.set_rng_state(kept[0])
-        np.random.set_state(kept[1])
-        random.setstate(kept[2])
-        if device.type == "cuda" and on_device is not None:
-            torch.cuda.set_rng_state(on_device, device)
-        elif device.type == "mps" and on_device is not None:
-            torch.mps.set_rng_state(on_device)
-
-
-def _device_state(device: torch.device) -> torch.Tensor | None:
-    if device.type == "cuda":
-        return torch.cuda.get_rng_state(device)
-    if device.type == "mps":
-        return torch.mps.get_rng_state()
-    return None
+        kept.restore()

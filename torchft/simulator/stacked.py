@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from torchft.errors import SettingsError
 from torchft.simulator.columns import columns_of, joined, matrix, places_of, write
+from torchft.simulator.seeds import Generators
 from torchft.strategies.buffers import buffers_of
 from torchft.strategies.checks import check_values
 from torchft.strategies.fragments import SEQUENTIAL, cut
@@ -68,6 +69,7 @@ class StackedLocal:
         for row in range(rows):
             self._move_in(row, copied(model, dict(frozen)))
         self.inner = inner.build(self.parameters, max_steps)
+        self._generators: dict[int, Generators] = {}
 
     def _kinds(self) -> Iterator[tuple[int, torch.dtype, torch.device]]:
         layout = self._whole_layout
@@ -221,13 +223,27 @@ class StackedLocal:
     def inner_step(self) -> None:
         """Clip and step all that live."""
         self._complete_grads()
-        self.inner.step()
+        self.inner.step(self.alive, on_turn=self._draw_as_alone)
+
+    def keep_generators(self, row: int) -> None:
+        """After the backward pass of `row`: an optimizer that draws random numbers goes on from
+        here, as it does in a process of its own."""
+        if not self.inner.is_shared:
+            self._generators[row] = Generators.now(self.parameters[row][0].device)
+
+    def _draw_as_alone(self, row: int) -> None:
+        if row in self._generators:
+            self._generators[row].restore()
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next inner step: that of the first node that lives."""
+        return self.inner.lr_of(self.alive[0])
 
     def inner_states(self, fragment: Fragment) -> dict[tuple[int, int], MutableMapping[str, Any]]:
         """The optimizer's state of each parameter of `fragment`, at each node that is written."""
-        state = self.inner.optimizer.state
         return {
-            (row, at): state[self.parameters[row][at]]
+            (row, at): self.inner.state_of(row)[self.parameters[row][at]]
             for row in self.written
             for at in fragment.parameters
         }

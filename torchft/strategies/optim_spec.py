@@ -64,11 +64,20 @@ class OptimSpec:
         return cls(optimizer, **kwargs)
 
     def build(self, parameters: nn.Module | Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimizer over `parameters`, or over those of a model."""
+        """The optimizer over `parameters`, or over those of a model.
+
+        Raises:
+            SettingsError: its class refuses them, or a value of an argument.
+        """
         if isinstance(parameters, nn.Module):
             parameters = parameters.parameters()
         params = list(parameters)
-        return self.cls(params, **{**self._fused(params), **self.kwargs})
+        # A rate that is a tensor is written by schedules, so no two optimizers share one.
+        own = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in self.kwargs.items()}
+        try:
+            return self.cls(params, **{**self._fused(params), **own})
+        except (TypeError, ValueError) as error:
+            raise SettingsError(f"{self!r} cannot be made: {error}") from error
 
     def config(self) -> dict[str, Any]:
         """The settings as plain data; arguments that are none are written out."""

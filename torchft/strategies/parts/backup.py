@@ -65,6 +65,10 @@ class Backup:
         """Parameter name → its part of the backup, sharing storage."""
         return self._local.named_views(self._fragment, self.flats)
 
+    def in_shape(self, flats: Sequence[Tensor]) -> list[Tensor]:
+        """One view per parameter of the fragment, in its shape, of tensors like `self.flats`."""
+        return list(self._local.named_views(self._fragment, flats).values())
+
     @torch.no_grad()
     def load(self, values: Mapping[str, Tensor]) -> None:
         """Take over a donor's backup, whole or not at all.

@@ -1,8 +1,8 @@
 """The outer step: an optimizer that takes the averaged delta of a fragment as its gradient.
 
-Two kinds. `FlatOuter` makes an optimizer of its own over the flat backup: the same kernel over the
-same layout in every runtime. `ModelOuter` uses optimizers that somebody made over the model's own
-parameters, and borrows those parameters for the length of the step.
+Two kinds. `FlatOuter` makes an optimizer of its own over the memory of the flat backup: the same
+kernel over the same layout in every runtime. `ModelOuter` uses optimizers that somebody made over
+the model's own parameters, and borrows those parameters for the length of the step.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torchft.errors import SettingsError
 from torchft.strategies.local import Fragment
 from torchft.strategies.model_local import ModelLocal, like_parameter
 from torchft.strategies.parts.backup import Backup
+from torchft.strategies.parts.coupling import sees_shapes
 
 __all__ = ["FlatOuter", "Flats", "ModelOuter", "Outer", "OuterFactory"]
 
@@ -31,6 +32,10 @@ class Flats(Protocol):
     @property
     def flats(self) -> Sequence[Tensor]:
         """`[1, n]` each."""
+        ...
+
+    def in_shape(self, flats: Sequence[Tensor]) -> Sequence[Tensor]:
+        """One view per parameter of the model, in its shape, of tensors like `flats`."""
         ...
 
 
@@ -58,24 +63,37 @@ class Outer(Protocol):
 
 
 class FlatOuter:
-    """One optimizer of `factory` per fragment, whose parameters are the flat backups themselves."""
+    """One optimizer of `factory` per fragment, over the backups' own memory.
+
+    Its parameters are the flat backups themselves where `factory`'s optimizers step number by
+    number, and the parameters of the model, in their shapes, where they do not: for Adafactor,
+    Muon or LARS one flat tensor would be another model.
+    """
 
     leaves_news = False
 
     def __init__(self, factory: OuterFactory) -> None:
         self._factory = factory
+        self._backups: list[Flats] = []
+        self._in_shape = False
         self._parameters: list[list[nn.Parameter]] = []
         self._optimizers: list[Optimizer] = []
 
     def bind(self, fragments: Sequence[Fragment], backups: Sequence[Flats]) -> None:
         """Make the optimizers."""
-        self._parameters = [[nn.Parameter(flat) for flat in b.flats] for b in backups]
+        self._in_shape = sees_shapes(self._factory)
+        self._backups = list(backups)
+        self._parameters = [[nn.Parameter(t) for t in self._cut(b, b.flats)] for b in backups]
         self._optimizers = [self._factory(parameters) for parameters in self._parameters]
+
+    def _cut(self, backup: Flats, flats: Sequence[Tensor]) -> Sequence[Tensor]:
+        return backup.in_shape(flats) if self._in_shape else flats
 
     def step(self, fragment: Fragment, average: Sequence[Tensor]) -> None:
         """Step in place, on the backup's device."""
         parameters = self._parameters[fragment.index]
-        for parameter, mean in zip(parameters, average, strict=True):
+        gradients = self._cut(self._backups[fragment.index], average)
+        for parameter, mean in zip(parameters, gradients, strict=True):
             parameter.grad = mean.to(parameter.device)
         self._optimizers[fragment.index].step()
         for parameter in parameters:
