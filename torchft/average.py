@@ -2,7 +2,8 @@
 
 Three can finish it, and exactly one does: `wait`, the completion of its future, or the vote, which
 finishes every average of its step. So an average is an average even when nobody waits for it.
-A failure is the error of the step that started it: never of a later one, never a raise.
+A failure is the error of the step that started it: never of a later one, never a raise. An average
+that has NaN or infinity in it is such an error too, judged while it is divided (`finite.py`).
 
 When a connection ends, gloo fails what is pending, but overlooks an operation that sends in that
 very moment, which then waits for its whole timeout. So what takes long is looked at now and then,
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Protocol
 
@@ -22,6 +23,7 @@ from torch.distributed import Work
 from torch.futures import Future
 
 from torchft.errors import CollectiveError
+from torchft.finite import divide, not_finite
 from torchft.futures import call_after, future_on
 from torchft.ledger import Bucket
 from torchft.process_group.account import paid_by
@@ -29,7 +31,10 @@ from torchft.process_group.account import paid_by
 if TYPE_CHECKING:
     from torchft.transaction import Transaction
 
-__all__ = ["Average", "Done", "Members"]
+__all__ = ["Average", "Done", "Members", "Name", "is_finite"]
+
+Name = str | Callable[[torch.Tensor], Mapping[str, torch.Tensor]]
+"""What a tensor is called in an error; or what gives the parts of it, by their names."""
 
 _LOOK_S = 0.05
 _LOOKS_WITHOUT_A_MEMBER = 10
@@ -62,7 +67,11 @@ class Average(Work):
         members: Members | None = None,
         *,
         sent: torch.Tensor | None = None,
+        judged: bool = False,
+        name: Name | None = None,
     ) -> None:
+        """`judged`: whether it is finite is looked at. With a `name`, the step is discarded when it
+        is not; without one that is left to whoever asks `is_finite`."""
         super().__init__()
         self._transaction = transaction
         self._work = work
@@ -70,7 +79,9 @@ class Average(Work):
         self._sent = tensor if sent is None else sent
         """What is reduced in place, if not the tensor itself."""
         self._divisor = divisor
-        self._once = threading.Lock()
+        self._judged, self._name = judged, name
+        self._finite: bool | torch.Tensor = True
+        self._once = threading.RLock()
         self._finished = False
         self._members = members
         self._lost_looks = 0
@@ -82,6 +93,22 @@ class Average(Work):
         if not self._finished:
             self._finish(self._failure_of(self._work.wait, timeout))
         return True
+
+    def is_finite(self) -> bool:
+        """Whether the average, which has arrived, was found to be finite; True where nobody looked.
+        Waits for the device that it is on."""
+        self._finite = bool(self._finite)
+        return self._finite
+
+    def report(self) -> None:
+        """Discard the step if the average has arrived and is not finite, and has a name to be
+        called by."""
+        with self._once:
+            if self._name is None or self.is_finite() or self._transaction.failed:
+                return
+            name, tensor = self._name, self._tensor
+            named = {name: tensor} if isinstance(name, str) else name(tensor)
+            self._transaction.report(not_finite(named), at_home=True)
 
     def advance(self) -> None:
         """Begin the second half of what has two, when the first has arrived."""
@@ -182,16 +209,30 @@ class Average(Work):
                 return
             if error is None and self._sent is not self._tensor:
                 self._tensor.copy_(self._sent)
-            if error is None and self._divisor != 1:
-                self._tensor.div_(self._divisor)
+            if error is None:
+                self._divide()
             self._finished = True
         # The first error is the cause; those that come of abandoning the rest add nothing.
-        if error is not None and not self._transaction.failed:
+        transaction = self._transaction
+        if error is not None and (not transaction.failed or transaction.not_finite):
             failed = CollectiveError(
                 f"the all-reduce of {tuple(self._tensor.shape)} failed: {error}"
             )
             failed.__cause__ = error
-            self._transaction.report(failed)
+            transaction.report(failed)
+
+    def _divide(self) -> None:
+        if self._judged:
+            self._finite = divide(self._tensor, self._divisor)
+            if isinstance(self._finite, bool):  # else at the vote: nobody waits for a device here
+                self.report()
+        elif self._divisor != 1:
+            self._tensor.div_(self._divisor)
+
+
+def is_finite(work: Work) -> bool:
+    """Whether what was averaged is finite, as far as somebody looked. It has arrived."""
+    return not isinstance(work, Average) or work.is_finite()
 
 
 class Done(Work):

@@ -136,3 +136,7 @@ class _Later(Handle):
             handle = self._begun.result()
         self._beside.join()
         return list(self._tensors) if handle is None else handle.wait()
+
+    def is_finite(self) -> bool:
+        handle = self._begun.result()
+        return handle is None or handle.is_finite()

@@ -78,6 +78,7 @@ class Closer:
         self._load_staged(transaction)
         why = objection(
             failed=transaction.failed,
+            not_finite=transaction.not_finite,
             counted=len(plan.counted),
             min_replica_size=self._options.min_replica_size,
         )
@@ -85,6 +86,10 @@ class Closer:
         committed = self._vote(transaction, step, why is None, timeout)
         if committed:
             self._progress.commit(len(plan.counted))
+        elif self._is_only_not_finite(transaction, why, step, timeout):
+            why = Why.NOT_FINITE
+            # Who was given a donor's state has loaded it: else that would be the step's error.
+            self._progress.skip(met=plan.donor is None)
         else:
             self._progress.discard()
         self._record(transaction, plan, step, committed, why)
@@ -122,6 +127,16 @@ class Closer:
             with self._ledger.spending(Bucket.HEAL):
                 self._withdraw(transaction)
 
+    def _is_only_not_finite(
+        self, transaction: Transaction, why: Why | None, step: int, timeout: timedelta
+    ) -> bool:
+        """Whether a step that was voted down has NaN in an average, at a rank of this group, and
+        nothing else is wrong with it at any: the ranks of a sharded model see other averages."""
+        finite_or_not = why in (None, Why.NOT_FINITE)
+        if self._group.world_size == 1:
+            return why is Why.NOT_FINITE
+        return self._all_say(step, finite_or_not, timeout)
+
     def _all_say(self, step: int, yes: bool, timeout: timedelta) -> bool:
         """Whether all ranks of this group say yes to what is asked of them at `step`."""
         with self._ledger.spending(Bucket.VOTE):
@@ -155,6 +170,10 @@ class Closer:
     def _warn(self, step: int, reason: str) -> None:
         """A step was discarded; after too many in a row it is no use to go on."""
         failures, most = self._progress.discarded, self._options.max_retries
+        if self._progress.skipped:
+            # The error has been said already, and a gradient scaler makes some on purpose.
+            self._log.say(logging.INFO, step, "skipped, %d in a row", self._progress.skipped)
+            return
         self._log.say(logging.WARNING, step, "step discarded, %d in a row: %s", failures, reason)
         if most is not None and failures > most:
             raise DiscardedTooOften(

@@ -13,7 +13,7 @@ import torch
 from torch.distributed import ReduceOp, Work
 from torch.distributed.distributed_c10d import AllgatherOptions
 
-from torchft.average import Average, Done
+from torchft.average import Average, Done, Name
 from torchft.collectives import OrderedMean, QuantizedMean, adds, as_bytes
 from torchft.ledger import Bucket
 from torchft.process_group import ProcessGroup
@@ -28,15 +28,26 @@ __all__ = ["Communicator"]
 
 
 class Communicator:
-    """The managed operations of one process group."""
+    """The managed operations of one process group. `check_finite`: averages and sums are judged.
 
-    def __init__(self, pg: ProcessGroup) -> None:
+    One with a `name` discards the step by itself where it has NaN or infinity in it.
+    """
+
+    def __init__(self, pg: ProcessGroup, *, check_finite: bool = True) -> None:
         self._pg = pg
+        self._check_finite = check_finite
 
     def reduce(
-        self, transaction: Transaction, tensor: torch.Tensor, reduce_op: ReduceOp.RedOpType
+        self,
+        transaction: Transaction,
+        tensor: torch.Tensor,
+        reduce_op: ReduceOp.RedOpType,
+        name: Name | None = None,
     ) -> Work:
-        """Reduce over the counted groups, in place. AVG is a sum and a division."""
+        """Reduce over the counted groups, in place. AVG is a sum and a division.
+
+        A maximum or minimum is not judged: an infinity in it is most often meant.
+        """
         average = reduce_op == ReduceOp.AVG
         if average and not (tensor.is_floating_point() or tensor.is_complex()):
             raise ValueError(f"AVG needs a floating-point tensor, not {tensor.dtype}: use SUM")
@@ -46,10 +57,15 @@ class Communicator:
         if not plan.participates:
             tensor.zero_()
         if average:
-            return self._sum(transaction, tensor, ReduceOp.SUM, len(plan.counted))
-        return self._sum(transaction, tensor, reduce_op, 1)
+            return self._sum(
+                transaction, tensor, ReduceOp.SUM, len(plan.counted), judged=True, name=name
+            )
+        judged = reduce_op == ReduceOp.SUM
+        return self._sum(transaction, tensor, reduce_op, 1, judged=judged, name=name)
 
-    def ordered_mean(self, transaction: Transaction, tensor: torch.Tensor) -> Work:
+    def ordered_mean(
+        self, transaction: Transaction, tensor: torch.Tensor, name: Name | None = None
+    ) -> Work:
         """The mean over the counted groups, in place, added in the order of the members."""
         plan = transaction.wait_formed()
         if transaction.broken or plan.settling:
@@ -60,7 +76,7 @@ class Communicator:
         except Exception as error:
             transaction.report(error)
             return Done(tensor)
-        return self._managed(transaction, work, tensor)
+        return self._managed(transaction, work, tensor, judged=True, name=name)
 
     def quantized(
         self,
@@ -69,6 +85,7 @@ class Communicator:
         codec: Codec,
         reduce_op: ReduceOp.RedOpType,
         unsaid: torch.Tensor | None = None,
+        name: Name | None = None,
     ) -> Work:
         """The mean over the counted groups, or their sum, in place, of encoded numbers."""
         summed = adds(reduce_op)
@@ -84,7 +101,7 @@ class Communicator:
         except Exception as error:
             transaction.report(error)
             return Done(tensor)
-        return self._managed(transaction, work, tensor)
+        return self._managed(transaction, work, tensor, judged=True, name=name)
 
     def gather(
         self, transaction: Transaction, tensor: torch.Tensor
@@ -114,10 +131,11 @@ class Communicator:
         with transaction.ledger.spending(Bucket.COMMUNICATE):
             for average in transaction.averages:
                 average.wait(timeout)
+                average.report()
             if torch.cuda.is_initialized():
                 torch.cuda.current_stream().synchronize()
         error = transaction.group_error()
-        if error is not None and not transaction.failed:
+        if error is not None and (not transaction.failed or transaction.not_finite):
             transaction.report(error)
 
     def _sum(
@@ -126,6 +144,9 @@ class Communicator:
         tensor: torch.Tensor,
         reduce_op: ReduceOp.RedOpType,
         divisor: int,
+        *,
+        judged: bool = False,
+        name: Name | None = None,
     ) -> Work:
         # Backends take a tensor for one piece of memory, also where it has gaps.
         sent = tensor.contiguous()
@@ -135,7 +156,9 @@ class Communicator:
         except Exception as error:
             transaction.report(error)
             return Done(tensor)
-        return self._managed(transaction, work, tensor, divisor, sent=sent)
+        return self._managed(
+            transaction, work, tensor, divisor, sent=sent, judged=judged, name=name
+        )
 
     def _managed(
         self,
@@ -145,7 +168,18 @@ class Communicator:
         divisor: int = 1,
         *,
         sent: torch.Tensor | None = None,
+        judged: bool = False,
+        name: Name | None = None,
     ) -> Average:
-        managed = Average(transaction, work, tensor, divisor, transaction.generation, sent=sent)
+        managed = Average(
+            transaction,
+            work,
+            tensor,
+            divisor,
+            transaction.generation,
+            sent=sent,
+            judged=judged and self._check_finite,
+            name=name,
+        )
         transaction.averages.append(managed)
         return managed

@@ -15,6 +15,8 @@ Neither sends initial weights: a group that is new gets them by healing.
 
 # No postponed annotations in this file: torch reads those of the hook.
 
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,30 +62,41 @@ class DistributedDataParallel(parallel.DistributedDataParallel):
         codec = _codec(manager, module, should_quantize)
         manager.describe_model("DistributedDataParallel", list(module.named_parameters()))
         super().__init__(module, process_group=ProcessGroupDummy(0, 1), **kwargs)
-        self.register_comm_hook(_Buckets(manager, codec), _average)
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        self.register_comm_hook(_Buckets(manager, codec, names), _average)
 
 
 class _Buckets:
     """The averages of one backward pass. They are waited for at its end, before torch does, so
     that the wait is booked as communication."""
 
-    def __init__(self, manager: "Manager", codec: Codec | None) -> None:
+    def __init__(self, manager: "Manager", codec: Codec | None, names: dict[int, str]) -> None:
         self._manager = manager
         self._codec = codec
+        self._names = names
+        """Of the parameters, by their id."""
         self._works: list[tuple[Work, Future[Tensor], Tensor]] = []
         self._backward = -1
 
-    def average(self, buffer: Tensor) -> Future[Tensor]:
+    def average(self, buffer: Tensor, parameters: Sequence[Tensor]) -> Future[Tensor]:
+        """`buffer` holds the gradients of `parameters`, one after the other."""
         backward = torch._C._current_graph_task_id()
         if self._backward != backward:
             self._backward = backward
             self._works = []
             Variable._execution_engine.queue_callback(self._wait)
-        work = self._manager.allreduce(buffer, should_quantize=self._codec or False)
+        work = self._manager.allreduce(
+            buffer, should_quantize=self._codec or False, name=partial(self._parts, parameters)
+        )
         # An encoded average is finished by who waits: its future is ours to complete.
         future = work.get_future() if self._codec is None else future_on(buffer)
         self._works.append((work, future, buffer))
         return future
+
+    def _parts(self, parameters: Sequence[Tensor], buffer: Tensor) -> dict[str, Tensor]:
+        names = [self._names.get(id(parameter), "a parameter") for parameter in parameters]
+        pieces = buffer.split([parameter.numel() for parameter in parameters])
+        return dict(zip(names, pieces, strict=True))
 
     def _wait(self) -> None:
         works, self._works = self._works, []
@@ -95,7 +108,7 @@ class _Buckets:
 
 def _average(state: _Buckets, bucket: GradBucket) -> Future[Tensor]:
     """A bucket's average. torch requires these argument names."""
-    return state.average(bucket.buffer())
+    return state.average(bucket.buffer(), bucket.parameters())
 
 
 def _codec(
@@ -141,7 +154,7 @@ class PureDistributedDataParallel(nn.Module):
         self._codec = _codec(manager, module, should_quantize)
         self._queued_in = -1
         manager.describe_model("PureDistributedDataParallel", list(module.named_parameters()))
-        for parameter in self._trained():
+        for _, parameter in self._trained():
             parameter.register_post_accumulate_grad_hook(self._when_backward_ends)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -156,8 +169,8 @@ class PureDistributedDataParallel(nn.Module):
         """Into the module."""
         return self.module.load_state_dict(*args, **kwargs)
 
-    def _trained(self) -> list[nn.Parameter]:
-        return [p for p in self.module.parameters() if p.requires_grad]
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
 
     def _when_backward_ends(self, _: Tensor) -> None:
         backward = torch._C._current_graph_task_id()
@@ -169,11 +182,13 @@ class PureDistributedDataParallel(nn.Module):
     def _average(self) -> None:
         """In the order of the parameters, which is the same in every group."""
         works = []
-        for parameter in self._trained():
+        for name, parameter in self._trained():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             works.append(
-                self._manager.allreduce(parameter.grad, should_quantize=self._codec or False)
+                self._manager.allreduce(
+                    parameter.grad, should_quantize=self._codec or False, name=name
+                )
             )
         for work in works:
             work.wait()

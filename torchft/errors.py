@@ -9,6 +9,7 @@
     ├── UnreachableError         no connection within the connect timeout (also a TimeoutError)
     ├── StepError                something went wrong inside one step: the step is discarded
     │   ├── CollectiveError      a collective failed, or a member was lost while it ran
+    │   ├── NotFiniteError       an average has NaN or infinity in it: all groups discard the step
     │   └── HealError            live state could not be fetched or loaded
     └── DiscardedTooOften        more discarded steps in a row than `max_retries` allows
 

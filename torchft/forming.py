@@ -212,6 +212,7 @@ class Former:
             "use_async_quorum": not options.sync,
             "world_size_mode": options.mode.name,
             "min_replica_size": options.min_replica_size,
+            "check_finite": options.check_finite,
             **self.description,
         }
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed import Work
 
-from torchft.average import Average
+from torchft.average import Average, is_finite
 from torchft.background_round import BackgroundRound
 from torchft.collectives import as_bytes
 from torchft.errors import SettingsError
@@ -85,7 +85,10 @@ class ManagedRound(FormedAtOnce):
         self, step: OpenStep, opening: bool = False, *, deterministic: bool = False
     ) -> None:
         self._step = step
-        self._average = step.ordered_mean if deterministic else step.allreduce
+        # A strategy knows the names of what is not finite, and reports it.
+        self._average = partial(
+            step.ordered_mean if deterministic else step.allreduce, reports=False
+        )
         self._opening = opening
         self._committed = False
 
@@ -120,7 +123,7 @@ class ManagedRound(FormedAtOnce):
         for tensor in tensors:
             codec.check(tensor.dtype)
         owed = [None] * len(tensors) if unsaid is None else unsaid
-        reduce = partial(self._step.allreduce, should_quantize=codec)
+        reduce = partial(self._step.allreduce, should_quantize=codec, reports=False)
         works = [reduce(t, unsaid=left) for t, left in zip(tensors, owed, strict=True)]
         return _Averages(list(tensors), works)
 
@@ -165,6 +168,9 @@ class _Averages(Handle):
         for work in self._works:
             work.wait()
         return self._tensors
+
+    def is_finite(self) -> bool:
+        return all(is_finite(work) for work in self._works)
 
     def advance(self) -> None:
         for work in self._works:

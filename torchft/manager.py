@@ -32,6 +32,7 @@ from torch.distributed import ReduceOp, Work
 from torch.futures import Future
 
 from torchft import settings
+from torchft.average import Name
 from torchft.background import Background
 from torchft.checkpointing import CheckpointTransport, HTTPTransport
 from torchft.closing import Closer
@@ -103,6 +104,8 @@ class Manager:
         init_sync: at step 0, start every group from one group's state.
         max_retries: more discarded steps in a row than this raise DiscardedTooOften; None: never.
         quorum_retries: how often a failed quorum request is sent again within its deadline.
+        check_finite: discard a step in all groups when an average has NaN or infinity in it. Such
+            steps do not count towards `max_retries`. It costs about one read of what is averaged.
 
     Raises:
         SettingsError: an argument or variable that cannot be used.
@@ -133,6 +136,7 @@ class Manager:
         init_sync: bool = True,
         max_retries: int | None = None,
         quorum_retries: int = 0,
+        check_finite: bool = True,
     ) -> None:
         if (load_state_dict is None) != (state_dict is None):
             raise SettingsError("give load_state_dict and state_dict together, or neither")
@@ -146,6 +150,7 @@ class Manager:
             quorum_timeout=settings.timeout(settings.QUORUM_TIMEOUT_SEC, quorum_timeout),
             connect_timeout=settings.timeout(settings.CONNECT_TIMEOUT_SEC, connect_timeout),
             max_retries=max_retries,
+            check_finite=check_finite,
         )
         with self.ledger.spending(Bucket.START), ExitStack() as undo:
             self._group = ReplicaGroup.join(
@@ -182,7 +187,7 @@ class Manager:
             collect_state=lambda: self._state.collect(self.state_dict),
         )
         self._progress = Progress(fresh=init_sync)
-        communicator = Communicator(pg)
+        communicator = Communicator(pg, check_finite=check_finite)
         closer = Closer(
             group=self._group,
             communicator=communicator,
@@ -290,7 +295,7 @@ class Manager:
             place=place,
             step=self._progress.step,
             fresh=self._progress.fresh,
-            commit_failures=self._progress.discarded,
+            commit_failures=self._progress.commit_failures,
             allow_heal=allow_heal,
             shrink_only=shrink_only,
             settling=settling,
@@ -377,6 +382,7 @@ class Manager:
         reduce_op: ReduceOp.RedOpType = ReduceOp.AVG,
         *,
         unsaid: torch.Tensor | None = None,
+        name: Name | None = None,
     ) -> Work:
         """Reduce `tensor` over the counted groups, in place; AVG divides by their number.
 
@@ -390,12 +396,18 @@ class Manager:
         fp64, holds what `tensor` should say, and afterwards what did not arrive of that: see
         `torchft.quantization.ErrorFeedback`.
 
+        NaN or infinity in an average or a sum discards the step in all groups alike, with a
+        NotFiniteError that calls the tensor by `name`, which may be a function from the tensor to
+        its parts by name. Not in a maximum or a minimum, nor with `check_finite=False`.
+
         Raises:
             ValueError: AVG of a tensor that is neither floating-point nor complex; a codec that
                 does not exist, or cannot hold the tensor's dtype.
             NotImplementedError: quantised, and neither SUM nor AVG.
         """
-        return self._begun("allreduce").allreduce(tensor, should_quantize, reduce_op, unsaid=unsaid)
+        return self._begun("allreduce").allreduce(
+            tensor, should_quantize, reduce_op, unsaid=unsaid, name=name
+        )
 
     def ordered_mean(self, tensor: torch.Tensor) -> Work:
         """Average `tensor` over the counted groups, in place, added in the order of their ids.

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed import ReduceOp, Work
 
+from torchft.average import Name
 from torchft.closing import Closer
 from torchft.collectives import codec_for
 from torchft.communicate import Communicator
@@ -70,19 +71,26 @@ class OpenStep:
         reduce_op: ReduceOp.RedOpType = ReduceOp.AVG,
         *,
         unsaid: torch.Tensor | None = None,
+        name: Name | None = None,
+        reports: bool = True,
     ) -> Work:
-        """As `Manager.allreduce`."""
+        """As `Manager.allreduce`. Unless it `reports`, an average that is not finite is for the
+        caller to report, who asks `average.is_finite`."""
         codec = codec_for(should_quantize, tensor.device)
         communicator = self._means.communicator
+        called = (name or _by_shape) if reports else None
         if codec is not None:
-            return communicator.quantized(self.transaction, tensor, codec, reduce_op, unsaid)
+            return communicator.quantized(
+                self.transaction, tensor, codec, reduce_op, unsaid, called
+            )
         if unsaid is not None:
             raise SettingsError("all of a tensor arrives as it is: unsaid goes with a codec")
-        return communicator.reduce(self.transaction, tensor, reduce_op)
+        return communicator.reduce(self.transaction, tensor, reduce_op, called)
 
-    def ordered_mean(self, tensor: torch.Tensor) -> Work:
-        """As `Manager.ordered_mean`."""
-        return self._means.communicator.ordered_mean(self.transaction, tensor)
+    def ordered_mean(self, tensor: torch.Tensor, *, reports: bool = True) -> Work:
+        """As `Manager.ordered_mean`; `reports` as in `allreduce`."""
+        called = _by_shape if reports else None
+        return self._means.communicator.ordered_mean(self.transaction, tensor, called)
 
     def allgather(self, tensor: torch.Tensor) -> tuple[Work, list[torch.Tensor]]:
         """As `Manager.allgather`."""
@@ -120,6 +128,7 @@ class OpenStep:
             "members": list(self.plan.members),
             "counted": list(self.plan.counted),
             "failed": None if error is None else str(error.original_exception),
+            "not_finite": self.transaction.not_finite,
         }
 
     def remain(self, members: tuple[str, ...]) -> None:
@@ -163,3 +172,7 @@ class OpenStep:
     def plan(self) -> Plan:
         """What it will do; waits for the quorum, and raises what kept it from forming."""
         return self.transaction.wait_formed()
+
+
+def _by_shape(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {f"a tensor of shape {list(tensor.shape)}": tensor}

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from torchft.errors import CollectiveError
+from torchft.errors import CollectiveError, NotFiniteError
 from torchft.open_step import Means, OpenStep
 from torchft.step import Phase, Plan, plan_of_others
 from torchft.transaction import Transaction
@@ -52,9 +52,10 @@ class OpenSteps:
         members: Sequence[str],
         counted: Sequence[int],
         failed: str | None,
+        not_finite: bool = False,
     ) -> OpenStep:
         """One of the donor's, while a heal is loaded: its collectives are over, its close is still
-        to come. `failed` says why it will be discarded, if so."""
+        to come. `failed` says why it will be discarded, if so; `not_finite`, that it is for NaN."""
         assert self.last is not None, "call start_quorum before take_over"
         transaction.plan = plan_of_others(
             self.last.plan, quorum_id=quorum_id, members=members, counted=counted
@@ -63,7 +64,7 @@ class OpenSteps:
         transaction.finish_forming()
         step = self._keep(OpenStep(transaction, self._means))
         if failed is not None:
-            transaction.report(CollectiveError(failed))
+            transaction.report(NotFiniteError(failed) if not_finite else CollectiveError(failed))
         return step
 
     def are_running(self, transaction: Transaction) -> bool:

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
+from torchft.finite import are_finite
+
 if TYPE_CHECKING:
     from torchft.quantization import Codec
 
@@ -46,6 +48,11 @@ class Handle(Protocol):
     def wait(self) -> list[Tensor]:
         """Wait for the result. After the round's error: the tensors as they are, never a raise."""
         ...
+
+    def is_finite(self) -> bool:
+        """Whether an average that has been waited for holds neither NaN nor infinity. Peers that
+        judge what arrives say what they found, or that nobody looks; others look now."""
+        return are_finite(self.wait())
 
     def advance(self) -> None:
         """Begin the second part of what travels in two, when the first has arrived. All nodes say

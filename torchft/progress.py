@@ -3,6 +3,7 @@
 progress = Progress(fresh=True)
 progress.commit(groups=3)       # step 1, 3 batches
 progress.discard()              # 1 in a row: the next process group is made anew
+progress.skip()                 # NaN in an average: communication works, nothing is made anew
 progress.fall_behind(groups=3)  # the step that was committed could not be applied here
 """
 
@@ -24,7 +25,9 @@ class Progress:
     batches_committed: int = 0
     """How many groups' batches the committed steps hold."""
     discarded: int = 0
-    """Steps in a row that were not committed."""
+    """Steps in a row that were not committed, but for those that were skipped."""
+    skipped: int = 0
+    """Steps in a row, up to the last one, that were discarded for NaN in an average."""
 
     def commit(self, groups: int) -> None:
         """One more step, with a batch of each of so many groups."""
@@ -35,11 +38,24 @@ class Progress:
     def meet(self) -> None:
         """All members of a quorum met, and whoever was behind has healed."""
         self.fresh = False
-        self.discarded = 0
+        self.discarded = self.skipped = 0
 
     def discard(self) -> None:
         """A step came to nothing."""
         self.discarded += 1
+        self.skipped = 0
+
+    def skip(self, *, met: bool) -> None:
+        """An average was not finite, and nothing else was wrong. `met`: this rank has the state
+        that the members of the quorum share."""
+        self.skipped += 1
+        self.fresh = self.fresh and not met
+
+    @property
+    def commit_failures(self) -> int:
+        """What the lighthouse is told: how many steps in a row, up to the last one, failed for a
+        reason that a new process group may mend."""
+        return 0 if self.skipped else self.discarded
 
     def fall_behind(self, groups: int) -> None:
         """A step back: the last one, with batches of so many groups, was not applied."""

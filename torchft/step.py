@@ -94,6 +94,8 @@ class Options:
     connect_timeout: timedelta
     max_retries: int | None
     """Discarded steps in a row before it gives up; None: it never does."""
+    check_finite: bool = True
+    """NaN or infinity in an average discards the step."""
 
     def __post_init__(self) -> None:
         if self.min_replica_size < 1:
@@ -264,12 +266,18 @@ class Why(enum.Enum):
     ERROR = "error"
     TOO_FEW = "too few groups are counted"
     ANOTHER_RANK = "another rank of this group voted no"
+    NOT_FINITE = "not finite"
+    """NaN or infinity in an average, here or at another rank of this group, and nothing else."""
 
 
-def objection(*, failed: bool, counted: int, min_replica_size: int) -> Why | None:
+def objection(
+    *, failed: bool, counted: int, min_replica_size: int, not_finite: bool = False
+) -> Why | None:
     """What this rank has against committing; None is a yes."""
-    if failed:
+    if failed and not not_finite:
         return Why.ERROR
     if counted < min_replica_size:
         return Why.TOO_FEW
+    if failed:
+        return Why.NOT_FINITE
     return None

@@ -9,14 +9,16 @@ from __future__ import annotations
 import threading
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch.distributed import Work
-
+from torchft.errors import NotFiniteError
 from torchft.ledger import Bucket, Ledger
 from torchft.process_group.account import Account
 from torchft.process_group.generation import Generation
 from torchft.step import Plan
+
+if TYPE_CHECKING:
+    from torchft.average import Average
 
 __all__ = ["ExceptionWithTraceback", "Transaction"]
 
@@ -45,7 +47,7 @@ class Transaction:
         """A donor's state, fetched and not loaded yet."""
         self.apart = False
         """It has no part in the collectives, which are over: nobody waits for it there."""
-        self.averages: list[Work] = []
+        self.averages: list[Average] = []
         """What was begun in this step. The vote waits for all of it."""
         self.generation: Generation | None = None
         """Among whom it communicates, where its process group has generations."""
@@ -100,3 +102,10 @@ class Transaction:
     def failed(self) -> bool:
         """Whether an error was reported."""
         return self.error is not None
+
+    @property
+    def not_finite(self) -> bool:
+        """Whether all that is wrong with it is NaN or infinity in an average: then communication
+        works, and every member discards it."""
+        error = self.error
+        return error is not None and isinstance(error.original_exception, NotFiniteError)

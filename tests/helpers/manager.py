@@ -98,7 +98,9 @@ class InProcessManager:
 
     # What doors use that run one step at a time.
 
-    def allreduce(self, tensor: Tensor, should_quantize: bool | str | Codec = False) -> Work:
+    def allreduce(
+        self, tensor: Tensor, should_quantize: bool | str | Codec = False, name: Any = None
+    ) -> Work:
         self.take_step().allreduce(tensor, should_quantize).wait()
         return _DummyWork(tensor)
 
@@ -140,6 +142,7 @@ class InProcessStep:
         should_quantize: bool | str | Codec = False,
         *,
         unsaid: Tensor | None = None,
+        reports: bool = True,
     ) -> Work:
         self._manager.reductions.append(tensor.numel())
         codec = codec_for(should_quantize, tensor.device)

@@ -324,8 +324,12 @@ class _Average(Handle):
     ) -> None:
         self._round, self._key, self._tensors, self._codec = over, key, tensors, codec
         self._unsaid = [None] * len(tensors) if unsaid is None else unsaid
+        self._arrived = False
 
     def wait(self) -> list[Tensor]:
+        if self._arrived:
+            return self._tensors
+        self._arrived = True
         if self._round.is_spoilt(self._key):
             # An abandoned collective leaves anything at all behind.
             return [tensor.fill_(torch.nan) for tensor in self._tensors]

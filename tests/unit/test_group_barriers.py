@@ -1,21 +1,24 @@
 """The ranks of one group meet in every barrier of a step, or none of them does.
 
-The real `Closer` runs once for each rank, on the plan that the rank is dealt; what is compared is
-how often each rank asks the group's manager server for the others' word.
+The real `Closer` runs in a thread for each rank, on the plan that the rank is dealt, and asks the
+group's manager server for the others' word: where some do so more often, they wait in vain.
 """
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
-from hypothesis import given
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchft.closing import Closer
-from torchft.errors import HealError
+from torchft.errors import HealError, NotFiniteError
 from torchft.ledger import Ledger
 from torchft.peers import Place
 from torchft.progress import Progress
@@ -66,26 +69,46 @@ def deal(members: list[Member], own: int, group_rank: int) -> Any:
     )
 
 
+class Server:
+    """The group's manager server: every rank's word, or none."""
+
+    def __init__(self) -> None:
+        self._said = [False] * RANKS
+        self._barrier = threading.Barrier(RANKS, timeout=5)
+
+    def all_say(self, rank: int, yes: bool) -> bool:
+        self._said[rank] = yes
+        self._barrier.wait()
+        answer = all(self._said)
+        self._barrier.wait()
+        return answer
+
+
 @dataclass
 class Rank:
-    """One rank of a group; `heals` says whether the state it is given can be fetched."""
+    """One rank of a group; `heals` says whether the state it is given can be fetched, `finite`
+    whether its averages are."""
 
     number: int
     heals: bool
+    server: Server
+    finite: bool = True
+    progress: Progress = field(default_factory=lambda: Progress(fresh=False))
     meetings: list[bool] = field(default_factory=list)
 
     def should_commit(self, rank: int, step: int, yes: bool, timeout: timedelta) -> bool:
-        """The manager server's answer, where all others say yes."""
+        """The manager server's answer."""
         assert rank == self.number
         self.meetings.append(yes)
-        return yes
+        return self.server.all_say(rank, yes)
 
     def lives_through(self, plan: Plan, member: Member, place: Place) -> None:
         """One step, from its heal to its vote."""
         transaction = Transaction(Ledger(), lambda _: None)
         transaction.plan = plan
         transaction.finish_forming()
-        closer = self._closer(Progress(fresh=member.fresh, step=member.step))
+        self.progress = Progress(fresh=member.fresh, step=member.step)
+        closer = self._closer(self.progress)
         if place is Place.AFTER:
             closer.heal(transaction, plan, SECOND)
         if plan.opening and place is Place.AFTER:
@@ -99,8 +122,12 @@ class Rank:
             if transaction.plan.donor is not None and not self.heals:
                 transaction.report(HealError("the donor is gone"))
 
+        def finish(transaction: Transaction, *_: Any) -> None:
+            if not self.finite and not transaction.failed:
+                transaction.report(NotFiniteError("NaN"), at_home=True)
+
         nothing: Any = SimpleNamespace(
-            finish=lambda *_: None, closed=lambda *_, **__: None, say=lambda *_: None
+            finish=finish, closed=lambda *_, **__: None, say=lambda *_: None
         )
         group: Any = SimpleNamespace(
             client=self, rank=self.number, world_size=RANKS, replica_id="g:1"
@@ -118,17 +145,53 @@ class Rank:
         )
 
 
-@given(MEMBERS, st.integers(0, 3), st.sampled_from(Place), st.tuples(*[st.booleans()] * RANKS))
-def test_all_ranks_of_a_group_meet_in_every_barrier_or_none(
-    members: list[Member], own: int, place: Place, heals: tuple[bool, ...]
-) -> None:
-    own %= len(members)
-    ranks = [Rank(number, can) for number, can in enumerate(heals)]
-    for rank in ranks:
+EACH = st.tuples(*[st.booleans()] * RANKS)
+
+
+def live(
+    members: list[Member], own: int, place: Place, heals: tuple[bool, ...], finite: tuple[bool, ...]
+) -> list[Rank]:
+    """One step of all ranks of the group `own`."""
+    server = Server()
+    ranks = [
+        Rank(at, *of) for at, of in enumerate(zip(heals, [server] * RANKS, finite, strict=True))
+    ]
+
+    def one(rank: Rank) -> None:
         quorum = deal(members, own, rank.number)
         plan = plan_step(quorum, OPTIONS, place=place, configured=None, allow_heal=True)
         rank.lives_through(plan, members[own], place)
+
+    with ThreadPoolExecutor(RANKS) as pool:
+        list(pool.map(one, ranks))
+    return ranks
+
+
+@settings(max_examples=60, deadline=None)
+@given(MEMBERS, st.integers(0, 3), st.sampled_from(Place), EACH, EACH)
+def test_all_ranks_of_a_group_meet_in_every_barrier_or_none(
+    members: list[Member],
+    own: int,
+    place: Place,
+    heals: tuple[bool, ...],
+    finite: tuple[bool, ...],
+) -> None:
+    ranks = live(members, own % len(members), place, heals, finite)
     assert len({len(rank.meetings) for rank in ranks}) == 1, [rank.meetings for rank in ranks]
+    assert len({rank.progress.commit_failures for rank in ranks}) == 1
+
+
+@pytest.mark.parametrize(
+    ("heals", "discarded", "skipped"), [((True,) * 3, 0, 1), ((True, True, False), 1, 0)]
+)
+def test_nan_in_the_shard_of_one_rank_is_no_failure_of_any_unless_another_has_one(
+    heals: tuple[bool, ...], discarded: int, skipped: int
+) -> None:
+    behind = [Member(0, fresh=False), Member(1, fresh=False)]
+    ranks = live(behind, 0, Place.BEFORE, heals, (False, True, True))
+    for rank in ranks:
+        assert (rank.progress.discarded, rank.progress.skipped) == (discarded, skipped)
+        assert rank.meetings[-2:] == [rank.heals and rank.finite, rank.heals]
 
 
 def test_ranks_of_a_new_group_of_which_only_some_have_a_donor() -> None:

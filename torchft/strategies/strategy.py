@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Self
 from torch import Tensor
 
 from torchft.errors import HealError, PhaseError, SettingsError
-from torchft.finite import are_finite, not_finite
+from torchft.finite import not_finite
 from torchft.peers import Handle, Peers, Place, Round
 from torchft.strategies import checks
 from torchft.strategies.buffers import LEFT, Buffers, check_means
@@ -471,7 +471,7 @@ class Strategy:
     def _judged(self, one: InFlight, received: list[Tensor]) -> list[Tensor]:
         """`received`, if it may be applied: an average that is not finite fails the round."""
         by_average = one.recipe.by is By.AVERAGE
-        if by_average and not one.round.failed and not are_finite(received):
+        if by_average and not one.round.failed and not one.handle.is_finite():
             one.round.fail(not_finite(one.recipe.named(one.fragment, received, one.draft)))
         return received
 
