@@ -2,6 +2,9 @@
 
 Names load when they are first used, so `import torchft` is light: the lighthouse command never
 imports torch, and what needs the compiled extension asks for it only then.
+
+`__version__` is the version of this package; `UPSTREAM_API` is the version of PyTorch's torchft
+whose Python interface and wire protocol it provides.
 """
 
 from __future__ import annotations
@@ -16,12 +19,19 @@ if TYPE_CHECKING:
     from torchft.optim import OptimizerWrapper as Optimizer
     from torchft.process_group import ProcessGroupGloo
 
+__version__ = "1.0.0a1"
+
+UPSTREAM_API = "0.1.1"
+"""The version of PyTorch's torchft whose scripts run here unchanged."""
+
 __all__ = [
+    "UPSTREAM_API",
     "DistributedDataParallel",
     "DistributedSampler",
     "Manager",
     "Optimizer",
     "ProcessGroupGloo",
+    "__version__",
 ]
 
 _HOMES = {
