@@ -55,7 +55,7 @@ wheel: $(UV) ## a wheel for any Linux, an sdist, and a list of what is in it (SB
 	$(UV) run --frozen --isolated --only-group wheel maturin build --release --zig \
 		--compatibility manylinux_2_28 --target $(TARGET) --out $(DIST)
 	$(UV) run --frozen --isolated --only-group wheel maturin sdist --out $(DIST)
-	@$(PYTHON) -c "import glob, os, zipfile; w = zipfile.ZipFile(max(glob.glob("$(DIST)/*.whl"), key=os.path.getmtime)); \
+	@$(PYTHON) -c "import glob, os, zipfile; w = zipfile.ZipFile(max(glob.glob('$(DIST)/*.whl'), key=os.path.getmtime)); \
 	[open('$(DIST)/' + n.split('/')[-1], 'wb').write(w.read(n)) for n in w.namelist() if '/sboms/' in n]"
 	@ls -l $(DIST)
 

@@ -12,17 +12,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from torchft.version import UPSTREAM_API, __version__
+
 if TYPE_CHECKING:
     from torchft.data import DistributedSampler
     from torchft.ddp import DistributedDataParallel
     from torchft.manager import Manager
     from torchft.optim import OptimizerWrapper as Optimizer
     from torchft.process_group import ProcessGroupGloo
-
-__version__ = "1.0.0a1"
-
-UPSTREAM_API = "0.1.1"
-"""The version of PyTorch's torchft whose scripts run here unchanged."""
 
 __all__ = [
     "UPSTREAM_API",

@@ -27,7 +27,7 @@ that cannot be used; 128 + n after signal n.
 
 def parser() -> argparse.ArgumentParser:
     """Of the whole command line."""
-    top = CommandParser(
+    top: argparse.ArgumentParser = CommandParser(
         prog="torchft",
         description=ABOUT,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,7 +1,7 @@
 """The argument parser of all commands: it suggests the word that was probably meant.
 
-    $ torchft dmeo
-    torchft: error: argument COMMAND: invalid choice: 'dmeo' (choose from …); did you mean 'demo'?
+$ torchft dmeo
+torchft: error: argument COMMAND: invalid choice: 'dmeo' (choose from …); did you mean 'demo'?
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import NoReturn
 
-from torchft import UPSTREAM_API, __version__
+from torchft.version import UPSTREAM_API, __version__
 
 __all__ = ["CommandParser", "version_text", "with_suggestion"]
 

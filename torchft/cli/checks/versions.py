@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from torchft import UPSTREAM_API, __version__
 from torchft.cli.checks.check import Check
+from torchft.version import UPSTREAM_API, __version__
 
 __all__ = ["extension", "extras", "package", "python", "torch"]
 
