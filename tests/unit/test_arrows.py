@@ -16,12 +16,13 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 BASE = {
     *("digest", "errors", "finite", "futures", "ledger", "ordered"),
-    *("peers", "records", "settings", "version", "work"),
+    *("peers", "records", "settings", "work"),
 }
 NUMBERS = {"compression", "quantization"}
 COMMUNICATION = {"checkpointing", "collectives", "coordination", "process_group"}
 DOORS = {"data", "ddp", "hsdp", "local_sgd", "optim"}
 RUNTIMES = {"parameter_server", "simulator"}
+IMITATIONS = {"compat"}
 FACES = {"cli", "integrations", "launch", "torchx"}
 EXTENSION = {"_torchft"}
 
@@ -33,7 +34,7 @@ def _room(path: Path) -> str:
 # The manager is many files; they are what belongs to no other room.
 MANAGER = (
     {_room(path) for path in SOURCES}
-    - (BASE | NUMBERS | COMMUNICATION | DOORS | RUNTIMES | FACES)
+    - (BASE | NUMBERS | COMMUNICATION | DOORS | RUNTIMES | IMITATIONS | FACES)
     - {"strategies", "__init__"}
 )
 LIBRARY = NUMBERS | COMMUNICATION | DOORS | RUNTIMES | MANAGER | {"strategies", "__init__"}
@@ -46,9 +47,10 @@ MAY_IMPORT: dict[str, Set[str]] = {
     "strategies": NUMBERS,
     **dict.fromkeys(MANAGER, COMMUNICATION | MANAGER),
     **dict.fromkeys(DOORS, MANAGER | DOORS | NUMBERS | {"process_group", "strategies"}),
+    "compat": {"simulator", "strategies"},
     "simulator": NUMBERS | {"strategies", "data", "launch"},
     "parameter_server": NUMBERS | {"checkpointing", "strategies"},
-    **dict.fromkeys(FACES, LIBRARY | FACES | EXTENSION),
+    **dict.fromkeys(FACES, LIBRARY | IMITATIONS | FACES | EXTENSION),
     "__init__": LIBRARY,  # names that load on first use
 }
 

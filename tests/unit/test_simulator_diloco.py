@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +288,29 @@ def test_weights_and_biases_gets_the_run_under_its_name(monkeypatch: pytest.Monk
     assert list(Path("wandb").glob("offline-run-*/*.wandb"))
 
 
+def test_devices_that_are_not_there_are_left_out_and_said_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        result = train(devices=[0, 1], device=None, max_local_step=4)
+    about = [one for one in said if "devices" in str(one.message)]
+    assert len(about) == 1 and "devices=[0, 1]" in str(about[0].message)
+    assert len(result.history) == 4
+
+
+def test_the_signature_has_the_documented_arguments_and_defaults() -> None:
+    parameters = inspect.signature(DilocoSimulator).parameters
+    for name, default in DEFAULTS.items():
+        assert parameters[name].default == default, name
+    for name in ("model_cls", "loss_fn", "train_dataset"):
+        assert parameters[name].default is inspect.Parameter.empty
+    config = {one.name for one in dataclasses.fields(DilocoSimulatorConfig)}
+    assert set(parameters) == config | {"config"}
+    assert "num_nodes" in inspect.signature(type("Own", (DilocoSimulator,), {})).parameters
+
+
 def test_a_port_is_accepted_with_the_reason_why_none_is_needed() -> None:
     with pytest.warns(UserWarning, match="port=12355 is not needed"):
         simulator(port=12355)
@@ -305,7 +331,6 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a batch above the shard": ({"batch_size": 65}, "batch_size=65 is more than the 64"),
     "a share above one": ({"p_sparta": 1.5}, "1.5"),
     "an unknown optimizer option": ({"optimizer_kwargs": {"lrr": 1}}, "lrr"),
-    "several devices of none": ({"devices": [0, 1], "device": None}, "CUDA"),
     "a batch of nothing": ({"batch_size": None}, "batch_size=None"),
     "a model for its class": ({"model_cls": Net()}, "model_cls is a Net: give the class"),
     "no arguments of the model": ({"model_kwargs": None}, "model_kwargs=None"),

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from torchft.simulator.processes import run_processes
     from torchft.simulator.replay import events_of
     from torchft.simulator.result import Result
+    from torchft.simulator.spmd.node import SPMDNode
+    from torchft.simulator.spmd.program import SPMDProgram
     from torchft.simulator.trainer import Trainer
     from torchft.simulator.weather import NodeWeather, RandomFailures, Weather, WeatherEvent
 
@@ -52,6 +54,8 @@ __all__ = [
     "RandomFailures",
     "Result",
     "Run",
+    "SPMDNode",
+    "SPMDProgram",
     "SimulatedRun",
     "TensorBoardLogger",
     "TrainNode",
@@ -83,6 +87,8 @@ _HOMES = {
     "RandomFailures": "weather",
     "Result": "result",
     "Run": "loop",
+    "SPMDNode": "spmd.node",
+    "SPMDProgram": "spmd.program",
     "SimulatedRun": "network",
     "TensorBoardLogger": "loggers",
     "TrainNode": "node",

@@ -16,7 +16,9 @@ result's model is then the mean of the nodes' own.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
@@ -29,6 +31,14 @@ from torch.utils.data import Dataset
 
 from torchft.errors import SettingsError
 from torchft.simulator.checkpoint import write_whole
+from torchft.simulator.devices import usable_devices
+from torchft.simulator.diloco_process import (
+    DilocoProcess,
+    DilocoProgram,
+    EvalStats,
+    TrainStats,
+    overridden,
+)
 from torchft.simulator.loggers import Kind, Row
 from torchft.simulator.result import Result
 from torchft.simulator.seeds import kept_rng, seed_everything
@@ -36,24 +46,6 @@ from torchft.simulator.trainer import Trainer
 from torchft.strategies import DiLoCoStrategy, OptimSpec, SPARTADiLoCoStrategy, Strategy
 
 __all__ = ["DilocoSimulator", "DilocoSimulatorConfig", "EvalStats", "TrainStats"]
-
-
-@dataclass(frozen=True)
-class TrainStats:
-    """Of one step: the mean over all nodes."""
-
-    loss: float
-    perplexity: float
-
-
-@dataclass(frozen=True)
-class EvalStats:
-    """Of one evaluation."""
-
-    loss: float
-    perplexity: float
-    glob: bool
-    """True: of the mean of all models. False: the mean of what the nodes' own models give."""
 
 
 def _outer_defaults() -> dict[str, Any]:
@@ -166,7 +158,7 @@ def _check_callable(name: str, value: object) -> None:
         raise SettingsError(f"{name}={value!r}: give a function")
 
 
-class DilocoSimulator:
+class DilocoSimulator(DilocoProcess):
     """`train()` runs it. Options as keywords, or as one `DilocoSimulatorConfig`.
 
     Required: `model_cls`, `loss_fn`, `train_dataset`. Usual ones, with what they are by default:
@@ -197,35 +189,35 @@ class DilocoSimulator:
         if not isinstance(config, DilocoSimulatorConfig):
             raise TypeError(f"a {type(config).__name__} is no DilocoSimulatorConfig")
         config.check()
+        if usable_devices(config.devices) is not config.devices:
+            config = dataclasses.replace(config, devices=None)
         if config.port is not None:
             warnings.warn(f"port={config.port} is not needed: nodes have no ports", stacklevel=2)
         self.config = config
         self.result: Result | None = None
         """Of the last `train`."""
-
-    @property
-    def model(self) -> nn.Module | None:
+        self.model: nn.Module | None = None
         """The trained model, after `train`: the mean of all nodes."""
-        return None if self.result is None else self.result.model
 
     def load_model(self, path: str | Path) -> None:
         """All nodes will start from this state dict."""
         self.config = dataclasses.replace(self.config, model_path=path)
 
     def train(self) -> Result:
-        """Run to the end."""
-        config = self.config
+        """Run to the end, over a real process for each node where a subclass has methods of its
+        own: see `diloco_process`."""
+        config, own = self.config, bool(overridden(type(self)))
         trainer = Trainer(
             _Paired(self._build_model(), config.loss_fn),
             config.train_dataset,
-            config.eval_dataset,
+            None if own else config.eval_dataset,
             device=config.device,
             devices=config.devices,
         )
         interval = config.ckpt_interval
         trainer.fit(
             config.num_epochs,
-            self._strategy(),
+            DilocoProgram(copy.copy(self)) if own else self._strategy(),
             config.num_nodes,
             max_steps=config.max_local_step,
             batch_size=config.batch_size,
@@ -233,17 +225,18 @@ class DilocoSimulator:
             val_size=config.eval_iters * config.batch_size,
             val_interval=config.eval_interval or config.diloco_interval,
             correlation_interval=config.corr_interval,
-            checkpoint_interval=interval and interval * config.diloco_interval,
+            checkpoint_interval=None if own else interval and interval * config.diloco_interval,
             save_dir=config.save_dir or ".",
             run_name=config.run_name or config.wandb_name,
             wandb_project=config.wandb_project,
             logger=[_Hooks(config.train_loss_hook, config.eval_loss_hook)],
             seed=config.seed,
             resume=config.resume,
-            processes=len(config.devices or ()) > 1,
+            processes=own or len(config.devices or ()) > 1,
         )
         assert trainer.result is not None
         self.result = _unwrapped(trainer.result)
+        self.model = self.result.model
         self._keep()
         return self.result
 
@@ -285,6 +278,32 @@ class DilocoSimulator:
     def _keep(self) -> None:
         if self.config.save_dir is not None and self.model is not None:
             write_whole(Path(self.config.save_dir) / "model.pt", self.model.state_dict())
+
+
+def _documented() -> inspect.Signature:
+    """The keywords of `DilocoSimulator`, with what they are by default there."""
+    own: dict[str, Any] = {"eval_iters": 50, "eval_interval": None}
+    parameters = [
+        inspect.Parameter("config", inspect.Parameter.POSITIONAL_ONLY, default=None),
+    ]
+    for one in dataclasses.fields(DilocoSimulatorConfig):
+        default = one.default
+        if one.default_factory is not dataclasses.MISSING:
+            default = one.default_factory()
+        elif default is dataclasses.MISSING:
+            default = inspect.Parameter.empty
+        parameters.append(
+            inspect.Parameter(
+                one.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=own.get(one.name, default),
+                annotation=one.type,
+            )
+        )
+    return inspect.Signature(parameters)
+
+
+DilocoSimulator.__signature__ = _documented()  # type: ignore[attr-defined]
 
 
 class _Paired(nn.Module):

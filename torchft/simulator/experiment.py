@@ -23,6 +23,7 @@ from torchft.simulator.events import Event, check_events, check_list
 from torchft.simulator.feed import Feed
 from torchft.simulator.node import TrainNode
 from torchft.simulator.seeds import seed_everything, seed_of
+from torchft.simulator.spmd.program import SPMDStrategy
 from torchft.simulator.stacked import copied
 from torchft.simulator.weather import Weather
 from torchft.strategies.checks import check_recipes
@@ -85,7 +86,8 @@ class Experiment:
             raise SettingsError("say how long to train: max_steps or num_epochs")
         if not isinstance(self.strategy, Strategy):
             raise SettingsError(f"strategy is a {type(self.strategy).__name__}, not a Strategy")
-        check_recipes(self.strategy.recipes)
+        if not isinstance(self.strategy, SPMDStrategy):
+            check_recipes(self.strategy.recipes)
         if not isinstance(self.model, nn.Module) and not callable(self.model):
             raise SettingsError(f"model is a {type(self.model).__name__}, not a torch module")
         _check_model_factory(self.model)

@@ -111,7 +111,7 @@ def _made(folder: Path) -> bool:
 
 def default_name(strategy: Strategy, now: datetime, *, taken: Callable[[str], bool]) -> str:
     """`diloco_20260131_120000`, with a number after it where that is taken."""
-    kind = type(strategy).__name__.removesuffix("Strategy")
+    kind = str(strategy.config()["strategy"]).removesuffix("Strategy")
     kind = kind or "-".join(type(recipe).__name__ for recipe in strategy.recipes) or "alone"
     name = f"{kind.lower()}_{now:%Y%m%d_%H%M%S}"
     numbered = (name if n == 1 else f"{name}_{n}" for n in itertools.count(1))

@@ -17,8 +17,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from torch import nn
-
 from torchft.errors import SettingsError
 from torchft.launch.guard import check_guarded
 from torchft.launch.local_nodes import LocalNodes, Start
@@ -27,10 +25,12 @@ from torchft.simulator.events import Dies, Event, Joins
 from torchft.simulator.experiment import Experiment
 from torchft.simulator.network import forecast
 from torchft.simulator.node import NodeError
-from torchft.simulator.real_node import RealNode, from_bytes
+from torchft.simulator.real_node import RealNode, take_models, warm_up
 from torchft.simulator.replay import events_of, heals_of, round_records_of, rounds_of
-from torchft.simulator.result import Result, StepRow, mean_model
+from torchft.simulator.result import Result, StepRow
 from torchft.simulator.seeds import kept_rng
+from torchft.simulator.spmd.program import SPMDStrategy
+from torchft.simulator.spmd.run import run_program
 from torchft.strategies.recipe import By
 from torchft.strategies.strategy import Strategy
 
@@ -57,10 +57,12 @@ def run_processes(
     strategy = experiment.strategy
     if hasattr(strategy, "local"):  # bound
         raise SettingsError(f"this {type(strategy).__name__} is in use: make one for each run")
+    if isinstance(strategy, SPMDStrategy):
+        return run_program(experiment, method=method)
     _check_islands(strategy)
     deaths = _deaths(experiment)
     with kept_rng(experiment.torch_device):
-        _warm_up(experiment)
+        warm_up(experiment)
     log = _Log(experiment.num_nodes)
     with tempfile.TemporaryDirectory(prefix="torchft-") as temporary:
         records = folder or Path(temporary)
@@ -70,7 +72,7 @@ def run_processes(
             records,
             mortal={death.node for death in deaths},
             method=method,
-            preload=["torchft.simulator.real_node"],
+            preload=["torchft.simulator.real_node", "torchft.simulator.preloaded"],
             news=log.add,
             plain=(NodeError, SettingsError),
         )
@@ -78,7 +80,7 @@ def run_processes(
         told = [read_step_records(path) for path in sorted(records.glob("node_*.jsonl"))]
     result = _result(experiment, log, [record for life in told for record in life])
     with kept_rng(experiment.torch_device):
-        _take_models(result, experiment, ends)
+        take_models(result, experiment, ends)
     experiment.warn_of_silence(result.rounds)
     result.seconds["train"] = perf_counter() - started
     result.seconds["steps"] = log.compute_s
@@ -95,13 +97,6 @@ def _check_islands(strategy: Strategy) -> None:
                 f"{type(recipe).__name__} averages within islands, which real processes cannot "
                 "yet: simulate it, or leave island_size out"
             )
-
-
-def _warm_up(experiment: Experiment) -> None:
-    """What every process would import for itself, were it not imported before they fork."""
-    model = experiment.make_model()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    experiment.inner.build([trained], experiment.total_steps).state_dict()
 
 
 def _starts(experiment: Experiment) -> list[Start]:
@@ -168,14 +163,3 @@ def _result(experiment: Experiment, log: _Log, records: list[StepRecord]) -> Res
         heals=heals_of(rounds),
         records=records,
     )
-
-
-def _take_models(result: Result, experiment: Experiment, ends: dict[int, Any]) -> None:
-    """Of a node that was killed and not started again, the model that it began with."""
-    for node in range(experiment.num_nodes):
-        model: nn.Module = experiment.make_model()
-        if node in ends:
-            model.load_state_dict(from_bytes(ends[node]["model"]))
-        result.models.append(model)
-    result.alive = sorted(ends)
-    result.model = mean_model([result.models[node] for node in result.alive])

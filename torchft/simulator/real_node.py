@@ -12,7 +12,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchft.digest import digest
 from torchft.peers import Handle, Place
@@ -20,6 +20,7 @@ from torchft.quantization import Codec
 from torchft.simulator.events import Dies
 from torchft.simulator.experiment import Experiment
 from torchft.simulator.node import finite_losses
+from torchft.simulator.result import Result, mean_model
 from torchft.simulator.seeds import kept_rng, seed_node
 from torchft.strategies.model_local import ModelLocal
 from torchft.strategies.recipe import Recipe
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from torchft.launch.local_node import LocalNode
     from torchft.managed_peers import ManagedRound
 
-__all__ = ["RealNode", "from_bytes"]
+__all__ = ["RealNode", "device_of", "take_models", "to_bytes", "warm_up"]
 
 _ROWS = 100
 """So many steps are told at once, if no round commits before."""
@@ -45,7 +46,7 @@ class RealNode:
 
     def __call__(self, node: LocalNode) -> dict[str, Any]:
         """Train to the end. What is left: `model`, the bytes of its state."""
-        experiment = replace(self.experiment, device=_device_of(self.experiment, node.number))
+        experiment = replace(self.experiment, device=device_of(self.experiment, node.number))
         with kept_rng(experiment.torch_device):
             return _Trainer(experiment, node, self._death_of(node)).train()
 
@@ -54,7 +55,7 @@ class RealNode:
         return mine[node.life] if node.life < len(mine) else None
 
 
-def _device_of(experiment: Experiment, node: int) -> torch.device:
+def device_of(experiment: Experiment, node: int) -> torch.device:
     """Several CUDA devices are taken in turn, unless one is named."""
     device = experiment.torch_device
     if device.type == "cuda" and experiment.device in (None, "cuda"):
@@ -94,7 +95,7 @@ class _Trainer:
         self._node.manager.settle()
         self._report()
         self._feed.close()
-        return {"model": _to_bytes(self._model.state_dict())}
+        return {"model": to_bytes(self._model.state_dict())}
 
     def _train_step(self) -> None:
         self._die_before(self._clock.steps)
@@ -290,13 +291,35 @@ class _LastWords(Handle):
         raise AssertionError("killed, and still there")
 
 
-def _to_bytes(state: dict[str, Any]) -> bytes:
+def to_bytes(state: dict[str, Any]) -> bytes:
+    """The state of a model, to be sent to the parent."""
     stream = io.BytesIO()
     torch.save(state, stream)
     return stream.getvalue()
 
 
-def from_bytes(state: bytes) -> dict[str, Any]:
+def _from_bytes(state: bytes) -> dict[str, Any]:
     """The state of a model, on the CPU."""
     loaded: dict[str, Any] = torch.load(io.BytesIO(state), map_location="cpu", weights_only=True)
     return loaded
+
+
+def take_models(result: Result, experiment: Experiment, ends: dict[int, Any]) -> None:
+    """Put into `result` what the processes left, and their mean.
+
+    Of a node that was killed and not started again, it is the model that it began with.
+    """
+    for node in range(experiment.num_nodes):
+        model: nn.Module = experiment.make_model()
+        if node in ends:
+            model.load_state_dict(_from_bytes(ends[node]["model"]))
+        result.models.append(model)
+    result.alive = sorted(ends)
+    result.model = mean_model([result.models[node] for node in result.alive])
+
+
+def warm_up(experiment: Experiment) -> None:
+    """Import what every process would import for itself, were it not imported before they fork."""
+    model = experiment.make_model()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    experiment.inner.build([trained], experiment.total_steps).state_dict()

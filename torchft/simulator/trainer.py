@@ -21,6 +21,7 @@ from torch import nn
 from torchft.errors import SettingsError
 from torchft.launch.guard import check_guarded
 from torchft.simulator.checkpoint import Saved
+from torchft.simulator.devices import chosen_device
 from torchft.simulator.events import Event
 from torchft.simulator.experiment import Experiment
 from torchft.simulator.folders import check_folder
@@ -32,6 +33,12 @@ from torchft.simulator.naming import Naming, check_name, find_resumed
 from torchft.simulator.node import TrainNode
 from torchft.simulator.result import Result
 from torchft.simulator.services import Services
+from torchft.simulator.spmd.program import (
+    SPMDProgram,
+    SPMDStrategy,
+    as_strategy,
+    needs_processes,
+)
 from torchft.simulator.validation import Validator
 from torchft.strategies import Strategy
 
@@ -47,7 +54,7 @@ class Trainer:
             that gives each node its own.
         val_dataset: likewise; None: no validation.
         start_port: for scripts that give one. Nothing here listens on a fixed port.
-        device: `cpu`, `cuda`, `cuda:1`, `mps`; by default the best that is there.
+        device: `cpu`, `cuda`, `cuda:1`, `mps`; by default, and for "", the best that is there.
         devices: numbers of CUDA devices. Several need `fit(processes=True)`.
         node_cls: your subclass of `TrainNode`.
     """
@@ -79,7 +86,7 @@ class Trainer:
     def fit(
         self,
         num_epochs: int | None = None,
-        strategy: Strategy | None = None,
+        strategy: Strategy | SPMDProgram | None = None,
         num_nodes: int | None = None,
         max_steps: int | None = None,
         batch_size: int = 16,
@@ -158,8 +165,11 @@ class Trainer:
         _check_interval("keep_checkpoints", _needed("keep_checkpoints", keep_checkpoints))
         check_loggers(logger, log_x_axis)
         check_name(run_name)
+        strategy = as_strategy(_needed("strategy", strategy))
+        if isinstance(strategy, SPMDStrategy) and not processes:
+            raise SettingsError(needs_processes(strategy.program))
         experiment = self._experiment(
-            strategy=_needed("strategy", strategy),
+            strategy=strategy,
             num_nodes=_needed("num_nodes", num_nodes),
             num_epochs=1 if num_epochs is None and max_steps is None else num_epochs,
             max_steps=max_steps,
@@ -261,8 +271,8 @@ class Trainer:
     def _experiment(
         self, *, device: torch.device | str | None = None, several: bool = False, **settings: Any
     ) -> Experiment:
-        if device is None:
-            device = _device(self.device, self.devices, several=several)
+        if not device:
+            device = chosen_device(self.device, self.devices, several=several)
         return Experiment(
             model=self.model,
             train_dataset=self.train_dataset,
@@ -285,29 +295,6 @@ def _needed(name: str, value: _T | None) -> _T:
 def _check_interval(name: str, value: int | None, least: int = 1) -> None:
     if value is not None and (not isinstance(value, int) or value < least):
         raise SettingsError(f"{name}={value!r}: it must be a whole number from {least} on")
-
-
-def _device(
-    device: torch.device | str | None, devices: Sequence[int] | None, *, several: bool
-) -> torch.device | str | None:
-    """Where to run, out of the two ways of saying so."""
-    if not devices:
-        return device
-    if device is not None and torch.device(device).type != "cuda":
-        raise SettingsError(f"devices={list(devices)} are numbers of CUDA devices: not {device}")
-    if len(devices) == 1:
-        return f"cuda:{devices[0]}"
-    if not several:
-        raise SettingsError(
-            f"devices={list(devices)}: the nodes of one process share one device. Give one, or "
-            "fit(processes=True) for real processes, a device each in turn"
-        )
-    if list(devices) != list(range(torch.cuda.device_count())):
-        raise SettingsError(
-            f"devices={list(devices)}: real processes take all {torch.cuda.device_count()} CUDA "
-            "devices in turn; choose among them by CUDA_VISIBLE_DEVICES"
-        )
-    return "cuda"
 
 
 def _check_processes(
