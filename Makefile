@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 # torch looks up the name of each peer that connects: a silent name server must not stall that.
 export RES_OPTIONS ?= timeout:1 attempts:1
 
-.PHONY: help demo demo-server test test-slow test-oldest check setup format lint types rust bench bench-simulator bench-learning bench-links bench-server bench-server-learning digests clean
+.PHONY: help demo demo-server test test-slow test-oldest check setup wheel docs format lint types bench bench-simulator bench-learning bench-links bench-server bench-server-learning digests clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -36,11 +36,28 @@ test-oldest: setup ## the tests nearest to torch on the oldest supported one
 
 check: setup lint types test ## all that must pass before a change lands
 
+# Says what it fetches and builds, and how long that takes; says nothing when all is there.
 setup: $(UV)
-	@$(UV) sync --frozen --quiet
+	@$(UV) sync --frozen --check --quiet 2>/dev/null || { \
+	if [ -d .venv ]; then echo "Setting up: what has changed since the last time (a Rust build takes about a minute on two cores)."; \
+	else echo "Setting up, once: PyTorch and other packages are fetched (about 2 GB), then the Rust part is built: two to four minutes on two cores."; fi; \
+	$(UV) sync --frozen && echo "Set up: everything is in .venv."; }
 
 .uv/bin/uv:
-	@$(PYTHON) -m venv .uv && .uv/bin/pip install --quiet uv
+	@echo "Setting up, once: uv, which fetches the rest, is installed into .uv (some seconds)."
+	@$(PYTHON) -m venv .uv && .uv/bin/pip install --quiet --disable-pip-version-check uv
+
+# Zig links against the C library of 2018, so that a wheel runs on any Linux since. Another machine:
+# make wheel TARGET=aarch64-unknown-linux-gnu, after rustup target add aarch64-unknown-linux-gnu.
+TARGET ?= $(shell rustc -vV | sed -n 's/^host: //p')
+DIST ?= dist
+wheel: $(UV) ## a wheel for any Linux, an sdist, and a list of what is in it (SBOM), in dist/
+	$(UV) run --frozen --isolated --only-group wheel maturin build --release --zig \
+		--compatibility manylinux_2_28 --target $(TARGET) --out $(DIST)
+	$(UV) run --frozen --isolated --only-group wheel maturin sdist --out $(DIST)
+	@$(PYTHON) -c "import glob, os, zipfile; w = zipfile.ZipFile(max(glob.glob('$(DIST)/*.whl'), key=os.path.getmtime)); \
+	[open('$(DIST)/' + n.split('/')[-1], 'wb').write(w.read(n)) for n in w.namelist() if '/sboms/' in n]"
+	@ls -l $(DIST)
 
 format: setup ## rewrite the sources in the project's format
 	cargo fmt --all

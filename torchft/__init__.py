@@ -2,12 +2,17 @@
 
 Names load when they are first used, so `import torchft` is light: the lighthouse command never
 imports torch, and what needs the compiled extension asks for it only then.
+
+`__version__` is the version of this package; `UPSTREAM_API` is the version of PyTorch's torchft
+whose Python interface and wire protocol it provides.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from torchft.version import UPSTREAM_API, __version__
 
 if TYPE_CHECKING:
     from torchft.data import DistributedSampler
@@ -17,11 +22,13 @@ if TYPE_CHECKING:
     from torchft.process_group import ProcessGroupGloo
 
 __all__ = [
+    "UPSTREAM_API",
     "DistributedDataParallel",
     "DistributedSampler",
     "Manager",
     "Optimizer",
     "ProcessGroupGloo",
+    "__version__",
 ]
 
 _HOMES = {

@@ -16,7 +16,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 BASE = {
     *("digest", "errors", "finite", "futures", "ledger", "ordered"),
-    *("peers", "records", "settings", "work"),
+    *("peers", "records", "settings", "version", "work"),
 }
 NUMBERS = {"compression", "quantization"}
 COMMUNICATION = {"checkpointing", "collectives", "coordination", "process_group"}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
+import torchft
 from torchft.cli.demo import options_of
 from torchft.cli.main import main, parser
 from torchft.errors import SettingsError
@@ -111,6 +113,32 @@ def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> No
     assert "invalid choice: 'train'" in refusal(capsys, "train")
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (["dmeo"], "demo"),
+        (["demo", "--stepz=3"], "--steps"),
+        (["demo", "--strategy=dioco"], "diloco"),
+        (["diloco", "sever"], "server"),
+    ],
+)
+def test_a_mistyped_word_brings_the_nearest_known_one(
+    capsys: pytest.CaptureFixture[str], typed: list[str], meant: str
+) -> None:
+    assert f"did you mean '{meant}'?" in refusal(capsys, *typed)
+
+
+def test_a_word_like_no_other_brings_no_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean" not in refusal(capsys, "xyzzy")
+
+
+def test_the_version_is_said_once_for_python_and_rust() -> None:
+    root = Path(__file__).parents[2]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
+    crates = tomllib.loads((root / "Cargo.toml").read_text())["workspace"]["package"]["version"]
+    assert torchft.__version__ == project == crates.replace("-alpha.", "a")
+
+
 def test_no_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "COMMAND" in refusal(capsys)
 
@@ -121,15 +149,19 @@ def test_no_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
         (["--help"], ["demo", "doctor", "--version"]),
         (["demo", "--help"], ["examples:", "--no-kill", "--seed", "exit code is 0 only if"]),
         (["doctor", "--help"], ["--lighthouse", "--json", "exit code is 1 if"]),
-        (["--version"], ["torchft "]),
+        (["--version"], [f"torchft {torchft.__version__} (the interface of torchft 0.1.1)"]),
+        (["completion", "bash"], ["_shtab_torchft", "--heartbeat-timeout-ms", "demo-server"]),
     ],
 )
 def test_help_teaches(
     capsys: pytest.CaptureFixture[str], typed: list[str], taught: list[str]
 ) -> None:
-    with pytest.raises(SystemExit) as end:
-        main(typed)
-    assert end.value.code == 0
+    code: object
+    try:
+        code = main(typed)
+    except SystemExit as end:
+        code = end.code
+    assert code == 0
     said = capsys.readouterr().out
     assert [words for words in taught if words not in said] == []
 

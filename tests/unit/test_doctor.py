@@ -12,6 +12,7 @@ from importlib import metadata
 
 import pytest
 
+import torchft
 from torchft.cli import doctor
 from torchft.cli.checks import lighthouse, machine, network, versions
 from torchft.cli.checks.check import Check, Status
@@ -95,6 +96,20 @@ def test_without_torch_it_says_so_and_goes_on(monkeypatch: pytest.MonkeyPatch) -
         "torch", "torch is not installed", "install torch 2.7 or later"
     )
     assert network.gloo().status is Status.FAIL
+
+
+@pytest.mark.parametrize("other", ["torchft 0.2.0", "torchft-nightly 2026.10.26"])
+def test_two_packages_of_one_import_name_are_named_with_the_way_out(other: str) -> None:
+    check = versions.package([other, f"torchft {torchft.__version__}"])
+    assert check.status is Status.FAIL
+    assert other in check.found
+    assert f"pip uninstall {other.split()[0]}" in (check.remedy or "")
+
+
+def test_the_package_alone_says_whose_interface_it_has() -> None:
+    alone = versions.package([f"torchft {torchft.__version__}"])
+    assert alone.status is Status.OK
+    assert alone.found == f"{torchft.__version__}, the interface of torchft {torchft.UPSTREAM_API}"
 
 
 def test_the_extension_serves_here() -> None:

@@ -49,11 +49,11 @@ def group(*, spawned: float = NOW - 100, code: int | None = None) -> Group:
 
 
 def test_before_its_first_step_a_group_starts() -> None:
-    assert state_of(group(), watch(), NOW) == "starting"
+    assert state_of(group(), watch(), NOW) == "starting: torchrun"
 
 
 def test_after_a_restart_it_starts_again() -> None:
-    assert state_of(group(spawned=NOW - 5), watch(record(NOW - 50, 7)), NOW) == "starting"
+    assert state_of(group(spawned=NOW - 5), watch(record(NOW - 50, 7)), NOW) == "starting: torchrun"
 
 
 def test_a_group_that_began_at_step_0_trains() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from torchft.cli import report
 from torchft.cli.numbers import at_least, seconds
 from torchft.launch.demo_options import CODECS, DEFAULT_STEPS, STRATEGIES, DemoOptions
 
@@ -43,6 +44,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.set_defaults(run=run)
     _add_run_flags(parser)
     _add_kill_flags(parser)
+    report.add_json_flag(parser)
 
 
 def _add_run_flags(parser: argparse.ArgumentParser) -> None:
@@ -123,13 +125,11 @@ def run(typed: argparse.Namespace) -> int:
     """Do what was typed; returns the exit code."""
     from torchft.launch.demo import run_demo
     from torchft.launch.summary import text_of
-    from torchft.launch.view import choose_view
 
-    summary = run_demo(options_of(typed), choose_view())
-    print(f"\n{text_of(summary)}" if summary.began else text_of(summary))
-    if summary.stopped_by is not None:
-        return 128 + summary.stopped_by
-    return 0 if summary.good else 1
+    summary = run_demo(options_of(typed), report.view_for(typed))
+    text = text_of(summary)
+    report.show(summary, f"\n{text}" if summary.began else text, as_json=typed.json)
+    return report.exit_code(summary)
 
 
 def options_of(typed: argparse.Namespace) -> DemoOptions:

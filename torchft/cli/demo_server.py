@@ -6,6 +6,7 @@ import argparse
 import shlex
 from pathlib import Path
 
+from torchft.cli import report
 from torchft.cli.numbers import at_least, seconds
 
 __all__ = ["add_command"]
@@ -53,6 +54,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         metavar="SECONDS",
         help="give up a run that is not over by then (900)",
     )
+    report.add_json_flag(parser)
 
 
 def run(typed: argparse.Namespace) -> int:
@@ -63,7 +65,6 @@ def run(typed: argparse.Namespace) -> int:
     from torchft.launch.server_demo import run_server_demo
     from torchft.launch.server_demo_options import ServerDemoOptions, example
     from torchft.launch.server_summary import text_of
-    from torchft.launch.view import choose_view
 
     options = ServerDemoOptions(
         train=typed.train or example(),
@@ -73,10 +74,8 @@ def run(typed: argparse.Namespace) -> int:
         grace_s=typed.grace,
         timeout_s=typed.timeout,
     )
-    summary = run_server_demo(options, choose_view())
-    print(f"\n{text_of(summary)}")
+    summary = run_server_demo(options, report.view_for(typed))
+    report.show(summary, f"\n{text_of(summary)}", as_json=typed.json)
     if typed.keep is None and summary.good:
         shutil.rmtree(options.folder)
-    if summary.stopped_by is not None:
-        return 128 + summary.stopped_by
-    return 0 if summary.good else 1
+    return report.exit_code(summary)

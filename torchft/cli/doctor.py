@@ -56,6 +56,7 @@ def all_checks(address: str | None) -> Iterator[Check]:
     """One after the other, the quick ones first; `address` is the lighthouse's."""
     yield versions.python()
     yield versions.torch()
+    yield versions.package()
     yield versions.extension()
     yield versions.extras()
     yield machine.threads(settings.text("OMP_NUM_THREADS"))

@@ -1,13 +1,17 @@
-"""`torchft`: the commands for people. Exit codes: 0 good, 1 not good, 2 wrong usage."""
+"""`torchft`: the commands for people.
+
+Exit codes: 0 all is well, 1 the command ran and what it looked at is not well, 2 wrong usage or a
+setting that cannot be used, 128 + n after signal n.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 
-from torchft.cli import demo, demo_server, diloco, doctor, simulate
+from torchft.cli import completion, demo, demo_server, diloco, doctor, simulate
+from torchft.cli.parser import CommandParser, version_text
 from torchft.errors import TorchftError
 
 __all__ = ["main", "parser"]
@@ -15,33 +19,29 @@ __all__ = ["main", "parser"]
 ABOUT = """\
 Fault-tolerant training of PyTorch models in replica groups: groups fail, the others go on, and a
 group that comes back heals from them. `torchft_lighthouse --help` is about the coordinator.
+
+Exit codes: 0 all is well; 1 it ran, and what it looked at is not well; 2 wrong usage or a setting
+that cannot be used; 128 + n after signal n.
 """
 
 
 def parser() -> argparse.ArgumentParser:
     """Of the whole command line."""
-    top = argparse.ArgumentParser(
+    top: argparse.ArgumentParser = CommandParser(
         prog="torchft",
         description=ABOUT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    top.add_argument("--version", action="version", version=f"torchft {version()}")
+    top.add_argument("--version", action="version", version=version_text("torchft"))
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    completion.add_command(commands)
     demo.add_command(commands)
     demo_server.add_command(commands)
     diloco.add_command(commands)
     doctor.add_command(commands)
     simulate.add_command(commands)
     return top
-
-
-def version() -> str:
-    """Of the installed package."""
-    try:
-        return metadata.version("torchft")
-    except metadata.PackageNotFoundError:
-        return "(not installed)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from torchft import settings
+from torchft.launch import prefork
 from torchft.launch.demo_options import DemoOptions
 from torchft.launch.ending import read_endings
 from torchft.launch.folder import run_folder
@@ -44,17 +45,37 @@ def run_demo(options: DemoOptions, view: View) -> Summary:
     psutil()
     read_text(options.corpus)
     folder = run_folder(options.keep, "torchft_demo_")
-    with StopSignals() as stop, _lighthouse(options) as address, view:
+    with _forked(options, view) as forked, StopSignals() as stop, _lighthouse(options) as address:
         run = make_run(options, view, folder, address)
-        run.tell(_plan(options))
-        try:
-            run.play(stop)
-        finally:
-            run.end()
+        for group, process in zip(run.groups, forked, strict=False):
+            group.forked = process
+        with view:
+            run.tell(_plan(options))
+            try:
+                run.play(stop)
+            finally:
+                run.end()
     summary = summarise(options, run, folder)
     if options.keep is None and summary.good:
         shutil.rmtree(folder)
     return summary
+
+
+@contextlib.contextmanager
+def _forked(options: DemoOptions, view: View) -> Iterator[list[prefork.Forked]]:
+    """A process for each group's first life, made before this one has threads; none where it has
+    some already."""
+    if not prefork.can_fork():
+        yield []
+        return
+    view.tell(0.0, "PyTorch is imported, once for all groups: some seconds")
+    prefork.import_once()
+    forked = prefork.fork_agents(options.replicas)
+    try:
+        yield forked
+    finally:
+        for process in forked:
+            process.discard()
 
 
 def make_run(options: DemoOptions, view: View, folder: Path, lighthouse: str) -> Run:

@@ -17,12 +17,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from torchft.errors import TorchftError
+from torchft.launch.prefork import Forked
 from torchft.launch.processes import kill_all, kill_tree, tree
 
 __all__ = ["Group", "GroupError", "Life", "torchrun"]
 
 MAX_RESTARTS = 1
 """How often an agent restarts its workers after one of them ended in error."""
+
+AGENT = (sys.executable, "-m", "torchft.launch.agent")
+"""What a group's command begins with."""
 
 STOP_GRACE_S = 3.0
 """How long a group that is asked to end has until it is killed."""
@@ -57,7 +61,9 @@ class Group:
     log: Path
     """Both output streams of agent and workers; each life adds to it."""
     lives: list[Life] = field(default_factory=list)
-    _process: subprocess.Popen[bytes] | None = None
+    forked: Forked | None = None
+    """A process that has imported torch, for the first life."""
+    _process: subprocess.Popen[bytes] | Forked | None = None
 
     @property
     def alive(self) -> bool:
@@ -84,8 +90,17 @@ class Group:
         if self.alive:
             raise GroupError(f"group {self.number} already runs as process {self.life.pid}")
         spawned = time.monotonic()
+        self._process = self._spawn()
+        self.lives.append(Life(self._process.pid, spawned))
+        return self.life
+
+    def _spawn(self) -> subprocess.Popen[bytes] | Forked:
+        forked, self.forked = self.forked, None
+        if forked is not None:
+            forked.run(self.command[len(AGENT) :], self.env, self.log)
+            return forked
         with open(self.log, "ab") as log:
-            self._process = subprocess.Popen(
+            return subprocess.Popen(
                 self.command,
                 env=dict(self.env),
                 stdin=subprocess.DEVNULL,
@@ -94,8 +109,6 @@ class Group:
                 # A Ctrl-C in the terminal is for the launcher, which then ends its groups in order.
                 start_new_session=True,
             )
-        self.lives.append(Life(self._process.pid, spawned))
-        return self.life
 
     def poll(self) -> int | None:
         """The exit code of the last life, or None while it runs or before the first."""
@@ -148,7 +161,7 @@ def torchrun(
     torchrun picks a free port for its own store, so that groups need no numbers from us.
     """
     return [
-        *(sys.executable, "-m", "torchft.launch.agent"),
+        *AGENT,
         *("--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={workers}"),
         *(f"--max-restarts={max_restarts}", *command),
     ]

@@ -12,12 +12,13 @@ import contextlib
 import os
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from torchft.errors import TorchftError
 
-__all__ = ["MissingExtra", "born_at", "kill_all", "kill_tree", "psutil", "tree"]
+__all__ = ["MissingExtra", "born_at", "has_children", "kill_all", "kill_tree", "psutil", "tree"]
 
 Process = Any
 """A `psutil.Process`; psutil is imported only when needed and brings no types."""
@@ -97,6 +98,14 @@ def _is_dead(process: Process) -> bool:
         return not process.is_running() or process.status() == ps.STATUS_ZOMBIE
     except ps.NoSuchProcess:
         return True
+
+
+def has_children(pid: int) -> bool:
+    """Whether the main thread of a process has a child; False where there is no /proc."""
+    try:
+        return bool(Path(f"/proc/{pid}/task/{pid}/children").read_text())
+    except OSError:
+        return False
 
 
 def born_at(pid: int) -> float | None:

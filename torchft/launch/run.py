@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torchft.launch.group import Group
 from torchft.launch.logs import last_error
 from torchft.launch.news import News
-from torchft.launch.processes import tree
+from torchft.launch.processes import has_children, tree
 from torchft.launch.starting import Starting
 from torchft.launch.stopping import StopSignals
 from torchft.launch.story import Director, Kill, Part, Restart, Scene
@@ -192,12 +192,14 @@ def row_of(group: Group, watch: GroupWatch, now: float) -> Row:
 
 
 def state_of(group: Group, watch: GroupWatch, now: float) -> str:
-    """One word for what the group does now."""
+    """What the group does now: while it starts, its agent comes up, then its worker imports
+    PyTorch and makes its model."""
     if group.poll() is not None:
         return "dead" if group.life.code else "ended"
     last = watch.last
     if last is None or last.t_monotonic < group.life.spawned:
-        return "starting"
+        has_worker = bool(group.lives) and has_children(group.life.pid)
+        return "starting: worker" if has_worker else "starting: torchrun"
     first = watch.first_of[last.replica_id]
     just_now = now - first.t_monotonic < HEALED_FOR_S
     return "healed" if first.step > 0 and just_now else "training"

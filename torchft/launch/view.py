@@ -43,7 +43,7 @@ class Row:
 
     number: int
     state: str
-    """starting, training, dead, healed, ended."""
+    """starting (and with what), training, dead, healed, ended."""
     step: int
     loss: float | None
     members: int
@@ -157,7 +157,7 @@ def _table(frame: Frame) -> Any:
     for heading in ("group", "state", "step", "loss", "members", "take part", "discarded"):
         table.add_column(heading, justify="left" if heading == "state" else "right")
     for row in frame.rows:
-        state = Text(row.state, style=COLOURS.get(row.state, ""))
+        state = Text(row.state, style=COLOURS.get(row.state.split(":")[0], ""))
         figures = (row.members, row.participants, row.discarded)
         table.add_row(
             str(row.number), state, str(row.step), _loss(row.loss), *(str(f) for f in figures)
@@ -166,7 +166,7 @@ def _table(frame: Frame) -> Any:
 
 
 def _in_words(row: Row) -> str:
-    if row.state in ("starting", "dead", "ended"):
+    if row.state.startswith(("starting", "dead", "ended")):
         return f"{row.number} {row.state}"
     return f"{row.number} {row.state} step {row.step} loss {_loss(row.loss)} of {row.members}"
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 
 from torchft.cli.checks.check import Check
+from torchft.version import UPSTREAM_API, __version__
 
-__all__ = ["extension", "extras", "python", "torch"]
+__all__ = ["extension", "extras", "package", "python", "torch"]
 
 LEAST_PYTHON = (3, 11)
 LEAST_TORCH = (2, 7)
@@ -38,6 +40,27 @@ def torch(installed: str | None = None) -> Check:
     return Check.ok("torch", installed)
 
 
+def package(installed: Sequence[str] | None = None) -> Check:
+    """This package, alone: PyTorch's own torchft has the same import name.
+
+    `installed` are the names of the distributions that bring a package `torchft`, as
+    `name version`; read from the environment if None.
+    """
+    if installed is None:
+        found = sorted(set(metadata.packages_distributions().get("torchft", [])))
+        installed = [f"{name} {metadata.version(name)}" for name in found]
+    others = [one for one in installed if one != f"torchft {__version__}"]
+    if others:
+        names = dict.fromkeys([*(one.split()[0] for one in others), "torchft"])
+        return Check.fail(
+            "torchft",
+            f"{', '.join(others)} is installed too, and this is torchft {__version__}: both write "
+            "into the same folder",
+            f"uninstall both (pip uninstall {' '.join(names)}), and install the one that you want",
+        )
+    return Check.ok("torchft", f"{__version__}, the interface of torchft {UPSTREAM_API}")
+
+
 def extension() -> Check:
     """The Rust part, and that it can serve on this machine."""
     from torchft.cli.checks.lighthouse import ask, own_lighthouse
@@ -63,5 +86,5 @@ def extras() -> Check:
     return Check.warn(
         "extras",
         f"not installed: {', '.join(missing)} (for `torchft demo` and `torchx run`)",
-        f"in the checkout: pip install '.[{wanted}]'",
+        f"pip install 'torchft[{wanted}]', or '.[{wanted}]' in a checkout",
     )

@@ -1,0 +1,46 @@
+"""`torchft completion`: a script that lets a shell complete commands and flags."""
+
+from __future__ import annotations
+
+import argparse
+
+from torchft.errors import TorchftError
+
+__all__ = ["add_command"]
+
+ABOUT = """\
+Prints a completion script for a shell. To use it in every new shell:
+
+  torchft completion bash > ~/.local/share/bash-completion/completions/torchft
+  torchft completion zsh > ~/.zfunc/_torchft      # with ~/.zfunc on the fpath
+"""
+
+SHELLS = ("bash", "zsh", "tcsh")
+
+
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `completion` to the commands of `torchft`."""
+    parser = commands.add_parser(
+        "completion",
+        help="print a completion script for bash, zsh or tcsh",
+        description=ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("shell", choices=SHELLS)
+    parser.set_defaults(run=run)
+
+
+def run(typed: argparse.Namespace) -> int:
+    """Print the script; returns the exit code."""
+    try:
+        import shtab
+    except ImportError:
+        raise TorchftError(
+            "completion scripts are made by shtab, which is not installed: "
+            "pip install 'torchft[completion]'"
+        ) from None
+    from torchft.cli.main import parser
+
+    print(shtab.complete(parser(), shell=typed.shell))
+    return 0

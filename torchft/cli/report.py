@@ -1,0 +1,46 @@
+"""How the demos end: a summary as text for people, or as one JSON object for programs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torchft.launch.view import View
+
+__all__ = ["add_json_flag", "exit_code", "show", "view_for"]
+
+
+def add_json_flag(parser: argparse.ArgumentParser) -> None:
+    """Add `--json`."""
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print the summary as one JSON object on standard output; progress goes to standard "
+        "error",
+    )
+
+
+def view_for(typed: argparse.Namespace) -> View:
+    """Where progress is shown: never between a program and its JSON."""
+    from torchft.launch.view import choose_view
+
+    return choose_view(sys.stderr if typed.json else None)
+
+
+def show(summary: Any, text: str, *, as_json: bool) -> None:
+    """Print `summary`, a dataclass with a property `good`, or `text`, which says the same."""
+    if as_json:
+        print(json.dumps({"good": summary.good, **asdict(summary)}, default=str))
+    else:
+        print(text)
+
+
+def exit_code(summary: Any) -> int:
+    """0 if the run is good, 1 if not, 128 + n after signal n."""
+    if summary.stopped_by is not None:
+        return 128 + int(summary.stopped_by)
+    return 0 if summary.good else 1
