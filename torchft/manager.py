@@ -518,6 +518,10 @@ class Manager:
         """The last committed step, from 0."""
         return self._progress.step
 
+    def num_skipped(self) -> int:
+        """How many steps in a row, up to the last one, were discarded for NaN or infinity alone."""
+        return self._progress.skipped
+
     def batches_committed(self) -> int:
         """How many groups' batches the committed steps hold."""
         return self._progress.batches_committed

@@ -5,6 +5,8 @@
     loss.backward()              # DistributedDataParallel averages the gradients
     optimizer.step()             # votes; steps, or skips this batch
 
+A `torch.amp.GradScaler` steps it as any optimizer: see `torchft.grad_scaler`.
+
 Everything else is the wrapped optimizer's own: groups, state, state dict, and hooks, which run
 around the steps that are taken.
 """
@@ -17,21 +19,35 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from torchft.grad_scaler import FollowedScaler, Found, unscale, warn_of_stranger
 from torchft.ledger import Bucket
 
 if TYPE_CHECKING:
+    from torch.amp import GradScaler
+
     from torchft.manager import Manager
 
 __all__ = ["OptimizerWrapper"]
 
 
 class OptimizerWrapper(Optimizer):
-    """`optim`, with a quorum before each step and a vote in it."""
+    """`optim`, with a quorum before each step and a vote in it.
+
+    `scaler` is the GradScaler that will step it, if there is one: its scale then heals, and falls
+    in all groups alike.
+    """
+
+    _step_supports_amp_scaling = True
+    """GradScaler calls `step` also when it has found an infinity, so that this group votes."""
 
     # Optimizer.__init__ is not called: it would make groups, state and hooks beside the inner ones.
-    def __init__(self, manager: Manager, optim: Optimizer) -> None:
+    def __init__(
+        self, manager: Manager, optim: Optimizer, *, scaler: GradScaler | None = None
+    ) -> None:
         self.manager = manager
         self.optim = optim
+        self._scaler = None if scaler is None else FollowedScaler(manager, scaler)
+        self._warned = False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Begin a step, then clear the gradients.
@@ -39,6 +55,8 @@ class OptimizerWrapper(Optimizer):
         Raises:
             TimeoutError, QuorumError: see `Manager.start_quorum`.
         """
+        if self._scaler is not None:
+            self._scaler.begin()
         self.manager.start_quorum()
         self.optim.zero_grad(set_to_none)
 
@@ -49,11 +67,35 @@ class OptimizerWrapper(Optimizer):
             AssertionError: a closure was given. It would compute gradients after the vote.
         """
         assert closure is None, "a step that is voted on cannot re-evaluate the loss in a closure"
-        if not self.manager.should_commit():
+        found = Found(self)
+        if found.infinity and self.manager.errored() is None:
+            self.manager.report_error(found.error())
+        if found.by_scaler and self._scaler is None and not self._warned:
+            self._warned = True
+            warn_of_stranger()
+        if not self._commits(found):
             return False
         with self.manager.ledger.spending(Bucket.OPTIMIZER):
+            if found.scale is not None:
+                unscale(self.optim, found.scale)
             self.optim.step()
         return True
+
+    def _commits(self, found: Found) -> bool:
+        """The vote, after which the scale may be another one: that of the donor it healed from."""
+        if self._scaler is None or not found.by_scaler:
+            return self.manager.should_commit()
+        before = self._scaler.scale
+        committed = self.manager.should_commit()
+        self._scaler.voted(committed)
+        if self._scaler.scale == before:
+            return committed
+        if found.scale is not None:
+            found.scale *= self._scaler.scale / before
+        elif committed:  # unscaled with the old one, and clipped perhaps
+            self.manager.fall_behind()
+            return False
+        return committed
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """To the wrapped optimizer."""
