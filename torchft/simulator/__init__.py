@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from torchft.simulator.feed import Feed
     from torchft.simulator.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
     from torchft.simulator.loop import Run, run_stacked
-    from torchft.simulator.machine import describe_machine
     from torchft.simulator.network import SimulatedRun, forecast
     from torchft.simulator.node import NodeError, TrainNode
     from torchft.simulator.processes import run_processes
@@ -65,7 +64,6 @@ __all__ = [
     "WandbLogger",
     "Weather",
     "WeatherEvent",
-    "describe_machine",
     "events_of",
     "forecast",
     "run_processes",
@@ -99,7 +97,6 @@ _HOMES = {
     "WandbLogger": "loggers",
     "Weather": "weather",
     "WeatherEvent": "weather",
-    "describe_machine": "machine",
     "events_of": "replay",
     "forecast": "network",
     "run_processes": "processes",
