@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from torchft.cli.numbers import at_least
 from torchft.errors import SettingsError
-from torchft.simulator import Result, Trainer
+from torchft.simulator import Result, Trainer, describe_machine
 from torchft.strategies import (
     DeMoStrategy,
     DiLoCoStrategy,
@@ -182,10 +182,12 @@ class Row:
 
     def cells(self) -> tuple[str, ...]:
         """As text."""
-        spread = statistics.stdev(self.losses) if len(self.losses) > 1 else 0.0
+        loss = f"{statistics.fmean(self.losses):.4f}"
+        if len(self.losses) > 1:  # one seed has no spread
+            loss += f" ± {statistics.stdev(self.losses):.4f}"
         return (
             self.strategy,
-            f"{statistics.fmean(self.losses):.4f} ± {spread:.4f}",
+            loss,
             f"{self.seconds:.1f} s",
             f"{self.steps_per_s:.1f}",
             f"{self.lr:.2e}",
@@ -277,10 +279,12 @@ def report(name: str, results: Sequence[Result]) -> None:
 
 def caption(arguments: argparse.Namespace, pictures: Pictures) -> str:
     seen = arguments.nodes * arguments.steps * arguments.batch
+    several = f"mean ± standard deviation of {arguments.seeds} seeds"
+    seeds = several if arguments.seeds > 1 else "one seed"
     return (
         f"{pictures.name}; {arguments.model}, {arguments.nodes} nodes, {arguments.steps} steps of "
-        f"{arguments.batch} pictures each ({seen} in all), H = {arguments.H}, "
-        f"mean ± standard deviation of {arguments.seeds} seeds."
+        f"{arguments.batch} pictures each ({seen} in all), H = {arguments.H}, {seeds}. Measured on "
+        f"{describe_machine(arguments.device or None)}."
     )
 
 

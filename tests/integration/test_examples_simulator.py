@@ -23,7 +23,7 @@ import mnist  # noqa: E402
 from pictures import digits  # noqa: E402
 
 from torchft import strategies  # noqa: E402
-from torchft.simulator import Trainer, zoo  # noqa: E402
+from torchft.simulator import Trainer, describe_machine, zoo  # noqa: E402
 
 TINY_PICTURES = ["--nodes", "2", "--steps", "4", "--batch", "8", "--H", "2", "--model", "mlp"]
 TINY_TEXT = [
@@ -68,7 +68,19 @@ def test_the_table_has_five_strategies_over_three_seeds(elsewhere: Path, few_dig
     assert all(re.search(r"\d\.\d{4} ± \d\.\d{4}", line) for line in lines[4:])
     assert "4 steps of 8 pictures each (64 in all)" in lines[0]
     assert "of 3 seeds" in lines[0]
+    assert describe_machine("cpu") in lines[0]
     assert (elsewhere / "here" / "loss.png").stat().st_size > 1000
+
+
+def test_one_seed_has_no_spread(elsewhere: Path, few_digits: None) -> None:
+    mnist.main([*TINY_PICTURES, "--table", "--seeds", "1", "--out", "here"])
+    text = (elsewhere / "here" / "table.md").read_text()
+    assert "one seed" in text and "±" not in text
+    assert len(text.splitlines()) == 4 + len(mnist.FIVE)
+
+
+def test_the_path_of_exo_gyms_example_leads_to_ours() -> None:
+    assert (ROOT / "example" / "mnist.py").samefile(EXAMPLES / "mnist.py")
 
 
 def test_all_strategies_see_equal_pictures_at_equal_rates() -> None:

@@ -163,6 +163,13 @@ class TestTrainer:
             trainer = Trainer(odd(), pairs(), devices=[0, 1])
         assert len(said) == 1 and trainer.devices is None
 
+    def test_a_kind_of_device_that_is_not_there_is_left_out(self, monkeypatch: Any) -> None:
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+        with pytest.warns(UserWarning, match="device='mps' is not there") as said:
+            trainer = self.fit(device="mps", logger="none")
+        assert sum("mps" in str(one.message) for one in said) == 1
+        assert trainer.result is not None and len(trainer.result.history) == 2
+
     def test_a_second_run_of_a_script_gets_a_name_of_its_own(self) -> None:
         self.fit(run_name="mine")
         with pytest.warns(UserWarning, match=r"logs/mine holds .* is called mine_2"):

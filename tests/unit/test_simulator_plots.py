@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from torchft.peers import Place
 from torchft.simulator.config import (
@@ -18,6 +19,7 @@ from torchft.simulator.config import (
     read_config,
 )
 from torchft.simulator.events import Dies
+from torchft.simulator.machine import describe_machine
 from torchft.simulator.peers import RoundRecord
 from torchft.simulator.plots import lines_of, write_plots
 from torchft.simulator.report import as_csv, as_table, rows_of, target_of, write_tables
@@ -156,7 +158,9 @@ def test_the_folder_tells_how_it_was_made(tmp_path: Path) -> None:
     assert from_mapping(read_config(tmp_path / "config.yaml")) == found.config
     assert from_mapping(read_config(tmp_path / "difference.yaml")) == found.config
     assert "model" not in read_config(tmp_path / "difference.yaml")
-    assert (tmp_path / "table.md").read_text().startswith("| strategy")
+    machine, _, table = (tmp_path / "table.md").read_text().partition("\n\n")
+    assert machine == describe_machine("cpu") and f"torch {torch.__version__}" in machine
+    assert table.startswith("| strategy")
 
 
 def test_a_line_is_the_mean_of_the_seeds_between_the_lowest_and_the_highest() -> None:

@@ -204,7 +204,7 @@ def _sweep(config: SimulateConfig, typed: argparse.Namespace) -> int:
 
 
 def _say(sweep: Sweep, typed: argparse.Namespace) -> None:
-    from torchft.simulator.report import as_table, rows_of, target_of
+    from torchft.simulator.report import rows_of, target_of, with_machine
 
     rows, target = rows_of(sweep), target_of(sweep)
     if typed.json:
@@ -219,7 +219,7 @@ def _say(sweep: Sweep, typed: argparse.Namespace) -> None:
         print(json.dumps(found))
         return
     if rows:
-        print(f"\n{as_table(rows, target)}\n")
+        print(f"\n{with_machine(sweep, rows)}\n")
     ended = len(sweep.reports)
     earlier = f", {sweep.skipped} of them earlier" if sweep.skipped else ""
     failed = f", {len(sweep.failures)} failed" if sweep.failures else ""

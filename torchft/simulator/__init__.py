@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torchft.simulator.feed import Feed
     from torchft.simulator.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
     from torchft.simulator.loop import Run, run_stacked
+    from torchft.simulator.machine import describe_machine
     from torchft.simulator.network import SimulatedRun, forecast
     from torchft.simulator.node import NodeError, TrainNode
     from torchft.simulator.processes import run_processes
@@ -64,6 +65,7 @@ __all__ = [
     "WandbLogger",
     "Weather",
     "WeatherEvent",
+    "describe_machine",
     "events_of",
     "forecast",
     "run_processes",
@@ -97,6 +99,7 @@ _HOMES = {
     "WandbLogger": "loggers",
     "Weather": "weather",
     "WeatherEvent": "weather",
+    "describe_machine": "machine",
     "events_of": "replay",
     "forecast": "network",
     "run_processes": "processes",

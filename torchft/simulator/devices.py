@@ -9,7 +9,7 @@ import torch
 
 from torchft.errors import SettingsError
 
-__all__ = ["chosen_device", "usable_devices"]
+__all__ = ["chosen_device", "usable_device", "usable_devices"]
 
 
 def chosen_device(
@@ -40,6 +40,22 @@ def chosen_device(
             "devices in turn; choose among them by CUDA_VISIBLE_DEVICES"
         )
     return "cuda"
+
+
+def usable_device(
+    device: torch.device | str | None, *, stacklevel: int = 3
+) -> torch.device | str | None:
+    """`device`, or None and a warning where this machine has no such: then the best there is."""
+    if not device:
+        return None
+    kind = torch.device(device).type
+    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if kind not in there or there[kind]():
+        return device
+    warnings.warn(
+        f"device={str(device)!r} is not there: left out", UserWarning, stacklevel=stacklevel
+    )
+    return None
 
 
 def usable_devices(devices: Sequence[int] | None, *, stacklevel: int = 3) -> Sequence[int] | None:

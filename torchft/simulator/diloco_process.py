@@ -254,14 +254,9 @@ class DilocoProcess:
     @torch.no_grad()
     def _evaluate(self) -> None:
         """`_eval_model` of this node's model, and of the mean of all."""
-        traffic = replace(self._node.traffic)  # looking is not part of the algorithm
         local = self._eval_at_start()
-        kept = [parameter.data.clone() for parameter in self.model.parameters()]
-        self._average_models_plainly()
-        together = self._eval_at_start()
-        for parameter, own in zip(self.model.parameters(), kept, strict=True):
-            parameter.data.copy_(own)
-        self._node.traffic.__dict__.update(vars(traffic))
+        with self._node.holding_mean(self.model):
+            together = self._eval_at_start()
         if local is not None and together is not None:
             self._node.report_validation(self.local_step, float(local), float(together))
             for loss, glob in ((float(local), False), (float(together), True)):
@@ -278,12 +273,6 @@ class DilocoProcess:
         found = self._eval_model()
         self.model.train(training)
         return found
-
-    def _average_models_plainly(self) -> None:
-        for parameter in self.model.parameters():
-            mean = parameter.data.clone()
-            dist.all_reduce(mean)
-            parameter.data.copy_(mean / self.config.num_nodes)
 
     def _eval_model(self) -> Tensor | float | None:
         """The mean loss of `self.model` over `eval_iters` held-out batches."""

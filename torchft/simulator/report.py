@@ -11,11 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from torchft.simulator.config import difference, needed, whole
+from torchft.simulator.machine import describe_machine
 from torchft.simulator.network import SimulatedRun, smoothed
 from torchft.simulator.runs import RunReport, RunSpec
 from torchft.simulator.sweep import Sweep
 
-__all__ = ["Row", "as_csv", "as_table", "grouped", "rows_of", "target_of", "write_tables"]
+__all__ = [
+    "Row",
+    "as_csv",
+    "as_table",
+    "grouped",
+    "rows_of",
+    "target_of",
+    "with_machine",
+    "write_tables",
+]
 
 WINDOW = 10
 """Steps over which a training loss is averaged."""
@@ -145,6 +155,12 @@ def _both(name: str, figure: Figure | None) -> dict[str, float | None]:
     return {name: figure.mean, f"{name}_spread": figure.spread}
 
 
+def with_machine(sweep: Sweep, rows: Sequence[Row]) -> str:
+    """The table, and above it the machine that its it/s are of."""
+    table = as_table(rows, target_of(sweep))
+    return f"{describe_machine(sweep.config.device)}\n\n{table}"
+
+
 def as_table(rows: Sequence[Row], target: float | None) -> str:
     """Markdown, for people."""
     head, cells = _heads(rows, target), [_cells(row) for row in rows]
@@ -200,10 +216,10 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 def write_tables(sweep: Sweep, rows: Sequence[Row], folder: Path) -> None:
-    """`table.md`, `table.csv`, and the configuration: `config.yaml`, and in `difference.yaml` only
-    what is not by default."""
+    """`table.md` with the machine above it, `table.csv`, and the configuration: `config.yaml`, and
+    in `difference.yaml` only what is not by default."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text(as_table(rows, target_of(sweep)) + "\n")
+    (folder / "table.md").write_text(with_machine(sweep, rows) + "\n")
     (folder / "table.csv").write_text(as_csv(rows))
     (folder / "config.yaml").write_text(as_yaml(whole(sweep.config)))
     (folder / "difference.yaml").write_text(as_yaml(difference(sweep.config)))

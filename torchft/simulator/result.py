@@ -14,7 +14,7 @@ from torchft.records import StepRecord
 from torchft.simulator.events import Event
 from torchft.simulator.peers import HealRecord, RoundRecord
 
-__all__ = ["Result", "StepRow", "mean_model"]
+__all__ = ["Result", "StepRow", "averaged_tensors", "mean_model"]
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def mean_model(models: Sequence[nn.Module]) -> nn.Module:
     mean of equal models is that model, bit for bit.
     """
     mean = copy.deepcopy(models[0])
-    everyones = [_averaged(model) for model in models]
-    for name, value in _averaged(mean).items():
+    everyones = [averaged_tensors(model) for model in models]
+    for name, value in averaged_tensors(mean).items():
         wide = value.dtype if value.device.type == "mps" else torch.float64
         total = torch.zeros_like(value, dtype=wide)
         for one in everyones:
@@ -94,7 +94,7 @@ def mean_model(models: Sequence[nn.Module]) -> nn.Module:
     return mean
 
 
-def _averaged(model: nn.Module) -> dict[str, Tensor]:
+def averaged_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What has a mean; a tied weight once."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return trained | {name: b for name, b in model.named_buffers() if b.is_floating_point()}

@@ -129,7 +129,8 @@ class Trainer:
                 of the whole batch. None: the batch, or what memory allows.
             val_size: samples of a validation; 0: none.
             val_interval: steps between two; there is one before the first step and at the end too.
-                Real processes are looked at only then.
+                Real processes are looked at only then, but for those whose strategy calls
+                collectives itself.
             autocast: True for bfloat16, or a dtype.
             checkpoint_interval: steps between two checkpoints, in `save_dir/run_name`; the end has
                 one too. One that is due while a round is in flight is taken when none is.
@@ -338,18 +339,21 @@ def _in_rows(experiment: Experiment, services: Services) -> Result:
 
 
 def _in_processes(experiment: Experiment, services: Services) -> Result:
-    """Looked at before the first step and after the last one."""
+    """Looked at before the first step and after the last one, unless a program does it itself."""
     from torchft.simulator.processes import run_processes
 
     services.show(experiment.total_steps)
-    before = []
-    if services.validator is not None:
-        model = experiment.make_model()
-        nodes = [experiment.make_node(model, node) for node in range(experiment.num_nodes)]
-        before = [services.look(nodes, 0)]
+    if isinstance(experiment.strategy, SPMDStrategy):
+        experiment.strategy.validator = services.validator
+        experiment.strategy.val_interval = services.val_interval
     result = run_processes(experiment)
-    if services.validator is not None:
-        nodes = [experiment.make_node(result.models[node], node) for node in result.alive]
-        result.validations = [*before, services.look(nodes, experiment.total_steps)]
+    if services.validator is not None and not result.validations:
+        model = experiment.make_model()
+        first = [experiment.make_node(model, node) for node in range(experiment.num_nodes)]
+        last = [experiment.make_node(result.models[node], node) for node in result.alive]
+        result.validations = [
+            services.look(first, 0),
+            services.look(last, experiment.total_steps),
+        ]
     services.tell(result, experiment.batch_size)
     return result

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from torchft import simulator, strategies
-from torchft.simulator.devices import usable_devices
+from torchft.simulator.devices import usable_device, usable_devices
 from torchft.simulator.node import TrainNode
 from torchft.simulator.spmd.program import SPMDProgram
 
@@ -44,7 +44,7 @@ class Trainer(simulator.Trainer):
             train_dataset,
             val_dataset,
             start_port,
-            device,
+            usable_device(device),
             usable_devices(devices),
             node_cls=node_cls,
         )
@@ -78,7 +78,7 @@ class Trainer(simulator.Trainer):
             strategy,
             *args,
             processes=isinstance(strategy, SPMDProgram) if processes is None else processes,
-            device=device,
+            device=usable_device(device),
             run_name=run_name,
             log_dir=log_dir,
             **settings,

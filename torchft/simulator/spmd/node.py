@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -18,8 +19,9 @@ from torchft.errors import SettingsError
 from torchft.simulator.experiment import Experiment
 from torchft.simulator.node import finite_losses
 from torchft.simulator.real_node import device_of, to_bytes
+from torchft.simulator.result import averaged_tensors
 from torchft.simulator.seeds import kept_rng, seed_node
-from torchft.simulator.spmd.program import SPMDProgram
+from torchft.simulator.spmd.program import SPMDProgram, SPMDStrategy
 from torchft.simulator.spmd.traffic import Traffic, counted
 
 if TYPE_CHECKING:
@@ -93,6 +95,38 @@ class SPMDNode:
         """Tell how this node's model and the mean of all do on held-out samples, after `step`
         steps."""
         self._rows.append({"step": step, "local_loss": local_loss, "global_loss": global_loss})
+
+    def look_if_due(self, step: int) -> None:
+        """Where the run asks for it after `step` steps: the held-out loss of this node's model, and
+        of the mean of all. All nodes must ask together."""
+        strategy = self.experiment.strategy
+        assert isinstance(strategy, SPMDStrategy)
+        interval = strategy.val_interval
+        if strategy.validator is None or interval is None:
+            return
+        if step % interval and step != self.total_steps:
+            return
+        local = strategy.validator.loss(self._train_node)
+        with self.holding_mean(self.model):
+            together = strategy.validator.loss(self._train_node)
+        self.report_validation(step, local, together)
+
+    @contextmanager
+    def holding_mean(self, model: nn.Module) -> Iterator[None]:
+        """Inside, `model` holds the mean of all nodes. What that takes is not counted as sent."""
+        before = replace(self.traffic)
+        tensors = [tensor.detach() for tensor in averaged_tensors(model).values()]
+        kept = [tensor.clone() for tensor in tensors]
+        for tensor in tensors:
+            mean = tensor.double() if tensor.device.type != "mps" else tensor.clone()
+            dist.all_reduce(mean)
+            tensor.copy_(mean / self.num_nodes)
+        self.traffic.nbytes, self.traffic.collectives = before.nbytes, before.collectives
+        try:
+            yield
+        finally:
+            for tensor, own in zip(tensors, kept, strict=True):
+                tensor.copy_(own)
 
     def flush(self) -> None:
         """Tell what has been kept back."""

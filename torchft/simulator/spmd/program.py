@@ -15,6 +15,7 @@ from torchft.strategies.strategy import Strategy
 
 if TYPE_CHECKING:
     from torchft.simulator.spmd.node import SPMDNode
+    from torchft.simulator.validation import Validator
 
 __all__ = ["SPMDProgram", "SPMDStrategy", "as_strategy", "needs_processes"]
 
@@ -41,6 +42,9 @@ class SPMDStrategy(Strategy):
     def __init__(self, program: SPMDProgram) -> None:
         super().__init__([], inner=Inner())
         self.program = program
+        self.validator: Validator | None = None
+        """For programs that look at held-out samples between steps: see `SPMDNode.look_if_due`."""
+        self.val_interval: int | None = None
 
     def config(self) -> dict[str, Any]:
         """The program's settings."""

@@ -109,12 +109,14 @@ class Strategy(SPMDProgram):
         self._init_node(node.model, node.rank, node.num_nodes)
         self._make_optimizer()
         for step in range(node.total_steps):
+            node.look_if_due(step)
             self.zero_grad()
             loss = node.backward(step)
             lr = float(self.optim.param_groups[0]["lr"])
             node.seed_alike(step)
             self.step()
             node.report(step, loss, lr)
+        node.look_if_due(node.total_steps)
 
     def spmd_settings(self) -> dict[str, Any]:
         """What stands in `config.json`: the attributes that are plain data."""
