@@ -31,6 +31,8 @@ from torchft.futures import future_on
 from torchft.process_group import ProcessGroupDummy
 from torchft.quantization import Codec, codec_for
 from torchft.quantization.proof import prove
+from torchft.uncopied import Uncopied
+from torchft.untraced import untraced
 
 if TYPE_CHECKING:
     from torchft.manager import Manager
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["DistributedDataParallel", "PureDistributedDataParallel"]
 
 
-class DistributedDataParallel(parallel.DistributedDataParallel):
+class DistributedDataParallel(Uncopied, parallel.DistributedDataParallel):
     """torch's DistributedDataParallel among replica groups. `kwargs` are torch's.
 
     `should_quantize` is that of `Manager.allreduce`: False, True, or a codec or its name. Groups
@@ -48,6 +50,8 @@ class DistributedDataParallel(parallel.DistributedDataParallel):
         SettingsError: a keyword that cannot hold while groups come and go; no such codec, or one
             that cannot hold a parameter's dtype.
     """
+
+    copy_instead = "copy its .module, and wrap the copy if it is to be trained"
 
     def __init__(
         self,
@@ -98,6 +102,7 @@ class _Buckets:
         pieces = buffer.split([parameter.numel() for parameter in parameters])
         return dict(zip(names, pieces, strict=True))
 
+    @untraced
     def _wait(self) -> None:
         works, self._works = self._works, []
         for work, future, buffer in works:
@@ -106,6 +111,7 @@ class _Buckets:
                 future.set_result(buffer)
 
 
+@untraced
 def _average(state: _Buckets, bucket: GradBucket) -> Future[Tensor]:
     """A bucket's average. torch requires these argument names."""
     return state.average(bucket.buffer(), bucket.parameters())
@@ -133,13 +139,15 @@ def _refuse(kwargs: dict[str, Any]) -> None:
         raise SettingsError("find_unused_parameters must stay True: it keeps the buckets fixed")
 
 
-class PureDistributedDataParallel(nn.Module):
+class PureDistributedDataParallel(Uncopied, nn.Module):
     """Averages each parameter's gradient when a backward pass ends; one all-reduce per parameter.
 
     A parameter that got no gradient here sends zeros, since another group may have used it. Weights
     that several calls of backward accumulate into are averaged each time: the sum of averages is
     the average of sums. `should_quantize` is that of `DistributedDataParallel`.
     """
+
+    copy_instead = "copy its .module, and wrap the copy if it is to be trained"
 
     def __init__(
         self,
@@ -172,12 +180,14 @@ class PureDistributedDataParallel(nn.Module):
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
 
+    @untraced
     def _when_backward_ends(self, _: Tensor) -> None:
         backward = torch._C._current_graph_task_id()
         if self._queued_in != backward:
             self._queued_in = backward
             Variable._execution_engine.queue_callback(self._average)
 
+    @untraced
     @torch.no_grad()
     def _average(self) -> None:
         """In the order of the parameters, which is the same in every group."""

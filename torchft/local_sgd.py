@@ -6,31 +6,25 @@
             inner.step()                  # every 500th also synchronises with the other groups
             inner.zero_grad()
 
-What is averaged, when and how it is applied is a recipe in `torchft.strategies`. Here are the
-hooks: while the inner optimizer steps, nobody may read the parameters; after it the recipe may be
-due. Entering meets the other groups, so that all start from the same weights.
+What is averaged, when and how it is applied is a recipe in `torchft.strategies`; the context is
+`torchft.strategy_hooks`. Entering it meets the other groups, so that all start from equal weights.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from torchft import settings
-from torchft.errors import PhaseError, SettingsError
-from torchft.ledger import Bucket
-from torchft.managed_peers import ManagedPeers
-from torchft.quantization import Codec, codec_for
-from torchft.quantization.proof import prove
+from torchft.errors import SettingsError
+from torchft.optim import OptimizerWrapper
+from torchft.quantization import Codec
+from torchft.step_hooks import check_optimizer, parameters_of
 from torchft.strategies import diloco, local_sgd
 from torchft.strategies.buffers import LEFT
 from torchft.strategies.checks import check_whole
@@ -38,9 +32,8 @@ from torchft.strategies.fragments import SEQUENTIAL
 from torchft.strategies.local import Fragment, local_part
 from torchft.strategies.model_local import ModelLocal
 from torchft.strategies.parts.outer import ModelOuter
-from torchft.strategies.parts.precision import SharedDtype, shared_dtype_of
-from torchft.strategies.recipe import Recipe
-from torchft.strategies.strategy import Strategy
+from torchft.strategies.trained import TrainedModel
+from torchft.strategy_hooks import StrategyHooks
 
 if TYPE_CHECKING:
     from torchft.manager import Manager
@@ -48,6 +41,10 @@ if TYPE_CHECKING:
 __all__ = ["DiLoCo", "LocalSGD", "extract_local_tensor"]
 
 _MIB = 2**20
+_NO_BUCKETS = (
+    "bucket_cap_mb={} does nothing without use_bucketization=True: each round's numbers travel in "
+    "one collective"
+)
 
 
 def extract_local_tensor(t: Tensor) -> Tensor:
@@ -55,129 +52,19 @@ def extract_local_tensor(t: Tensor) -> Tensor:
     return local_part(t).clone()
 
 
-class _Door:
-    """Runs a strategy from the hooks of an inner optimizer."""
-
-    def __init__(
-        self,
-        manager: Manager,
-        local: ModelLocal,
-        recipe: Recipe,
-        optimizer: Optimizer,
-        *,
-        should_quantize: bool | str | Codec,
-        bucket_bytes: int | None = None,
-        deterministic: bool = False,
-        background: bool = False,
-    ) -> None:
-        # True means the same wherever the parameters lie on equal devices; groups compare it.
-        recipe.codec = codec_for(should_quantize, local.parameters[0].device)
-        if recipe.codec is not None:
-            for dtype, device in local.layout(local.whole).kinds:
-                prove(recipe.codec, shared_dtype_of(dtype, recipe.shared_dtype), device)
-        self._manager = manager
-        self._optimizer = optimizer
-        self._hooks: list[RemovableHandle] = []
-        self._entered = self._restored = False
-        self._stepping: Any = None
-        self._strategy = Strategy([recipe], bucket_bytes=bucket_bytes)
-        peers = ManagedPeers(manager, deterministic=deterministic, background=background)
-        self._strategy.bind(local, peers, applying=self._applying)
-        manager.describe_setting("fragment_sync_delay", str(recipe.delay))
-        manager.describe_setting("deterministic", str(deterministic))
-        manager.describe_setting("bucket bytes", str(bucket_bytes))
-        if recipe.buffers != LEFT:
-            manager.describe_model("model buffers", list(local.buffers()[0].items()))
-
-    def __enter__(self) -> Self:
-        if not self._entered:
-            self._first_enter()
-            self._entered = True
-        self._hooks = [
-            self._optimizer.register_step_pre_hook(self._before_inner_step),
-            self._optimizer.register_step_post_hook(self._after_inner_step),
-        ]
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        self._inner_step_ended()
-        if kind is None:
-            self._strategy.finish()
-
-    def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint, beside the model's, the inner optimizer's and the manager's: all that
-        groups share, this group's residuals and inner backup, and the clock. Shares storage.
-
-        Raises:
-            PhaseError: with a delay, while a round is in flight; leaving the context closes it.
-        """
-        return self._strategy.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint, before the context is entered for the first time.
-
-        Raises:
-            PhaseError: it has been entered.
-        """
-        if self._entered:
-            raise PhaseError("training has begun: load a checkpoint before entering the context")
-        self._strategy.load_state_dict(state)
-        self._restored = True
-
-    def _first_enter(self) -> None:
-        if not self._restored:
-            self._take_backup()
-        # 0 participants: this process has not met the others in a quorum yet.
-        if self._manager._init_sync and self._manager.num_participants() == 0:
-            self._strategy.join()
-
-    def _take_backup(self) -> None:
-        raise NotImplementedError
-
-    def _before_inner_step(self, *_: object) -> None:
-        self._inner_step_ended()  # a step that raised has not come to its post-hook
-        self._stepping = self._applying()
-        self._stepping.__enter__()
-
-    def _after_inner_step(self, *_: object) -> None:
-        self._inner_step_ended()
-        self._strategy.after()
-
-    def _inner_step_ended(self) -> None:
-        stepping, self._stepping = self._stepping, None
-        if stepping is not None:
-            stepping.__exit__(None, None, None)
-
-    @contextmanager
-    def _applying(self) -> Iterator[None]:
-        """While parameters and state are half written, no donor reads them."""
-        with self._manager.ledger.spending(Bucket.OPTIMIZER):
-            self._manager.disallow_state_dict_read()
-            try:
-                yield
-            finally:
-                self._manager.allow_state_dict_read()
-
-
-class LocalSGD(_Door):
+class LocalSGD(StrategyHooks):
     """Average the weights of `model` with the other groups every `sync_every` steps of `optimizer`.
 
     A round that is discarded brings back the last average, from a backup on `backup_device` (the
     CPU by default; 4 bytes per fp32 parameter). With `backup=False` the local weights stand. With
     `deterministic=True` averages are summed in the order of the groups' names, as the simulator
-    does, so that a run can be repeated bit by bit. `should_quantize`, `buffers` and `shared_dtype`
-    are those of `DiLoCo`; here it is the average that is kept, and travels, in it.
+    does, so that a run can be repeated bit by bit. `should_quantize` and `buffers` are those of
+    `DiLoCo`.
 
     Raises:
-        SettingsError: `sync_every` below 1, nothing to train, or no such codec.
+        SettingsError: `sync_every` below 1, nothing to train, no such codec, or no optimizer.
+        PhaseError: at the first step that is taken without entering the context.
+        MismatchError: at a step, when other parameters are trained than at the beginning.
     """
 
     def __init__(
@@ -193,22 +80,23 @@ class LocalSGD(_Door):
         should_quantize: bool | str | Codec = False,
         deterministic: bool = False,
         buffers: str = LEFT,
-        shared_dtype: SharedDtype = torch.float32,
     ) -> None:
+        _check_inner(optimizer)
         self._recipe = local_sgd.LocalSGD(
             sync_every,
             backup=backup,
             buffers=buffers,
-            shared_dtype=shared_dtype,
             backup_device=backup_device or "cpu",
             pin_memory=pin_memory,
         )
         local = ModelLocal([model])
+        _warn_of_strangers(local, optimizer)
         super().__init__(
             manager,
             local,
             self._recipe,
             optimizer,
+            TrainedModel([model], optimizer, front="LocalSGD"),
             should_quantize=should_quantize,
             deterministic=deterministic,
         )
@@ -229,6 +117,7 @@ class LocalSGD(_Door):
         clock = self._strategy.clock
         clock.steps += -clock.steps % self._recipe.every
         self._strategy.synchronise()
+        self._hooks.watch.forget()
 
     @property
     def _local_step(self) -> int:
@@ -240,7 +129,7 @@ class LocalSGD(_Door):
             self._recipe.backup.take()
 
 
-class DiLoCo(_Door):
+class DiLoCo(StrategyHooks):
     """Step `outer_optimizer` with the mean of what the groups moved in `sync_every` inner steps.
 
     With n fragments, one of them synchronises every `sync_every / n` inner steps. A parameter that
@@ -257,6 +146,7 @@ class DiLoCo(_Door):
         backup_device: where the last synchronised weights are kept; None is the CPU.
         pin_memory: pin that backup when the parameters are on a GPU.
         use_bucketization: send at most `bucket_cap_mb` MiB (1024 by default) in one collective.
+            Without it `bucket_cap_mb` does nothing, and a warning says so.
         should_quantize: send less. True means int8, or fp8 on CUDA devices from capability 9.0 on;
             "bf16", "fp8", "int8", "int4" or a codec, that one. All groups must mean the same.
         fragment_sync_delay: inner steps that are taken while the average travels.
@@ -274,14 +164,12 @@ class DiLoCo(_Door):
         error_feedback: with `should_quantize`, add what it loses of a delta to the next one of that
             fragment. That costs 4 bytes a parameter beside the parameters, and as many again for
             each round that is open.
-        shared_dtype: at least this is what the last synchronised weights, the outer optimizer's
-            state, and without `should_quantize` the deltas that travel, are kept in, also where
-            parameters are bf16 or fp16 (`torchft.strategies.parts.precision`): then
-            `outer_optimizer` is given fp32 parameters in the place of the model's, which lie on
-            `backup_device` and are stepped there. None: each parameter's own dtype.
 
     Raises:
         SettingsError: also a ValueError; an argument that does not fit, and what would.
+        PhaseError: at the first step that is taken without entering the context.
+        MismatchError: at a step, when other parameters are trained than at the beginning, or a
+            parameter has been frozen for a whole round.
         AssertionError: a list of outer optimizers of another length than the fragments.
     """
 
@@ -306,11 +194,13 @@ class DiLoCo(_Door):
         fragment_pattern: str = SEQUENTIAL,
         buffers: str = LEFT,
         error_feedback: bool = False,
-        shared_dtype: SharedDtype = torch.float32,
     ) -> None:
         _refuse(model_fragments, bucket_cap_mb)
         parts = _parts(model_fragments, fragments, fragment_pattern)
+        _check_inner(inner_optimizer)
         outers = outer_optimizer if isinstance(outer_optimizer, list) else [outer_optimizer]
+        for outer in outers:
+            check_optimizer("outer_optimizer", outer)
         if isinstance(outer_optimizer, list):
             assert len(outers) == parts, f"{len(outers)} outer optimizers for {parts} fragments"
         diloco.check_schedule(sync_every, parts, fragment_sync_delay, fragment_update_alpha)
@@ -326,17 +216,19 @@ class DiLoCo(_Door):
             inner_state=inner_state,
             buffers=buffers,
             error_feedback=error_feedback,
-            shared_dtype=shared_dtype,
             backup_device=backup_device or "cpu",
             pin_memory=pin_memory,
         )
         use_bucketization = use_bucketization or settings.text(settings.USE_BUCKETIZATION) == "True"
+        if bucket_cap_mb is not None and not use_bucketization:
+            warnings.warn(_NO_BUCKETS.format(bucket_cap_mb), stacklevel=2)
         bucket_bytes = (bucket_cap_mb or 1024) * _MIB if use_bucketization else None
         super().__init__(
             manager,
             local,
             self._recipe,
             inner_optimizer,
+            TrainedModel(model_fragments, inner_optimizer, front="DiLoCo", frozen_steps=sync_every),
             should_quantize=should_quantize,
             bucket_bytes=bucket_bytes,
             deterministic=deterministic,
@@ -395,6 +287,15 @@ def _refuse(fragments: object, bucket_cap_mb: int | None) -> None:
         raise SettingsError(f"bucket_cap_mb={bucket_cap_mb} must be above 0")
 
 
+def _check_inner(optimizer: object) -> None:
+    check_optimizer("the inner optimizer", optimizer)
+    if isinstance(optimizer, OptimizerWrapper):
+        raise SettingsError(
+            "the inner optimizer is a torchft Optimizer, which votes on every step: give the one "
+            "that it wraps, since here only rounds are voted on"
+        )
+
+
 def _said(outer: Optimizer) -> str:
     """What it was made with. Groups with other rates would part without anybody noticing."""
     return f"{type(outer).__name__} {sorted(outer.defaults.items())}"
@@ -413,8 +314,7 @@ def _parts(modules: list[nn.Module], fragments: int | None, pattern: str) -> int
 def _warn_of_strangers(local: ModelLocal, optimizer: Optimizer) -> None:
     """Parameters that train here and are in no fragment drift apart between the groups."""
     known = {id(p) for p in local.parameters}
-    strangers = [p for group in optimizer.param_groups for p in group["params"]]
-    strangers = [p for p in strangers if p.requires_grad and id(p) not in known]
+    strangers = [p for p in parameters_of(optimizer) if p.requires_grad and id(p) not in known]
     if strangers:
         warnings.warn(
             f"{len(strangers)} parameters of the inner optimizer are in no fragment, the first of "

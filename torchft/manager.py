@@ -50,9 +50,11 @@ from torchft.peers import Place
 from torchft.process_group import ProcessGroup
 from torchft.progress import Progress
 from torchft.replica_group import MANAGER_ADDR_KEY, REPLICA_ID_KEY, ReplicaGroup
+from torchft.settings import get_timeout
 from torchft.step import Options, Phase, WorldSizeMode, follow
 from torchft.step_log import StepLog
 from torchft.transaction import ExceptionWithTraceback, Transaction
+from torchft.uncopied import Uncopied
 
 if TYPE_CHECKING:
     from torchft.quantization import Codec
@@ -75,14 +77,7 @@ QUORUM_RETRIES_ENV = settings.QUORUM_RETRIES
 T = TypeVar("T")
 
 
-def get_timeout(timeout_sec_env: str | None, default_timeout_sec: timedelta) -> timedelta:
-    """`timeout_sec_env`, whole seconds, when it is given; else the default."""
-    if timeout_sec_env is None:
-        return default_timeout_sec
-    return timedelta(seconds=int(timeout_sec_env))
-
-
-class Manager:
+class Manager(Uncopied):
     """Runs the steps of one rank of a replica group.
 
     Args:
@@ -111,6 +106,8 @@ class Manager:
         SettingsError: an argument or variable that cannot be used.
         TimeoutError: the store or the lighthouse cannot be reached in `connect_timeout`.
     """
+
+    copy_instead = "save its state_dict(), and make one in each process"
 
     def __init__(
         self,

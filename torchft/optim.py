@@ -21,6 +21,9 @@ from torch.utils.hooks import RemovableHandle
 
 from torchft.grad_scaler import FollowedScaler, Found, unscale, warn_of_stranger
 from torchft.ledger import Bucket
+from torchft.step_hooks import check_optimizer
+from torchft.uncopied import Uncopied
+from torchft.untraced import untraced
 
 if TYPE_CHECKING:
     from torch.amp import GradScaler
@@ -30,13 +33,20 @@ if TYPE_CHECKING:
 __all__ = ["OptimizerWrapper"]
 
 
-class OptimizerWrapper(Optimizer):
+class OptimizerWrapper(Uncopied, Optimizer):
     """`optim`, with a quorum before each step and a vote in it.
 
     `scaler` is the GradScaler that will step it, if there is one: its scale then heals, and falls
-    in all groups alike.
+    in all groups alike. `torch.compile` does not trace into `zero_grad` and `step`; the wrapped
+    optimizer's own step may be compiled: `optim.step = torch.compile(optim.step)`.
+
+    Raises:
+        SettingsError: `optim` is no optimizer.
     """
 
+    copy_instead = (
+        "save its state_dict(), or copy the optimizer that it wraps (.optim) and wrap the copy"
+    )
     _step_supports_amp_scaling = True
     """GradScaler calls `step` also when it has found an infinity, so that this group votes."""
 
@@ -44,11 +54,13 @@ class OptimizerWrapper(Optimizer):
     def __init__(
         self, manager: Manager, optim: Optimizer, *, scaler: GradScaler | None = None
     ) -> None:
+        check_optimizer("optim", optim)
         self.manager = manager
         self.optim = optim
         self._scaler = None if scaler is None else FollowedScaler(manager, scaler)
         self._warned = False
 
+    @untraced
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Begin a step, then clear the gradients.
 
@@ -60,6 +72,7 @@ class OptimizerWrapper(Optimizer):
         self.manager.start_quorum()
         self.optim.zero_grad(set_to_none)
 
+    @untraced
     def step(self, closure: Callable[[], float] | None = None) -> bool:  # type: ignore[override]
         """Vote, and step when the vote is yes. Returns whether the step was taken.
 

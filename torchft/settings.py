@@ -37,6 +37,7 @@ __all__ = [
     "USE_BUCKETIZATION",
     "boolean_or_none",
     "for_child",
+    "get_timeout",
     "integer",
     "integer_or_none",
     "number_or_none",
@@ -163,3 +164,10 @@ def for_child(**changes: str | None) -> dict[str, str]:
 def under_torchrun() -> bool:
     """Whether a torchrun agent started this process."""
     return text("TORCHELASTIC_RUN_ID") is not None
+
+
+def get_timeout(timeout_sec_env: str | None, default_timeout_sec: timedelta) -> timedelta:
+    """`timeout_sec_env`, whole seconds, when it is given; else the default."""
+    if timeout_sec_env is None:
+        return default_timeout_sec
+    return timedelta(seconds=int(timeout_sec_env))

@@ -16,11 +16,12 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 BASE = {
     *("digest", "errors", "finite", "futures", "ledger", "ordered"),
-    *("peers", "records", "settings", "version", "work"),
+    *("peers", "records", "settings", "step_hooks", "step_watch"),
+    *("uncopied", "untraced", "version", "work"),
 }
 NUMBERS = {"compression", "quantization"}
 COMMUNICATION = {"checkpointing", "collectives", "coordination", "process_group"}
-DOORS = {"data", "ddp", "hsdp", "local_sgd", "optim"}
+DOORS = {"data", "ddp", "hsdp", "local_sgd", "optim", "strategy_hooks"}
 RUNTIMES = {"parameter_server", "simulator"}
 IMITATIONS = {"compat"}
 FACES = {"cli", "integrations", "launch", "torchx"}

@@ -24,6 +24,7 @@ from torch.futures import Future
 
 from torchft.errors import SettingsError
 from torchft.process_group.base import AnyAllreduceOptions, ProcessGroup
+from torchft.untraced import untraced
 from torchft.work import _DummyWork
 
 __all__ = ["ProcessGroupDummy"]
@@ -75,6 +76,7 @@ class ProcessGroupDummy(ProcessGroup):
         """`torchft-dummy`."""
         return "torchft-dummy"
 
+    @untraced  # by torch's DistributedDataParallel, in the backward pass
     def allreduce(self, tensors: list[Tensor], opts: AnyAllreduceOptions | None = None) -> Work:
         return self._done(tensors)
 
@@ -114,6 +116,7 @@ class ProcessGroupDummy(ProcessGroup):
     def barrier(self, opts: BarrierOptions | None = None) -> Work:
         return self._done(None)
 
+    @untraced  # by torch's DistributedDataParallel, of buffers
     def broadcast(self, tensor_list: list[Tensor], opts: BroadcastOptions | None = None) -> Work:
         return self._done(tensor_list)
 

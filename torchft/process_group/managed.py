@@ -8,11 +8,12 @@ from typing import Any, Protocol
 
 from torch import Tensor
 from torch.distributed import Work
-from torch.distributed.distributed_c10d import AllreduceOptions
+from torch.distributed.distributed_c10d import AllreduceOptions, BroadcastOptions
 
 from torchft.errors import SettingsError
 from torchft.process_group.base import AnyAllreduceOptions, ProcessGroup
 from torchft.process_group.wrapper import ProcessGroupWrapper
+from torchft.untraced import untraced
 
 __all__ = ["ManagedProcessGroup"]
 
@@ -39,12 +40,18 @@ class ManagedProcessGroup(ProcessGroupWrapper):
         super().__init__(pg=manager._pg)
         self._manager = manager
 
+    @untraced  # by torch's DistributedDataParallel, in the backward pass
     def allreduce(self, tensors: list[Tensor], opts: AnyAllreduceOptions) -> Work:
         """All-reduce exactly one tensor; SettingsError for more."""
         if len(tensors) != 1:
             raise SettingsError(f"a managed all-reduce takes one tensor, not {len(tensors)}")
         op = opts.reduceOp if isinstance(opts, AllreduceOptions) else opts
         return self._manager.allreduce(tensors[0], reduce_op=op)
+
+    @untraced  # by torch's DistributedDataParallel, of buffers
+    def broadcast(self, tensor_list: list[Tensor], opts: BroadcastOptions | None = None) -> Work:
+        """By the manager's group, unmanaged."""
+        return super().broadcast(tensor_list, opts)
 
     def size(self) -> int:
         """How many groups are counted in this step; waits for its quorum."""
