@@ -34,7 +34,7 @@ test-oldest: setup ## the tests nearest to torch on the oldest supported one
 		tests/integration/test_doors.py tests/strategies tests/unit/test_process_group.py \
 		tests/unit/test_ddp.py tests/unit/test_local_sgd.py tests/unit/test_checkpointing_http.py $(ARGS)
 
-check: setup lint types test ## all that must pass before a change lands
+check: setup lint types docs test ## all that must pass before a change lands
 
 # Says what it fetches and builds, and how long that takes; says nothing when all is there.
 setup: $(UV)
@@ -72,6 +72,9 @@ lint: setup
 
 types: setup
 	$(RUN) mypy
+
+docs: $(UV) ## the documents as a site, in site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(UV) run --frozen --isolated --only-group docs mkdocs build
 
 digests: setup ## simulated and real nodes compute equal bits: a table
 	$(RUN) python -m torchft.launch.digests $(ARGS)

@@ -185,26 +185,6 @@ def test_the_shares_of_a_text_are_what_is_trained_on(elsewhere: Path) -> None:
 # ---------------------------------------------------------------------- documents
 
 
-def python_blocks(document: Path, under: str = "") -> list[str]:
-    """The code of a document, from the heading `under` to the next of its kind."""
-    text = document.read_text()
-    if under:
-        text = text.split(f"\n## {under}\n")[1].split("\n## ")[0]
-    return re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-
-
-@pytest.mark.parametrize(
-    ("document", "heading"),
-    [("docs/simulator.md", ""), ("README.md", "Try an algorithm on a laptop")],
-)
-def test_the_code_of_the_documents_runs_as_it_stands(document: str, heading: str) -> None:
-    blocks = python_blocks(ROOT / document, heading)
-    assert blocks
-    names: dict[str, Any] = {"__name__": "walk_through"}
-    for number, block in enumerate(blocks, start=1):
-        exec(compile(block, f"{document}, block {number}", "exec"), names)
-
-
 def test_every_strategy_has_a_row_in_its_document() -> None:
     text = (ROOT / "docs" / "strategies.md").read_text()
     rows = {

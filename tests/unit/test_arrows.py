@@ -21,10 +21,7 @@ BASE = {
 }
 NUMBERS = {"compression", "quantization"}
 COMMUNICATION = {"checkpointing", "collectives", "coordination", "process_group"}
-DOORS = {
-    *("backward", "data", "ddp", "gradients", "hsdp", "local_sgd"),
-    *("optim", "pure_ddp", "strategy_hooks", "trained"),
-}
+DOORS = {"data", "ddp", "hsdp", "local_sgd", "optim", "strategy_hooks"}
 RUNTIMES = {"parameter_server", "simulator"}
 IMITATIONS = {"compat"}
 FACES = {"cli", "integrations", "launch", "torchx"}

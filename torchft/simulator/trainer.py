@@ -151,7 +151,8 @@ class Trainer:
             deterministic: real processes compute the same bits as the simulation, which then has
                 one thread as each of them has.
             digests: keep each node's digest after every synchronisation.
-            weather, events: speeds, networks, failures and joins.
+            weather: speeds and networks, and failures by simulated time or by chance.
+            events: failures and joins at steps.
 
         Raises:
             SettingsError: it cannot run; before the first step wherever that can be known.

@@ -20,7 +20,6 @@ import torch
 from torchft.errors import SettingsError
 from torchft.strategies.local_sgd import LocalSGD
 from torchft.strategies.parts.agreed import generator
-from torchft.strategies.parts.precision import SharedDtype
 from torchft.strategies.recipe import By
 
 __all__ = ["FedAvg"]
@@ -35,17 +34,11 @@ class FedAvg(LocalSGD):
         *,
         island_size: int | None = None,
         seed: int = 0,
-        shared_dtype: SharedDtype = torch.float32,
         backup_device: torch.device | str | None = "cpu",
     ) -> None:
         if island_size is not None and island_size < 1:
             raise SettingsError(f"island_size={island_size}: an island has 1 or more nodes")
-        super().__init__(
-            every,
-            backup=island_size is None,
-            shared_dtype=shared_dtype,
-            backup_device=backup_device,
-        )
+        super().__init__(every, backup=island_size is None, backup_device=backup_device)
         self.by = By.AVERAGE if island_size is None else By.ISLANDS
         self.island_size, self.seed = island_size, seed
 

@@ -9,9 +9,6 @@ Example, k = 1 of 2, β = 1: a node moved by (0.3, 0.2). It sends 0.3 at positio
 (0, 0.2); if next time it moves by (0.1, 0.1), it sends 0.3 at position 1 and keeps (0.1, 0).
 (SparseLoCo: Sarfi et al., arXiv 2508.15706.)
 
-The backup, the outer optimizer, the residual and what travels are fp32 where parameters are bf16 or
-fp16, unless `shared_dtype` says otherwise (`parts/precision.py`).
-
 After a no the residual and the weights stand as they are: the next delta, from the same backup,
 has this one in it.
 """
@@ -28,7 +25,6 @@ from torchft.strategies.local import Fragment
 from torchft.strategies.parts.backup import Backup
 from torchft.strategies.parts.largest import largest, mean_of, packed
 from torchft.strategies.parts.outer import FlatOuter, OuterFactory
-from torchft.strategies.parts.precision import SharedDtype, check_shared_dtype, weights_as
 from torchft.strategies.recipe import By, Recipe
 
 __all__ = ["TopK"]
@@ -50,7 +46,6 @@ class TopK(Recipe):
         topk: int = 64,
         chunk: int = 4096,
         decay: float = 0.95,
-        shared_dtype: SharedDtype = torch.float32,
         backup_device: torch.device | str | None = None,
     ) -> None:
         if every < 1 or topk < 1 or chunk < 1:
@@ -58,16 +53,14 @@ class TopK(Recipe):
         if not 0 <= decay <= 1:
             raise SettingsError(f"decay={decay} is not a share: use 0 (forget) to 1 (keep)")
         self.every, self.topk, self.chunk, self.decay = every, topk, chunk, decay
-        self.shared_dtype = check_shared_dtype(shared_dtype)
         self.outer = FlatOuter(outer)
         self._device = backup_device
 
     def setup(self) -> None:
         """Remember the weights that all start from; no residual yet."""
-        whole = self.local.whole
-        self.backup = Backup(self.local, whole, device=self._device, dtype=self.shared_dtype)
+        self.backup = Backup(self.local, self.local.whole, device=self._device)
         self.outer.bind([self.local.whole], [self.backup])
-        flats = weights_as(self.local, whole, self.shared_dtype)
+        flats = self.local.weights(self.local.whole)
         self.own["residual"] = [self._chunks(flat) for flat in flats]
         self.local.release(flats, reusable=True)
 
