@@ -175,10 +175,11 @@ def test_a_model_that_cannot_be_copied_is_refused_with_the_way_round() -> None:
         model.lock = threading.Lock()  # type: ignore[assignment]
         return model
 
-    for model in (locked(), locked):
-        with pytest.raises(SettingsError, match="Untouched cannot be copied for each") as found:
-            run_stacked(experiment(model=model))
-        assert isinstance(found.value.__cause__, TypeError)
+    with pytest.raises(
+        SettingsError, match=r"Untouched cannot be copied for each.*factory"
+    ) as found:
+        run_stacked(experiment(model=locked()))
+    assert isinstance(found.value.__cause__, TypeError)
 
 
 def test_parameters_that_have_no_numbers_yet_are_refused_by_name() -> None:

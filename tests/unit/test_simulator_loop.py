@@ -424,13 +424,25 @@ class TestGoingWrong:
         with pytest.raises(SettingsError, match="make one for each run"):
             run_stacked(dropping(strategy=strategy))
 
-    def test_a_model_that_updates_frozen_parameters_is_refused(self) -> None:
+    @pytest.mark.parametrize("by", ["data", "no_grad"])
+    def test_a_model_that_updates_what_all_nodes_share_is_refused(self, by: str) -> None:
         class Teacher(Learns):
+            def __init__(self) -> None:
+                super().__init__()
+                self.base = nn.Parameter(torch.ones(999), requires_grad=False)
+                self.calls = 0
+
             def forward(self, batch: Any) -> Tensor:
-                self.tiny.second.frozen.data.mul_(0.9)
+                self.calls += 1
+                with torch.no_grad():
+                    if by == "data":
+                        self.base.data.mul_(0.9)
+                    elif self.calls == 6:  # long after the first steps
+                        self.base.mul_(0.9)
                 return super().forward(batch)
 
-        with pytest.raises(SettingsError, match="register_buffer"):
+        step = {"data": 1, "no_grad": 6}[by]
+        with pytest.raises(SettingsError, match=f"base, .* by step {step}, .*register_buffer"):
             run_stacked(experiment(DiLoCo(OUTER, 4), model=Teacher()))
 
 

@@ -186,13 +186,29 @@ class TestStorage:
         trained_on.weights(trained_on.whole)[0].fill_(1.0)
         assert_close(model.state_dict(), before, rtol=0, atol=0)
 
-    def test_frozen_parameters_are_one_for_all_and_may_not_change(self) -> None:
-        local = stacked(Tiny(), 2)
+    def test_large_frozen_parameters_are_one_for_all_and_may_not_change(self) -> None:
+        model = Tiny()
+        model.second.frozen = nn.Parameter(torch.ones(500), requires_grad=False)
+        local = stacked(model, 2)
         assert local.models[0].second.frozen is local.models[1].second.frozen
-        local.check_frozen()
+        local.frozen.check(1)
         local.models[0].second.frozen.data.mul_(2)
-        with pytest.raises(SettingsError, match="register_buffer"):
-            local.check_frozen()
+        with pytest.raises(SettingsError, match=r"second\.frozen.* by step 7.*register_buffer"):
+            local.frozen.check(7)
+
+    def test_small_ones_are_each_nodes_own_and_heal(self) -> None:
+        local = stacked(Tiny(), 2)
+        first, second = (model.second.frozen for model in local.models)
+        before = second.clone()
+        first.data.mul_(2)
+        assert torch.equal(second, before)
+        saved = local.state_dict()
+        local.die(1)
+        local.heal(1, 0)
+        assert torch.equal(second, 2 * before)
+        other = stacked(Tiny(), 2)
+        other.load_state_dict(saved)
+        assert torch.equal(other.models[1].second.frozen, 2 * before)
 
     def test_buffers_are_each_nodes_own(self) -> None:
         local = trained(stacked(seeded(Odd), 2), [0, 1])

@@ -161,7 +161,7 @@ def test_a_factory_gives_each_node_its_own_data() -> None:
         return pairs(20 + rank)
 
     fit(data=make, val=make, val_size=3)
-    assert asked == {(0, 2, True), (1, 2, True), (0, 2, False)}
+    assert asked == {(0, 2, True), (1, 2, True), (0, 2, False), (1, 2, False)}
 
 
 def test_batches_may_be_dicts() -> None:

@@ -90,7 +90,38 @@ def test_a_factory_is_asked_for_validation_data() -> None:
         return torch.ones(5)
 
     assert look_at(5, make).global_loss == 1.0
-    assert asked == [(0, 2, False)]
+    assert asked == [(0, 2, False), (1, 2, False)]
+
+
+def test_each_node_is_looked_at_on_its_own_held_out_data_and_the_mean_on_all() -> None:
+    def of_its_own(rank: int, num_nodes: int, train_dataset: bool) -> Tensor:
+        return torch.full((4,), 10.0 * rank)
+
+    seen = look_at(4, of_its_own, weights=(1.0, 3.0))
+    assert seen.local_losses == {0: 0 + 1, 1: 10 + 3}
+    assert seen.global_loss == ((0 + 2) + (10 + 2)) / 2
+
+
+def test_one_data_set_for_all_is_looked_at_once() -> None:
+    held_out, seen = torch.ones(4), []
+
+    class Counts(Mean):
+        def forward(self, batch: Tensor) -> Tensor:
+            seen.append(len(batch))
+            return super().forward(batch)
+
+    run = experiment(val_dataset=lambda *of: held_out, num_nodes=2)
+    validator = Validator(run, 4)
+    validator([run.make_node(Counts(1.0), node) for node in range(2)])
+    assert sum(seen) == 3 * 4  # two nodes and their mean
+
+
+def test_an_empty_share_of_held_out_data_says_whose_it_is() -> None:
+    def last_is_empty(rank: int, num_nodes: int, train_dataset: bool) -> Tensor:
+        return torch.ones(0 if rank == 1 else 4)
+
+    with pytest.raises(SettingsError, match="val_dataset of node 1: 0 samples"):
+        look_at(4, last_is_empty)
 
 
 def test_dicts_and_a_collate_function_pass() -> None:

@@ -158,4 +158,6 @@ def _called(what: str, factory: Callable[..., Any], arguments: Mapping[str, Any]
     try:
         return factory(**taken)
     except TypeError as error:
-        raise SettingsError(f"{what}: {error}") from error
+        lists = [f"{k}={v!r}" for k, v in taken.items() if isinstance(v, list | tuple)]
+        hint = f" ({', '.join(lists)}: options are not swept; nodes, every, lr and seeds are)"
+        raise SettingsError(f"{what}: {error}{hint if lists else ''}") from error

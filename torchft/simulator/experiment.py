@@ -19,15 +19,16 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from torchft.errors import SettingsError
+from torchft.simulator.copies import copied
 from torchft.simulator.events import Event, check_events, check_list
 from torchft.simulator.feed import Feed
 from torchft.simulator.node import TrainNode
-from torchft.simulator.seeds import seed_everything, seed_of
+from torchft.simulator.seeds import kept_rng, seed_everything, seed_of
 from torchft.simulator.spmd.program import SPMDStrategy
-from torchft.simulator.stacked import copied
 from torchft.simulator.weather import Weather
 from torchft.strategies.checks import check_recipes
 from torchft.strategies.inner import Inner
+from torchft.strategies.parts.coupling import check_steps
 from torchft.strategies.strategy import Strategy
 
 __all__ = ["Experiment"]
@@ -85,16 +86,17 @@ class Experiment:
         if self.max_steps is None and self.num_epochs is None:
             raise SettingsError("say how long to train: max_steps or num_epochs")
         if not isinstance(self.strategy, Strategy):
-            raise SettingsError(f"strategy is a {type(self.strategy).__name__}, not a Strategy")
+            raise SettingsError(f"strategy is {_what(self.strategy)}, not a Strategy")
         if not isinstance(self.strategy, SPMDStrategy):
             check_recipes(self.strategy.recipes)
         if not isinstance(self.model, nn.Module) and not callable(self.model):
-            raise SettingsError(f"model is a {type(self.model).__name__}, not a torch module")
+            raise SettingsError(f"model is {_what(self.model)}, not a torch module")
         _check_model_factory(self.model)
         if not (isinstance(self.node_cls, type) and issubclass(self.node_cls, TrainNode)):
             raise SettingsError(f"node_cls={self.node_cls!r} is no subclass of TrainNode")
         self._check_types()
-        _ = self.torch_device, self.inner, self.autocast_dtype
+        check_steps("the inner optimizer", self.inner.optim.build, self.torch_device)
+        _ = self.autocast_dtype
         self.feed().check()
         check_events(self.num_nodes, self.all_events())
         self._warn_of_late_events()
@@ -213,22 +215,38 @@ class Experiment:
             seed_everything(seed_of(self.seed, _MODEL, 0))
             model = self.model()
             if not isinstance(model, nn.Module):
+                raise SettingsError(f"the model factory made {_what(model)}, no torch module")
+            if isinstance(self.model, type) and not list(model.parameters()):
                 raise SettingsError(
-                    f"the model factory made a {type(model).__name__}, no torch module"
+                    f"model is {_what(self.model)}; as it is, it makes a module without parameters"
                 )
         _check_filled(model)
         if not model.training:
             model.train()  # the whole was left in evaluation mode; parts of it stay as they are
         return model.to(self.torch_device)
 
+    def remake_model(self) -> nn.Module:
+        """The same while a run goes on, whose random numbers stay as they are."""
+        with kept_rng(self.torch_device):
+            return self.make_model()
+
     def make_node(self, model: nn.Module, node: int) -> TrainNode:
         """One node's forward and backward pass."""
-        return self.node_cls(
+        made = self.node_cls(
             model, node=node, device=self.torch_device, autocast=self.autocast_dtype
         )
+        made.batch_size = self.batch_size
+        return made
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_feed": None}
+
+
+def _what(value: object) -> str:
+    """What somebody gave, for a message; a class is told how it becomes an instance."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}: give an instance, {value.__name__}(…)"
+    return f"a {type(value).__name__}"
 
 
 def _check_count(name: str, value: object) -> None:

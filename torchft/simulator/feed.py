@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset, default_collate
 
-from torchft.errors import SettingsError
+from torchft.errors import SettingsError, TorchftError
+from torchft.simulator.node import NodeError, noted
 from torchft.simulator.seeds import seed_everything, seed_of
 
 __all__ = ["Feed", "check_factory", "is_factory"]
@@ -79,10 +80,22 @@ class Feed:
         self._common = None if self._own else _Order(data, num_nodes, shuffle, seed)
 
     def batch(self, node: int, step: int) -> Any:
-        """What `node` trains on at `step`, where the data are: on the CPU, as a rule."""
-        if self._loader.get("num_workers") or self._loader.get("pin_memory"):
-            return self._stream(node).batch(step)
-        return self._shard(node).batch(step)
+        """What `node` trains on at `step`, where the data are: on the CPU, as a rule.
+
+        Raises:
+            NodeError: the data set, or what puts its samples together, raised an error.
+        """
+        try:
+            if self._loader.get("num_workers") or self._loader.get("pin_memory"):
+                return self._stream(node).batch(step)
+            return self._shard(node).batch(step)
+        except TorchftError:
+            raise
+        except Exception as error:  # whatever the data set's own code raises
+            raise NodeError(
+                f"the data set failed at the batch of node {node} in step {step + 1}: "
+                f"{_said(error)}"
+            ) from error
 
     @property
     def batches_per_epoch(self) -> int:
@@ -107,18 +120,37 @@ class Feed:
         if shard is None:
             order, rank = self._common, node
             if order is None:
-                data = self._data(node, self.num_nodes, True)
-                order, rank = _Order(data, 1, self._shuffle, seed_of(self._seed, node, 0)), 0
+                order, rank = self._order_of(node), 0
             shard = _Shard(
                 order, rank, node, self.batch_size, self._seed, self._loader.get("collate_fn")
             )
             self._shards[node] = shard
         return shard
 
+    def _order_of(self, node: int) -> _Order:
+        """Of the data set that the factory gives this node."""
+        with noted(f"the data set factory, asked for rank {node}"):
+            data = self._data(node, self.num_nodes, True)
+        try:
+            return _Order(data, 1, self._shuffle, seed_of(self._seed, node, 0))
+        except SettingsError as error:
+            raise SettingsError(
+                f"what the data set factory gives node {node} (rank {node} of {self.num_nodes}): "
+                f"{error}"
+            ) from error
+
     def _stream(self, node: int) -> _Stream:
         if node not in self._streams:
             self._streams[node] = _Stream(self._shard(node), self._loader)
         return self._streams[node]
+
+
+def _said(error: Exception) -> str:
+    """Of a worker of torch's DataLoader, which sends a traceback, the last line."""
+    text = str(error)
+    if "Original Traceback" in text:
+        return text.strip().rpartition("\n")[2]
+    return f"{type(error).__name__}: {text}"
 
 
 class _Order:
@@ -130,7 +162,8 @@ class _Order:
         size = _length(data)
         self.length = size // parts
         if not self.length:
-            raise SettingsError(f"{size} samples are too few for {parts} nodes: each needs one")
+            for_all = f" for {parts} nodes" if parts > 1 else ""
+            raise SettingsError(f"{size} samples are too few{for_all}: each needs one")
         self._epoch = -1
         self._dealt: list[Tensor] = []
 
@@ -290,12 +323,22 @@ def _check_container(data: Any) -> None:
     name = type(data).__name__
     if isinstance(data, str | bytes):
         raise SettingsError(f"the data set is {data!r}: load it, and give a data set or tensors")
-    if type(data).__module__.partition(".")[0] == "numpy":
+    if _is_numpy(data):
         raise SettingsError(f"the data set is a numpy {name}: give torch.from_numpy(…)")
+    if _is_columns_of_arrays(data):
+        raise SettingsError(
+            f"the data set is a {name} of {len(data)} columns, and numpy arrays among them: give "
+            "a tuple of tensors, tuple(map(torch.as_tensor, columns))"
+        )
     if isinstance(data, DataLoader):
         raise SettingsError(
             f"the data set is a {name}: give its data set, loader.dataset, and batch_size=…; what "
             "else it was made with goes into dataloader_kwargs"
+        )
+    if isinstance(data, Mapping) and data and all(map(_is_numpy, data.values())):
+        raise SettingsError(
+            f"the data set is a {name} of numpy arrays: give a tensor for each name, "
+            "{k: torch.from_numpy(a) for k, a in data.items()}"
         )
     if isinstance(data, Mapping) and _cutter(data) is None:
         raise SettingsError(
@@ -304,6 +347,19 @@ def _check_container(data: Any) -> None:
         )
     if isinstance(data, Tensor) and not data.dim():
         raise SettingsError("the data set is one number: give a tensor with a row for each sample")
+
+
+def _is_columns_of_arrays(data: Any) -> bool:
+    """As `_is_columns`, with numpy's arrays. A list of many may be one of samples."""
+    if not isinstance(data, tuple | list) or not any(map(_is_numpy, data)):
+        return False
+    lengths = {len(a) if isinstance(a, Tensor) or _is_numpy(a) else -1 for a in data}
+    alike = len(lengths) == 1 and -1 not in lengths
+    return alike and (isinstance(data, tuple) or len(data) < min(4, *lengths))
+
+
+def _is_numpy(data: object) -> bool:
+    return type(data).__module__.partition(".")[0] == "numpy"
 
 
 def _length(data: Any) -> int:

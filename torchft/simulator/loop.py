@@ -15,14 +15,14 @@ from dataclasses import asdict
 from time import perf_counter, process_time
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchft.digest import digest
 from torchft.peers import Place
 from torchft.simulator.events import Attendance
 from torchft.simulator.experiment import Experiment
 from torchft.simulator.network import forecast
-from torchft.simulator.node import finite_losses
+from torchft.simulator.node import finite_losses, noted
 from torchft.simulator.peers import HealRecord, RoundRecord, StackedPeers
 from torchft.simulator.result import Result, StepRow, mean_model
 from torchft.simulator.seeds import kept_rng, seed_node
@@ -30,9 +30,6 @@ from torchft.simulator.stacked import StackedLocal
 from torchft.simulator.threads import one_thread
 
 __all__ = ["Run", "run_stacked"]
-
-_LOOKS_AT_FROZEN = 3
-"""First steps after which it is made sure that what all nodes share stays as it is."""
 
 
 def run_stacked(
@@ -61,9 +58,8 @@ def run_stacked(
                 run.load_state_dict(resume)
             run.result.seconds["setup"] = perf_counter() - started
             run.train(on_step)
-            run.local.move_out()
         finally:
-            run.feed.close()
+            run.end()
     result = run.result
     experiment.warn_of_silence(result.rounds)
     result.seconds["train"] = perf_counter() - started - result.seconds["setup"]
@@ -84,7 +80,11 @@ class Run:
         self.strategy = experiment.strategy
         self.feed = experiment.feed()
         self.local = StackedLocal(
-            experiment.make_model(), experiment.num_nodes, experiment.inner, self.total_steps
+            experiment.make_model(),
+            experiment.num_nodes,
+            experiment.inner,
+            self.total_steps,
+            remake=None if isinstance(experiment.model, nn.Module) else experiment.remake_model,
         )
         events = experiment.all_events()
         self.peers = StackedPeers(
@@ -116,9 +116,15 @@ class Run:
             self._spend("steps_cpu", process_time() - cpu)
             if on_step is not None:
                 on_step(self)
-        self.local.check_frozen()
+        self.local.frozen.check(self.step)
+        living = [self.local.models[node] for node in self.local.alive]
+        self.result.model = mean_model(living, self.experiment.remake_model)
+
+    def end(self) -> None:
+        """Also where it broke off: the models in `result` stand by themselves from now on."""
+        self.feed.close()
         self.result.alive = list(self.local.alive)
-        self.result.model = mean_model([self.local.models[node] for node in self.local.alive])
+        self.local.move_out()
 
     def _spend(self, what: str, seconds: float) -> None:
         self.result.seconds[what] = self.result.seconds.get(what, 0.0) + seconds
@@ -133,8 +139,7 @@ class Run:
         self.strategy.step()
         if self.step + 1 == self.total_steps:
             self.strategy.finish()
-        if self.step < _LOOKS_AT_FROZEN:
-            self.local.check_frozen()
+        self.local.frozen.check_after(self.step)
         if self.experiment.digests and any(r.committed for r in self.peers.rounds[rounds:]):
             self.result.digests.append((self.step, self.digests()))
         self.step += 1
@@ -146,7 +151,9 @@ class Run:
             batch = self.feed.batch(node, self.step)
             self.local.zero_row(node)
             seed_node(seed, node, self.step, self.device)
-            losses[node] = self.nodes[node].backward(batch, pieces)
+            with noted(f"node {node}, step {self.step + 1}"):
+                losses[node] = self.nodes[node].backward(batch, pieces)
+            self.local.check_trained(node, self.step)
             self.local.keep_generators(node)
         return losses
 

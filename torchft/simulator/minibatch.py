@@ -43,7 +43,7 @@ def fitting_size(experiment: Experiment) -> int:
         return batch_size  # MPS pages into the host's memory and does not say what is free
     with kept_rng(device):
         batch = _without_workers(experiment).feed().batch(0, 0)
-        if not _can_be_cut(batch):
+        if not _can_be_cut(batch, batch_size):
             return batch_size
         node = experiment.make_node(experiment.make_model().train(), 0)
         seed_node(experiment.seed, 0, 0, device)
@@ -69,15 +69,15 @@ def largest_that_fits(batch_size: int, fits: Callable[[int], bool]) -> int:
     return size
 
 
-def _can_be_cut(batch: Any) -> bool:
+def _can_be_cut(batch: Any, batch_size: int) -> bool:
     try:
-        return next(micro_batches(batch, 1)) is not None
+        return next(micro_batches(batch, 1, batch_size)) is not None
     except SettingsError:
         return False
 
 
-def _first(batch: Any, size: int) -> Any:
-    return next(micro_batches(batch, size))[0]
+def _first(node: TrainNode, batch: Any, size: int) -> Any:
+    return next(micro_batches(batch, size, node.batch_size))[0]
 
 
 def _cpu_probe(node: TrainNode, batch: Any, batch_size: int) -> Callable[[int], bool]:
@@ -91,7 +91,7 @@ def _cpu_probe(node: TrainNode, batch: Any, batch_size: int) -> Callable[[int], 
 
 def _bytes_of_a_sample(node: TrainNode, batch: Any, samples: int) -> float | None:
     try:
-        return saved_bytes(node, _first(batch, samples)) / samples
+        return saved_bytes(node, _first(node, batch, samples)) / samples
     except SettingsError:
         raise
     except Exception:
@@ -167,7 +167,7 @@ def _cuda_probe(node: TrainNode, batch: Any, num_nodes: int) -> Callable[[int], 
         torch.cuda.reset_peak_memory_stats(node.device)
         before = torch.cuda.memory_allocated(node.device)
         try:
-            node.backward(_first(batch, size))
+            node.backward(_first(node, batch, size))
             peak = torch.cuda.max_memory_allocated(node.device) - before
         except torch.cuda.OutOfMemoryError:
             return False

@@ -11,17 +11,26 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from torchft.errors import SettingsError, TorchftError
 
-__all__ = ["NodeError", "TrainNode", "finite_losses", "micro_batches", "to_device"]
+__all__ = [
+    "NodeError",
+    "TrainNode",
+    "finite_losses",
+    "loss_in",
+    "micro_batches",
+    "noted",
+    "to_device",
+]
 
 
 class NodeError(TorchftError):
@@ -30,6 +39,9 @@ class NodeError(TorchftError):
 
 class TrainNode:
     """One node."""
+
+    batch_size: int | None = None
+    """Samples of a batch, where that is known."""
 
     def __init__(
         self,
@@ -45,8 +57,9 @@ class TrainNode:
         self._autocast = autocast
 
     def loss(self, batch: Any) -> Tensor:
-        """One number to minimise. By default the model gets the batch and returns it."""
-        return self.model(batch)
+        """One number to minimise, or an output with a field `loss`. By default the model gets the
+        batch and returns it; a dict whose keys are arguments of its forward, by keyword."""
+        return self.model(**batch) if self._goes_by_keyword(batch) else self.model(batch)
 
     def evaluate(self, batch: Any) -> Tensor:
         """The loss of a batch, checked, under autocast where that is asked for.
@@ -56,7 +69,7 @@ class TrainNode:
         """
         with self._casting():
             try:
-                loss = self.loss(to_device(batch, self.device))
+                loss = loss_in(self.loss(to_device(batch, self.device)))
             except TypeError as error:
                 self._check_call(error)
                 raise
@@ -68,7 +81,8 @@ class TrainNode:
             )
             raise SettingsError(
                 f"node {self.node}'s model returned {what}: it must take the batch and return "
-                "its loss, one floating-point number"
+                "its loss, one floating-point number, or an output with a field loss (models of "
+                "transformers have it if the batch has labels)"
             )
         return loss
 
@@ -82,12 +96,26 @@ class TrainNode:
             loss.backward()
             return loss.detach()
         total: Tensor | None = None
-        for piece, share in micro_batches(batch, micro_batch_size):
+        for piece, share in micro_batches(batch, micro_batch_size, self.batch_size):
             loss = self._differentiable(self.evaluate(piece)) * share
             loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
         return total
+
+    def _goes_by_keyword(self, batch: Any) -> bool:
+        """A dict of several arguments, as transformers' models take them.
+
+        Raises:
+            SettingsError: some of its keys are no arguments.
+        """
+        if not isinstance(batch, Mapping) or len(batch) < 2:
+            return False
+        keys = tuple(batch)
+        known = self.__dict__.setdefault("_by_keyword", {})
+        if keys not in known:
+            known[keys] = _fits_by_keyword(self.model, keys)
+        return bool(known[keys])
 
     def _check_call(self, error: TypeError) -> None:
         """Say it if the forward pass cannot be called with a batch alone."""
@@ -114,6 +142,16 @@ class TrainNode:
         if self._autocast is None:
             return nullcontext()
         return torch.autocast(self.device.type, self._autocast)
+
+
+@contextmanager
+def noted(where: str) -> Iterator[None]:
+    """An error from inside has a note below its message, which says where it came from."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"({where})")
+        raise
 
 
 def finite_losses(losses: Mapping[int, Tensor], step: int) -> dict[int, float]:
@@ -149,21 +187,55 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return _mapped(batch, lambda tensor: tensor.to(device, non_blocking=True))
 
 
-def micro_batches(batch: Any, size: int) -> Iterator[tuple[Any, float]]:
+def loss_in(output: Any) -> Any:
+    """The loss of an output object or a dict, anything else as it is."""
+    if isinstance(output, Tensor):
+        return output
+    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    return found if isinstance(found, Tensor) else output
+
+
+def _fits_by_keyword(model: nn.Module, keys: Sequence[Any]) -> bool:
+    try:
+        taken = inspect.signature(model.forward).parameters
+    except ValueError:
+        return False  # written in C: it has no signature to look at
+    named = {n for n, p in taken.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    unknown = [key for key in keys if key not in named]
+    if len(keys) - len(unknown) < 2:
+        return False  # the dict itself is the argument
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        raise SettingsError(
+            f"the batch has {', '.join(map(repr, unknown))}, which {type(model).__name__}.forward "
+            f"does not take (it takes {', '.join(sorted(named))}): leave it out of the data set, "
+            "or give node_cls=, a TrainNode with a loss(batch) of its own"
+        )
+    return True
+
+
+def micro_batches(
+    batch: Any, size: int, batch_size: int | None = None
+) -> Iterator[tuple[Any, float]]:
     """Pieces of about equal length, at most `size` samples, with their share of the batch.
 
-    About equal, so that no lonely last sample meets a BatchNorm.
+    Cut are tensors and arrays along their first dimension, and what has an entry for each sample
+    beside them, such as a list of texts. About equal, so that no lonely last sample meets a
+    BatchNorm. A list of `batch_size` entries is one of samples.
+
+    Raises:
+        SettingsError: the batch has no common first dimension.
     """
-    length = _samples(batch)
+    length = _samples(batch, batch_size)
     count = -(-length // size)
     bounds = [-(-length * piece // count) for piece in range(count + 1)]
     for start, stop in pairwise(bounds):
-        piece = _mapped(batch, lambda tensor, a=start, b=stop: tensor[a:b])
-        yield piece, (stop - start) / length
+        yield _cut(batch, length, slice(start, stop)), (stop - start) / length
 
 
-def _samples(batch: Any) -> int:
-    lengths = {tensor.shape[0] if tensor.dim() else None for tensor in _tensors(batch)}
+def _samples(batch: Any, batch_size: int | None) -> int:
+    if type(batch) is list and len(batch) == batch_size and _lengths(batch) != {batch_size}:
+        return batch_size
+    lengths = _lengths(batch)
     length = lengths.pop() if len(lengths) == 1 else None
     if length is None:
         raise SettingsError(
@@ -174,21 +246,39 @@ def _samples(batch: Any) -> int:
     return length
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
+def _lengths(batch: Any) -> set[int | None]:
+    return {tensor.shape[0] if tensor.ndim else None for tensor in _tensors(batch)}
+
+
+def _tensors(batch: Any) -> Iterator[Tensor | np.ndarray]:
+    if isinstance(batch, Tensor | np.ndarray):
         yield batch
     elif isinstance(batch, Mapping | list | tuple):
         for inside in batch.values() if isinstance(batch, Mapping) else batch:
             yield from _tensors(inside)
 
 
-def _mapped(batch: Any, change: Any) -> Any:
+def _cut(batch: Any, length: int, piece: slice) -> Any:
+    """`piece` of the `length` samples. What has no entry for each sample stays as it is."""
+    if isinstance(batch, Tensor | np.ndarray):
+        return batch[piece] if batch.shape[0] == length else batch
+    if isinstance(batch, list | tuple) and len(batch) == length and _lengths(batch) != {length}:
+        return batch[piece]  # texts, or tensors of samples
+    return _inside(batch, lambda value: _cut(value, length, piece))
+
+
+def _mapped(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(batch, Tensor):
         return change(batch)
+    return _inside(batch, lambda value: _mapped(value, change))
+
+
+def _inside(batch: Any, change: Callable[[Any], Any]) -> Any:
+    """The same dict, list or tuple of what `change` makes of each entry; others as they are."""
     if isinstance(batch, Mapping):
-        return {key: _mapped(value, change) for key, value in batch.items()}
+        return {key: change(value) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_mapped(value, change) for value in batch))
+        return type(batch)(*map(change, batch))
     if isinstance(batch, list | tuple):
-        return type(batch)(_mapped(value, change) for value in batch)
+        return type(batch)(map(change, batch))
     return batch

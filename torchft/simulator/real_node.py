@@ -19,9 +19,10 @@ from torchft.peers import Handle, Place
 from torchft.quantization import Codec
 from torchft.simulator.events import Dies
 from torchft.simulator.experiment import Experiment
-from torchft.simulator.node import finite_losses
+from torchft.simulator.node import finite_losses, noted
 from torchft.simulator.result import Result, mean_model
 from torchft.simulator.seeds import kept_rng, seed_node
+from torchft.simulator.trained import Trained
 from torchft.strategies.model_local import ModelLocal
 from torchft.strategies.recipe import Recipe
 from torchft.strategies.strategy import Strategy
@@ -74,6 +75,7 @@ class _Trainer:
         trained = [p for p in self._model.parameters() if p.requires_grad]
         self._inner = experiment.inner.build([trained], experiment.total_steps)
         self._local = ModelLocal([self._model], self._inner)
+        self._trained = Trained(self._model, trained)
         self._train_node = experiment.make_node(self._model, node.number)
         self._strategy = experiment.strategy
         self._clock = self._strategy.clock
@@ -115,7 +117,9 @@ class _Trainer:
         began = perf_counter()
         batch = self._feed.batch(self._node.number, step)
         seed_node(self._experiment.seed, self._node.number, step, self._device)
-        loss = self._train_node.backward(batch, self._experiment.micro_batch_size)
+        with noted(f"node {self._node.number}, step {step + 1}"):
+            loss = self._train_node.backward(batch, self._experiment.micro_batch_size)
+        self._trained.check(self._node.number, step)
         self._compute_s = perf_counter() - began
         return loss
 
@@ -315,7 +319,8 @@ def take_models(result: Result, experiment: Experiment, ends: dict[int, Any]) ->
             model.load_state_dict(_from_bytes(ends[node]["model"]))
         result.models.append(model)
     result.alive = sorted(ends)
-    result.model = mean_model([result.models[node] for node in result.alive])
+    living = [result.models[node] for node in result.alive]
+    result.model = mean_model(living, experiment.remake_model)
 
 
 def warm_up(experiment: Experiment) -> None:

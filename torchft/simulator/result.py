@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchft.records import StepRecord
+from torchft.simulator.copies import Remake, weights_copied
 from torchft.simulator.events import Event
 from torchft.simulator.peers import HealRecord, RoundRecord
 
@@ -48,9 +48,9 @@ class Result:
     models: list[nn.Module] = field(default_factory=list)
     """Each node's, also of those that are gone: as they left."""
     alive: list[int] = field(default_factory=list)
-    """The nodes that are there at the end."""
+    """The nodes that are there at the end, or where a run broke off."""
     model: nn.Module | None = None
-    """The mean of the living: see `mean_model`."""
+    """The mean of the living: see `mean_model`. None: the run broke off."""
     records: list[StepRecord] = field(default_factory=list)
     """Of real processes: what each wrote of its rounds."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -77,13 +77,17 @@ class Result:
 
 
 @torch.no_grad()
-def mean_model(models: Sequence[nn.Module]) -> nn.Module:
+def mean_model(models: Sequence[nn.Module], remake: Remake | None = None) -> nn.Module:
     """A copy that holds the mean of all trained parameters and floating-point buffers.
 
     Other buffers (BatchNorm's count of batches) and frozen parameters are the first model's. The
-    mean of equal models is that model, bit for bit.
+    mean of equal models is that model, bit for bit. Where the first model cannot be copied,
+    `remake` makes the one that takes the mean.
+
+    Raises:
+        SettingsError: the first model cannot be copied, and there is no `remake`.
     """
-    mean = copy.deepcopy(models[0])
+    mean = weights_copied(models[0], remake)
     everyones = [averaged_tensors(model) for model in models]
     for name, value in averaged_tensors(mean).items():
         wide = value.dtype if value.device.type == "mps" else torch.float64

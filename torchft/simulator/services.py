@@ -98,6 +98,8 @@ class Services:
     checkpoints: Checkpoints | None = None
     checkpoint_interval: int | None = None
     resumed: Saved | None = None
+    result: Result | None = field(default=None, init=False)
+    """Of the run so far."""
 
     _stack: ExitStack = field(default_factory=ExitStack, init=False)
     _progress: Progress | None = field(default=None, init=False)
@@ -131,7 +133,7 @@ class Services:
 
     def __call__(self, run: Run) -> None:
         """Whatever is due after `run.step` steps."""
-        self._step = run.step
+        self._step, self.result = run.step, run.result
         if not self._started:
             self._start(run)
         else:

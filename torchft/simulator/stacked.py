@@ -8,12 +8,14 @@ Every node's model is a copy whose parameters, and their gradients, are views in
 so a strategy's arithmetic runs once over all rows, and nothing is copied in or out, unless it is
 about a fragment in a strided pattern (`columns.py`).
 
-A frozen parameter is one tensor that all nodes share. Buffers are each node's own.
+Frozen parameters are each node's own as long as that costs no more memory than what is trained: a
+teacher is as large as its student, and may be updated in the forward pass. Where they are larger,
+as under an adapter, all nodes share them, and whoever writes into them ends the run. Buffers are
+each node's own.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,14 +25,17 @@ from torch import Tensor, nn
 
 from torchft.errors import SettingsError
 from torchft.simulator.columns import columns_of, joined, matrix, places_of, write
+from torchft.simulator.copies import Remake, copied, made_alike
+from torchft.simulator.frozen import SharedFrozen
 from torchft.simulator.seeds import Generators
+from torchft.simulator.trained import Trained
 from torchft.strategies.buffers import buffers_of
 from torchft.strategies.checks import check_values
 from torchft.strategies.fragments import SEQUENTIAL, cut
 from torchft.strategies.inner import Inner
 from torchft.strategies.local import Fragment, Layout
 
-__all__ = ["StackedLocal", "copied"]
+__all__ = ["StackedLocal"]
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -38,11 +43,22 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class StackedLocal:
     """`rows` copies of `model`, stacked. All nodes are alive at first.
 
+    Args:
+        remake: makes the model anew, for a node whose copy cannot be had.
+
     Raises:
         SettingsError: nothing to train, or a parameter that cannot be averaged.
     """
 
-    def __init__(self, model: nn.Module, rows: int, inner: Inner, max_steps: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: int,
+        inner: Inner,
+        max_steps: int,
+        *,
+        remake: Remake | None = None,
+    ) -> None:
         self.rows = rows
         self.names, trained = _trained(model)
         self.whole = Fragment(0, tuple(range(len(trained))))
@@ -61,13 +77,12 @@ class StackedLocal:
         """The only rows that are written; None: all."""
         self.alive = list(range(rows))
         """The nodes that train, in order. `die` and `heal` change it."""
-        frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
-        self._frozen = list(frozen.values())
-        self._frozen_sums = self._sum_frozen()
+        self.frozen = SharedFrozen(model)
         self.models: list[nn.Module] = []
         self.parameters: list[list[nn.Parameter]] = []
         for row in range(rows):
-            self._move_in(row, copied(model, dict(frozen)))
+            self._move_in(row, self._one_of(model, remake))
+        self._trained = [Trained(*of) for of in zip(self.models, self.parameters, strict=True)]
         self.inner = inner.build(self.parameters, max_steps)
         self._generators: dict[int, Generators] = {}
 
@@ -75,6 +90,17 @@ class StackedLocal:
         layout = self._whole_layout
         for size, (dtype, device) in zip(layout.sizes, layout.kinds, strict=True):
             yield size, dtype, device
+
+    def _one_of(self, model: nn.Module, remake: Remake | None) -> nn.Module:
+        """A node's own copy of `model`."""
+        try:
+            return copied(model, self.frozen.memo())
+        except SettingsError:
+            if remake is None:
+                raise
+            made = made_alike(model, remake)
+            self.frozen.share(made)
+            return made
 
     @torch.no_grad()
     def _move_in(self, row: int, model: nn.Module) -> None:
@@ -121,21 +147,13 @@ class StackedLocal:
                 elif p.grad.layout is not torch.strided:
                     p.grad = home.copy_(p.grad.to_dense())
 
-    def check_frozen(self) -> None:
-        """Nothing has written into the frozen parameters that all nodes share.
+    def check_trained(self, row: int, step: int) -> None:
+        """After the backward pass of `row` in `step`: it trains what it trained at the start.
 
         Raises:
-            SettingsError: something has.
+            SettingsError: a parameter was thawed, frozen, replaced or moved.
         """
-        if self._sum_frozen() != self._frozen_sums:
-            raise SettingsError(
-                "a parameter with requires_grad=False changed, and all nodes share it: make what "
-                "the model itself updates a buffer (register_buffer), which each node has alone"
-            )
-
-    @torch.no_grad()
-    def _sum_frozen(self) -> list[str]:
-        return [str(p.sum(dtype=torch.float32).item()) for p in self._frozen]
+        self._trained[row].check(row, step)
 
     def move_out(self) -> None:
         """The end: every model gets storage of its own, and this is of no use any more."""
@@ -291,7 +309,10 @@ class StackedLocal:
             p.grad = grad
         self.inner.heal(row, donor)
         buffers = zip(self.models[row].buffers(), self.models[donor].buffers(), strict=True)
-        for mine, theirs in buffers:
+        for mine, theirs in (
+            *buffers,
+            *zip(self._frozen_of(row), self._frozen_of(donor), strict=True),
+        ):
             mine.copy_(theirs)
         self.alive = sorted({*self.alive, row})
         self._writes = None if len(self.alive) == self.rows else list(self.alive)
@@ -301,6 +322,7 @@ class StackedLocal:
         return {
             "weights": list(self._weights),
             "buffers": [dict(model.named_buffers()) for model in self.models],
+            "frozen": [self._frozen_of(row) for row in range(self.rows)],
             "inner": self.inner.state_dict(),
             "alive": list(self.alive),
         }
@@ -313,6 +335,9 @@ class StackedLocal:
         for model, saved in zip(self.models, state["buffers"], strict=True):
             for name, buffer in model.named_buffers():
                 buffer.copy_(saved[name])
+        for row, values in enumerate(state.get("frozen", ())):
+            for mine, theirs in zip(self._frozen_of(row), values, strict=True):
+                mine.copy_(theirs)
         for row in range(self.rows):
             if row in state["alive"] and row not in self.alive:
                 self.heal(row, row)
@@ -321,6 +346,11 @@ class StackedLocal:
         self.inner.load_state_dict(state["inner"])
 
     # --- inside
+
+    def _frozen_of(self, row: int) -> list[Tensor]:
+        """The frozen parameters that are the node's own."""
+        frozen = (p for p in self.models[row].parameters() if not p.requires_grad)
+        return [] if self.frozen.parameters else [p.detach() for p in frozen]
 
     def _layout(self, fragment: Fragment) -> Layout:
         layout = self._layouts.get(fragment.parameters)
@@ -347,22 +377,6 @@ class StackedLocal:
     def _write(self, flats: list[Tensor], fragment: Fragment, values: Sequence[Tensor]) -> None:
         for runs, value in zip(self._runs(flats, fragment), values, strict=True):
             write(runs, value, self._writes)
-
-
-def copied(model: nn.Module, shared: dict[int, Any] | None = None) -> nn.Module:
-    """A copy of `model`, but for what is `shared`, by id.
-
-    Raises:
-        SettingsError: it cannot be copied.
-    """
-    try:
-        return copy.deepcopy(model, shared)
-    except Exception as error:  # whatever a module's own parts raise
-        raise SettingsError(
-            f"the model {type(model).__name__} cannot be copied for each node ({error}): keep "
-            "locks, files and tensors that were computed out of its attributes, or give it a "
-            "__deepcopy__"
-        ) from error
 
 
 def _trained(model: nn.Module) -> tuple[list[str], list[nn.Parameter]]:

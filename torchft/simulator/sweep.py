@@ -8,7 +8,6 @@ that: simulated time is computed from the files.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +23,6 @@ from torchft.simulator.events import Dies
 from torchft.simulator.experiment import Experiment
 from torchft.simulator.jobs import Ended, run_jobs, said
 from torchft.simulator.loop import Run, run_stacked
-from torchft.simulator.result import mean_model
 from torchft.simulator.runs import RunReport, RunSpec, key_of, read_report, write_report
 from torchft.simulator.seeds import kept_rng
 from torchft.simulator.threads import one_thread
@@ -176,9 +174,7 @@ class _Looks:
 
     def _look(self, run: Run) -> float:
         nodes = [run.nodes[node] for node in run.local.alive]
-        mean = copy.copy(nodes[0])
-        mean.model = mean_model([node.model for node in nodes])
-        return self._validator.loss(mean)
+        return self._validator.loss(self._validator.mean_of(nodes))
 
 
 def run_sweep(

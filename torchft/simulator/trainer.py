@@ -80,7 +80,7 @@ class Trainer:
         self.train_dataset, self.val_dataset = train_dataset, val_dataset
         self.device, self.devices = device, devices
         self.result: Result | None = None
-        """Of the last `fit`."""
+        """Of the last `fit`. Of one that broke off: what it had got by then, without a mean."""
         self._minibatch_sizes: dict[tuple[Any, ...], int] = {}
 
     def fit(
@@ -230,7 +230,11 @@ class Trainer:
             services.loggers = chosen(logger, wandb_project, naming.logs, axis=log_x_axis)
         with services:
             run = _in_processes if processes else _in_rows
-            self.result = run(experiment, services)
+            try:
+                self.result = run(experiment, services)
+            except BaseException:
+                self.result = services.result
+                raise
         assert self.result.model is not None
         return self.result.model
 

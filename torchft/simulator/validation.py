@@ -8,7 +8,7 @@ the same samples and, where they draw in a forward pass, the same numbers, so lo
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from torch.utils.data import Subset
 from torchft.errors import SettingsError
 from torchft.simulator.experiment import Experiment
 from torchft.simulator.feed import Feed, check_factory, is_factory
-from torchft.simulator.node import TrainNode
+from torchft.simulator.node import TrainNode, noted
 from torchft.simulator.result import mean_model
 from torchft.simulator.seeds import kept_rng, seed_node, seed_of
 
@@ -29,15 +29,18 @@ __all__ = ["Validation", "Validator", "as_it_was"]
 _VALIDATION = 1 << 35
 """In the place of a node's number, so that looking draws nothing that training draws."""
 
+_Batch = tuple[Any, int]
+"""With the number of its samples."""
+
 
 @dataclass(frozen=True)
 class Validation:
     """One look."""
 
     local_losses: dict[int, float]
-    """By node, of its own model."""
+    """By node, of its own model, on its own held-out data where a factory gives each its own."""
     global_loss: float
-    """Of the mean of all of them."""
+    """Of the mean of all of them, on the held-out data of all nodes."""
 
     @property
     def local_loss(self) -> float:
@@ -46,7 +49,8 @@ class Validation:
 
 
 class Validator:
-    """`size` samples of the experiment's validation data, the same at every look.
+    """`size` samples of the experiment's validation data, the same at every look. A factory is
+    asked for each node's own, and the mean model is looked at on the samples of all nodes.
 
     Raises:
         SettingsError: there is no sample, or the data cannot be indexed.
@@ -54,22 +58,41 @@ class Validator:
 
     def __init__(self, experiment: Experiment, size: int) -> None:
         self._seed, self._device = experiment.seed, experiment.torch_device
+        self._remake = experiment.remake_model
+        self._batches: list[list[_Batch]] = []
+        """Of each different data set."""
+        self._of_node: dict[int, int] = {}
+        """Which of them is a node's own; where it has none, the only one is."""
         with kept_rng(self._device):
-            self._batches = list(_batches(experiment, size))
+            known: list[Any] = []
+            for node, data in _held_out(experiment):
+                at = next((at for at, one in enumerate(known) if one is data), len(known))
+                if at == len(known):
+                    known.append(data)
+                    self._batches.append(list(_batches(experiment, data, size, node)))
+                if node is not None:
+                    self._of_node[node] = at
 
     def __call__(self, nodes: Sequence[TrainNode]) -> Validation:
         """Of these nodes and their mean."""
-        local = {node.node: self.loss(node) for node in nodes}
+        local = {node.node: self._loss(node, [self._of_node.get(node.node, 0)]) for node in nodes}
+        return Validation(local, self.loss(self.mean_of(nodes)))
+
+    def mean_of(self, nodes: Sequence[TrainNode]) -> TrainNode:
+        """A node like the first one, with the mean of all their models."""
         together = copy.copy(nodes[0])
-        together.model = mean_model([node.model for node in nodes])
-        return Validation(local, self.loss(together))
+        together.model = mean_model([node.model for node in nodes], self._remake)
+        return together
 
     def loss(self, node: TrainNode) -> float:
-        """The mean over all samples, of one model."""
+        """The mean over all samples of all nodes, of one model."""
+        return self._loss(node, range(len(self._batches)))
+
+    def _loss(self, node: TrainNode, data: Iterable[int]) -> float:
         total, samples = 0.0, 0
         with torch.no_grad(), kept_rng(self._device), as_it_was(node.model):
             seed_node(self._seed, _VALIDATION, 0, self._device)
-            for batch, size in self._batches:
+            for batch, size in (one for at in data for one in self._batches[at]):
                 total += float(node.evaluate(batch)) * size
                 samples += size
         return total / samples
@@ -95,13 +118,23 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
             setattr(module, name, buffer)
 
 
-def _batches(experiment: Experiment, size: int) -> Iterator[tuple[Any, int]]:
-    """Batches of a fixed random choice, the last one smaller; and how many samples each has."""
-    data = experiment.val_dataset
-    if is_factory(data):
-        check_factory(data)
-        data = data(0, experiment.num_nodes, False)
-    length = _length(data)
+def _held_out(experiment: Experiment) -> Iterator[tuple[int | None, Any]]:
+    """Each node's held-out data, as the factory gives them; or those of all, and None."""
+    data, nodes = experiment.val_dataset, experiment.num_nodes
+    if not is_factory(data):
+        yield None, data
+        return
+    check_factory(data)
+    for node in range(nodes):
+        with noted(f"the validation data set's factory, asked for rank {node}"):
+            made = data(node, nodes, False)
+        yield node, made
+
+
+def _batches(experiment: Experiment, data: Any, size: int, node: int | None) -> Iterator[_Batch]:
+    """Batches of a fixed random choice, the last one smaller; and how many samples each has.
+    `node` is whose data it is, if that is one's own."""
+    length = _length(data, node)
     choice = torch.Generator().manual_seed(seed_of(experiment.seed, _VALIDATION, 1))
     at = torch.randperm(length, generator=choice)[:size]
     collate = (experiment.dataloader_kwargs or {}).get("collate_fn")
@@ -114,8 +147,9 @@ def _batches(experiment: Experiment, size: int) -> Iterator[tuple[Any, int]]:
         yield feed.batch(0, 0), len(part)
 
 
-def _length(data: Any) -> int:
+def _length(data: Any, node: int | None) -> int:
     try:
         return Feed(data, num_nodes=1, batch_size=1, shuffle=False).batches_per_epoch
     except SettingsError as error:
-        raise SettingsError(f"val_dataset: {error}") from error
+        whose = "" if node is None else f" of node {node}"
+        raise SettingsError(f"val_dataset{whose}: {error}") from error

@@ -20,11 +20,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchft.errors import SettingsError
 from torchft.peers import Place
 from torchft.strategies.local import Fragment
 from torchft.strategies.parts.dct import Blocks, dct, inverse_dct
 from torchft.strategies.parts.largest import largest, mean_of, packed
+from torchft.strategies.ranges import check_number
 from torchft.strategies.recipe import By, Recipe
 
 __all__ = ["DeMo"]
@@ -50,12 +50,11 @@ class DeMo(Recipe):
         *,
         max_norm: float | None = None,
     ) -> None:
-        if not 0 <= decay < 1:
-            raise SettingsError(f"compression_decay={decay} must be at least 0 and below 1")
-        if topk < 1 or chunk < 1:
-            raise SettingsError(f"compression_topk={topk}, compression_chunk={chunk}: 1 or more")
-        if max_norm is not None and not max_norm > 0:
-            raise SettingsError(f"max_norm={max_norm} must be above 0")
+        check_number("compression_decay", decay, least=0, below=1)
+        check_number("compression_topk", topk, least=1, whole=True)
+        check_number("compression_chunk", chunk, least=1, whole=True)
+        if max_norm is not None:
+            check_number("max_norm", max_norm, above=0)
         self.decay, self.topk, self.chunk, self.max_norm = decay, topk, chunk, max_norm
 
     def setup(self) -> None:

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from torchft.errors import SettingsError
 from torchft.strategies.local_sgd import LocalSGD
 from torchft.strategies.parts.agreed import generator
+from torchft.strategies.ranges import check_number
 from torchft.strategies.recipe import By
 
 __all__ = ["FedAvg"]
@@ -36,8 +36,8 @@ class FedAvg(LocalSGD):
         seed: int = 0,
         backup_device: torch.device | str | None = "cpu",
     ) -> None:
-        if island_size is not None and island_size < 1:
-            raise SettingsError(f"island_size={island_size}: an island has 1 or more nodes")
+        if island_size is not None:
+            check_number("island_size", island_size, least=1, whole=True)
         super().__init__(every, backup=island_size is None, backup_device=backup_device)
         self.by = By.AVERAGE if island_size is None else By.ISLANDS
         self.island_size, self.seed = island_size, seed

@@ -16,6 +16,7 @@ from torchft.strategies.named import (
     one_of,
 )
 from torchft.strategies.optim_spec import OptimSpec, ensure_optim_spec
+from torchft.strategies.ranges import check_number
 from torchft.strategies.top_k import TopK
 
 __all__ = ["DeMoStrategy", "TopKStrategy"]
@@ -62,6 +63,7 @@ class DeMoStrategy(Named):
 
 
 def _with_decay(optim: OptimSpec, weight_decay: float) -> OptimSpec:
+    check_number("weight_decay", weight_decay, least=0)
     if not weight_decay:
         return optim
     if "weight_decay" in optim.kwargs:

@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchft.errors import SettingsError
 from torchft.strategies.optim_spec import OptimSpec
 from torchft.strategies.parts.coupling import couples_nodes
+from torchft.strategies.ranges import check_number
 from torchft.strategies.schedule import ScheduleSpec
 
 __all__ = ["Inner", "InnerOptimizer"]
@@ -36,7 +37,8 @@ class Inner:
     """Each node's gradient is clipped to this L2 norm."""
 
     def __post_init__(self) -> None:
-        check_max_norm(self.max_norm)
+        if self.max_norm is not None:
+            check_number("max_norm", self.max_norm, above=0)
 
     def config(self) -> dict[str, Any]:
         """The settings as plain data."""
@@ -196,15 +198,3 @@ def _may_step_all(spec: OptimSpec, optimizer: Optimizer) -> bool:
     fused = all(group.get("fused") for group in optimizer.param_groups)
     devices = {p.device for group in optimizer.param_groups for p in group["params"]}
     return fused and not any(couples_nodes(spec.build, device) for device in devices)
-
-
-def check_max_norm(max_norm: object) -> None:
-    """It is a number above 0, or None.
-
-    Raises:
-        SettingsError: it is something else.
-    """
-    if max_norm is None:
-        return
-    if not isinstance(max_norm, int | float) or isinstance(max_norm, bool) or not max_norm > 0:
-        raise SettingsError(f"max_norm={max_norm!r}: it must be a number above 0")

@@ -47,6 +47,7 @@ class OptimSpec:
         if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
             raise SettingsError(f"OptimSpec needs an optimizer class such as AdamW, not {cls!r}")
         check_arguments(cls, kwargs)
+        _check_rate(cls, kwargs.get("lr"))
         _check_step(cls)
         self.cls = cls
         self.kwargs = kwargs
@@ -73,7 +74,7 @@ class OptimSpec:
             parameters = parameters.parameters()
         params = list(parameters)
         # A rate that is a tensor is written by schedules, so no two optimizers share one.
-        own = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in self.kwargs.items()}
+        own: dict[str, Any] = {k: _own(v) for k, v in self.kwargs.items()}
         try:
             return self.cls(params, **{**self._fused(params), **own})
         except (TypeError, ValueError) as error:
@@ -103,6 +104,18 @@ class OptimSpec:
         devices = _FUSED_ON.get(self.cls, set())
         fits = all(p.device.type in devices and p.is_floating_point() for p in params)
         return {"fused": True} if fits and params else {}
+
+
+def _check_rate(cls: type, lr: object) -> None:
+    if isinstance(lr, list | tuple | str):
+        raise SettingsError(
+            f"{cls.__name__}: lr={lr!r} must be one number; to compare several, make a run of "
+            "each, as torchft simulate does with its own lr: [1e-3, 1e-4]"
+        )
+
+
+def _own(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def check_arguments(cls: type, kwargs: dict[str, Any]) -> None:

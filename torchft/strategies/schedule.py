@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from torchft.errors import SettingsError
 from torchft.strategies.optim_spec import check_arguments, plain
+from torchft.strategies.ranges import check_number
 
 __all__ = ["LAMBDA_COSINE", "ScheduleSpec", "warmup_cosine"]
 
@@ -73,8 +74,7 @@ def _check_shape(**kwargs: Any) -> None:
     if unknown:
         raise SettingsError(f"{LAMBDA_COSINE} has no argument {', '.join(unknown)}")
     for name in ("warmup_steps", "max_steps"):
-        if kwargs.get(name, 0) < 0:
-            raise SettingsError(f"{name}={kwargs[name]}: there are no steps below 0")
+        check_number(name, kwargs.get(name, 0), least=0)
 
 
 def warmup_cosine(

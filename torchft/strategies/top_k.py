@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchft.errors import SettingsError
 from torchft.strategies.local import Fragment
 from torchft.strategies.parts.backup import Backup
 from torchft.strategies.parts.largest import largest, mean_of, packed
 from torchft.strategies.parts.outer import FlatOuter, OuterFactory
+from torchft.strategies.ranges import check_number
 from torchft.strategies.recipe import By, Recipe
 
 __all__ = ["TopK"]
@@ -48,10 +48,9 @@ class TopK(Recipe):
         decay: float = 0.95,
         backup_device: torch.device | str | None = None,
     ) -> None:
-        if every < 1 or topk < 1 or chunk < 1:
-            raise SettingsError(f"every={every}, topk={topk}, chunk={chunk}: each is 1 or more")
-        if not 0 <= decay <= 1:
-            raise SettingsError(f"decay={decay} is not a share: use 0 (forget) to 1 (keep)")
+        for name, count in {"every": every, "topk": topk, "chunk": chunk}.items():
+            check_number(name, count, least=1, whole=True)
+        check_number("decay", decay, least=0, most=1)
         self.every, self.topk, self.chunk, self.decay = every, topk, chunk, decay
         self.outer = FlatOuter(outer)
         self._device = backup_device

@@ -22,7 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["Maker", "couples_nodes", "sees_shapes"]
+from torchft.errors import SettingsError
+
+__all__ = ["Maker", "check_steps", "couples_nodes", "sees_shapes"]
 
 Maker = Callable[[list[nn.Parameter]], Optimizer]
 
@@ -35,6 +37,28 @@ _NODES = (1.0, 1e4, 0.0)
 """Three nodes' gradients, in terms of one another."""
 _TOLERANCE = 1e-9
 """Of numbers in float64, where an order of summation costs 1e-15 and another algorithm 1e-6."""
+
+
+def check_steps(what: str, make: Maker, device: torch.device) -> None:
+    """An optimizer of `make` can step with a dense gradient, and without a closure. Whoever makes
+    them for the tensors of one model alone is not tried out.
+
+    Raises:
+        SettingsError: it cannot, for the reason that it gives; `what` says whose it is.
+    """
+    parameter = nn.Parameter(torch.ones(2, 2, device=device))
+    parameter.grad = torch.ones_like(parameter)
+    try:
+        optimizer = make([parameter])
+    except Exception:  # said where it is made
+        return
+    try:
+        optimizer.step()
+    except Exception as error:
+        raise SettingsError(
+            f"{what} {type(optimizer).__name__} cannot step: {error}. A strategy has one dense "
+            "gradient for each parameter, and no loss to compute again"
+        ) from error
 
 
 def couples_nodes(make: Maker, device: torch.device) -> bool:

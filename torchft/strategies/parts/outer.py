@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn, strided
 from torch.optim import SGD, Optimizer
 
@@ -18,7 +19,7 @@ from torchft.errors import SettingsError
 from torchft.strategies.local import Fragment
 from torchft.strategies.model_local import ModelLocal, like_parameter
 from torchft.strategies.parts.backup import Backup
-from torchft.strategies.parts.coupling import sees_shapes
+from torchft.strategies.parts.coupling import check_steps, sees_shapes
 
 __all__ = ["FlatOuter", "Flats", "ModelOuter", "Outer", "OuterFactory"]
 
@@ -81,6 +82,7 @@ class FlatOuter:
 
     def bind(self, fragments: Sequence[Fragment], backups: Sequence[Flats]) -> None:
         """Make the optimizers."""
+        check_steps("the outer optimizer", self._factory, torch.device("cpu"))
         self._in_shape = sees_shapes(self._factory)
         self._backups = list(backups)
         self._parameters = [[nn.Parameter(t) for t in self._cut(b, b.flats)] for b in backups]

@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from torchft.errors import SettingsError
 from torchft.strategies.parts.agreed import generator, permuted
+from torchft.strategies.ranges import check_number
 
 __all__ = [
     "IndexSelector",
@@ -53,8 +53,7 @@ class _Share:
     p: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.p <= 1:
-            raise SettingsError(f"p={self.p} is not a share: use more than 0 and up to 1")
+        check_number("p", self.p, above=0, most=1)
 
     def _parts(self, numel: int) -> int:
         return max(1, min(math.ceil(1 / self.p - 1e-9), numel))
