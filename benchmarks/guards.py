@@ -6,6 +6,9 @@ thread, minima. A guard is a function of `GUARDS` that returns `Guard`.
 
     NaN        the average of gradients is divided by the number of groups; the guard says whether
                it is finite. Floor: one read of as many numbers
+    fp32       what a node does in a round of DiLoCo (delta, outer step with momentum, new weights)
+               with bf16 parameters, its shared state in bf16 and in fp32. Floor: fp32 made of as
+               many bf16 numbers, and rounded once
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from harness.cli import Findings, option, run
 from harness.figures import Figure, Floor
@@ -42,6 +46,9 @@ class Guard:
     floor: str
     """What the least is that it could add."""
     floor_us: float
+    bytes_before: float | None = None
+    """That it keeps, a parameter."""
+    bytes_after: float | None = None
 
     @property
     def adds_us(self) -> float:
@@ -72,7 +79,16 @@ def _figures(guard: Guard) -> list[Figure]:
             Floor(guard.floor, guard.floor_us),
         ),
         Figure(f"guards.{guard.key}.share", f"{guard.name}: of a step of 100 ms", share, "%"),
+        *_memory(guard),
     ]
+
+
+def _memory(guard: Guard) -> list[Figure]:
+    if guard.bytes_before is None or guard.bytes_after is None:
+        return []
+    key, name = f"guards.{guard.key}.memory", f"{guard.name}: keeps"
+    least = Floor("without", guard.bytes_before)
+    return [Figure(key, name, guard.bytes_after, "bytes a parameter", least)]
 
 
 def in_turns(times: int, *acts: Act) -> list[float]:
@@ -99,7 +115,45 @@ def nan(options: Options) -> Guard:
     return Guard("nan", "NaN in the average of gradients", before, after, "one read", floor)
 
 
-GUARDS: tuple[Callable[[Options], Guard], ...] = (nan,)
+def shared_state(options: Options) -> Guard:
+    """Is the shared state of half-precision parameters fp32?"""
+    import torch
+
+    half = torch.zeros(options.parameters, dtype=torch.bfloat16)
+    bf16, bf16_bytes = _round_of(options, None)
+    fp32, fp32_bytes = _round_of(options, torch.float32)
+    before, after, floor = in_turns(options.times, bf16, fp32, lambda: half.copy_(half.float()))
+    name = "fp32 state of bf16 parameters in DiLoCo"
+    kept = {"bytes_before": bf16_bytes, "bytes_after": fp32_bytes}
+    return Guard("fp32", name, before, after, "made and rounded once", floor, **kept)
+
+
+def _round_of(options: Options, shared: Any) -> tuple[Act, float]:
+    """One node's round, and the bytes a parameter that its shared state takes."""
+    import torch
+    from torch import nn
+
+    from torchft.strategies import Clock, DiLoCo, ModelLocal, OptimSpec
+
+    model = nn.ParameterList([nn.Parameter(torch.zeros(options.parameters, dtype=torch.bfloat16))])
+    outer = OptimSpec(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)
+    recipe = DiLoCo(outer, 1, shared_dtype=shared)
+    recipe.bind(ModelLocal([model]), Clock())
+    whole = recipe.local.whole
+
+    def act() -> None:
+        sent, draft = recipe.contribution(whole)
+        recipe.adopt(whole, recipe.apply(whole, sent), draft)
+        recipe.local.release(sent, reusable=True)
+
+    act()
+    state = recipe.fragment_state(whole)
+    tensors = [*state["original_parameters"].values()]
+    tensors += [s["momentum_buffer"] for s in state["outer_optimizer"]["state"].values()]
+    return act, sum(tensor.nbytes for tensor in tensors) / options.parameters
+
+
+GUARDS: tuple[Callable[[Options], Guard], ...] = (nan, shared_state)
 """In the order of the table."""
 
 QUICK = Options(parameters=1000, times=3)

@@ -64,6 +64,8 @@ class Former:
     ) -> None:
         self.description: Description = {}
         """What is compared with the other groups beside the settings: the models, by key."""
+        self._listeners: Description = {}
+        self._once: Description = {}
         self._group = group
         self._pg = pg
         self._transport = transport
@@ -118,6 +120,15 @@ class Former:
             transaction.failure = error
         finally:
             transaction.finish_forming()
+
+    def compare(self, always: Description, once: Description) -> None:
+        """Compare what the step listeners describe: when it changes, all groups make the next
+        process group anew, and so compare. `once` is compared the next time that they do."""
+        self._once |= once
+        if always != self._listeners:
+            self._listeners = always
+            if self._configured is not None:
+                self._configured, self._broken = None, True
 
     def abandon(self, transaction: Transaction) -> None:
         """Free the peers that wait in this step's process group. If that is today's, the next step
@@ -204,6 +215,7 @@ class Former:
             reference=plan.reference,
             timeout=self._options.timeout,
         )
+        self._once = {}
         return store
 
     def _fingerprint(self) -> Description:
@@ -214,6 +226,8 @@ class Former:
             "min_replica_size": options.min_replica_size,
             "check_finite": options.check_finite,
             **self.description,
+            **self._listeners,
+            **self._once,
         }
 
     def _exchange_state(self, transaction: Transaction, plan: Plan) -> None:

@@ -32,6 +32,7 @@ from torchft.strategies.fragments import SEQUENTIAL
 from torchft.strategies.local import Fragment, local_part
 from torchft.strategies.model_local import ModelLocal
 from torchft.strategies.parts.outer import ModelOuter
+from torchft.strategies.parts.precision import SharedDtype
 from torchft.strategies.trained import TrainedModel
 from torchft.strategy_hooks import StrategyHooks
 
@@ -58,8 +59,8 @@ class LocalSGD(StrategyHooks):
     A round that is discarded brings back the last average, from a backup on `backup_device` (the
     CPU by default; 4 bytes per fp32 parameter). With `backup=False` the local weights stand. With
     `deterministic=True` averages are summed in the order of the groups' names, as the simulator
-    does, so that a run can be repeated bit by bit. `should_quantize` and `buffers` are those of
-    `DiLoCo`.
+    does, so that a run can be repeated bit by bit. `should_quantize`, `buffers` and `shared_dtype`
+    are those of `DiLoCo`; here it is the average that is kept, and travels, in it.
 
     Raises:
         SettingsError: `sync_every` below 1, nothing to train, no such codec, or no optimizer.
@@ -80,12 +81,14 @@ class LocalSGD(StrategyHooks):
         should_quantize: bool | str | Codec = False,
         deterministic: bool = False,
         buffers: str = LEFT,
+        shared_dtype: SharedDtype = torch.float32,
     ) -> None:
         _check_inner(optimizer)
         self._recipe = local_sgd.LocalSGD(
             sync_every,
             backup=backup,
             buffers=buffers,
+            shared_dtype=shared_dtype,
             backup_device=backup_device or "cpu",
             pin_memory=pin_memory,
         )
@@ -164,6 +167,11 @@ class DiLoCo(StrategyHooks):
         error_feedback: with `should_quantize`, add what it loses of a delta to the next one of that
             fragment. That costs 4 bytes a parameter beside the parameters, and as many again for
             each round that is open.
+        shared_dtype: at least this is what the last synchronised weights, the outer optimizer's
+            state, and without `should_quantize` the deltas that travel, are kept in, also where
+            parameters are bf16 or fp16 (`torchft.strategies.parts.precision`): then
+            `outer_optimizer` is given fp32 parameters in the place of the model's, which lie on
+            `backup_device` and are stepped there. None: each parameter's own dtype.
 
     Raises:
         SettingsError: also a ValueError; an argument that does not fit, and what would.
@@ -194,6 +202,7 @@ class DiLoCo(StrategyHooks):
         fragment_pattern: str = SEQUENTIAL,
         buffers: str = LEFT,
         error_feedback: bool = False,
+        shared_dtype: SharedDtype = torch.float32,
     ) -> None:
         _refuse(model_fragments, bucket_cap_mb)
         parts = _parts(model_fragments, fragments, fragment_pattern)
@@ -216,6 +225,7 @@ class DiLoCo(StrategyHooks):
             inner_state=inner_state,
             buffers=buffers,
             error_feedback=error_feedback,
+            shared_dtype=shared_dtype,
             backup_device=backup_device or "cpu",
             pin_memory=pin_memory,
         )

@@ -41,7 +41,6 @@ from torchft.coordination import watch_parent
 from torchft.errors import HealError, PhaseError, QuorumError, SettingsError
 from torchft.fingerprint import describe
 from torchft.forming import Former, Request
-from torchft.futures import future_timeout
 from torchft.ledger import Bucket, Ledger
 from torchft.live_state import LiveState
 from torchft.open_step import Means, OpenStep
@@ -52,6 +51,7 @@ from torchft.progress import Progress
 from torchft.replica_group import MANAGER_ADDR_KEY, REPLICA_ID_KEY, ReplicaGroup
 from torchft.settings import get_timeout
 from torchft.step import Options, Phase, WorldSizeMode, follow
+from torchft.step_listeners import StepListener, StepListeners
 from torchft.step_log import StepLog
 from torchft.transaction import ExceptionWithTraceback, Transaction
 from torchft.uncopied import Uncopied
@@ -185,6 +185,7 @@ class Manager(Uncopied):
             log=self._log,
             collect_state=lambda: self._state.collect(self.state_dict),
         )
+        self._listeners = StepListeners(self._former.compare)
         self._progress = Progress(fresh=init_sync)
         communicator = Communicator(pg, check_finite=check_finite)
         closer = Closer(
@@ -240,6 +241,10 @@ class Manager(Uncopied):
     def describe_setting(self, name: str, value: str) -> None:
         """Have a setting compared with the other groups before averages, e.g. the codec."""
         self._former.description[name] = value
+
+    def add_step_listener(self, listener: StepListener) -> None:
+        """Call `listener` when a step begins and before it is voted on, while others hold it."""
+        self._listeners.add(listener)
 
     def allow_state_dict_read(self) -> None:
         """The parameters are whole again: donors may read them."""
@@ -307,6 +312,7 @@ class Manager(Uncopied):
         if self._phase is Phase.OPEN:
             self._drop(self._begun("start_quorum").transaction)
         follow(self._phase, Phase.OPEN)
+        self._listeners.before_step()
         transaction = Transaction(self.ledger, self._failed)
         self._steps.begin(transaction)
         form = partial(self._former.form, transaction, request, self._steps.before_heals)
@@ -329,6 +335,18 @@ class Manager(Uncopied):
     @property
     def _phase(self) -> Phase:
         return Phase.CLOSED if self._shut_down else self._steps.phase
+
+    def is_step_open(self) -> bool:
+        """Whether a step was begun and is not voted on yet."""
+        return self._phase is Phase.OPEN
+
+    def needs_new_step(self) -> bool:
+        """Whether no step is open, or only one that failed or in which something was sent."""
+        return not (self.is_step_open() and self._begun("needs_new_step").untouched)
+
+    def voted_step(self) -> OpenStep | None:
+        """The step that was voted on last; None before there is one, and while one is open."""
+        return None if self.is_step_open() else self._steps.last
 
     def take_step(self) -> OpenStep:
         """The step that was begun last, to be closed by the caller: others can begin before that.
@@ -435,16 +453,7 @@ class Manager(Uncopied):
         self, fut: Future[T], default: T, timeout: timedelta | None = None
     ) -> Future[T]:
         """`fut`, with a deadline; a failure is reported and completes with `default` instead."""
-        transaction = self._begun("wrap_future").transaction
-
-        def or_default(done: Future[T]) -> T:
-            try:
-                return done.value()
-            except Exception as error:
-                transaction.report(error)
-                return default
-
-        return future_timeout(fut, timeout or self._options.timeout).then(or_default)
+        return self._begun("wrap_future").wrap_future(fut, default, timeout)
 
     def _begun(self, what: str) -> OpenStep:
         assert self._steps.last is not None, f"call start_quorum before {what}"
@@ -470,7 +479,9 @@ class Manager(Uncopied):
             DiscardedTooOften: more discarded steps in a row than `max_retries`.
         """
         follow(self._phase, Phase.VOTING)
-        return self._begun("should_commit").should_commit(timeout)
+        step = self._begun("should_commit")
+        self._listeners.before_vote(step.transaction)
+        return step.should_commit(timeout)
 
     def fall_behind(self) -> None:
         """The step that was just committed could not be applied here: heal it from the others."""

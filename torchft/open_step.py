@@ -21,16 +21,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.distributed import ReduceOp, Work
+from torch.futures import Future
 
 from torchft.average import Name
 from torchft.closing import Closer
 from torchft.collectives import codec_for
 from torchft.communicate import Communicator
 from torchft.errors import CollectiveError, NotFiniteError, SettingsError
+from torchft.futures import future_timeout
 from torchft.step import Phase, Plan, follow
 from torchft.transaction import ExceptionWithTraceback, Transaction
 
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from torchft.quantization import Codec
 
 __all__ = ["Means", "OpenStep"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class OpenStep:
     def __init__(self, transaction: Transaction, means: Means) -> None:
         self.transaction = transaction
         self.phase = Phase.OPEN
+        self.committed: bool | None = None
+        """How it was voted on; None before."""
         self.taken = False
         """Somebody else than the manager closes it."""
         self.settled = False
@@ -131,6 +137,24 @@ class OpenStep:
             "not_finite": self.transaction.not_finite,
         }
 
+    def wrap_future(self, fut: Future[T], default: T, timeout: timedelta | None) -> Future[T]:
+        """As `Manager.wrap_future`."""
+
+        def or_default(done: Future[T]) -> T:
+            try:
+                return done.value()
+            except Exception as error:
+                self.transaction.report(error)
+                return default
+
+        return future_timeout(fut, timeout or self._means.timeout).then(or_default)
+
+    @property
+    def untouched(self) -> bool:
+        """Nothing was sent in it yet, and nothing went wrong: it may go on as if just begun."""
+        it = self.transaction
+        return not (it.averages or it.failed or it.failure is not None)
+
     def remain(self, members: tuple[str, ...]) -> None:
         """A later quorum has these members: a step that lost one of its own has failed."""
         lost = [one for one in self.plan.members if one not in members]
@@ -164,7 +188,8 @@ class OpenStep:
         closer = self._means.closer
         close = closer.close if with_step else closer.close_without_step
         try:
-            return close(self.transaction, self.plan, timeout or self._means.timeout)
+            self.committed = close(self.transaction, self.plan, timeout or self._means.timeout)
+            return self.committed
         finally:
             self.phase = follow(self.phase, Phase.IDLE)
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch.amp import GradScaler
 
     from torchft.manager import Manager
+    from torchft.open_step import OpenStep
 
 __all__ = ["OptimizerWrapper"]
 
@@ -59,34 +60,43 @@ class OptimizerWrapper(Uncopied, Optimizer):
         self.optim = optim
         self._scaler = None if scaler is None else FollowedScaler(manager, scaler)
         self._warned = False
+        self._stepped: OpenStep | None = None
+        """The step whose vote this optimizer has followed last."""
 
     @untraced
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Begin a step, then clear the gradients.
+
+        A step in which nothing was averaged yet goes on: a forward pass or another optimizer has
+        begun it, or its batch was skipped.
 
         Raises:
             TimeoutError, QuorumError: see `Manager.start_quorum`.
         """
         if self._scaler is not None:
             self._scaler.begin()
-        self.manager.start_quorum()
+        if self.manager.needs_new_step():
+            self.manager.start_quorum()
         self.optim.zero_grad(set_to_none)
 
     @untraced
     def step(self, closure: Callable[[], float] | None = None) -> bool:  # type: ignore[override]
         """Vote, and step when the vote is yes. Returns whether the step was taken.
 
+        Of several optimizers that take part in one step the first one votes, and the others follow.
+
         Raises:
             AssertionError: a closure was given. It would compute gradients after the vote.
         """
         assert closure is None, "a step that is voted on cannot re-evaluate the loss in a closure"
         found = Found(self)
-        if found.infinity and self.manager.errored() is None:
-            self.manager.report_error(found.error())
         if found.by_scaler and self._scaler is None and not self._warned:
             self._warned = True
             warn_of_stranger()
-        if not self._commits(found):
+        follows = self._voted_by_another()
+        committed = self._commits(found) if follows is None else self._follow(follows, found)
+        self._stepped = self.manager.voted_step()
+        if not committed:
             return False
         with self.manager.ledger.spending(Bucket.OPTIMIZER):
             if found.scale is not None:
@@ -96,6 +106,8 @@ class OptimizerWrapper(Uncopied, Optimizer):
 
     def _commits(self, found: Found) -> bool:
         """The vote, after which the scale may be another one: that of the donor it healed from."""
+        if found.infinity and self.manager.errored() is None:
+            self.manager.report_error(found.error())
         if self._scaler is None or not found.by_scaler:
             return self.manager.should_commit()
         before = self._scaler.scale
@@ -109,6 +121,17 @@ class OptimizerWrapper(Uncopied, Optimizer):
             self.manager.fall_behind()
             return False
         return committed
+
+    def _voted_by_another(self) -> bool | None:
+        """How the step ended that another optimizer has voted on and this one has not followed
+        yet; None where this one is to vote."""
+        voted = None if self.manager.is_step_open() else self.manager.voted_step()
+        return None if voted is None or voted is self._stepped else voted.committed
+
+    def _follow(self, committed: bool, found: Found) -> bool:
+        if self._scaler is not None and found.by_scaler:
+            self._scaler.voted(committed)
+        return committed and not found.infinity
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """To the wrapped optimizer."""

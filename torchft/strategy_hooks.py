@@ -23,6 +23,7 @@ from torchft.quantization.proof import prove
 from torchft.step_hooks import StepHooks
 from torchft.strategies.buffers import LEFT
 from torchft.strategies.model_local import ModelLocal
+from torchft.strategies.parts.precision import shared_dtype_of
 from torchft.strategies.recipe import Recipe
 from torchft.strategies.strategy import Strategy
 from torchft.strategies.trained import TrainedModel
@@ -60,7 +61,7 @@ class StrategyHooks(Uncopied):
         recipe.codec = codec_for(should_quantize, local.parameters[0].device)
         if recipe.codec is not None:
             for dtype, device in local.layout(local.whole).kinds:
-                prove(recipe.codec, dtype, device)
+                prove(recipe.codec, shared_dtype_of(dtype, recipe.shared_dtype), device)
         self._manager = manager
         self._trained = trained
         self._entered = self._restored = self._inside = False

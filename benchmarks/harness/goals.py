@@ -55,6 +55,8 @@ GOALS = {
     # guards: of the least that they could add; per cent of a step of 100 ms
     "guards.nan": Goal(1.2),
     "guards.nan.share": Goal(1, ratio=False),
+    "guards.fp32": Goal(4),
+    "guards.fp32.share": Goal(1, ratio=False),
     # diloco_overhead
     "diloco.1": Goal(1.25),
     "diloco.1.memory": Goal(3.2),

@@ -18,6 +18,8 @@ from torchft.errors import PhaseError
 from torchft.ledger import Ledger
 from torchft.peers import Handle, Place
 from torchft.quantization import Codec
+from torchft.step_listeners import StepListener, StepListeners
+from torchft.transaction import Transaction
 from torchft.work import _DummyWork
 
 __all__ = ["InProcessManager"]
@@ -34,8 +36,15 @@ class InProcessManager:
         self.reductions: list[int] = []
         """Elements of each all-reduce."""
         self.collected_while_unreadable = False
+        self.listened: list[dict[str, Any]] = []
+        """What step listeners had compared, each time that it changed."""
+        self.once: dict[str, Any] = {}
+        """What they had compared once."""
         self._node = node
         self._round: InProcessRound | None = None
+        self._listeners = StepListeners(self._compare)
+        self._transaction = Transaction(self.ledger, lambda _: None)
+        self._step_voted: InProcessStep | None = None
         self._met = False
         self._open = False
         self._step = 0
@@ -72,6 +81,23 @@ class InProcessManager:
     def describe_setting(self, name: str, value: str) -> None:
         self.described[name] = [value]
 
+    def add_step_listener(self, listener: StepListener) -> None:
+        self._listeners.add(listener)
+
+    def _compare(self, always: dict[str, Any], once: dict[str, Any]) -> None:
+        self.once |= once
+        if not self.listened or always != self.listened[-1]:
+            self.listened.append(always)
+
+    def is_step_open(self) -> bool:
+        return self._open
+
+    def needs_new_step(self) -> bool:
+        return not (self._open and not self._transaction.averages and self.errored() is None)
+
+    def voted_step(self) -> InProcessStep | None:
+        return None if self._open else self._step_voted
+
     def disallow_state_dict_read(self) -> None:
         self.readable = False
 
@@ -85,7 +111,9 @@ class InProcessManager:
         timeout: timedelta | None = None,
         place: Place = Place.BEFORE,
     ) -> None:
+        self._listeners.before_step()
         self._round = self._node.open(place)
+        self._transaction = Transaction(self.ledger, lambda _: None)
         self._open = True
 
     def is_opening(self) -> bool:
@@ -101,10 +129,14 @@ class InProcessManager:
     def allreduce(
         self, tensor: Tensor, should_quantize: bool | str | Codec = False, name: Any = None
     ) -> Work:
-        self.take_step().allreduce(tensor, should_quantize).wait()
+        assert self._open, "call start_quorum before allreduce"
+        work = self.take_step().allreduce(tensor, should_quantize)
+        self._transaction.averages.append(work)  # type: ignore[arg-type]
+        work.wait()
         return _DummyWork(tensor)
 
     def report_error(self, e: Exception) -> None:
+        self._transaction.report(e)
         self.take_step().report_error(e)
 
     def errored(self) -> Exception | None:
@@ -113,8 +145,12 @@ class InProcessManager:
     def should_commit(self, timeout: timedelta | None = None) -> bool:
         if not self._open:
             raise PhaseError("no step is open")
+        self._listeners.before_vote(self._transaction)
+        if self._transaction.error is not None:
+            self.report_error(self._transaction.error.original_exception)
         self._open = False
-        return self.take_step().should_commit(timeout)
+        self._step_voted = self.take_step()
+        return self._step_voted.should_commit(timeout)
 
     # What doors use that let several be open.
 
@@ -133,6 +169,7 @@ class InProcessStep:
     """The members of `torchft.open_step.OpenStep` that peers use."""
 
     def __init__(self, manager: InProcessManager, of: InProcessRound) -> None:
+        self.committed: bool | None = None
         self._manager = manager
         self._round = of
 
@@ -168,9 +205,9 @@ class InProcessStep:
         self._manager.count(-1)
 
     def should_commit(self, timeout: timedelta | None = None) -> bool:
-        committed = self._round.close()
-        self._manager.count(committed)
-        return committed
+        self.committed = self._round.close()
+        self._manager.count(self.committed)
+        return self.committed
 
 
 class _Waited(_DummyWork):

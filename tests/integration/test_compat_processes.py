@@ -13,6 +13,7 @@ from helpers.small_runs import pairs
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from torchft import compat
 from torchft.compat import (
     AveragingCommunicator,
     CommunicateOptimizeStrategy,
@@ -27,6 +28,7 @@ from torchft.compat import (
     all_reduce,
     broadcast,
 )
+from torchft.compat.exogym.strategy import processes
 from torchft.compat.exogym.strategy.sparta import RandomIndexSelector
 from torchft.launch import local_nodes
 from torchft.launch.local_nodes import NodeFailed
@@ -148,6 +150,26 @@ def test_the_communicator_of_diloco_is_the_strategy_of_that_name() -> None:
     for one, other in zip(real.models, rows.models, strict=True):
         for name, value in other.state_dict().items():
             torch.testing.assert_close(one.state_dict()[name], value, rtol=1e-6, atol=1e-7)
+
+
+NAMED: dict[str, Any] = {
+    "SimpleReduceStrategy": {"max_norm": 0.5},
+    "FedAvgStrategy": {"H": 2},
+    "DiLoCoStrategy": {"H": 2, "max_norm": 0.5},
+    "SPARTAStrategy": {"p_sparta": 1.0, "sparta_interval": 2},
+    "SPARTADiLoCoStrategy": {"p_sparta": 1.0, "sparta_interval": 3, "H": 2},
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_subclass_of_a_name_steps_as_the_recipe_of_that_name(name: str) -> None:
+    options = {"inner_optim_spec": SGD, **NAMED[name]}
+    own = type("Own", (getattr(processes, name),), {"step": getattr(processes, name).step})
+    made, recipe = own(**options), getattr(compat, name)(**options)
+    by_processes, by_rows = run(made), run(recipe)
+    for one, other in zip(by_processes.models, by_rows.models, strict=True):
+        for key, value in other.state_dict().items():
+            torch.testing.assert_close(one.state_dict()[key], value, rtol=1e-5, atol=1e-6)
 
 
 class Gossip(CommunicationModule):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import cache
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from torchft.launch.digests import ADAMW, STRATEGIES, OddModel, Pair, compare, main
@@ -19,6 +20,7 @@ from torchft.strategies import (
     SPARTADiLoCoStrategy,
     Strategy,
     StreamingDiLoCoStrategy,
+    TopKStrategy,
 )
 
 STEPS = 24
@@ -147,6 +149,39 @@ def test_buffers_that_ride_along_are_equal_too(name: str, monkeypatch: pytest.Mo
 
 def buffers_of(model: nn.Module) -> dict[str, Tensor]:
     return {name.removeprefix("norm."): buffer for name, buffer in model.named_buffers()}
+
+
+class Halved(OddModel):
+    """Its parameters are bf16, so what all share has more digits than the weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to(torch.bfloat16)
+
+
+HALF: dict[str, Callable[[], Strategy]] = {
+    "Streaming, in flight and mixed": lambda: StreamingDiLoCoStrategy(
+        ADAMW, H=6, fragments=2, fragment_sync_delay=2, fragment_update_alpha=0.5
+    ),
+    "LocalSGD": lambda: LocalSGDStrategy(ADAMW, H=3),
+    "int8, fed back": lambda: DiLoCoStrategy(ADAMW, H=3, codec="int8", error_feedback=True),
+    "top-k": lambda: TopKStrategy(ADAMW, H=3, topk=8, chunk=64),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "LocalSGD" else pytest.param(name, marks=pytest.mark.slow) for name in HALF],
+)
+def test_fp32_state_beside_half_precision_is_equal_after_a_kill_too(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(STRATEGIES, name, HALF[name])
+    monkeypatch.setattr("torchft.launch.digests.OddModel", Halved)
+    events = [Dies(2, 5, in_round=True), Joins(2, 8)]
+    pair = compare(name, steps=15, nodes=3, events=events, method="fork")
+    assert pair.equal, f"they part at step {pair.first_difference}"
+    assert len(pair.real.heals) == 1
 
 
 def test_without_an_order_the_bits_part() -> None:

@@ -63,8 +63,20 @@ class Odd(nn.Module):
 @pytest.mark.parametrize("rows", [5, 12])
 @pytest.mark.parametrize("name", RECIPES)
 def test_one_row_and_many_rows_compute_the_same_bits(name: str, rows: int) -> None:
-    stack = StackedLocal(Odd(), rows, Inner(), 1)
-    alone = [ModelLocal([Odd()]) for _ in range(rows)]
+    check_bits(name, rows, torch.float32)
+
+
+HALF = ["LocalSGD", "top-k", "DiLoCo", "DiLoCo, mixed", "Streaming, strided"]
+
+
+@pytest.mark.parametrize("name", [*HALF, "DiLoCo, int4, fed back"])
+def test_half_precision_beside_fp32_shared_state_too(name: str) -> None:
+    check_bits(name, 12, torch.bfloat16)
+
+
+def check_bits(name: str, rows: int, dtype: torch.dtype) -> None:
+    stack = StackedLocal(Odd().to(dtype), rows, Inner(), 1)
+    alone = [ModelLocal([Odd().to(dtype)]) for _ in range(rows)]
     recipes = [RECIPES[name]() for _ in range(rows + 1)]
     clock = Clock()
     for local, parameters in zip(alone, stack.parameters, strict=True):
@@ -114,7 +126,7 @@ def disturb(parameters: list[nn.Parameter], seed: int) -> None:
     draws = torch.Generator().manual_seed(seed)
     for p in parameters:
         p.add_(torch.randn(p.shape, generator=draws), alpha=0.1)
-        p.grad = torch.randn(p.shape, generator=draws)
+        p.grad = torch.randn(p.shape, generator=draws).to(p.dtype)
 
 
 @torch.no_grad()

@@ -21,7 +21,10 @@ BASE = {
 }
 NUMBERS = {"compression", "quantization"}
 COMMUNICATION = {"checkpointing", "collectives", "coordination", "process_group"}
-DOORS = {"data", "ddp", "hsdp", "local_sgd", "optim", "strategy_hooks"}
+DOORS = {
+    *("backward", "data", "ddp", "gradients", "hsdp", "local_sgd"),
+    *("optim", "pure_ddp", "strategy_hooks", "trained"),
+}
 RUNTIMES = {"parameter_server", "simulator"}
 IMITATIONS = {"compat"}
 FACES = {"cli", "integrations", "launch", "torchx"}

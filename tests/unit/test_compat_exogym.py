@@ -219,7 +219,9 @@ class TestOwnStrategy:
             def _communicate(self) -> None:
                 """Never called here."""
 
-        with pytest.raises(SettingsError, match=r"Noisy overrides step of SimpleReduceStrategy"):
+        with pytest.raises(
+            SettingsError, match=r"Noisy overrides step of SimpleReduceStrategy.*processes"
+        ):
             Noisy()
         with pytest.raises(SettingsError, match="Islands overrides _communicate"):
             Islands(H=3)

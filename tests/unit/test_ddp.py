@@ -218,14 +218,22 @@ class TestPure:
 @pytest.mark.parametrize("door", DOORS)
 def test_the_model_is_described_to_the_other_groups(door: Callable[..., nn.Module]) -> None:
     manager = InProcessManager(Node(World(Script(1)), 0, 1))
-    door(manager, nn.Linear(2, 3))
-    assert list(manager.described.values()) == [["weight", "bias"]]
+    wrapped = door(manager, nn.Linear(2, 3))
+    described = manager.listened[-1][type(wrapped).__name__]
+    assert described["parameters"] == {"weight": "[3, 2] float32", "bias": "[3] float32"}
 
 
 @pytest.mark.parametrize(
-    "options", [{"find_unused_parameters": False}, {"process_group": None}], ids=str
+    "options",
+    [
+        {"process_group": None},
+        {"skip_all_reduce_unused_params": True},
+        {"delay_all_reduce_named_params": []},
+        {"mixed_precision": None},
+    ],
+    ids=str,
 )
 def test_what_cannot_hold_while_groups_change_is_refused(options: dict[str, Any]) -> None:
     manager = InProcessManager(Node(World(Script(1)), 0, 1))
-    with pytest.raises(SettingsError):
+    with pytest.raises(SettingsError, match=f"{next(iter(options))} cannot be given"):
         DistributedDataParallel(manager, nn.Linear(2, 3), **options)

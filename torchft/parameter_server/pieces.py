@@ -76,6 +76,8 @@ class Gathered:
         self._parts, self._read_all, self._write_all = parts, read_all, write_all
         self._row: Tensor | None = None
         self._mix: float | None = None
+        self.is_exact = all(dtype == torch.float32 for _, dtype in parts)
+        """No fp32 number is rounded by writing it."""
 
     def read(self, span: slice, out: Tensor) -> Tensor:
         """The numbers of `span`, into `out` `[1, m]`."""
@@ -92,7 +94,7 @@ class Gathered:
 
     def rounded(self, span: slice, row: Tensor) -> Tensor:
         """`row` `[1, m]` of `span` as the parameters can hold it."""
-        if all(dtype == torch.float32 for _, dtype in self._parts):
+        if self.is_exact:
             return row
         out, start = torch.empty_like(row), 0
         for numel, dtype in self._parts:

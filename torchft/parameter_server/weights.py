@@ -10,7 +10,9 @@ residual takes memory. When no step was taken and nothing was lost it is exactly
 
 With `mix` a worker keeps a share of its own: w ← mix · w + (1 - mix) · (b' + …).
 
-A parameter of a smaller dtype sees b rounded to it; deltas are measured from there.
+A parameter of a smaller dtype, bf16 or fp16, sees b rounded to it, and deltas are measured from
+there. What of the bracket its dtype cannot hold is kept beside it, in bf16, and is part of the next
+delta too. That takes 2 bytes a parameter, from the first time on that there is any.
 """
 
 from __future__ import annotations
@@ -44,6 +46,9 @@ class WorkerWeights:
         self._parameters, self._ranks = parameters, ranks
         self._sharded = any(map(is_sharded, parameters.values()))
         self._bases: dict[int, Tensor] = {}
+        self._hidden: dict[int, Tensor] = {}
+        """By fragment, `[1, n]`: what the parameters' dtype cannot hold of what the server does not
+        know yet. A fragment that is not there has none."""
         self._outboxes: dict[int, memoryview] = {}
 
     @torch.no_grad()
@@ -90,6 +95,8 @@ class WorkerWeights:
         for index, span in chunks.spans():
             part = pieces.read(span, delta[:, : span.stop - span.start])
             torch.sub(pieces.rounded(span, base[:, span]), part, out=part)
+            if fragment in self._hidden:
+                part.sub_(self._hidden[fragment][:, span])
             chunks.encode_into(chunks.part(index, row), index, part)
         return [chunks.part(index, row) for index in range(chunks.count)]
 
@@ -112,12 +119,20 @@ class WorkerWeights:
         for index, span in chunks.spans():
             part = base[:, span]
             kept = pieces.read(span, room[:, : part.shape[1]])
+            before = None if pieces.is_exact or not mix else kept.clone()
             kept.sub_(pieces.rounded(span, part))
+            if fragment in self._hidden:
+                kept.add_(self._hidden[fragment][:, span])
             if sent is not None:
                 chunks.add(index, sent[index], kept)
             read(index, part)
             identity.add(part)
-            pieces.write(span, kept.add_(part), mix)
+            if pieces.is_exact:
+                pieces.write(span, kept.add_(part), mix)
+                continue
+            if before is not None:
+                kept.lerp_(before.sub_(pieces.rounded(span, part)), mix)
+            self._write_rounded(fragment, pieces, span, kept)
         pieces.close()
         return str(identity)
 
@@ -136,16 +151,37 @@ class WorkerWeights:
         pieces, base = self._pieces(fragment), self._bases[fragment]
         everything = slice(0, base.shape[1])
         beyond = pieces.read(everything, torch.empty_like(base))
-        return beyond.sub_(pieces.rounded(everything, base))
+        beyond.sub_(pieces.rounded(everything, base))
+        return beyond.add_(self._hidden[fragment]) if fragment in self._hidden else beyond
 
     @torch.no_grad()
     def settle(self, fragment: int, kept: Tensor | None = None) -> None:
         """The weights become the base, and `kept` on top."""
         base, pieces = self._bases[fragment], self._pieces(fragment)
-        pieces.write(slice(0, base.shape[1]), base if kept is None else base + kept)
+        everything = slice(0, base.shape[1])
+        self._hidden.pop(fragment, None)
+        if kept is None or pieces.is_exact:
+            pieces.write(everything, base if kept is None else base + kept)
+        else:
+            self._write_rounded(fragment, pieces, everything, kept)
         pieces.close()
 
     # ------------------------------------------------------------------ how
+
+    def _write_rounded(
+        self, fragment: int, pieces: Pieces | Gathered, span: slice, kept: Tensor
+    ) -> None:
+        """The base and `kept` become the weights, rounded once; what that hides is remembered."""
+        base = self._bases[fragment][:, span]
+        new = base + kept
+        pieces.write(span, new)
+        held = pieces.rounded(span, new).sub_(pieces.rounded(span, base))
+        hidden = kept - held
+        if fragment not in self._hidden and hidden.any():
+            shape = self._bases[fragment].shape
+            self._hidden[fragment] = torch.zeros(shape, dtype=torch.bfloat16)
+        if fragment in self._hidden:
+            self._hidden[fragment][:, span] = hidden
 
     def _outbox(self, fragment: int, nbytes: int) -> memoryview:
         """Kept: to take fresh memory and to give it back takes longer than encoding into it."""

@@ -49,8 +49,11 @@ def usable_device(
     if not device:
         return None
     kind = torch.device(device).type
-    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    if kind not in there or there[kind]():
+    missing = {
+        "cuda": not torch.cuda.is_available(),
+        "mps": not torch.backends.mps.is_available(),
+    }
+    if not missing.get(kind, False):
         return device
     warnings.warn(
         f"device={str(device)!r} is not there: left out", UserWarning, stacklevel=stacklevel

@@ -185,7 +185,8 @@ class StackedLocal:
     def delta(self, fragment: Fragment, base: Sequence[Tensor]) -> list[Tensor]:
         """`base - weights`, made anew."""
         return [
-            torch.sub(b.to(w.device), w) for b, w in zip(base, self.weights(fragment), strict=True)
+            torch.sub(b.to(w.device, w.dtype).to(b.dtype), w)
+            for b, w in zip(base, self.weights(fragment), strict=True)
         ]
 
     def set_weights(self, fragment: Fragment, values: Sequence[Tensor]) -> None:

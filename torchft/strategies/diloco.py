@@ -22,6 +22,9 @@ The inner optimizer's state stands. With `inner_state="restored"` moments and co
 fragment's parameters go back as well, to what they were at its last synchronisation; that costs a
 copy of them on the backup's device: 8 bytes a parameter for AdamW. (Its learning rate goes on.)
 
+The backup, the outer optimizer and what travels are fp32 where parameters are bf16 or fp16, unless
+`shared_dtype` says otherwise (`parts/precision.py`).
+
 With a codec and `error_feedback`, what the codec loses of a delta is added to the fragment's next
 one: sent = δ + e, and after a yes e ← what did not arrive of it. After a no e stands. It is each
 node's own, zero in one that heals: 4 bytes a parameter beside it, and as many for each round that
@@ -46,6 +49,7 @@ from torchft.strategies.parts.backup import Backup
 from torchft.strategies.parts.feedback import feedback_of
 from torchft.strategies.parts.inner_backup import InnerBackup
 from torchft.strategies.parts.outer import FlatOuter, Outer, OuterFactory
+from torchft.strategies.parts.precision import SharedDtype, check_shared_dtype
 from torchft.strategies.recipe import Recipe
 
 __all__ = ["DiLoCo"]
@@ -73,6 +77,7 @@ class DiLoCo(Recipe):
         inner_state: str = STANDS,
         buffers: str = LEFT,
         error_feedback: bool = False,
+        shared_dtype: SharedDtype = torch.float32,
         backup_device: torch.device | str | None = "cpu",
         pin_memory: bool = True,
     ) -> None:
@@ -90,6 +95,7 @@ class DiLoCo(Recipe):
         self.versions = [0] * fragments
         """How many outer steps each fragment has had."""
         self.error_feedback = error_feedback
+        self.shared_dtype = check_shared_dtype(shared_dtype)
         self.feedbacks: list[ErrorFeedback] = []
         """One for each fragment; none without error feedback."""
         self.delay, self.mix = delay, mix
@@ -101,7 +107,14 @@ class DiLoCo(Recipe):
         """Remember the weights that all start from."""
         self.fragments = list(self.local.split(self._parts, self._pattern))
         self.backups = [
-            Backup(self.local, f, device=self._device, pin_memory=self._pin) for f in self.fragments
+            Backup(
+                self.local,
+                fragment,
+                device=self._device,
+                pin_memory=self._pin,
+                dtype=self.shared_dtype,
+            )
+            for fragment in self.fragments
         ]
         self.outer.bind(self.fragments, self.backups)
         if self._restores_inner:
@@ -169,7 +182,8 @@ class DiLoCo(Recipe):
             return
         mine = self.local.weights(fragment)
         mixed = [
-            torch.lerp(new.to(w.device), w, self.mix) for new, w in zip(news, mine, strict=True)
+            torch.lerp(new.to(w.device), w.to(new.dtype), self.mix)
+            for new, w in zip(news, mine, strict=True)
         ]
         self.local.set_weights(fragment, mixed)
         self.local.release(mine, reusable=True)

@@ -19,6 +19,7 @@ import torch
 
 from torchft.strategies.local_sgd import LocalSGD
 from torchft.strategies.parts.agreed import generator
+from torchft.strategies.parts.precision import SharedDtype
 from torchft.strategies.ranges import check_number
 from torchft.strategies.recipe import By
 
@@ -34,11 +35,17 @@ class FedAvg(LocalSGD):
         *,
         island_size: int | None = None,
         seed: int = 0,
+        shared_dtype: SharedDtype = torch.float32,
         backup_device: torch.device | str | None = "cpu",
     ) -> None:
         if island_size is not None:
             check_number("island_size", island_size, least=1, whole=True)
-        super().__init__(every, backup=island_size is None, backup_device=backup_device)
+        super().__init__(
+            every,
+            backup=island_size is None,
+            shared_dtype=shared_dtype,
+            backup_device=backup_device,
+        )
         self.by = By.AVERAGE if island_size is None else By.ISLANDS
         self.island_size, self.seed = island_size, seed
 

@@ -17,10 +17,16 @@ or beside SPARTA too, take `error_feedback` with it: what the codec loses is sen
 Those of LocalSGD and DiLoCo take `buffers` ("left", "averaged", "copied"): what becomes of the
 model's buffers in a round, see `buffers.py`.
 
+Those that share weights take `shared_dtype` (`torch.float32`): at least this is what a backup, an
+outer optimizer and what travels without a codec are kept in, also where parameters are bf16 or
+fp16. None: the parameters' own dtype. See `parts/precision.py`.
+
 An argument that is not listed is an error, as in any Python call.
 """
 
 from __future__ import annotations
+
+import torch
 
 from torchft.errors import SettingsError
 from torchft.quantization import Codec
@@ -41,6 +47,7 @@ from torchft.strategies.named import (
     one_of,
 )
 from torchft.strategies.optim_spec import ensure_optim_spec
+from torchft.strategies.parts.precision import SharedDtype
 from torchft.strategies.parts.selectors import RandomIndexSelector, Selector
 from torchft.strategies.sparta import Sparta
 
@@ -98,13 +105,16 @@ class FedAvgStrategy(Averaged):
         lr_scheduler_kwargs: Arguments = None,
         codec: Codec | str | None = None,
         seed: int = 0,
+        shared_dtype: SharedDtype = torch.float32,
     ) -> None:
         check_interval("H", H)
         optim = one_of(
             optim_spec=optim_spec, inner_optim=inner_optim, inner_optim_spec=inner_optim_spec
         )
         inner = inner_step_of(optim, max_norm, lr_scheduler, lr_scheduler_kwargs)
-        recipe = FedAvg(H, island_size=island_size, seed=seed, backup_device=None)
+        recipe = FedAvg(
+            H, island_size=island_size, seed=seed, shared_dtype=shared_dtype, backup_device=None
+        )
         super().__init__(
             [recipe],
             inner,
@@ -112,6 +122,7 @@ class FedAvgStrategy(Averaged):
             H=H,
             island_size=island_size,
             seed=seed,
+            shared_dtype=shared_dtype,
         )
 
 
@@ -130,14 +141,17 @@ class LocalSGDStrategy(Averaged):
         lr_scheduler_kwargs: Arguments = None,
         codec: Codec | str | None = None,
         buffers: str = LEFT,
+        shared_dtype: SharedDtype = torch.float32,
     ) -> None:
         check_interval("H", H)
         optim = one_of(
             optim_spec=optim_spec, inner_optim=inner_optim, inner_optim_spec=inner_optim_spec
         )
         inner = inner_step_of(optim, max_norm, lr_scheduler, lr_scheduler_kwargs)
-        recipe = LocalSGD(H, buffers=buffers, backup_device=None)
-        super().__init__([recipe], inner, codec=codec, buffers=buffers, H=H)
+        recipe = LocalSGD(H, buffers=buffers, shared_dtype=shared_dtype, backup_device=None)
+        super().__init__(
+            [recipe], inner, codec=codec, buffers=buffers, H=H, shared_dtype=shared_dtype
+        )
 
 
 class DiLoCoStrategy(Averaged):
@@ -157,6 +171,7 @@ class DiLoCoStrategy(Averaged):
         codec: Codec | str | None = None,
         buffers: str = LEFT,
         error_feedback: bool = False,
+        shared_dtype: SharedDtype = torch.float32,
     ) -> None:
         check_interval("H", H)
         optim = one_of(
@@ -165,7 +180,12 @@ class DiLoCoStrategy(Averaged):
         inner = inner_step_of(optim, max_norm, lr_scheduler, lr_scheduler_kwargs)
         outer = ensure_optim_spec(outer_optim_spec, OUTER)
         recipe = DiLoCo(
-            outer, H, buffers=buffers, error_feedback=error_feedback, backup_device=None
+            outer,
+            H,
+            buffers=buffers,
+            error_feedback=error_feedback,
+            shared_dtype=shared_dtype,
+            backup_device=None,
         )
         super().__init__(
             [recipe],
@@ -175,6 +195,7 @@ class DiLoCoStrategy(Averaged):
             buffers=buffers,
             H=H,
             outer=outer,
+            shared_dtype=shared_dtype,
         )
 
 
@@ -205,6 +226,7 @@ class StreamingDiLoCoStrategy(Averaged):
         fragment_sync_delay: int = 0,
         fragment_update_alpha: float = 0.0,
         error_feedback: bool = False,
+        shared_dtype: SharedDtype = torch.float32,
     ) -> None:
         check_interval("H", H)
         optim = one_of(
@@ -221,6 +243,7 @@ class StreamingDiLoCoStrategy(Averaged):
             pattern=pattern,
             buffers=buffers,
             error_feedback=error_feedback,
+            shared_dtype=shared_dtype,
             backup_device=None,
         )
         super().__init__(
@@ -235,6 +258,7 @@ class StreamingDiLoCoStrategy(Averaged):
             fragment_update_alpha=fragment_update_alpha,
             pattern=pattern,
             outer=outer,
+            shared_dtype=shared_dtype,
         )
 
 
@@ -258,6 +282,7 @@ class SPARTAStrategy(Averaged):
         lr_scheduler: Scheduler = None,
         lr_scheduler_kwargs: Arguments = None,
         codec: Codec | str | None = None,
+        shared_dtype: SharedDtype = torch.float32,
     ) -> None:
         check_interval("sparta_interval", sparta_interval)
         optim = one_of(
@@ -265,9 +290,9 @@ class SPARTAStrategy(Averaged):
         )
         inner = inner_step_of(optim, max_norm, lr_scheduler, lr_scheduler_kwargs)
         selector = _selector(p_sparta, index_selector)
-        recipe = Sparta(selector, sparta_interval, seed=seed)
+        recipe = Sparta(selector, sparta_interval, seed=seed, shared_dtype=shared_dtype)
         settings = {"index_selector": selector, "sparta_interval": sparta_interval, "seed": seed}
-        super().__init__([recipe], inner, codec=codec, **settings)
+        super().__init__([recipe], inner, codec=codec, shared_dtype=shared_dtype, **settings)
 
 
 class SPARTADiLoCoStrategy(Averaged):
@@ -290,6 +315,7 @@ class SPARTADiLoCoStrategy(Averaged):
         lr_scheduler_kwargs: Arguments = None,
         codec: Codec | str | None = None,
         error_feedback: bool = False,
+        shared_dtype: SharedDtype = torch.float32,
     ) -> None:
         check_interval("H", H)
         check_interval("sparta_interval", sparta_interval)
@@ -300,12 +326,25 @@ class SPARTADiLoCoStrategy(Averaged):
         outer = ensure_optim_spec(outer_optim_spec, OUTER)
         selector = _selector(p_sparta, index_selector)
         recipes = [
-            Sparta(selector, sparta_interval, seed=seed),
-            DiLoCo(outer, H, backup_device=None, error_feedback=error_feedback),
+            Sparta(selector, sparta_interval, seed=seed, shared_dtype=shared_dtype),
+            DiLoCo(
+                outer,
+                H,
+                backup_device=None,
+                error_feedback=error_feedback,
+                shared_dtype=shared_dtype,
+            ),
         ]
         settings = {"index_selector": selector, "sparta_interval": sparta_interval, "seed": seed}
         super().__init__(
-            recipes, inner, codec=codec, error_feedback=error_feedback, H=H, outer=outer, **settings
+            recipes,
+            inner,
+            codec=codec,
+            error_feedback=error_feedback,
+            H=H,
+            outer=outer,
+            shared_dtype=shared_dtype,
+            **settings,
         )
 
 

@@ -16,6 +16,7 @@ from torchft.strategies.named import (
     one_of,
 )
 from torchft.strategies.optim_spec import OptimSpec, ensure_optim_spec
+from torchft.strategies.parts.precision import SharedDtype
 from torchft.strategies.ranges import check_number
 from torchft.strategies.top_k import TopK
 
@@ -98,6 +99,7 @@ class TopKStrategy(Named):
         inner_optim_spec: Optim = None,
         lr_scheduler: Scheduler = None,
         lr_scheduler_kwargs: Arguments = None,
+        shared_dtype: SharedDtype = torch.float32,
     ) -> None:
         check_interval("H", H)
         optim = one_of(
@@ -105,6 +107,12 @@ class TopKStrategy(Named):
         )
         inner = inner_step_of(optim, max_norm, lr_scheduler, lr_scheduler_kwargs)
         outer = ensure_optim_spec(outer_optim_spec, OptimSpec(torch.optim.SGD, lr=1.0))
-        recipe = TopK(outer, H, topk=topk, chunk=chunk, decay=decay)
-        settings = {"H": H, "topk": topk, "chunk": chunk, "decay": decay}
+        recipe = TopK(outer, H, topk=topk, chunk=chunk, decay=decay, shared_dtype=shared_dtype)
+        settings = {
+            "H": H,
+            "topk": topk,
+            "chunk": chunk,
+            "decay": decay,
+            "shared_dtype": shared_dtype,
+        }
         super().__init__([recipe], inner, outer=outer, **settings)

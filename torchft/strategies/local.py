@@ -62,7 +62,9 @@ class Local(Protocol):
         ...
 
     def delta(self, fragment: Fragment, base: Sequence[Tensor]) -> list[Tensor]:
-        """`base - weights`; `base` is `[1, n]` and may lie on another device."""
+        """`base - weights` in the dtype of `base`, which is `[1, n]` and may lie on another device.
+        Where weights have fewer digits, `base` is rounded to theirs first: so this is what they
+        moved by since they were set to it."""
         ...
 
     def set_weights(self, fragment: Fragment, values: Sequence[Tensor]) -> None:

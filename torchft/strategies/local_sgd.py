@@ -5,6 +5,10 @@
 Two nodes at 1.0 that reach 0.6 and 0.8 both go on from 0.7. It sends 1/H of what all-reduce does.
 After a no the weights go back to the last average, which costs a backup of 4 bytes a parameter;
 without a backup they stand as they are. The state of the inner optimizer stays local, always.
+
+Of weights in bf16 or fp16 the mean is fp32, unless `shared_dtype` says otherwise, and so is its
+backup b. What the weights cannot hold of it is not lost: the next one is mean of w + (b - rounded
+b), so that steps below the last place add up (`parts/precision.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +23,12 @@ from torchft.strategies.buffers import LEFT, check_buffers
 from torchft.strategies.checks import check_whole
 from torchft.strategies.local import Fragment
 from torchft.strategies.parts.backup import Backup
+from torchft.strategies.parts.precision import (
+    SharedDtype,
+    check_shared_dtype,
+    lost_by_rounding,
+    weights_as,
+)
 from torchft.strategies.recipe import Recipe
 
 __all__ = ["LocalSGD"]
@@ -33,6 +43,7 @@ class LocalSGD(Recipe):
         *,
         backup: bool = True,
         buffers: str = LEFT,
+        shared_dtype: SharedDtype = torch.float32,
         backup_device: torch.device | str | None = "cpu",
         pin_memory: bool = True,
     ) -> None:
@@ -40,6 +51,7 @@ class LocalSGD(Recipe):
         if every < 1:
             raise SettingsError(f"sync_every={every}: weights are averaged every 1 or more steps")
         self.buffers = check_buffers(buffers)
+        self.shared_dtype = check_shared_dtype(shared_dtype)
         self.every = every
         self.backup: Backup | None = None
         self._wants_backup = backup
@@ -48,8 +60,13 @@ class LocalSGD(Recipe):
     def setup(self) -> None:
         """Remember the weights that all start from."""
         if self._wants_backup:
-            whole = self.local.whole
-            self.backup = Backup(self.local, whole, device=self._device, pin_memory=self._pin)
+            self.backup = Backup(
+                self.local,
+                self.local.whole,
+                device=self._device,
+                pin_memory=self._pin,
+                dtype=self.shared_dtype,
+            )
 
     def due(self) -> bool:
         """After every H-th step."""
@@ -62,11 +79,20 @@ class LocalSGD(Recipe):
 
     def contribution(self, fragment: Fragment) -> tuple[list[Tensor], None]:
         """The weights."""
-        return self.local.weights(fragment), None
+        return weights_as(self.local, fragment, self.shared_dtype), None
 
     def named(self, fragment: Fragment, received: list[Tensor], draft: None) -> dict[str, Tensor]:
         """By parameter."""
         return self.local.named_views(fragment, received)
+
+    @torch.no_grad()
+    def apply(self, fragment: Fragment, received: list[Tensor]) -> list[Tensor]:
+        """The mean, and what the weights could not hold of the last one."""
+        if self.backup is None:
+            return received
+        before = zip(received, self.backup.flats, self.backup.own_dtypes, strict=True)
+        lost = [(mean, lost_by_rounding(flat, own)) for mean, flat, own in before]
+        return [mean if left is None else mean + left.to(mean.device) for mean, left in lost]
 
     def adopt(self, fragment: Fragment, news: list[Tensor], draft: None) -> None:
         """The mean weights are this node's weights, and the next thing to go back to."""

@@ -129,8 +129,8 @@ class ModelLocal:
 
     @torch.no_grad()
     def delta(self, fragment: Fragment, base: Sequence[Tensor]) -> list[Tensor]:
-        """`base - weights`, in one pass where both lie on one device."""
-        out = self._take(fragment)
+        """`base - weights`, in one pass where both lie on one device and have one dtype."""
+        out = self._take(fragment, [b.dtype for b in base])
         views = self._views(fragment, out)
         if [b.device for b in base] == [o.device for o in out]:
             minuends = self._views(fragment, base)
@@ -139,7 +139,11 @@ class ModelLocal:
                 flat.copy_(source, non_blocking=True)
             minuends = views
         for view, minuend, parameter in zip(views, minuends, self.of(fragment), strict=True):
-            torch.sub(minuend, local_part(parameter), out=view)
+            weight = local_part(parameter)
+            if weight.dtype == view.dtype:
+                torch.sub(minuend, weight, out=view)
+            else:
+                view.copy_(minuend.to(weight.dtype)).sub_(weight)
         return out
 
     @torch.no_grad()
@@ -229,12 +233,14 @@ class ModelLocal:
         """Keep the scratch for the next round, or let it go."""
         self._scratch.release(tensors, reusable=reusable)
 
-    def _take(self, fragment: Fragment) -> list[Tensor]:
+    def _take(
+        self, fragment: Fragment, dtypes: Sequence[torch.dtype] | None = None
+    ) -> list[Tensor]:
+        """`dtypes` None: the parameters' own."""
         layout = self.layout(fragment)
-        return [
-            self._scratch.take(size, dtype, device)
-            for size, (dtype, device) in zip(layout.sizes, layout.kinds, strict=True)
-        ]
+        wanted = [own for own, _ in layout.kinds] if dtypes is None else dtypes
+        kinds = zip(layout.sizes, wanted, layout.kinds, strict=True)
+        return [self._scratch.take(size, dtype, device) for size, dtype, (_, device) in kinds]
 
     def _views(self, fragment: Fragment, flats: Sequence[Tensor]) -> list[Tensor]:
         return self.layout(fragment).views(flats)

@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from torchft.errors import SettingsError
 from torchft.quantization import Codec, codec_of
+from torchft.strategies.compared import check_codecs
 from torchft.strategies.inner import Inner
 from torchft.strategies.optim_spec import OptimSpec, ensure_optim_spec
 from torchft.strategies.recipe import Recipe
@@ -58,7 +59,7 @@ class Averaged(Named):
         super().__init__(recipes, inner, codec=None if by is None else by.name, **settings)
         for recipe in self.recipes:
             recipe.codec = by
-        self._check_codecs()
+        check_codecs(self.recipes)
 
 
 def check_interval(name: str, steps: int) -> None:

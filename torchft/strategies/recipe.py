@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from torchft.errors import SettingsError
@@ -25,6 +26,7 @@ from torchft.peers import Place
 from torchft.quantization import Codec
 from torchft.strategies.buffers import LEFT
 from torchft.strategies.local import Fragment, Local
+from torchft.strategies.parts.precision import wider_dtypes
 
 __all__ = ["By", "Clock", "Recipe"]
 
@@ -69,6 +71,9 @@ class Recipe:
     error_feedback: bool = False
     """What the codec loses is kept and sent later. The draft of a contribution is then what each
     tensor should say, and when the round has closed what did not arrive: see `ErrorFeedback`."""
+    shared_dtype: torch.dtype | None = None
+    """At least this is what a backup, an outer optimizer and averages of weights are kept in. None:
+    the parameter's own dtype. See `parts/precision.py`."""
     varies: bool = False
     """Rounds differ in what they send, so that only an agreed clock says what is sent now."""
 
@@ -95,6 +100,12 @@ class Recipe:
 
     def setup(self) -> None:
         """Make the recipe's state."""
+
+    def compared(self) -> dict[str, str]:
+        """Settings that must be equal in all groups, by name; asked once it is bound. Its codec and
+        what it does to buffers are compared anyway."""
+        shared = "" if self.shared_dtype is None else wider_dtypes(self.local, self.shared_dtype)
+        return {"shared dtype": shared} if shared else {}
 
     @property
     def rests(self) -> bool:

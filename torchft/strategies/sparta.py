@@ -8,6 +8,9 @@ share of 0.005 it sends a 200th of what all-reduce does, and yet the nodes stay 
 (EXO: Beton et al., "Improving the efficiency of distributed training using sparse parameter
 averaging", ICLR 2025 workshop on modularity for collaborative and decentralised deep learning.)
 
+Of weights in bf16 or fp16 the mean is taken in fp32, unless `shared_dtype` says otherwise, and
+rounded once: a mean of equal numbers is that number.
+
 After a no everything stands. A node that heals goes on from its donor's weights.
 """
 
@@ -19,6 +22,11 @@ from torch import Tensor
 from torchft.errors import SettingsError
 from torchft.strategies.local import Fragment
 from torchft.strategies.parts.agreed import mixed
+from torchft.strategies.parts.precision import (
+    SharedDtype,
+    check_shared_dtype,
+    shared_dtype_of,
+)
 from torchft.strategies.parts.selectors import Selector
 from torchft.strategies.recipe import Recipe
 
@@ -33,12 +41,20 @@ class Sparta(Recipe):
 
     varies = True
 
-    def __init__(self, selector: Selector, every: int = 1, *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        selector: Selector,
+        every: int = 1,
+        *,
+        seed: int = 0,
+        shared_dtype: SharedDtype = torch.float32,
+    ) -> None:
         if every < 1:
             raise SettingsError(
                 f"sparta_interval={every}: weights are averaged every 1 or more steps"
             )
         self.selector, self.every, self.seed = selector, every, seed
+        self.shared_dtype = check_shared_dtype(shared_dtype)
 
     def setup(self) -> None:
         """Note how large the tensors are."""
@@ -62,7 +78,9 @@ class Sparta(Recipe):
         """The weights of the subset; nothing of a tensor that the subset misses."""
         subset = self.positions()
         some = self.local.select(fragment, subset)
-        return [part for part in some if part.shape[1]], (subset, some)
+        dtypes = [shared_dtype_of(part.dtype, self.shared_dtype) for part in some]
+        sent = [p.to(dtype) for p, dtype in zip(some, dtypes, strict=True) if p.shape[1]]
+        return sent, (subset, some)
 
     def named(self, fragment: Fragment, received: list[Tensor], draft: Draft) -> dict[str, Tensor]:
         """By parameter; what is not of the subset is zero."""
@@ -78,5 +96,5 @@ class Sparta(Recipe):
         """Their mean, in their place."""
         subset, some = draft
         arrived = iter(news)
-        means = [next(arrived) if part.shape[1] else part for part in some]
+        means = [next(arrived).to(p.dtype) if p.shape[1] else p for p in some]
         self.local.put(fragment, subset, means)

@@ -32,6 +32,7 @@ from torchft.finite import not_finite
 from torchft.peers import Handle, Peers, Place, Round
 from torchft.strategies import checks
 from torchft.strategies.buffers import LEFT, Buffers, check_means
+from torchft.strategies.compared import check_codecs, compare_settings
 from torchft.strategies.in_flight import InFlight
 from torchft.strategies.local import Fragment, Local
 from torchft.strategies.optim_spec import OptimSpec, plain
@@ -103,33 +104,13 @@ class Strategy:
         if self._peers is not None:
             raise SettingsError(f"this {type(self).__name__} is in use: make one for each run")
         checks.check_recipes(self.recipes)
-        self._check_codecs()
+        check_codecs(self.recipes)
         for recipe in self.recipes:
             check_means(local, recipe.buffers)
             recipe.bind(local, self.clock)
         self.local, self._peers, self._applying = local, peers, applying
-        self._compare_settings(peers)
+        compare_settings(self.recipes, peers)
         return self
-
-    def _compare_settings(self, peers: Peers) -> None:
-        codecs = ["none" if r.codec is None else r.codec.name for r in self.recipes]
-        if any(recipe.codec is not None for recipe in self.recipes):
-            peers.compare("codec", ", ".join(codecs))
-        if any(recipe.buffers != LEFT for recipe in self.recipes):
-            peers.compare("buffers", ", ".join(recipe.buffers for recipe in self.recipes))
-
-    def _check_codecs(self) -> None:
-        for recipe in self.recipes:
-            if recipe.codec is not None and recipe.by is not By.AVERAGE:
-                raise SettingsError(
-                    f"{type(recipe).__name__} does not average among all, so the codec "
-                    f"{recipe.codec.name} has nothing to encode: leave it out"
-                )
-            if recipe.error_feedback and recipe.codec is None:
-                raise SettingsError(
-                    f"{type(recipe).__name__} with error_feedback=True has no codec, so nothing is "
-                    'lost that could be fed back: give it a codec, such as "int8", or leave it out'
-                )
 
     @property
     def opening(self) -> int:

@@ -9,6 +9,9 @@ Example, k = 1 of 2, β = 1: a node moved by (0.3, 0.2). It sends 0.3 at positio
 (0, 0.2); if next time it moves by (0.1, 0.1), it sends 0.3 at position 1 and keeps (0.1, 0).
 (SparseLoCo: Sarfi et al., arXiv 2508.15706.)
 
+The backup, the outer optimizer, the residual and what travels are fp32 where parameters are bf16 or
+fp16, unless `shared_dtype` says otherwise (`parts/precision.py`).
+
 After a no the residual and the weights stand as they are: the next delta, from the same backup,
 has this one in it.
 """
@@ -24,6 +27,7 @@ from torchft.strategies.local import Fragment
 from torchft.strategies.parts.backup import Backup
 from torchft.strategies.parts.largest import largest, mean_of, packed
 from torchft.strategies.parts.outer import FlatOuter, OuterFactory
+from torchft.strategies.parts.precision import SharedDtype, check_shared_dtype, weights_as
 from torchft.strategies.ranges import check_number
 from torchft.strategies.recipe import By, Recipe
 
@@ -46,20 +50,23 @@ class TopK(Recipe):
         topk: int = 64,
         chunk: int = 4096,
         decay: float = 0.95,
+        shared_dtype: SharedDtype = torch.float32,
         backup_device: torch.device | str | None = None,
     ) -> None:
         for name, count in {"every": every, "topk": topk, "chunk": chunk}.items():
             check_number(name, count, least=1, whole=True)
         check_number("decay", decay, least=0, most=1)
         self.every, self.topk, self.chunk, self.decay = every, topk, chunk, decay
+        self.shared_dtype = check_shared_dtype(shared_dtype)
         self.outer = FlatOuter(outer)
         self._device = backup_device
 
     def setup(self) -> None:
         """Remember the weights that all start from; no residual yet."""
-        self.backup = Backup(self.local, self.local.whole, device=self._device)
+        whole = self.local.whole
+        self.backup = Backup(self.local, whole, device=self._device, dtype=self.shared_dtype)
         self.outer.bind([self.local.whole], [self.backup])
-        flats = self.local.weights(self.local.whole)
+        flats = weights_as(self.local, whole, self.shared_dtype)
         self.own["residual"] = [self._chunks(flat) for flat in flats]
         self.local.release(flats, reusable=True)
 

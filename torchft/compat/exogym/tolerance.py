@@ -80,7 +80,7 @@ def _check_own(made: type[Strategy], named: type[Strategy]) -> None:
     ]
     if own:
         raise SettingsError(
-            f"{made.__name__} overrides {' and '.join(own)} of {named.__name__}, whose steps are "
-            "recipes here and do not call that: derive it from Strategy or from "
-            "CommunicateOptimizeStrategy with a communicator"
+            f"{made.__name__} overrides {' and '.join(own)} of {named.__name__}, which is made of "
+            "recipes that do not call that: import what it is derived from from "
+            "torchft.compat.exogym.strategy.processes, or derive it from Strategy"
         )

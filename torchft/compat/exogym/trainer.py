@@ -22,7 +22,8 @@ __all__ = ["LocalTrainer", "Trainer"]
 class Trainer(simulator.Trainer):
     """As `torchft.simulator.Trainer`, but
 
-    - a strategy that calls collectives itself runs over real processes without being asked to;
+    - a strategy that calls collectives itself, and nodes that have several CUDA devices, run as
+      real processes without being asked to;
     - `device=""` is the best one there is, and devices that are not there are left out, once said;
     - a `run_name` whose logs are there already gets a number behind it, once said;
     - `fit(kwargs=…)`, which EXO Gym never reads, is left out, once said.
@@ -77,12 +78,16 @@ class Trainer(simulator.Trainer):
             num_epochs,
             strategy,
             *args,
-            processes=isinstance(strategy, SPMDProgram) if processes is None else processes,
+            processes=self._needs(strategy) if processes is None else processes,
             device=usable_device(device),
             run_name=run_name,
             log_dir=log_dir,
             **settings,
         )
+
+    def _needs(self, strategy: object) -> bool:
+        """Whether nodes have to be processes."""
+        return isinstance(strategy, SPMDProgram) or len(self.devices or ()) > 1
 
 
 LocalTrainer = Trainer

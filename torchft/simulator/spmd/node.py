@@ -33,8 +33,9 @@ _SHARED = 1 << 36
 """In the place of a node's number: for draws that are alike at all nodes."""
 _ROWS = 100
 """So many steps are told at once."""
-_TIMEOUT = timedelta(seconds=60)
-"""Of one collective: as long as a process waits for one that does not come."""
+_TIMEOUT = timedelta(minutes=5)
+"""Of one collective. A process that ends is seen at once; this is for one that is slow, or that
+never enters what the others have entered."""
 
 
 class SPMDNode:

@@ -1,7 +1,8 @@
 """The weights of the last synchronisation: what a no brings back and what a delta is measured from.
 
 One flat tensor per dtype, on a device of choice. On the CPU, beside parameters on a GPU, it is
-pinned so that it travels without blocking. `[1, n]`: all nodes share it.
+pinned so that it travels without blocking. `[1, n]`: all nodes share it. Its dtype may have more
+digits than the parameters (`precision.py`): then they are set to it rounded.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from torch import Tensor
 
 from torchft.errors import HealError
 from torchft.strategies.local import Fragment, Local
+from torchft.strategies.parts.precision import shared_dtype_of
 
 __all__ = ["Backup"]
 
 
 class Backup:
-    """A copy of one fragment's weights; `device` None keeps it beside the parameters."""
+    """A copy of one fragment's weights; `device` None keeps it beside the parameters, `dtype` None
+    in their own dtype."""
 
     def __init__(
         self,
@@ -27,14 +30,26 @@ class Backup:
         *,
         device: torch.device | str | None = None,
         pin_memory: bool = True,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self._local = local
         self._fragment = fragment
         at = None if device is None else torch.device(device)
         weights = local.weights(fragment)
-        self.flats = [_empty_beside(w[:1], at, pin_memory=pin_memory) for w in weights]
+        self.own_dtypes = [w.dtype for w in weights]
+        """Of the parameters that each flat tensor is of."""
+        dtypes = [shared_dtype_of(own, dtype) for own in self.own_dtypes]
+        self.flats = [
+            _empty_beside(w[:1], at, kept_in, pin_memory=pin_memory)
+            for w, kept_in in zip(weights, dtypes, strict=True)
+        ]
         self.copy_(weights)
         local.release(weights, reusable=True)
+
+    @property
+    def is_wider(self) -> bool:
+        """Some of it has more digits than the parameters can hold."""
+        return self.own_dtypes != [flat.dtype for flat in self.flats]
 
     def take(self) -> None:
         """The parameters as they are now become the last synchronisation."""
@@ -89,7 +104,9 @@ class Backup:
             view.copy_(values[name])
 
 
-def _empty_beside(weights: Tensor, device: torch.device | None, *, pin_memory: bool) -> Tensor:
+def _empty_beside(
+    weights: Tensor, device: torch.device | None, dtype: torch.dtype, *, pin_memory: bool
+) -> Tensor:
     at = weights.device if device is None else device
     pinned = pin_memory and weights.device.type == "cuda" and at.type == "cpu"
-    return torch.empty(weights.shape, dtype=weights.dtype, device=at, pin_memory=pinned)
+    return torch.empty(weights.shape, dtype=dtype, device=at, pin_memory=pinned)

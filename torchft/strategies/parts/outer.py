@@ -20,6 +20,7 @@ from torchft.strategies.local import Fragment
 from torchft.strategies.model_local import ModelLocal, like_parameter
 from torchft.strategies.parts.backup import Backup
 from torchft.strategies.parts.coupling import check_steps, sees_shapes
+from torchft.strategies.parts.masters import masters_of, restored_on_error, take_over
 
 __all__ = ["FlatOuter", "Flats", "ModelOuter", "Outer", "OuterFactory"]
 
@@ -122,6 +123,9 @@ class ModelOuter:
     The parameters are lent: they become the backup, get the average as gradient, are stepped and
     read back. The backup changes last, so an optimizer that raises leaves the last synchronisation
     whole. `keep_weights` puts the local weights back afterwards, for a recipe that mixes them.
+
+    Where the backup has more digits than the parameters, its views are stepped instead of them: see
+    `masters.py`.
     """
 
     def __init__(
@@ -130,6 +134,8 @@ class ModelOuter:
         self._local = local
         self._optimizers = list(optimizers)
         self._backups: list[Backup] = []
+        self._masters: dict[nn.Parameter, nn.Parameter] = {}
+        """Parameter → what is stepped in its place. Empty: the parameters themselves are."""
         self._keep_weights = keep_weights
         self.leaves_news = not keep_weights
 
@@ -150,22 +156,41 @@ class ModelOuter:
                         "optimizer, so it would never move: make that optimizer over all "
                         "parameters of the fragment"
                     )
+        if any(backup.is_wider for backup in backups):
+            self._make_masters(fragments)
+
+    def _make_masters(self, fragments: Sequence[Fragment]) -> None:
+        self.leaves_news = False
+        for fragment, backup in zip(fragments, self._backups, strict=True):
+            parameters = self._local.of(fragment)
+            views = self._local.layout(fragment).views(backup.flats)
+            masters = masters_of(parameters, views, self._optimizer(fragment))
+            self._masters.update(zip(parameters, masters, strict=True))
+        for optimizer in self._optimizers:
+            take_over(optimizer, self._masters)
 
     def _optimizer(self, fragment: Fragment) -> Optimizer:
         return self._optimizers[fragment.index if len(self._optimizers) > 1 else 0]
 
     def step(self, fragment: Fragment, average: Sequence[Tensor]) -> None:
-        """Step the lent parameters and read them back."""
+        """Step the lent parameters and read them back, or step the backup itself."""
         backup, local = self._backups[fragment.index], self._local
+        if self._masters:
+            with restored_on_error(backup.flats):
+                self._step(fragment, average)
+            return
         mine = local.weights(fragment) if self._keep_weights else None
         backup.restore()
-        optimizer = self._optimizer(fragment)
-        with self._lent_grads(fragment, average), _fused(optimizer):
-            optimizer.step()
+        self._step(fragment, average)
         local.read_weights(fragment, backup.flats)
         if mine is not None:
             local.set_weights(fragment, mine)
             local.release(mine, reusable=True)
+
+    def _step(self, fragment: Fragment, average: Sequence[Tensor]) -> None:
+        optimizer = self._optimizer(fragment)
+        with self._lent_grads(fragment, average), _fused(optimizer):
+            optimizer.step()
 
     @contextmanager
     def _lent_grads(self, fragment: Fragment, average: Sequence[Tensor]) -> Iterator[None]:
@@ -176,7 +201,8 @@ class ModelOuter:
             for parameter, _ in mine:
                 parameter.grad = None
             views = self._local.layout(fragment).views(average)
-            for parameter, view in zip(self._local.of(fragment), views, strict=True):
+            for own, view in zip(self._local.of(fragment), views, strict=True):
+                parameter = self._masters.get(own, own)
                 # A donor's result lies on the CPU.
                 parameter.grad = like_parameter(view.to(parameter.device), parameter)
             yield

@@ -1,0 +1,94 @@
+"""Whoever has to act when a step begins and before it is voted on, e.g. what averages gradients.
+
+They are held weakly: a model that is wrapped anew is followed by the new wrapper alone.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import Protocol
+
+from torchft.errors import StepError
+from torchft.fingerprint import Description
+from torchft.transaction import Transaction
+
+__all__ = ["StepListener", "StepListeners"]
+
+
+class StepListener(Protocol):
+    """Called on the training thread."""
+
+    kind: str
+    """What it is, in the words that a difference between groups is told with."""
+    description: Description
+    """What must be equal in all groups before it sends anything; another object when it changes."""
+
+    def before_step(self) -> Description:
+        """A step is about to begin. Returns what must be equal in all groups this once, e.g. the
+        values that each of them has made for a new parameter."""
+        ...
+
+    def before_vote(self, *, idle: bool) -> None:
+        """The step is about to be voted on. `idle`: this group sent nothing in it so far."""
+        ...
+
+
+class StepListeners:
+    """The listeners of one manager, in the order in which they were added.
+
+    Args:
+        compare: has what it is given compared with the other groups: what always must be equal,
+            and what must be this once.
+    """
+
+    def __init__(self, compare: Callable[[Description, Description], None]) -> None:
+        self._compare = compare
+        self._listeners: list[weakref.ref[StepListener]] = []
+
+    def add(self, listener: StepListener) -> None:
+        """Call it from now on, for as long as somebody else holds it."""
+        self._listeners.append(weakref.ref(listener))
+        self._describe({})
+
+    def before_step(self) -> None:
+        """A step is about to begin."""
+        once: Description = {}
+        for key, listener in self._named():
+            once.update({f"new in {key}: {k}": v for k, v in listener.before_step().items()})
+        self._describe(once)
+
+    def before_vote(self, transaction: Transaction) -> None:
+        """The step is about to be voted on. One in which this group sent nothing, although the
+        others may wait for it, is completed by a lone listener; several cannot know whose turn it
+        was, so that the step is discarded."""
+        listeners = self._named()
+        idle = not transaction.averages
+        if idle and len(listeners) > 1 and not transaction.failed:
+            kinds = ", ".join(key for key, _ in listeners)
+            transaction.report(
+                StepError(
+                    f"no gradient was averaged in this step, of {kinds}: call backward before step"
+                )
+            )
+        for _, listener in listeners:
+            if not transaction.failed:
+                listener.before_vote(idle=idle)
+
+    def _named(self) -> list[tuple[str, StepListener]]:
+        """Those that are alive, with names that are equal in a group that was restarted."""
+        self._listeners = [reference for reference in self._listeners if reference() is not None]
+        numbers: Counter[str] = Counter()
+        named = []
+        for reference in self._listeners:
+            if (listener := reference()) is not None:
+                numbers[listener.kind] += 1
+                number = numbers[listener.kind]
+                key = listener.kind if number == 1 else f"{listener.kind} {number}"
+                named.append((key, listener))
+        return named
+
+    def _describe(self, once: Description) -> None:
+        always: Description = {key: listener.description for key, listener in self._named()}
+        self._compare(always, once)

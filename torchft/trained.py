@@ -1,0 +1,154 @@
+"""Which parameters of a model are trained, and what has changed about that.
+
+A model is not what it was when layers are frozen or unfrozen, replaced, added, moved, resized or
+converted. Whoever averages gradients looks once a step, before anything is computed in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from torchft.errors import SettingsError
+from torchft.fingerprint import Description, describe
+
+__all__ = [
+    "Change",
+    "Named",
+    "TrainedParameters",
+    "describe_values",
+    "refuse_sparse",
+    "sparse_error",
+]
+
+Named = tuple[str, nn.Parameter]
+_Mark = tuple[int, bool, torch.Size, torch.dtype, torch.device]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What became of the trained parameters since the last look."""
+
+    added: tuple[str, ...]
+    """Those that are trained now, and were not."""
+    removed: tuple[str, ...]
+    """Those that were trained, and are not: frozen, replaced or taken out."""
+    created: tuple[Named, ...]
+    """Those of the added that the model did not have before, so that their values are new, too."""
+
+
+class TrainedParameters:
+    """The trained parameters of a model, as they were at the last look.
+
+    `ignored` are names of parameters that are trained but never averaged.
+    """
+
+    def __init__(self, module: nn.Module, ignored: Set[str] = frozenset()) -> None:
+        self._module = module
+        self._ignored = ignored
+        self._looked_at = self._known = _parameters_of(module)
+        # The parameters are held, so that no other one gets the identity of one that is gone.
+        self._marks = _marks(self._looked_at)
+        self.named = self._trained()
+        """Their names and they themselves, in the order of the model."""
+        self._trained_marks = _marks(p for _, p in self.named)
+
+    def look(self) -> Change | None:
+        """What has changed since the last look, e.g. a parameter's shape or that it is frozen.
+
+        None while nothing has, and also while all are frozen: a discriminator is, while the
+        generator learns, and it is the same afterwards.
+        """
+        found = _parameters_of(self._module)
+        marks = _marks(found)
+        if marks == self._marks:
+            return None
+        self._looked_at, self._marks = found, marks
+        before, now = self.named, self._trained()
+        trained_marks = _marks(p for _, p in now)
+        if not now or trained_marks == self._trained_marks:
+            return None
+        change = _difference(before, now, {id(p) for p in self._known})
+        self._known, self.named, self._trained_marks = found, now, trained_marks
+        return change
+
+    def unseen(self) -> str | None:
+        """The name of a parameter that is trained now and was not at the last look."""
+        held = {id(p) for _, p in self.named}
+        if all(id(p) in held for p in _parameters_of(self._module) if p.requires_grad):
+            return None
+        return next((name for name, p in self._trained() if id(p) not in held), None)
+
+    def description(self) -> Description:
+        """Name, shape and dtype of every parameter of the model; of one that is frozen, that."""
+        trained = {id(p) for _, p in self.named}
+        named = list(self._module.named_parameters())
+        frozen = {name for name, p in named if id(p) not in trained}
+        return {
+            name: f"{said}, frozen" if name in frozen else said
+            for name, said in describe(named).items()
+        }
+
+    def _trained(self) -> list[Named]:
+        named = self._module.named_parameters()
+        return [(name, p) for name, p in named if p.requires_grad and name not in self._ignored]
+
+
+def _difference(before: Sequence[Named], now: Sequence[Named], known: Set[int]) -> Change:
+    had, has = {id(p) for _, p in before}, {id(p) for _, p in now}
+    return Change(
+        added=tuple(name for name, p in now if id(p) not in had),
+        removed=tuple(name for name, p in before if id(p) not in has),
+        created=tuple((name, p) for name, p in now if id(p) not in known),
+    )
+
+
+def describe_values(named: Iterable[Named]) -> Description:
+    """A digest of each parameter's values, to be compared where groups made them by themselves."""
+    return {name: _digest(parameter) for name, parameter in named}
+
+
+def _digest(parameter: nn.Parameter) -> str:
+    row = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(row.numpy().tobytes()).hexdigest()[:16]
+
+
+def refuse_sparse(module: nn.Module) -> None:
+    """Raises SettingsError if a module's gradients would be sparse: what is averaged is dense."""
+    for name, child in module.named_modules():
+        embeds = isinstance(child, nn.Embedding | nn.EmbeddingBag)
+        if embeds and child.sparse and child.weight.requires_grad:
+            raise sparse_error(f"{name}.weight" if name else "weight")
+
+
+def sparse_error(name: str) -> SettingsError:
+    """That the gradient of the parameter `name` is sparse, and what to do."""
+    return SettingsError(
+        f"the gradient of {name} is sparse, and gradients are averaged densely: make its embedding "
+        "with sparse=False, freeze it, or train with LocalSGD or DiLoCo, which average weights"
+    )
+
+
+def _parameters_of(module: nn.Module) -> list[nn.Parameter]:
+    """As `module.parameters()`, three times as fast: it is asked in every step."""
+    found: dict[int, nn.Parameter] = {}
+    _collect(module, found)
+    return list(found.values())
+
+
+def _collect(module: nn.Module, found: dict[int, nn.Parameter]) -> None:
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            found[id(parameter)] = parameter
+    for child in module._modules.values():
+        if child is not None:
+            _collect(child, found)
+
+
+def _marks(parameters: Iterable[nn.Parameter]) -> list[_Mark]:
+    """What tells a parameter from another, and from itself as it was."""
+    return [(id(p), p.requires_grad, p.shape, p.dtype, p.device) for p in parameters]
