@@ -38,6 +38,7 @@ SIGNATURES = {
     "init_sync, commit_failures, timeout, settling=False)",
     "ManagerClient._checkpoint_metadata": "(self, /, rank, timeout)",
     "ManagerClient.should_commit": "(self, /, group_rank, step, should_commit, timeout)",
+    "ManagerClient._end_group": "(self, /, group_rank, why, timeout)",
 }
 
 

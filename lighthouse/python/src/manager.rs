@@ -213,4 +213,25 @@ impl ManagerClient {
         let outcome = runtime::wait(py, self.0.get()?.should_commit(ballot, timeout))?;
         outcome.map_err(|error| errors::raise(py, &error))
     }
+
+    /// Says that this rank cannot go on: all other ranks get a `QuorumError` with the reason, now
+    /// or when they next ask for a quorum or vote.
+    ///
+    /// Args:
+    ///     group_rank: which rank ends.
+    ///     why: the reason, not empty.
+    ///     timeout: how long to wait.
+    ///
+    /// Raises:
+    ///     TimeoutError: no answer in time.
+    fn _end_group(
+        &self,
+        py: Python<'_>,
+        group_rank: i64,
+        why: &str,
+        timeout: Duration,
+    ) -> PyResult<()> {
+        let told = runtime::wait(py, self.0.get()?.end_group(group_rank, why, timeout))?;
+        told.map_err(|error| errors::raise(py, &error))
+    }
 }

@@ -8,8 +8,9 @@
 //!   ask for the initial synchronisation, heal too, all but the primary. The primary is a member
 //!   that is not fresh, if there is one: a newcomer never overwrites the weights of those who have
 //!   trained.
-//! - The `i`-th that heals gets it from the `(i + group_rank)`-th that does not, so that the ranks
-//!   of a group load different donors.
+//! - The `i`-th that heals gets it from the `(i + group_rank + f)`-th that does not, where `f` is how
+//!   many steps it has discarded in a row: the ranks of a group load different donors, and a group
+//!   whose heal failed asks another one.
 //! - Ranks of equal group rank meet at the store of the `group_rank`-th that is ahead.
 
 use thiserror::Error;
@@ -86,7 +87,13 @@ pub fn assign(
         quorum_id: quorum.id,
     })?;
     let roles = Roles::of(quorum, group_rank, init_sync);
-    let donor = |(i, _): (usize, &usize)| *around(&roles.donors, group_rank + i as i64);
+    let donor = |(i, to): (usize, &usize)| {
+        let tries = quorum.members[*to].commit_failures;
+        *around(
+            &roles.donors,
+            group_rank.wrapping_add(i as i64).wrapping_add(tries),
+        )
+    };
     let pairs = roles.healing.iter().enumerate();
     let pairs = pairs.map(|pair| (*pair.1, donor(pair)));
     let source = pairs.clone().find(|(to, _)| *to == own);

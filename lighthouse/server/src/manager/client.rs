@@ -93,6 +93,7 @@ impl ManagerClient {
             should_commit: ballot.commit,
             group_rank: ballot.group_rank,
             step: ballot.step,
+            ends: String::new(),
         };
         let rpc = |channel, request| async move {
             ManagerServiceClient::new(channel)
@@ -105,6 +106,38 @@ impl ManagerClient {
                 .call("a vote", message, within, rpc)
                 .await
                 .map(|reply| reply.should_commit),
+        }
+    }
+
+    /// Says that this rank cannot go on, so that the group's other ranks need not wait for it.
+    ///
+    /// # Errors
+    /// The server did not answer in time.
+    pub async fn end_group(
+        &self,
+        group_rank: i64,
+        why: &str,
+        within: Duration,
+    ) -> Result<(), CallError> {
+        let message = ShouldCommitRequest {
+            group_rank,
+            ends: why.to_owned(),
+            ..Default::default()
+        };
+        let rpc = |channel, request| async move {
+            ManagerServiceClient::new(channel)
+                .should_commit(request)
+                .await
+        };
+        match &self.way {
+            Way::SameProcess(desk) => {
+                desk.rank_ends(group_rank, why);
+                Ok(())
+            }
+            Way::Network(link) => {
+                let told = link.call("the end of a rank", message, within, rpc);
+                told.await.map(drop)
+            }
         }
     }
 

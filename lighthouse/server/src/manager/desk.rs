@@ -5,7 +5,7 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::Duration,
 };
 
@@ -40,6 +40,8 @@ pub struct Desk {
     alarm: Alarm,
     lighthouse: Arc<LighthouseClient>,
     inner: Mutex<Inner>,
+    /// Says to the lighthouse that the group is alive.
+    heart: OnceLock<AbortHandle>,
 }
 
 #[derive(Debug)]
@@ -51,7 +53,8 @@ struct Inner {
     for_vote: HashMap<Ticket, Votes>,
     /// The request that the lighthouse has now.
     asking: Option<(Round, AbortHandle)>,
-    is_closed: bool,
+    /// Why nobody is let in any more.
+    ended: Option<CallError>,
 }
 
 impl Desk {
@@ -65,7 +68,7 @@ impl Desk {
             for_quorum: HashMap::new(),
             for_vote: HashMap::new(),
             asking: None,
-            is_closed: false,
+            ended: None,
         });
         let (clock, alarm) = (Clock::start(), Alarm::new());
         Self {
@@ -73,6 +76,7 @@ impl Desk {
             alarm,
             lighthouse,
             inner,
+            heart: OnceLock::new(),
         }
     }
 
@@ -145,12 +149,36 @@ impl Desk {
         })
     }
 
+    /// What stops beating with the group.
+    pub fn give_heart(&self, heart: AbortHandle) {
+        let _ = self.heart.set(heart); // a second one is never given
+    }
+
+    /// A local rank cannot go on: all others are told why, now and whenever they ask, and the
+    /// lighthouse hears no more of this group, so that no other one waits for it.
+    pub fn rank_ends(&self, group_rank: i64, why: &str) {
+        if let Some(heart) = self.heart.get() {
+            heart.abort();
+        }
+        self.end(CallError::Refused(format!(
+            "{why} (group rank {group_rank} cannot go on, so this group ends)"
+        )));
+    }
+
     /// Sends everybody away; nobody is let in any more.
     pub fn close(&self) {
+        self.end(going_down());
+    }
+
+    fn end(&self, why: CallError) {
         let mut inner = self.lock();
-        inner.is_closed = true;
-        inner.for_quorum.clear();
-        inner.for_vote.clear();
+        let why = inner.ended.get_or_insert(why).clone();
+        for (_, waiting) in inner.for_quorum.drain() {
+            let _ = waiting.send(Err(why.clone()));
+        }
+        for (_, waiting) in inner.for_vote.drain() {
+            let _ = waiting.send(Err(why.clone()));
+        }
         if let Some((_, task)) = inner.asking.take() {
             task.abort();
         }
@@ -266,8 +294,8 @@ impl Desk {
 
 impl Inner {
     fn ticket(&mut self) -> Result<Ticket, CallError> {
-        if self.is_closed {
-            return Err(going_down());
+        if let Some(why) = &self.ended {
+            return Err(why.clone());
         }
         self.last_ticket += 1;
         Ok(Ticket(self.last_ticket))

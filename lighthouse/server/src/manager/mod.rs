@@ -100,14 +100,13 @@ impl Manager {
         let served = Served::start(bound, router(&desk, options.kill), &Handle::current())?;
         let clockwork = tokio::spawn(desk.clone().watch_the_clock());
         let beating = heart::beat(lighthouse, options.replica_id, options.heartbeat_interval);
+        let heart = tokio::spawn(beating).abort_handle();
+        desk.give_heart(heart.clone());
         local::announce(&address, &desk);
         Ok(Self {
             address,
             desk,
-            tasks: [
-                clockwork.abort_handle(),
-                tokio::spawn(beating).abort_handle(),
-            ],
+            tasks: [clockwork.abort_handle(), heart],
             served: Mutex::new(Some(served)),
         })
     }

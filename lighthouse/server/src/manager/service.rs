@@ -63,6 +63,11 @@ impl ManagerService for Service {
     ) -> Result<Response<ShouldCommitResponse>, Status> {
         let within = deadline::timeout_of(request.metadata())?.map(deadline::answer_within);
         let message = request.into_inner();
+        if !message.ends.is_empty() {
+            self.desk.rank_ends(message.group_rank, &message.ends);
+            let should_commit = false;
+            return Ok(Response::new(ShouldCommitResponse { should_commit }));
+        }
         let ballot = Ballot {
             group_rank: message.group_rank,
             step: message.step,
