@@ -15,7 +15,7 @@ from torchft.errors import DiscardedTooOften, HealError
 from torchft.ledger import Bucket, Ledger
 from torchft.progress import Progress
 from torchft.replica_group import ReplicaGroup
-from torchft.step import Options, Plan, Why, objection
+from torchft.step import Options, Plan, Why, has_tried_all_donors, objection
 from torchft.step_log import StepLog
 from torchft.transaction import Transaction
 
@@ -35,6 +35,7 @@ class Closer:
         log: StepLog,
         progress: Progress,
         load_staged: Callable[[Transaction], None],
+        leave: Callable[[Transaction, Exception], None],
         withdraw: Callable[[Transaction], None],
         bytes_offered: Callable[[], int],
     ) -> None:
@@ -45,6 +46,7 @@ class Closer:
         self._log = log
         self._progress = progress
         self._load_staged = load_staged
+        self._leave = leave
         self._withdraw = withdraw
         self._bytes_offered = bytes_offered
         self._offered_until_last = 0
@@ -61,7 +63,7 @@ class Closer:
         if not plan.may_heal or self._group.world_size == 1:
             return
         healed = not transaction.failed
-        all_have = self._all_say(plan.step, healed, timeout)
+        all_have = self._all_say(plan.step, healed, self._patience(plan, timeout))
         if healed and not all_have:
             self._progress.fresh = fresh
             error = HealError("another rank of this group could not heal, so it heals once more")
@@ -72,7 +74,8 @@ class Closer:
 
         Raises:
             TimeoutError: a rank of this group does not vote in `timeout`.
-            DiscardedTooOften: more discarded steps in a row than `max_retries`.
+            DiscardedTooOften: more discarded steps in a row than `max_retries`, or too many heals
+                that failed and cost the others a step each.
         """
         self._communicator.finish(transaction, plan, timeout)
         self._load_staged(transaction)
@@ -83,7 +86,7 @@ class Closer:
             min_replica_size=self._options.min_replica_size,
         )
         step = self._step_of(plan)
-        committed = self._vote(transaction, step, why is None, timeout)
+        committed = self._vote(transaction, step, why is None, self._patience(plan, timeout))
         if committed:
             self._progress.commit(len(plan.counted))
         elif self._is_only_not_finite(transaction, why, step, timeout):
@@ -91,8 +94,9 @@ class Closer:
             # Who was given a donor's state has loaded it: else that would be the step's error.
             self._progress.skip(met=plan.donor is None)
         else:
-            self._progress.discard()
+            self._discard(transaction, plan)
         self._record(transaction, plan, step, committed, why)
+        self._leave_if_hopeless(transaction, plan)
         return committed
 
     def fall_behind(self, plan: Plan) -> None:
@@ -108,13 +112,31 @@ class Closer:
         self._load_staged(transaction)
         why = Why.ERROR if transaction.failed else None
         step = self._step_of(plan)
-        healed = self._vote(transaction, step, why is None, timeout)
+        healed = self._vote(transaction, step, why is None, self._patience(plan, timeout))
         if healed:
             self._progress.meet()
         else:
-            self._progress.discard()
+            self._discard(transaction, plan)
             self._record(transaction, plan, step, False, why)
         return healed
+
+    def _discard(self, transaction: Transaction, plan: Plan) -> None:
+        error = transaction.error.original_exception if transaction.error else None
+        could_not_heal = plan.donor is not None and isinstance(error, HealError)
+        self._progress.discard(heal_failed=could_not_heal)
+
+    def _leave_if_hopeless(self, transaction: Transaction, plan: Plan) -> None:
+        """A group that cannot heal must not keep the others from committing."""
+        failed = self._progress.heals_failed
+        if not has_tried_all_donors(plan, failed):
+            return
+        cause = transaction.error.original_exception if transaction.error else "unknown"
+        error = DiscardedTooOften(
+            f"{cause}. {failed} heals of {self._group.replica_id} failed in a row and cost the "
+            "other groups a step each, so it leaves the job: start it again"
+        )
+        self._leave(transaction, error)
+        raise error
 
     def _step_of(self, plan: Plan) -> int:
         """What is voted on: later than planned when steps that opened before closed meanwhile."""
@@ -136,6 +158,11 @@ class Closer:
         if self._group.world_size == 1:
             return why is Why.NOT_FINITE
         return self._all_say(step, finite_or_not, timeout)
+
+    def _patience(self, plan: Plan, timeout: timedelta) -> timedelta:
+        """How long the ranks of this group wait for each other: another one may still heal, or wait
+        for one that does."""
+        return timeout + self._options.heal_limit if plan.anyone_heals else timeout
 
     def _all_say(self, step: int, yes: bool, timeout: timedelta) -> bool:
         """Whether all ranks of this group say yes to what is asked of them at `step`."""
@@ -159,7 +186,7 @@ class Closer:
             received=collectives + transaction.healed_bytes,
         )
         if reason is not None:
-            self._warn(step, reason)
+            self._warn(step, reason, error_said=transaction.error is not None)
 
     def _offered_in(self, transaction: Transaction) -> int:
         """State sent since the step began, or since the last record of one that was open at the
@@ -167,14 +194,16 @@ class Closer:
         before, self._offered_until_last = self._offered_until_last, self._bytes_offered()
         return self._offered_until_last - max(before, transaction.offered_before)
 
-    def _warn(self, step: int, reason: str) -> None:
+    def _warn(self, step: int, reason: str, *, error_said: bool) -> None:
         """A step was discarded; after too many in a row it is no use to go on."""
         failures, most = self._progress.discarded, self._options.max_retries
         if self._progress.skipped:
             # The error has been said already, and a gradient scaler makes some on purpose.
             self._log.say(logging.INFO, step, "skipped, %d in a row", self._progress.skipped)
             return
-        self._log.say(logging.WARNING, step, "step discarded, %d in a row: %s", failures, reason)
+        # One line an event: an error was said when it happened.
+        level = logging.INFO if error_said else logging.WARNING
+        self._log.say(level, step, "%s: step discarded, %d in a row", reason, failures)
         if most is not None and failures > most:
             raise DiscardedTooOften(
                 f"{self._group.replica_id} discarded {failures} steps in a row at step "

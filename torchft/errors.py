@@ -6,11 +6,12 @@
     ├── QuorumError              no quorum could be formed; says who was missing and why
     │   └── StateLostError       the only holders of a committed step are gone
     ├── MismatchError            this group differs from the others: shapes, world size, wire
+    ├── StateDictError           registered state cannot travel, or a donor's cannot be loaded
     ├── UnreachableError         no connection within the connect timeout (also a TimeoutError)
     ├── StepError                something went wrong inside one step: the step is discarded
     │   ├── CollectiveError      a collective failed, or a member was lost while it ran
     │   ├── NotFiniteError       an average has NaN or infinity in it: all groups discard the step
-    │   └── HealError            live state could not be fetched or loaded
+    │   └── HealError            live state could not be fetched
     └── DiscardedTooOften        more discarded steps in a row than `max_retries` allows
 
 A deadline that passes is the standard `TimeoutError`. Each message names the cause (which replica,
@@ -27,6 +28,7 @@ __all__ = [
     "PhaseError",
     "QuorumError",
     "SettingsError",
+    "StateDictError",
     "StateLostError",
     "StepError",
     "TorchftError",
@@ -58,6 +60,10 @@ class MismatchError(TorchftError):
     """This group cannot average with the others: another model, world size or wire version."""
 
 
+class StateDictError(TorchftError):
+    """Registered state cannot be sent to another group, or a donor's cannot be loaded here."""
+
+
 class UnreachableError(TorchftError, TimeoutError):
     """No connection could be made within the connect timeout; names the address."""
 
@@ -75,7 +81,7 @@ class NotFiniteError(StepError):
 
 
 class HealError(StepError):
-    """The state of a live peer could not be fetched or loaded."""
+    """The state of a live peer could not be fetched."""
 
 
 class DiscardedTooOften(TorchftError):

@@ -19,6 +19,7 @@ from torchft.checkpointing import CheckpointTransport
 from torchft.coordination import QuorumResult
 from torchft.errors import CollectiveError, HealError, StepError, TorchftError
 from torchft.fingerprint import Description, exchange, same_world_sizes, withdraw
+from torchft.heal_progress import Patience, report_progress, wait_for_heals
 from torchft.ledger import Bucket, Ledger
 from torchft.peers import Place
 from torchft.process_group import ProcessGroup
@@ -26,7 +27,7 @@ from torchft.process_group.attempt import Attempt, Deadline
 from torchft.process_group.generation import Generation
 from torchft.process_group.stores import StoreClients
 from torchft.replica_group import ReplicaGroup
-from torchft.step import Options, Plan, plan_step
+from torchft.step import Donor, Options, Plan, plan_step
 from torchft.step_log import StepLog
 from torchft.transaction import Transaction
 
@@ -74,6 +75,9 @@ class Former:
         self._log = log
         self._collect_state = collect_state
         self._stores = StoreClients()
+        self._patience = Patience(
+            options.timeout.total_seconds(), options.heal_limit.total_seconds()
+        )
         self._configured: int | None = None
         self._configuring = False
         self._broken = False
@@ -188,7 +192,7 @@ class Former:
         """
         self._configured = None
         self._broken = True
-        prefix = f"{plan.store_address}/torchft/{plan.quorum_id}/{self._group.rank}"
+        prefix = self._prefix(plan)
         try:
             # A store whose process is stopped answers nothing and keeps no timeout of its own.
             deadline = Deadline.after(self._options.timeout)
@@ -203,6 +207,10 @@ class Former:
                 f"the process group of quorum {plan.quorum_id} could not be made: {error}"
             ) from error
         self._configured, self._broken = plan.quorum_id, False
+
+    def _prefix(self, plan: Plan) -> str:
+        """Where the members of this group rank meet."""
+        return f"{plan.store_address}/torchft/{plan.quorum_id}/{self._group.rank}"
 
     def _compare(self, attempt: Attempt[Store], plan: Plan, prefix: str) -> Store:
         attempt.stage = f"all of {', '.join(plan.members)} to describe their models at {prefix}"
@@ -234,21 +242,69 @@ class Former:
         if plan.serves:
             self._offering = transaction
             healing.offer(self._transport, plan, self._collect_state, self._options.timeout)
-        if plan.donor is None:
+        if not plan.anyone_heals:
             return
-        before = getattr(self._transport, "bytes_received", 0)
+        store = self._store(plan)
+        if plan.replica_rank in plan.healing:
+            self._heal(transaction, plan, store)
+        self._wait_for_heals(transaction, plan, store)
+
+    def _store(self, plan: Plan) -> Store:
         try:
-            transaction.staged = healing.fetch(
-                self._transport,
-                plan,
-                plan.donor,
-                group_rank=self._group.rank,
-                connect_timeout=self._options.connect_timeout,
-                timeout=self._options.timeout,
+            return self._stores.client(self._prefix(plan), self._options.connect_timeout)
+        except TimeoutError as error:
+            raise CollectiveError(str(error)) from error
+
+    def _wait_for_heals(self, transaction: Transaction, plan: Plan, store: Store) -> None:
+        """Nobody begins to average before those who heal can: it may take them longer than any
+        average may."""
+
+        def is_over() -> str | None:
+            generation = transaction.generation
+            if transaction.broken:
+                return "the step failed"
+            if generation is not None and (generation.retired or generation.lost):
+                return "a member left while another one healed"
+            return None
+
+        try:
+            wait_for_heals(
+                store,
+                plan.step,
+                plan.members,
+                [rank for rank in plan.healing if rank != plan.replica_rank],
+                counted=plan.counted,
+                is_over=is_over,
+                patience=self._patience,
             )
+        except CollectiveError:
+            if not transaction.broken:  # then its first error is the cause
+                raise
+
+    def _heal(self, transaction: Transaction, plan: Plan, store: Store) -> None:
+        """Fetch the state, while the others are told how far it is."""
+        before = self._bytes_received()
+        telling = report_progress(
+            store, plan.step, plan.replica_rank, self._bytes_received, self._patience
+        )
+        try:
+            with telling:
+                transaction.staged = plan.donor and self._fetch(plan, plan.donor)
         except HealError as error:
             # A group that is not counted goes on with its zeros: the others commit without it.
             transaction.report(error, at_home=not plan.participates)
         finally:
-            received = getattr(self._transport, "bytes_received", 0)
-            transaction.healed_bytes = received - before
+            transaction.healed_bytes = self._bytes_received() - before
+
+    def _fetch(self, plan: Plan, donor: Donor) -> Any:
+        return healing.fetch(
+            self._transport,
+            plan,
+            donor,
+            group_rank=self._group.rank,
+            connect_timeout=self._options.connect_timeout,
+            timeout=self._options.timeout,
+        )
+
+    def _bytes_received(self) -> int:
+        return getattr(self._transport, "bytes_received", 0)

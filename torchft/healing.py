@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -29,20 +30,32 @@ def offer(
     collect_state: Callable[[], Any],
     timeout: timedelta,
 ) -> None:
-    """Let the members in `plan.serves` fetch the state.
+    """Let the members in `plan.serves` fetch the state, or tell them why there is none.
 
     A failure is theirs to notice and ours to log: it does not touch this group's step.
     """
     try:
+        state = collect_state()
+        transport.check_state(state)
+    except Exception as error:
+        _say_failed(plan, error)
+        with suppress(HealError, TimeoutError):  # they are gone: nobody is left to be told
+            reason = f"{type(error).__name__}: {error}"
+            transport.refuse_checkpoint(list(plan.serves), plan.step, reason, timeout)
+        return
+    try:
         transport.send_checkpoint(
-            dst_ranks=list(plan.serves),
-            step=plan.step,
-            state_dict=collect_state(),
-            timeout=timeout,
+            dst_ranks=list(plan.serves), step=plan.step, state_dict=state, timeout=timeout
         )
-    except Exception:
-        names = ", ".join(plan.members[rank] for rank in plan.serves)
-        _log.exception("[%s - step %d] cannot offer state to %s", plan.name, plan.step, names)
+    except Exception as error:
+        _say_failed(plan, error)
+
+
+def _say_failed(plan: Plan, error: Exception) -> None:
+    names = ", ".join(plan.members[rank] for rank in plan.serves)
+    said = "[%s - step %d] %s: %s: this state cannot be offered to %s"
+    _log.error(said, plan.name, plan.step, type(error).__name__, error, names)
+    _log.debug("the same, with where it came from", exc_info=error)
 
 
 def fetch(
@@ -63,7 +76,5 @@ def fetch(
             src_rank=donor.replica_rank, metadata=metadata, step=plan.step, timeout=timeout
         )
     except Exception as error:
-        raise HealError(
-            f"{plan.name} cannot fetch step {plan.step} from {name} "
-            f"({donor.manager_address}): {error}. The step is discarded and another donor asked"
-        ) from error
+        then = "the next quorum asks another one" if plan.donors > 1 else "it is asked again"
+        raise HealError(f"{error}; the donor was {name}: {then}") from error

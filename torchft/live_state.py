@@ -6,6 +6,7 @@ they collect what to offer: no group is ever given half an optimizer step.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,9 +16,11 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from torchft.checkpointing._rwlock import RWLock
-from torchft.errors import HealError
+from torchft.errors import StateDictError
 
 __all__ = ["LiveState"]
+
+_log = logging.getLogger("torchft.live_state")
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class LiveState:
         self._functions: dict[str, _Functions] = {}
         self._lock = RWLock(timeout=timeout.total_seconds())
         self._readable = True
+        self._verified: set[bool] = set()
+        """Whether `verify` has looked at the state before a step was taken, and after it."""
 
     def register(self, key: str, load: Callable[[Any], None], save: Callable[[], Any]) -> None:
         """AssertionError when `key` is registered already."""
@@ -65,19 +70,58 @@ class LiveState:
                 user = tree_map_only(torch.Tensor, _copy, user)
             return {"user": user, "torchft": manager_state()}
 
-    def load(self, states: dict[str, Any]) -> None:
-        """Load every registered key, in order.
+    def verify(self, check: Callable[[Any], None], *, has_committed: bool) -> None:
+        """See that the state can travel, before a group that joins needs it.
 
-        Raises HealError when the donor lacks a key, or a load function fails.
+        Looks twice: at the first call, and at the first one after a committed step, when optimizers
+        have made their state. All ranks of a group do so at the same calls: reading the state of a
+        sharded model may take them all. `check` raises TypeError for a value that cannot travel. No
+        tensor is copied. A `state_dict` that raises is a warning: some are valid only later.
+
+        Raises:
+            StateDictError: a value cannot travel; the message names the key and its place.
+        """
+        if has_committed in self._verified or not self._readable:
+            return
+        self._verified.add(has_committed)
+        for key, functions in self._functions.items():
+            try:
+                state = functions.save()
+            except Exception as error:
+                _log.warning(
+                    "%s in state_dict of %r: until it works, no group can join from this one",
+                    _cause(error),
+                    key,
+                )
+                continue
+            try:
+                check(state)
+            except (TypeError, ValueError) as error:
+                raise StateDictError(f"{error} (registered as {key!r})") from error
+
+    def load(self, states: dict[str, Any], source: str) -> None:
+        """Load every registered key, in order. `source` names the step and the donor, for errors.
+
+        Raises:
+            StateDictError: the donor lacks a key, or a load function fails.
         """
         missing = sorted(self._functions.keys() - states.keys())
         if missing:
-            raise HealError(f"the donor has no state {missing}: register equal keys in every group")
+            raise StateDictError(
+                f"{source} has no state {missing}: register equal keys in every group"
+            )
         for key, functions in self._functions.items():
             try:
                 functions.load(states[key])
             except Exception as error:
-                raise HealError(f"load_state_dict of {key!r} failed: {error}") from error
+                raise StateDictError(
+                    f"{_cause(error)} in load_state_dict of {key!r}, given {source}: do all groups "
+                    "run the same script?"
+                ) from error
+
+
+def _cause(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:

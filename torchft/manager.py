@@ -38,11 +38,12 @@ from torchft.checkpointing import CheckpointTransport, HTTPTransport
 from torchft.closing import Closer
 from torchft.communicate import Communicator
 from torchft.coordination import watch_parent
-from torchft.errors import HealError, PhaseError, QuorumError, SettingsError
+from torchft.errors import PhaseError, QuorumError, SettingsError
 from torchft.fingerprint import describe
 from torchft.forming import Former, Request
 from torchft.ledger import Bucket, Ledger
 from torchft.live_state import LiveState
+from torchft.loading import Loader
 from torchft.open_step import Means, OpenStep
 from torchft.open_steps import OpenSteps
 from torchft.peers import Place
@@ -87,7 +88,7 @@ class Manager(Uncopied):
         min_replica_size: fewer counted groups than this, and a step is discarded.
         use_async_quorum: form the quorum during the forward pass; a group that falls behind then
             heals while it contributes zeros. False: `start_quorum` waits, and heals first.
-        timeout: deadline of a collective, a vote, a transfer of state.
+        timeout: deadline of a collective, a vote, and a transfer of state in which nothing moves.
         quorum_timeout: deadline of a quorum.
         connect_timeout: deadline of each connection.
         rank: inside the group; default RANK.
@@ -195,11 +196,21 @@ class Manager(Uncopied):
             ledger=self.ledger,
             log=self._log,
             progress=self._progress,
-            load_staged=self._load_staged,
+            load_staged=lambda transaction: self._loader.load(transaction),
+            leave=self._leave,
             withdraw=self._former.withdraw,
             bytes_offered=self._former.bytes_offered,
         )
         self._steps = OpenSteps(Means(communicator, closer, options.timeout))
+        self._loader = Loader(
+            state=self._state,
+            progress=self._progress,
+            load_progress=self.load_state_dict,
+            healing=self._steps.healing,
+            leave=self._leave,
+            ledger=self.ledger,
+            log=self._log,
+        )
         self._executor = Background("torchft_quorum")
         self._forming: ThreadFuture[None] | None = None
         self._shut_down = False
@@ -280,6 +291,8 @@ class Manager(Uncopied):
         Raises:
             TimeoutError, QuorumError: no quorum. In async mode the first collective, or the vote,
                 raises it.
+            StateDictError: registered state cannot travel to a group that joins, or this group
+                joins and cannot load what it was given. Then it has left the job.
         """
         timeout = timeout or self._options.quorum_timeout
         wait = place is Place.AFTER if wait is None else wait
@@ -313,6 +326,9 @@ class Manager(Uncopied):
             self._drop(self._begun("start_quorum").transaction)
         follow(self._phase, Phase.OPEN)
         self._listeners.before_step()
+        if not self._steps.are_open():  # what is open is waited for where the state is read
+            check, has_committed = self._transport.check_state, self._progress.has_committed
+            self._state.verify(check, has_committed=has_committed)
         transaction = Transaction(self.ledger, self._failed)
         self._steps.begin(transaction)
         form = partial(self._former.form, transaction, request, self._steps.before_heals)
@@ -322,7 +338,7 @@ class Manager(Uncopied):
             if request.place is Place.AFTER:
                 self._begun("heal").heal()
             else:
-                self._load_staged(transaction)
+                self._loader.load(transaction)
         else:
             self._forming = self._executor.submit(form)
 
@@ -367,28 +383,11 @@ class Manager(Uncopied):
         """Wait until the quorum stands and this group can communicate; raises why it does not."""
         self._begun("wait_quorum").transaction.wait_formed()
 
-    def _load_staged(self, transaction: Transaction) -> None:
-        """The heal: a commit of the donor's step, on the main thread, whatever the vote says."""
-        staged, transaction.staged = transaction.staged, None
-        plan = transaction.plan
-        if staged is None or plan is None or plan.donor is None:
-            return
-        before = self._progress.step
-        with self.ledger.spending(Bucket.HEAL):
-            try:
-                with self._steps.healing(transaction):
-                    self._state.load(staged["user"])
-            except HealError as error:
-                transaction.report(error, at_home=not plan.participates)
-                return
-            self.load_state_dict(staged["torchft"])
-        # With a delay others begin before the one in which it healed is closed. Should another rank
-        # of this group have failed to heal, it stays fresh, and so does the group.
-        self._progress.fresh = False
-        donor = plan.members[plan.donor.replica_rank]
-        self._log.say(
-            logging.INFO, before, "healed from %s, now at step %d", donor, self._progress.step
-        )
+    def _leave(self, transaction: Transaction, error: Exception) -> None:
+        """Leave the job: free the peers of this step, and tell this group's other ranks why."""
+        transaction.report(error)
+        self._group.end(f"{type(error).__name__}: {error}")
+        self.shutdown(wait=False)
 
     # ------------------------------------------------------------------ communicate
 

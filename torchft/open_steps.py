@@ -72,6 +72,10 @@ class OpenSteps:
         steps = [self.last, *(step for step in self._taken if step.phase is Phase.OPEN)]
         return any(step is not None and step.transaction is transaction for step in steps)
 
+    def are_open(self) -> bool:
+        """Whether a step that was taken is still to be closed."""
+        return any(step.phase is Phase.OPEN for step in self._taken)
+
     def before_heals(self, plan: Plan) -> None:
         """A quorum stands while others are open: what became of them, as all members see it."""
         for step in self._taken:

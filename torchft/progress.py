@@ -9,7 +9,7 @@ progress.fall_behind(groups=3)  # the step that was committed could not be appli
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 __all__ = ["Progress"]
 
@@ -28,9 +28,15 @@ class Progress:
     """Steps in a row that were not committed, but for those that were skipped."""
     skipped: int = 0
     """Steps in a row, up to the last one, that were discarded for NaN in an average."""
+    heals_failed: int = 0
+    """Of those discarded, the last ones in a row: this rank could not heal in them."""
+
+    has_committed: bool = field(default=False, compare=False)
+    """This process has committed a step, and so have all ranks of its group."""
 
     def commit(self, groups: int) -> None:
         """One more step, with a batch of each of so many groups."""
+        self.has_committed = True
         self.step += 1
         self.batches_committed += groups
         self.meet()
@@ -38,12 +44,13 @@ class Progress:
     def meet(self) -> None:
         """All members of a quorum met, and whoever was behind has healed."""
         self.fresh = False
-        self.discarded = self.skipped = 0
+        self.discarded = self.skipped = self.heals_failed = 0
 
-    def discard(self) -> None:
-        """A step came to nothing."""
+    def discard(self, *, heal_failed: bool = False) -> None:
+        """A step came to nothing; `heal_failed`: because this rank could not heal in it."""
         self.discarded += 1
         self.skipped = 0
+        self.heals_failed = self.heals_failed + 1 if heal_failed else 0
 
     def skip(self, *, met: bool) -> None:
         """An average was not finite, and nothing else was wrong. `met`: this rank has the state

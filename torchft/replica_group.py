@@ -6,6 +6,7 @@ group's TCPStore; every rank reads them there and connects.
 
 from __future__ import annotations
 
+import logging
 import socket
 import uuid
 from contextlib import ExitStack
@@ -16,10 +17,14 @@ from torch.distributed import PrefixStore, Store, TCPStore
 
 from torchft import settings
 from torchft.coordination import ManagerClient, ManagerServer
-from torchft.errors import UnreachableError
+from torchft.errors import TorchftError, UnreachableError
 from torchft.process_group.attempt import Attempt, Deadline
 
 __all__ = ["MANAGER_ADDR_KEY", "REPLICA_ID_KEY", "ReplicaGroup"]
+
+_log = logging.getLogger("torchft.replica_group")
+
+_LAST_WORDS = timedelta(seconds=2)
 
 MANAGER_ADDR_KEY = "manager_addr"
 """Key of the manager server's address in the group's store."""
@@ -99,6 +104,13 @@ class ReplicaGroup:
             )
             undo.pop_all()  # it stands: nothing is taken back
             return joined
+
+    def end(self, why: str) -> None:
+        """This rank cannot go on: the group's other ranks are told `why`, and need not wait."""
+        try:
+            self.client._end_group(self.rank, why, timeout=_LAST_WORDS)
+        except (TorchftError, TimeoutError) as error:
+            _log.debug("the group's other ranks could not be told: %s", error)
 
     def leave(self) -> None:
         """Stop the manager server, when it is here: whoever waits for a quorum is freed."""

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Protocol
 
+from torchft.checkpointing.transport import LIMIT
 from torchft.errors import PhaseError, SettingsError
 from torchft.peers import Place
 
@@ -35,6 +36,7 @@ __all__ = [
     "Why",
     "WorldSizeMode",
     "follow",
+    "has_tried_all_donors",
     "objection",
     "plan_of_others",
     "plan_step",
@@ -97,6 +99,11 @@ class Options:
     check_finite: bool = True
     """NaN or infinity in an average discards the step."""
 
+    @property
+    def heal_limit(self) -> timedelta:
+        """A heal in which something moves is waited for so long."""
+        return self.timeout * LIMIT
+
     def __post_init__(self) -> None:
         if self.min_replica_size < 1:
             raise SettingsError(f"min_replica_size={self.min_replica_size}: give at least 1")
@@ -149,6 +156,8 @@ class Plan:
     """Set when this group heals."""
     serves: tuple[int, ...]
     """Replica ranks that heal from this group."""
+    healing: tuple[int, ...]
+    """Replica ranks that are behind."""
     anyone_heals: bool
     """Some member heals: donors must not close the step before it has what it needs."""
     opening: bool
@@ -167,6 +176,11 @@ class Plan:
     def participates(self) -> bool:
         """Whether this group's contribution is counted."""
         return self.replica_rank in self.counted
+
+    @property
+    def donors(self) -> int:
+        """How many groups hold the state that the others heal to."""
+        return len(self.members) - len(self.healing)
 
     @property
     def may_heal(self) -> bool:
@@ -219,6 +233,7 @@ def plan_step(
         counted=counted,
         donor=_donor(quorum) if heals else None,
         serves=tuple(quorum.recover_dst_replica_ranks) if allow_heal else (),
+        healing=tuple(sorted(recovering)),
         anyone_heals=bool(recovering) and allow_heal,
         opening=len(fresh) == len(ranks),
         settling=bool(quorum.settling_replica_ranks),
@@ -254,10 +269,23 @@ def plan_of_others(
         counted=tuple(counted),
         donor=None,
         serves=(),
+        healing=(),
         anyone_heals=False,
         opening=False,
         settling=False,
     )
+
+
+LEAST_TRIES = 3
+"""So many heals must fail in a row before a group leaves: a donor may just have died."""
+
+
+def has_tried_all_donors(plan: Plan, heals_failed: int) -> bool:
+    """Whether a group must leave, after so many heals in a row that cost the others a step each.
+
+    One that is not counted in its step costs them nothing and may go on trying.
+    """
+    return plan.participates and heals_failed >= max(LEAST_TRIES, plan.donors)
 
 
 class Why(enum.Enum):

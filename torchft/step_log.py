@@ -1,7 +1,8 @@
 """What is said of a manager's steps: log lines, structured events, and the record of each step.
 
 An event is said once, with replica, rank and step. The structured loggers `torchft_quorums`,
-`torchft_commits` and `torchft_errors` carry the same facts as fields of the log record.
+`torchft_commits` and `torchft_errors` carry the same facts as fields of the log record, for
+programs: they speak only to handlers that are added to them by name, so that no line is said twice.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ _log = logging.getLogger("torchft.manager")
 _quorums = logging.getLogger("torchft_quorums")
 _commits = logging.getLogger("torchft_commits")
 _errors = logging.getLogger("torchft_errors")
+for _structured in (_quorums, _commits, _errors):
+    if not _structured.handlers:
+        _structured.propagate = False
+        _structured.addHandler(logging.NullHandler())
 
 
 class StepLog:
@@ -55,7 +60,8 @@ class StepLog:
 
     def error(self, step: int, error: Exception) -> None:
         """Say what discards this step."""
-        self.say(logging.WARNING, step, "%s: %s", type(error).__name__, error)
+        kind = type(error).__name__
+        self.say(logging.WARNING, step, "%s: %s; the step is discarded", kind, error)
         _errors.warning("%s", error, extra={**self._labels(step), "error": type(error).__name__})
 
     def closed(

@@ -12,7 +12,9 @@ import torch
 from helpers.tiny import Tiny, backward
 from world import KILLED, Group, World
 
+from torchft.checkpointing import HTTPTransport
 from torchft.digest import digest
+from torchft.errors import HealError
 from torchft.local_sgd import DiLoCo
 from torchft.manager import Manager
 
@@ -191,16 +193,21 @@ def test_one_rank_of_a_group_cannot_heal_so_none_takes_open_rounds_over(
     def joins(group: Group) -> Any:
         for rank in (0, 1):
             group.world.wait(f"group_0 rank {rank} is in full swing")
-        tries = []
+        tries, loads = [], []
+        fetch = HTTPTransport.recv_checkpoint
 
-        def load(state: Any) -> None:
-            tries.append(state)
+        def fails_once(transport: HTTPTransport[Any], *where: Any, **how: Any) -> Any:
+            tries.append(where)
             if group.rank == 1 and len(tries) == 1:
-                raise RuntimeError("no memory")
+                raise HealError("the network is down")
+            return fetch(transport, *where, **how)
 
+        HTTPTransport.recv_checkpoint = fails_once  # type: ignore[method-assign]
+        load = loads.append
         one = Training(group, asynchronous=asynchronous, load_state_dict=load, state_dict=dict)
         with one.door:
             assert len(tries) == 2, "all ranks heal again when one could not"
+            assert len(loads) == 2 - group.rank
             if group.rank == 0:
                 group.world.happen("the end is known", str(one.manager.current_step() + 12))
             one.train_until(int(group.world.wait("the end is known")))

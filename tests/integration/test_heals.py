@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from steps import BOTH_MODES, all_are_in, step
 from world import KILLED, Group, World
@@ -14,7 +17,7 @@ from world import KILLED, Group, World
 from torchft.checkpointing.snapshot import SLICE_BYTES
 from torchft.checkpointing.stream import Stream
 from torchft.digest import digest
-from torchft.errors import HealError
+from torchft.errors import HealError, PhaseError, StateDictError, TorchftError
 from torchft.managed_peers import ManagedPeers
 from torchft.manager import Manager
 from torchft.peers import Place
@@ -61,37 +64,103 @@ def test_a_group_that_joins_late_heals_and_is_counted_at_once(
     assert one[0] == (True, 2.0)
 
 
-def test_a_heal_that_fails_leaves_the_others_committing(tmp_path: Path) -> None:
-    def broken(state: Any) -> None:
-        raise RuntimeError("no memory")
+def no_memory(state: Any) -> None:
+    raise RuntimeError("no memory")
 
-    def first(group: Group) -> int:
-        manager = group.manager()
+
+def commits_while_a_joiner_fails(group: Group) -> tuple[int, list[str]]:
+    """How many steps a group discarded from the joiner's start to its end, and why."""
+    manager = group.manager()
+    why: list[str] = []
+    for _ in range(2):
+        step(manager, 1.0)
+    if group.rank == 0:
+        group.world.happen("running")
+    for name in ("joiner 0 is gone", "joiner 1 is gone"):
+        while not (group.world.happened(name) and step(manager, 1.0)[0]):
+            if not group.world.happened(name) and not step(manager, 1.0)[0]:
+                why.append(str(manager.errored()))
+    for _ in range(5):
+        assert step(manager, 1.0)[0]
+    return len(why), why
+
+
+def cannot_load_on(rank: int) -> Callable[[Group], str]:
+    def story(group: Group) -> str:
+        group.world.wait("running")
+        manager = group.manager(load_state_dict=no_memory) if group.rank == rank else None
+        manager = manager or group.manager()
+        began = time.monotonic()
+        with pytest.raises(TorchftError) as raised:
+            while True:
+                step(manager, 1.0)
+        assert time.monotonic() - began < 10.0  # half of any deadline
+        group.world.happen(f"joiner {group.rank} is gone")
+        with pytest.raises(PhaseError) if group.rank == rank else nullcontext():
+            manager.start_quorum()
+        assert isinstance(raised.value, StateDictError) == (group.rank == rank)
+        return str(raised.value)
+
+    return story
+
+
+def test_a_joiner_that_cannot_load_ends_after_one_try(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.happen("joiner 1 is gone")
+    (discarded, why), error = world.run(commits_while_a_joiner_fails, cannot_load_on(0))
+    assert discarded <= 1, why
+    assert error.startswith("RuntimeError: no memory in load_state_dict of 'default', given step ")
+    assert "of group_0" in error
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_ranks_of_a_joiner_end_with_the_one_that_cannot_load(tmp_path: Path, rank: int) -> None:
+    *healthy, first, second = World(tmp_path).run(
+        commits_while_a_joiner_fails, cannot_load_on(rank), ranks=2
+    )
+    assert [discarded <= 1 for discarded, _ in healthy] == [True, True], healthy
+    assert "no memory" in (first, second)[rank]
+    assert "no memory" in second or "refused" in second  # the process of rank 0 is gone
+    assert rank == 0 or "no memory in load_state_dict" in first
+
+
+def test_a_donor_that_cannot_read_its_state_sends_the_joiner_to_another(tmp_path: Path) -> None:
+    def trains_in_two(group: Group) -> Any:
+        reads = 0
+
+        def state_dict() -> Any:
+            nonlocal reads
+            reads += 1
+            if group.number == 0 and reads > 2:  # what is looked at before training is whole
+                raise KeyError("ema")
+            return {"w": group.w}
+
+        manager = group.manager(state_dict=state_dict, min_replica_size=2)
+        all_are_in(manager, 2)
+        group.w.fill_(7.0)
         for _ in range(2):
             step(manager, 1.0)
-        group.world.happen("running")
-        while manager.num_participants() == 1 and not manager.errored():
-            step(manager, 1.0)
-        group.world.wait("gone")
-        while not step(manager, 1.0)[0]:
+        group.world.happen(f"{group.name} trains")
+        while not (step(manager, 1.0)[0] and manager.num_participants() == 3):
             pass
         return manager.current_step()
 
-    def second(group: Group) -> tuple[bool, str]:
-        group.world.wait("running")
-        manager = group.manager(load_state_dict=broken)
-        committed, _ = step(manager, 1.0)
-        error = manager.errored()
-        manager.shutdown()
-        group.world.happen("gone")
-        assert error is not None
-        return committed, str(error.original_exception)
+    def joins(group: Group) -> Any:
+        for number in range(2):
+            group.world.wait(f"group_{number} trains")
+        manager = group.manager(min_replica_size=2)
+        began = time.monotonic()
+        errors = []
+        while not step(manager, 1.0)[0]:
+            errors.append(str(manager.errored()))
+        assert time.monotonic() - began < 10.0  # half of any deadline
+        assert group.w.eq(7.0).all()
+        return errors
 
-    world = World(tmp_path)
-    steps, (committed, error) = world.run(first, second)
-    assert steps > 2
-    assert not committed
-    assert "no memory" in error
+    *_, errors = World(tmp_path, min_replicas=2).run(trains_in_two, trains_in_two, joins)
+    assert len(errors) == 1
+    assert errors[0].startswith("the donor refused (503): KeyError: 'ema'")
+    assert "the next quorum asks another one" in errors[0]
 
 
 def test_a_joiner_takes_part_in_the_others_round_with_zeros(tmp_path: Path) -> None:
@@ -216,7 +285,7 @@ def test_a_donor_dies_while_its_state_travels_and_another_donor_is_asked(tmp_pat
         assert time.monotonic() - began < 10.0  # half of any deadline
         error = manager.errored()
         assert error is not None and isinstance(error.original_exception, HealError), error
-        assert "from group_0" in str(error), error
+        assert "the donor was group_0" in str(error), error
         assert group.w.eq(-1.0).all(), "half a state was loaded"
         trains_until_counted(group, manager, 2)
         return manager.current_step(), digest(group.w)
@@ -245,3 +314,58 @@ def test_two_groups_of_two_ranks_open_a_run_without_waiting_for_each_other(tmp_p
     (one, two), (three, four) = results[:2], results[2:]
     assert one == three and two == four
     assert one[2] == two[2] == 1.0
+
+
+def heals_for_longer_than_any_average(group: Group, manager: Manager) -> Any:
+    """The first group trains, the second joins over a connection that is throttled."""
+    if group.number == 0:
+        for _ in range(3):
+            assert trains(group, manager)
+        group.world.happen("three steps")
+        discarded = 0
+        while manager.num_participants() < 2:
+            discarded += not trains(group, manager)
+        return discarded, manager.current_step(), digest(group.w)
+    discarded = 0
+    while not trains(group, manager):
+        discarded += 1
+    return discarded, manager.current_step(), digest(group.w)
+
+
+TIMEOUT_S = 2.0
+"""Of anything in which nothing moves. The throttled states need about twice that."""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_heal_that_takes_longer_than_the_timeout_is_waited_for(
+    tmp_path: Path, ranks: int
+) -> None:
+    pieces = 16
+
+    def story(group: Group) -> Any:
+        if group.rank == ranks - 1:  # the other rank of a group is done at once, and waits
+            group.w = torch.zeros(pieces * SLICE_BYTES // 4)
+        if group.number == 1:
+            group.world.wait("three steps")
+            group.w.fill_(-1.0)
+            throttle_reads(2 * TIMEOUT_S / pieces)
+        manager = group.manager(
+            timeout=timedelta(seconds=TIMEOUT_S), quorum_timeout=timedelta(seconds=30)
+        )
+        return heals_for_longer_than_any_average(group, manager)
+
+    results = World(tmp_path).run(story, story, ranks=ranks)
+    assert results[:ranks] == results[ranks:]
+    assert all(discarded == 0 for discarded, _, _ in results), results
+
+
+def throttle_reads(pause_s: float) -> None:
+    """Let a second pass between the large pieces of a state, as on a slow link."""
+    read_into = Stream.read_into
+
+    def slowly(stream: Stream, memory: memoryview) -> None:
+        if len(memory) >= SLICE_BYTES:
+            time.sleep(pause_s)
+        read_into(stream, memory)
+
+    Stream.read_into = slowly  # type: ignore[method-assign]

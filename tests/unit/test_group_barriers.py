@@ -140,6 +140,7 @@ class Rank:
             log=nothing,
             progress=progress,
             load_staged=load,
+            leave=lambda *_: None,
             withdraw=lambda _: None,
             bytes_offered=lambda: 0,
         )

@@ -40,9 +40,11 @@ def own_sigterm() -> Iterator[None]:
 
 @pytest.fixture
 def loggers() -> Iterator[None]:
-    """As they were, afterwards."""
+    """As in a process that has not imported the manager yet; as they were, afterwards."""
     found = [logging.getLogger(name) for name in LOGGERS]
     before = [(logger.level, logger.propagate, list(logger.handlers)) for logger in found]
+    for logger in found:
+        logger.propagate, logger.handlers = True, []
     yield
     for logger, (level, propagate, handlers) in zip(found, before, strict=True):
         logger.level, logger.propagate, logger.handlers = level, propagate, handlers

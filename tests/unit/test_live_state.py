@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+from argparse import Namespace
 from datetime import timedelta
 from typing import Any
 
 import pytest
+import torch
 
-from torchft.errors import HealError
+from torchft.checkpointing.snapshot import Snapshot
+from torchft.errors import StateDictError
 from torchft.live_state import LiveState
 
 
@@ -20,7 +24,7 @@ def test_keys_are_loaded_in_the_order_of_registration(state: LiveState) -> None:
     loaded: list[Any] = []
     state.register("model", loaded.append, lambda: "m")
     state.register("fragment", loaded.append, lambda: "f")
-    state.load({"fragment": 2, "model": 1})
+    state.load({"fragment": 2, "model": 1}, "step 3 of a")
     assert loaded == [1, 2]
 
 
@@ -49,14 +53,62 @@ def test_a_reader_waits_while_parameters_change(state: LiveState) -> None:
 
 def test_a_donor_without_a_key_is_named(state: LiveState) -> None:
     state.register("model", print, dict)
-    with pytest.raises(HealError, match="model"):
-        state.load({})
+    with pytest.raises(StateDictError, match=r"step 3 of a has no state.*model"):
+        state.load({}, "step 3 of a")
 
 
-def test_a_load_that_fails_is_a_failed_heal(state: LiveState) -> None:
+def test_a_load_that_fails_names_cause_key_and_donor(state: LiveState) -> None:
     def load(_: Any) -> None:
         raise KeyError("weight")
 
     state.register("model", load, dict)
-    with pytest.raises(HealError, match="'model' failed"):
-        state.load({"model": {}})
+    with pytest.raises(StateDictError, match=r"KeyError: 'weight' in .* of 'model', given step 3"):
+        state.load({"model": {}}, "step 3 of a")
+
+
+def test_state_that_cannot_travel_is_found_before_training(state: LiveState) -> None:
+    state.register("model", print, lambda: {"w": torch.ones(2)})
+    state.register("run", print, lambda: {"args": [Namespace(lr=1)]})
+    with pytest.raises(StateDictError, match=r"state_dict\['args'\]\[0\]: a Namespace.*'run'"):
+        state.verify(Snapshot.check, has_committed=False)
+
+
+def test_state_that_an_optimizer_makes_later_is_looked_at_after_the_first_step(
+    state: LiveState,
+) -> None:
+    made: dict[str, Any] = {}
+    state.register("optimizer", print, lambda: made)
+    state.verify(Snapshot.check, has_committed=False)
+    made["lock"] = threading.Lock()
+    state.verify(
+        Snapshot.check, has_committed=False
+    )  # the step was discarded: nothing can have changed
+    with pytest.raises(StateDictError, match="lock"):
+        state.verify(Snapshot.check, has_committed=True)
+
+
+def test_state_is_looked_at_twice_and_then_no_more(state: LiveState) -> None:
+    looks: list[Any] = []
+    state.register("model", print, dict)
+    for has_committed in (False, False, True, True, True):
+        state.verify(looks.append, has_committed=has_committed)
+    assert len(looks) == 2
+
+
+def test_state_that_is_valid_only_later_is_a_warning(
+    state: LiveState, caplog: pytest.LogCaptureFixture
+) -> None:
+    def not_yet() -> Any:
+        raise RuntimeError("call setup() first")
+
+    state.register("late", print, not_yet)
+    state.verify(Snapshot.check, has_committed=False)
+    assert "RuntimeError: call setup() first in state_dict of 'late'" in caplog.text
+
+
+def test_state_is_not_looked_at_while_parameters_change(state: LiveState) -> None:
+    looks: list[Any] = []
+    state.register("model", print, dict)
+    state.disallow_read()
+    state.verify(looks.append, has_committed=False)
+    assert looks == []

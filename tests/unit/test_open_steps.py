@@ -30,6 +30,7 @@ def plan(*members: str, heals: bool = False) -> Plan:
         counted=tuple(range(len(members or MEMBERS))),
         donor=None,
         serves=(),
+        healing=(1,) if heals else (),
         anyone_heals=heals,
         opening=False,
         settling=False,

@@ -63,7 +63,7 @@ class Download:
 
         Raises:
             HealError: the donor refused, or sent something that is not this state.
-            TimeoutError: the deadline passed.
+            TimeoutError: the deadline passed, which moves on with what arrives.
             OSError: the donor cannot be reached, or the connection broke.
         """
         try:

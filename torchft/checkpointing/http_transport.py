@@ -20,8 +20,8 @@ from urllib.parse import urlsplit
 from torchft.checkpointing.download import Address, Download
 from torchft.checkpointing.server import MAX_PARTS, SnapshotServer
 from torchft.checkpointing.snapshot import Snapshot
-from torchft.checkpointing.stream import Deadline
-from torchft.checkpointing.transport import CheckpointTransport
+from torchft.checkpointing.stream import ProgressDeadline
+from torchft.checkpointing.transport import LIMIT, CheckpointTransport
 from torchft.checkpointing.window import Window
 from torchft.errors import HealError, PhaseError, SettingsError
 
@@ -54,6 +54,7 @@ class HTTPTransport(CheckpointTransport[T]):
         self._parts = max(1, num_chunks)
         self._hostname = hostname if hostname is not None else _resolvable_hostname()
         self._bytes_received = 0
+        self._download: ProgressDeadline | None = None
         self._window: Window[Snapshot] = Window()
         self._server = SnapshotServer(self._window, timeout_s=self._timeout_s)
 
@@ -64,8 +65,10 @@ class HTTPTransport(CheckpointTransport[T]):
 
     @property
     def bytes_received(self) -> int:  # type: ignore[override]
-        """Bytes of state read from the wire in complete downloads, headers included."""
-        return self._bytes_received
+        """Bytes of state read from the wire, headers included: in complete downloads, and in the
+        one that is under way."""
+        under_way = self._download
+        return self._bytes_received + (under_way.nbytes if under_way is not None else 0)
 
     def metadata(self) -> str:
         """`http://{hostname}:{port}/checkpoint/`."""
@@ -82,6 +85,17 @@ class HTTPTransport(CheckpointTransport[T]):
         self.disallow_checkpoint()
         snapshot = Snapshot(state_dict, step)
         self._window.open(step, snapshot)
+
+    def check_state(self, state_dict: T) -> None:
+        """See that the state can be encoded; raises TypeError or ValueError with the place."""
+        Snapshot.check(state_dict)
+
+    def refuse_checkpoint(
+        self, dst_ranks: list[int], step: int, reason: str, timeout: timedelta
+    ) -> None:
+        """Answer whoever asks for the state of `step` with `reason`."""
+        self.disallow_checkpoint()
+        self._window.refuse(step, reason)
 
     def allow_checkpoint(self, step: int) -> None:
         """Let the state that is offered now count as that of `step`.
@@ -105,9 +119,15 @@ class HTTPTransport(CheckpointTransport[T]):
 
     def recv_checkpoint(self, src_rank: int, metadata: str, step: int, timeout: timedelta) -> T:
         """Fetch the state of `step` from the donor at `metadata`. Tensors arrive on the CPU."""
-        download = Download(_parse(metadata), step, self._parts, Deadline(timeout.total_seconds()))
-        with _named(f"healing to step {step} from replica rank {src_rank} at {metadata}"):
-            state: Any = download.run()
+        seconds = timeout.total_seconds()
+        deadline = ProgressDeadline(seconds, LIMIT * seconds)
+        download = Download(_parse(metadata), step, self._parts, deadline)
+        self._download = deadline
+        try:
+            with _named(f"healing to step {step} from replica rank {src_rank} at {metadata}"):
+                state: Any = download.run()
+        finally:
+            self._download = None
         self._bytes_received += download.bytes_received
         return state
 
@@ -118,17 +138,16 @@ class HTTPTransport(CheckpointTransport[T]):
 
 @contextmanager
 def _named(what: str) -> Iterator[None]:
-    """Say in every error what was tried, and which kind it is."""
+    """Say in every error what was tried, after its cause, and which kind it is."""
     try:
         yield
     except TimeoutError as error:
-        raise TimeoutError(f"{what}: {error}") from error
+        raise TimeoutError(f"{error}, {what}") from error
     except HealError as error:
-        raise HealError(f"{what}: {error}") from error
+        raise HealError(f"{error}, {what}") from error
     except OSError as error:
         raise HealError(
-            f"{what}: {error or type(error).__name__}: the donor has probably died; this step is "
-            "discarded and the next quorum names another donor"
+            f"{error or type(error).__name__} (the donor has probably died), {what}"
         ) from error
 
 

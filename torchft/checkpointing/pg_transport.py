@@ -3,7 +3,7 @@
 The header is that of the HTTP transport (`layout.py`), nothing is unpickled. Messages by tag:
 
     1      length of prefix and header, int64
-    2      prefix and header
+    2      prefix and header; after a negative length, a text that says why there is no state
     3 + i  bytes of leaf i, unless it has none
     3 + n  checksum over the n leaves
 
@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -39,6 +40,7 @@ from torchft.checkpointing.layout import (
     encode_head,
 )
 from torchft.checkpointing.memory import Checksum, SourceLeaf, fresh_memory, tensors_in
+from torchft.checkpointing.snapshot import Snapshot
 from torchft.checkpointing.stream import Deadline
 from torchft.checkpointing.transport import CheckpointTransport
 from torchft.checkpointing.tree import decode, encode, same_places
@@ -51,6 +53,7 @@ T = TypeVar("T")
 
 _LENGTH, _HEAD, _FIRST_LEAF = 1, 2, 3
 _LENGTH_FORMAT = struct.Struct("<q")
+_MAX_REASON_BYTES = 4096
 _IN_FLIGHT = 8
 """Messages that are under way at a time: each one alone waits for the peer's answer."""
 
@@ -107,6 +110,24 @@ class PGTransport(CheckpointTransport[T]):
         if failure is not None:
             raise failure
 
+    def check_state(self, state_dict: T) -> None:
+        """See that the state can be encoded; raises TypeError or ValueError with the place."""
+        Snapshot.check(state_dict)
+
+    def refuse_checkpoint(
+        self, dst_ranks: list[int], step: int, reason: str, timeout: timedelta
+    ) -> None:
+        """Send `reason` to each rank instead of a state."""
+        text = reason.encode()[:_MAX_REASON_BYTES]
+        for rank in dst_ranks:
+            deadline = self._deadline(timeout)
+            with _named(f"refusing step {step} to replica rank {rank}", deadline):
+                pipeline = _Pipeline(deadline)
+                for data, tag in ((_LENGTH_FORMAT.pack(-len(text)), _LENGTH), (text, _HEAD)):
+                    message = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+                    pipeline.add(self._pg.send([message], rank, tag), partial(_keep, message))
+                pipeline.finish()
+
     def disallow_checkpoint(self) -> None:
         """Nothing is offered any more once `send_checkpoint` has returned."""
 
@@ -148,6 +169,9 @@ class PGTransport(CheckpointTransport[T]):
 
     def _recv_head(self, rank: int, step: int, deadline: Deadline) -> Head:
         (nbytes,) = _LENGTH_FORMAT.unpack(self._recv(_LENGTH_FORMAT.size, rank, _LENGTH, deadline))
+        if -_MAX_REASON_BYTES <= nbytes < 0:
+            reason = self._recv(-nbytes, rank, _HEAD, deadline).decode(errors="replace")
+            raise HealError(f"the donor refused: {reason}")
         if not PREFIX.size <= nbytes <= PREFIX.size + MAX_HEADER_BYTES:
             raise LayoutError(f"a header of {nbytes} bytes is out of range")
         raw = self._recv(nbytes, rank, _HEAD, deadline)
@@ -233,6 +257,10 @@ class _Pipeline:
         self._pending.popleft()
 
 
+def _keep(message: Tensor) -> None:
+    """Keeps `message` alive until its work has ended."""
+
+
 def _wait(work: Work, deadline: Deadline) -> None:
     # Gloo counts whole milliseconds: one more, so that its timeout is never before ours.
     work.wait(timedelta(milliseconds=int(deadline.remaining() * 1000) + 1))
@@ -260,16 +288,17 @@ def _place(ours: SourceLeaf, leaf: Leaf) -> Tensor | None:
 
 @contextmanager
 def _named(what: str, deadline: Deadline) -> Iterator[None]:
-    """Say in every error what was tried. A process group reports time and loss alike."""
+    """Say in every error what was tried, after its cause. A process group reports time and loss
+    alike."""
     try:
         yield
     except TypeError:
         raise
     except HealError as error:
-        raise HealError(f"{what}: {error}") from error
+        raise HealError(f"{error}, {what}") from error
     except (RuntimeError, TimeoutError) as error:
         try:
             deadline.remaining()
         except TimeoutError as late:
-            raise TimeoutError(f"{what}: {late}") from error
-        raise HealError(f"{what}: {error}: the peer was lost; this step is discarded") from error
+            raise TimeoutError(f"{late}, {what}") from error
+        raise HealError(f"{error} (the peer was lost), {what}") from error

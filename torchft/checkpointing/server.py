@@ -18,7 +18,8 @@ import weakref
 from dataclasses import dataclass
 
 from torchft.checkpointing.snapshot import Snapshot
-from torchft.checkpointing.stream import Deadline, Stream
+from torchft.checkpointing.stream import Deadline, ProgressDeadline, Stream
+from torchft.checkpointing.transport import LIMIT
 from torchft.checkpointing.window import Refused, Window, WrongStep
 from torchft.process_group.bulk import as_bulk
 
@@ -146,11 +147,10 @@ class SnapshotServer:
 
     def _send_part(self, stream: Stream, snapshot: Snapshot, request: _Request) -> None:
         part = snapshot.part(request.part, request.parts)
-        stream.deadline = Deadline(self._timeout_s)
+        stream.deadline = ProgressDeadline(self._timeout_s, LIMIT * self._timeout_s)
         stream.send([_head(200, "application/octet-stream", part.nbytes)])
 
         def send(piece: list[memoryview | bytes]) -> None:
-            stream.deadline = Deadline(self._timeout_s)
             stream.send(piece)
             with self._lock:
                 self.bytes_sent += sum(len(view) for view in piece)

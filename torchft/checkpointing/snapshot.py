@@ -41,6 +41,12 @@ class Snapshot:
         self._leaves = tuple(source.leaf for source in self._sources)
         self._head = encode_head(Head(step, uuid.uuid4().hex, tree, self._leaves))
 
+    @staticmethod
+    def check(state: object) -> None:
+        """Raise as making one would, without copying a tensor."""
+        tree, sources = encode(state)
+        encode_head(Head(0, "", tree, tuple(source.leaf for source in sources)))
+
     def part(self, part: int, parts: int) -> Part:
         """Part `part` of `parts`, from 0."""
         return Part(self, blocks_of_part(self._leaves, part, parts))

@@ -13,9 +13,9 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-__all__ = ["Deadline", "PeerGone", "Stream", "connect"]
+__all__ = ["Deadline", "PeerGone", "ProgressDeadline", "Stream", "connect"]
 
 _KERNEL_TIMEOUTS = sys.platform == "linux"
 _MAX_VIEWS = 512  # Half of what one sendmsg takes (IOV_MAX).
@@ -40,6 +40,48 @@ class Deadline:
         if left <= 0:
             raise TimeoutError(f"not done within {self.seconds:g} s")
         return left
+
+    @property
+    def look_s(self) -> float:
+        """At least so often one must look what has arrived of a large piece, in seconds."""
+        return math.inf
+
+    def moved(self, nbytes: int) -> None:
+        """Bytes that move do not change it."""
+
+
+class ProgressDeadline(Deadline):
+    """Moves on with every byte: `seconds` from the last one, `limit_s` from now at the latest."""
+
+    def __init__(
+        self, seconds: float, limit_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__(seconds, clock)
+        self.nbytes = 0
+        """How many bytes have moved."""
+        self._limit_s = limit_s
+        self._end = clock() + limit_s
+        self._at = min(self._at, self._end)
+
+    @property
+    def look_s(self) -> float:
+        """An eighth of the time between two bytes."""
+        return self.seconds / 8
+
+    def moved(self, nbytes: int) -> None:
+        """So many more bytes have moved."""
+        self.nbytes += nbytes
+        self._at = min(self._clock() + self.seconds, self._end)
+
+    def remaining(self) -> float:
+        """As `Deadline.remaining`."""
+        if self._clock() >= self._end:
+            raise TimeoutError(f"{self.nbytes} bytes in {self._limit_s:g} s, and not done")
+        try:
+            return super().remaining()
+        except TimeoutError:
+            waited = f"no byte within {self.seconds:g} s, after {self.nbytes}"
+            raise TimeoutError(waited) from None
 
 
 class Stream:
@@ -108,25 +150,28 @@ class Stream:
         self._socket.close()
 
     def _recv_into(self, memory: memoryview, flags: int) -> int:
-        self._arm("SO_RCVTIMEO")
-        try:
-            received = self._socket.recv_into(memory, 0, flags)
-        except BlockingIOError:
-            self.deadline.remaining()
-            raise TimeoutError(f"not done within {self.deadline.seconds:g} s") from None
+        while True:
+            self._arm("SO_RCVTIMEO")
+            with _looking_again():
+                received = self._socket.recv_into(memory, 0, flags)
+                break
         if received == 0:
             raise PeerGone("the peer closed the connection")
+        if not flags & socket.MSG_PEEK:
+            self.deadline.moved(received)
         return received
 
     def _send_some(self, views: Sequence[memoryview]) -> int:
-        self._arm("SO_SNDTIMEO")
-        try:
-            return self._socket.sendmsg(views)
-        except BlockingIOError:
-            raise TimeoutError(f"not done within {self.deadline.seconds:g} s") from None
+        while True:
+            self._arm("SO_SNDTIMEO")
+            with _looking_again():
+                sent = self._socket.sendmsg(views)
+                self.deadline.moved(sent)
+                return sent
 
     def _arm(self, option: str) -> None:
-        left = self.deadline.remaining()
+        """Let the next call end by the deadline. Raises TimeoutError when it has passed."""
+        left = min(self.deadline.remaining(), self.deadline.look_s)
         if not _KERNEL_TIMEOUTS:
             self._socket.settimeout(left)
             return
@@ -134,6 +179,18 @@ class Stream:
         # Zero would mean no timeout at all.
         interval = struct.pack("ll", int(whole), max(1, int(fraction * 1e6)))
         self._socket.setsockopt(socket.SOL_SOCKET, getattr(socket, option), interval)
+
+
+@contextlib.contextmanager
+def _looking_again() -> Iterator[None]:
+    """Nothing has moved for as long as was armed: that is for the deadline to judge."""
+    try:
+        yield
+    except BlockingIOError:
+        pass
+    except TimeoutError as error:
+        if error.errno is not None:  # the kernel gave the connection up
+            raise
 
 
 def connect(host: str, port: int, deadline: Deadline) -> Stream:

@@ -14,7 +14,10 @@ from abc import ABC, abstractmethod
 from datetime import timedelta
 from typing import Generic, TypeVar
 
-__all__ = ["CheckpointTransport"]
+__all__ = ["LIMIT", "CheckpointTransport"]
+
+LIMIT = 10
+"""A transfer may take so many times its timeout, as long as something moves within each."""
 
 T = TypeVar("T")
 
@@ -44,6 +47,21 @@ class CheckpointTransport(ABC, Generic[T]):
             TypeError: a value cannot travel; the message names its place in the state dict.
         """
 
+    def check_state(self, state_dict: T) -> None:
+        """See that `send_checkpoint` could encode `state_dict`, without copying a tensor.
+
+        Raises:
+            TypeError, ValueError: a value cannot travel; the message names its place.
+        """
+
+    def refuse_checkpoint(
+        self, dst_ranks: list[int], step: int, reason: str, timeout: timedelta
+    ) -> None:
+        """Tell the replica ranks `dst_ranks` that there is no state of `step` to be had here.
+
+        Instead of `send_checkpoint`. A transport without it lets them wait for their deadline.
+        """
+
     @abstractmethod
     def disallow_checkpoint(self) -> None:
         """End the window: once this has returned nobody reads the state, so it may change.
@@ -57,7 +75,7 @@ class CheckpointTransport(ABC, Generic[T]):
 
         Raises:
             HealError: the donor is gone, offers another step, or sent something unreadable.
-            TimeoutError: the state was not complete within `timeout`.
+            TimeoutError: nothing arrived within `timeout`, or not all within `LIMIT` times that.
         """
 
     def shutdown(self, wait: bool = True) -> None:

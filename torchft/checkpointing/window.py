@@ -1,6 +1,7 @@
 """When a state may be read: opened by the donor's step, closed before the state changes.
 
     closed ── open(offer) ──► open ── close() ──► closed        shut: closed for good
+           ── refuse(why) ──► nothing to be had, which readers are told at once
 
 A reader takes a *lease* for the step it wants. Before that is offered it waits, also while an older
 one is; when a later one is offered it is refused. `close` lets no new reader in, waits for those
@@ -45,6 +46,7 @@ class Window(Generic[T]):
         self._changed = threading.Condition()
         self._step: int | None = None  # None: closed
         self._offer: T | None = None
+        self._refusal: str | None = None
         self._leases: set[_Lease] = set()
         self._shut = False
 
@@ -52,6 +54,12 @@ class Window(Generic[T]):
         """Offer `offer` as the state of `step`. The window must be closed."""
         with self._changed:
             self._step, self._offer = step, offer
+            self._changed.notify_all()
+
+    def refuse(self, step: int, reason: str) -> None:
+        """There is no state of `step` to be had, because of `reason`. The window must be closed."""
+        with self._changed:
+            self._step, self._refusal = step, reason
             self._changed.notify_all()
 
     def relabel(self, step: int) -> bool:
@@ -85,7 +93,7 @@ class Window(Generic[T]):
     def close(self, timeout_s: float) -> int:
         """Let nobody in, wait for the readers inside, cut off the rest and say how many."""
         with self._changed:
-            self._step = self._offer = None
+            self._step = self._offer = self._refusal = None
             self._changed.notify_all()
             self._changed.wait_for(lambda: not self._leases, timeout_s)
             late = list(self._leases)
@@ -108,6 +116,8 @@ class Window(Generic[T]):
         self._changed.wait_for(lambda: self._has_come_to(step) or self._shut, timeout_s)
         if self._shut:
             raise Refused("the donor is shutting down")
+        if self._step == step and self._refusal is not None:
+            raise Refused(self._refusal)
         if self._step is None or self._offer is None:
             raise Refused(f"the donor offered no state within {timeout_s:g} s")
         if self._step != step:
