@@ -39,7 +39,8 @@ class StrategyHooks(Uncopied):
     """Runs a strategy of one recipe from the hooks of an inner optimizer, as a context.
 
     `trained` says before each step whether the parameters are still those that were there at the
-    beginning. The rest is the recipe's, and the peers'.
+    beginning; `frozen_steps` is how long one of them may be frozen. The rest is the recipe's, and
+    the peers'.
     """
 
     copy_instead = "save its state_dict(), and make another one with a manager of its own"
@@ -56,6 +57,7 @@ class StrategyHooks(Uncopied):
         bucket_bytes: int | None = None,
         deterministic: bool = False,
         background: bool = False,
+        frozen_steps: int | None = None,
     ) -> None:
         # True means the same wherever the parameters lie on equal devices; groups compare it.
         recipe.codec = codec_for(should_quantize, local.parameters[0].device)
@@ -63,7 +65,7 @@ class StrategyHooks(Uncopied):
             for dtype, device in local.layout(local.whole).kinds:
                 prove(recipe.codec, shared_dtype_of(dtype, recipe.shared_dtype), device)
         self._manager = manager
-        self._trained = trained
+        self._trained, self._frozen_steps = trained, frozen_steps
         self._entered = self._restored = self._inside = False
         self._stepping: Any = None
         self._strategy = Strategy([recipe], bucket_bytes=bucket_bytes)
@@ -138,7 +140,7 @@ class StrategyHooks(Uncopied):
         if not self._inside:
             self._refuse_outside()
             return
-        self._trained.check()
+        self._trained.check(self._frozen_steps)
         self._inner_step_ended()  # a step that raised has not come to its post-hook
         self._stepping = self._applying()
         self._stepping.__enter__()

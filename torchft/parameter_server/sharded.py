@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchft import step_hooks
 from torchft.errors import SettingsError
 from torchft.parameter_server.ranks import ALONE, Ranks
 from torchft.strategies.model_local import ModelLocal
 
-__all__ = ["check_optimizer", "is_sharded", "named_parameters", "put", "whole"]
+__all__ = ["check_optimizer", "is_sharded", "named_parameters", "put", "unwrapped", "whole"]
 
 
 def is_sharded(parameter: Tensor) -> bool:
@@ -41,7 +42,7 @@ def named_parameters(model: nn.Module, ranks: Ranks = ALONE) -> dict[str, nn.Par
         SettingsError: there is nothing to train, a parameter is no float or has no memory, or it
             is sharded over ranks that are not all `ranks`.
     """
-    local = ModelLocal([_unwrapped(model)])
+    local = ModelLocal([unwrapped(model)])
     found = dict(zip(local.names, local.parameters, strict=True))
     for name, parameter in found.items():
         if is_sharded(parameter):
@@ -53,9 +54,10 @@ def check_optimizer(parameters: dict[str, nn.Parameter], optimizer: torch.optim.
     """It trains the model, or a part of it.
 
     Raises:
-        SettingsError: it steps none of `parameters`.
+        SettingsError: it is no optimizer, or steps none of `parameters`.
     """
-    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    step_hooks.check_optimizer("optimizer", optimizer)
+    stepped = set(map(id, step_hooks.parameters_of(optimizer)))
     if stepped.isdisjoint(map(id, parameters.values())):
         raise SettingsError(
             f"the optimizer steps none of the model's {len(parameters)} trained parameters, so "
@@ -64,11 +66,16 @@ def check_optimizer(parameters: dict[str, nn.Parameter], optimizer: torch.optim.
         )
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module that DistributedDataParallel and torch.compile have wrapped.
+
+    Raises:
+        SettingsError: FSDP1 has wrapped it.
+    """
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        return _unwrapped(model.module)
+        return unwrapped(model.module)
     if isinstance(compiled_from := getattr(model, "_orig_mod", None), nn.Module):
-        return _unwrapped(compiled_from)  # the same parameters
+        return unwrapped(compiled_from)  # the same parameters
     kinds = {type(module).__name__ for module in model.modules()}
     if "FullyShardedDataParallel" in kinds:
         raise SettingsError(

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchft.errors import PhaseError
 from torchft.parameter_server.chunks import Chunks
 from torchft.parameter_server.client import DiLoCoClient
 from torchft.parameter_server.flight import Arrived, Flight
@@ -35,10 +36,13 @@ from torchft.parameter_server.options import Agreed
 from torchft.parameter_server.ranks import Ranks
 from torchft.parameter_server.schedule import Schedule, due
 from torchft.parameter_server.shape import ModelShape
-from torchft.parameter_server.sharded import check_optimizer
+from torchft.parameter_server.sharded import check_optimizer, unwrapped
 from torchft.parameter_server.weights import WorkerWeights, named_parameters
 from torchft.parameter_server.worker_options import WorkerOptions
 from torchft.quantization import codec_of
+from torchft.step_hooks import StepHooks
+from torchft.strategies.trained import TrainedModel
+from torchft.uncopied import Uncopied
 
 __all__ = ["DiLoCoWorker"]
 
@@ -51,7 +55,7 @@ _APART = 4
 """So many times as long as it waits for a round, the first rank may keep the others waiting."""
 
 
-class DiLoCoWorker:
+class DiLoCoWorker(Uncopied):
     """Synchronises `model` with the server while `optimizer` steps.
 
     Args:
@@ -65,7 +69,12 @@ class DiLoCoWorker:
     Raises:
         SettingsError: an option that cannot be, a model that cannot be synchronised, or an
             optimizer of another model.
+        PhaseError: at the first training step before `start`.
+        MismatchError: at a step, when other parameters are trained than at the beginning, or one
+            has been frozen for a whole cycle.
     """
+
+    copy_instead = "save the model's state, and make a worker in each process"
 
     def __init__(
         self,
@@ -82,8 +91,8 @@ class DiLoCoWorker:
         self.sync_count = self.local_step = self.refused = 0
         self.sync_time_s = self.last_sync_time_s = 0.0
         self.last_send_bytes = self.last_receive_bytes = 0
-        self._optimizer, self._tokens = optimizer, tokens
-        self._hook: Any = None
+        self._tokens = tokens
+        self._started = False
         if not self.active:
             return
         self.worker_id = self.options.named()
@@ -101,6 +110,10 @@ class DiLoCoWorker:
         self._began: float | None = None
         self._rate = 0.0
         self._together(lambda: self._make_link(shape))
+        self._model = TrainedModel([unwrapped(model)], optimizer, front="DiLoCoWorker")
+        # From now on, so that training before `start` is noticed.
+        self._hooks = StepHooks(optimizer, before=self._before_step, after=self._after_step)
+        self._hooks.attach()
 
     # ------------------------------------------------------------------ begin and end
 
@@ -116,20 +129,26 @@ class DiLoCoWorker:
         Raises:
             UnreachableError, Refused, MismatchError: there is no server, or it says no.
         """
-        if not self.active or self._hook is not None:
+        if not self.active or self._started:
             return self
         self._together(self._begin)
-        self._hook = self._optimizer.register_step_post_hook(lambda *_: self._after_step())
+        self._hooks.attach()
+        self._started = True
         return self
 
     def stop(self, *, submit: bool = True) -> None:
-        """Submit the last steps, take the newest common weights, deregister. Harmless to repeat."""
-        if not self.active or self._hook is None:
+        """Submit the last steps, take the newest common weights, deregister. Harmless to repeat.
+
+        Raises:
+            PhaseError: weights were trained, and no step of the optimizer was seen.
+        """
+        if not self.active or not self._started:
             return
-        self._hook.remove()
-        self._hook = None
+        self._hooks.detach()
+        self._started = False
         try:
             if submit:
+                self._hooks.watch.check_any()
                 self._together(self._finish)
                 self._ranks.close()
         finally:
@@ -138,8 +157,9 @@ class DiLoCoWorker:
 
     def force_sync(self) -> None:
         """A slot now, and wait for its round."""
-        if self.active and self._hook is not None:
+        if self.active and self._started:
             self._together(lambda: self._slot(wait=True))
+            self._hooks.watch.forget()
 
     # ------------------------------------------------------------------ while training
 
@@ -152,7 +172,7 @@ class DiLoCoWorker:
     @property
     def sync_every(self) -> int:
         """Inner steps to a cycle."""
-        return self._schedule.every if self.active and self._hook else self.options.sync_every
+        return self._schedule.every if self.active and self._started else self.options.sync_every
 
     @property
     def bases(self) -> dict[int, Tensor]:
@@ -176,7 +196,18 @@ class DiLoCoWorker:
             "diloco/in_flight": len(self._flights),
         }
 
+    def _before_step(self) -> None:
+        if self._started:
+            self._model.check(self.sync_every)
+        elif self._hooks.watch.saw_backward:
+            raise PhaseError(
+                "this DiLoCoWorker was made and not started, so nothing would be submitted: write "
+                "`with DiLoCoWorker(…):` around the training loop, or call start()"
+            )
+
     def _after_step(self) -> None:
+        if not self._started:
+            return
         now = time.monotonic()
         if self._began is not None and now > self._began:
             seen = 1 / (now - self._began)

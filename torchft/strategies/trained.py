@@ -50,31 +50,23 @@ class _Noted:
 
 class TrainedModel:
     """What `modules` train, and what `optimizer` steps, when this object is made; `front` is what
-    errors call the object that relies on it. `frozen_steps` None: parameters may be frozen."""
+    errors call the object that relies on it."""
 
-    def __init__(
-        self,
-        modules: Sequence[nn.Module],
-        optimizer: Any,
-        *,
-        front: str,
-        frozen_steps: int | None = None,
-    ) -> None:
+    def __init__(self, modules: Sequence[nn.Module], optimizer: Any, *, front: str) -> None:
         self._modules, self._optimizer, self._front = list(modules), optimizer, front
         self._noted = {key: _Noted.of(parameter) for key, parameter in self._parameters()}
         self._stepped = {id(parameter) for _, parameter in self._optimized()}
         self._trained = {id(noted.parameter) for noted in self._noted.values() if noted.trained}
-        self._frozen_steps = frozen_steps
         self._frozen: dict[Key, int] = {}
         """How many steps in a row a trained parameter has been frozen."""
 
-    def check(self) -> None:
-        """Call it before each step.
+    def check(self, frozen_steps: int | None = None) -> None:
+        """Call it before each step. `frozen_steps` None: parameters may be frozen.
 
         Raises:
             MismatchError: names a parameter, and how it is not as it was.
         """
-        change = self._changed() or self._added() or self._frozen_long()
+        change = self._changed() or self._added() or self._frozen_long(frozen_steps)
         if change is not None:
             raise MismatchError(
                 f"{change}. What is trained is settled when {self._front} is made, since all "
@@ -128,8 +120,8 @@ class TrainedModel:
                 )
         return None
 
-    def _frozen_long(self) -> str | None:
-        if self._frozen_steps is None:
+    def _frozen_long(self, longest: int | None) -> str | None:
+        if longest is None:
             return None
         self._frozen = {
             key: self._frozen.get(key, 0) + 1
@@ -137,7 +129,7 @@ class TrainedModel:
             if noted.trained and not noted.parameter.requires_grad
         }
         for (_, name), steps in self._frozen.items():
-            if steps >= max(self._frozen_steps, 2):
+            if steps >= max(longest, 2):
                 return (
                     f"parameter {name} was frozen {steps} steps ago, and the outer optimizer would "
                     "go on moving it"
