@@ -68,12 +68,32 @@ def test_one_that_is_right_runs() -> None:
     run(Strategy([Mine()], inner=Inner()))
 
 
+def test_its_rounds_open_every_so_many_steps() -> None:
+    class Other(Mine):
+        def __init__(self, every: int) -> None:
+            self.every = every
+            self.rounds: list[int] = []
+
+        def adopt(self, fragment: Any, news: Any, draft: Any) -> None:
+            super().adopt(fragment, news, draft)
+            self.rounds.append(self.clock.steps)
+
+    for every, rounds in (1, [1, 2]), (2, [2]), (3, []):
+        recipe = Other(every)
+        run(Strategy([recipe], inner=Inner()))
+        assert recipe.rounds == rounds
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"place": "after"}, r"Other.place is 'after': it must be one of Place.\w+, Place.\w+"),
         ({"by": "average"}, "Other.by is 'average': it must be one of By.AVERAGE"),
         ({"delay": 1.5}, "Other.delay is 1.5: it must be a whole number"),
+        ({"every": 2.5}, "Other.every=2.5 must be a whole number"),
+        ({"every": 0}, "Other.every=0: a round is due every 1 or more steps"),
+        ({"H": 10}, "Other has H=10, which decides nothing.*set every"),
+        ({"sync_every": 5}, "Other has sync_every=5, which decides nothing"),
         ({"contribution": Recipe.contribution}, "Other has no method contribution"),
         ({"adopt": Recipe.adopt}, "Other has no method adopt"),
         ({"by": By.ISLANDS}, "Other has no method islands: a recipe defines contribution and"),

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["check_recipes", "check_values", "check_whole", "contributed", "inner_of", "recipes_of"]
 
+_PERIODS = ("H", "sync_every", "interval", "period")
+"""What recipes that somebody else wrote call `every`."""
 _PAIR = "contribution returns a pair: a list of tensors [rows, …] and a draft, which may be None"
 
 
@@ -108,12 +110,31 @@ def _check_recipe(recipe: Recipe) -> None:
             raise SettingsError(f"{name}.{setting} is {value!r}: it must be one of {known}")
     if not isinstance(recipe.delay, int) or isinstance(recipe.delay, bool) or recipe.delay < 0:
         raise SettingsError(f"{name}.delay is {recipe.delay!r}: it must be a whole number, 0 or up")
+    check_whole(**{f"{name}.every": recipe.every})
+    if recipe.every < 1:
+        raise SettingsError(f"{name}.every={recipe.every}: a round is due every 1 or more steps")
+    _check_period(recipe)
     needed = ["contribution", "adopt", *(["islands"] if recipe.by is By.ISLANDS else [])]
     for method in needed:
         if getattr(getattr(recipe, method), "__func__", None) is getattr(Recipe, method):
             raise SettingsError(
                 f"{name} has no method {method}: a recipe defines {' and '.join(needed)}, see "
                 "torchft.strategies.Recipe"
+            )
+
+
+def _check_period(recipe: Recipe) -> None:
+    """Refuse a number of steps that nobody reads: rounds would open after every step."""
+    from torchft.strategies.recipe import Recipe
+
+    if type(recipe).due is not Recipe.due or recipe.every != 1:
+        return
+    name = type(recipe).__name__
+    for setting in _PERIODS:
+        if isinstance(getattr(recipe, setting, None), int):
+            raise SettingsError(
+                f"{name} has {setting}={getattr(recipe, setting)}, which decides nothing: rounds "
+                f"open every {name}.every steps, or when its method due says so; set every"
             )
 
 

@@ -68,10 +68,6 @@ class LocalSGD(Recipe):
                 dtype=self.shared_dtype,
             )
 
-    def due(self) -> bool:
-        """After every H-th step."""
-        return self.clock.steps % self.every == 0
-
     def settle_in(self) -> None:
         """Start from the last average, not from the donor's local weights."""
         if self.backup is not None:

@@ -61,6 +61,9 @@ class Recipe:
 
     place: ClassVar[Place] = Place.AFTER
     by: By = By.AVERAGE
+    every: int = 1
+    """Inner steps from one round to the next, unless `due` says otherwise. Rounds follow steps H,
+    2H, 3H; those about gradients (`Place.BEFORE`) are part of steps 1, H + 1, 2H + 1."""
     delay: int = 0
     """Inner steps between a round's opening and its close."""
 
@@ -114,7 +117,7 @@ class Recipe:
 
     def due(self) -> bool:
         """Whether a round opens now, by the clock."""
-        return True
+        return self.clock.steps % self.every == 0
 
     def fragment(self) -> Fragment:
         """What the round that opens now is about; asked after it opened, so the clock is agreed."""

@@ -62,10 +62,6 @@ class Sparta(Recipe):
         self._flats = [(flat.shape[1], flat.device) for flat in flats]
         self.local.release(flats, reusable=True)
 
-    def due(self) -> bool:
-        """After every so many steps."""
-        return self.clock.steps % self.every == 0
-
     def positions(self) -> list[Tensor]:
         """The subset of this round, of each flat tensor."""
         turn = self.clock.steps // self.every - 1

@@ -75,10 +75,6 @@ class TopK(Recipe):
         size = max(1, min(self.chunk, flat.shape[1]))
         return flat.new_zeros(self.local.rows, -(-flat.shape[1] // size), size)
 
-    def due(self) -> bool:
-        """After every H-th step."""
-        return self.clock.steps % self.every == 0
-
     def settle_in(self) -> None:
         """Start from the global weights, not from the donor's local ones."""
         self.backup.restore()
