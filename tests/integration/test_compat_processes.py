@@ -161,7 +161,14 @@ NAMED: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", NAMED)
+EACH = "SPARTADiLoCoStrategy"
+"""Has the parts of the others."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) for name in NAMED if name != EACH] + [EACH],
+)
 def test_a_subclass_of_a_name_steps_as_the_recipe_of_that_name(name: str) -> None:
     options = {"inner_optim_spec": SGD, **NAMED[name]}
     own = type("Own", (getattr(processes, name),), {"step": getattr(processes, name).step})

@@ -148,6 +148,21 @@ def test_a_method_that_is_put_on_the_class_from_outside_is_called(
     assert [look["local_losses"] for look in result.validations] == [{0: 0.25, 1: 1.25}] * 2
 
 
+@pytest.mark.filterwarnings("ignore:.*opened no round:UserWarning")
+def test_it_is_called_without_held_out_samples_too_and_spends_none_of_the_others() -> None:
+    own = train(Counting, max_local_step=2)
+    assert [look["step"] for look in own.validations] == [0, 2]
+    plain = train(DilocoSimulator, max_local_step=2)
+    assert own.history[1].loss == pytest.approx(plain.history[1].loss, rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*opened no round:UserWarning")
+def test_a_method_that_is_put_on_the_object_is_called() -> None:
+    simulator = DilocoSimulator(**{**OPTIONS, "max_local_step": 2})
+    simulator._train_step = lambda: 0.5  # type: ignore[method-assign]
+    assert [row.loss for row in simulator.train().history] == [0.5, 0.5]
+
+
 class Whole(Same):
     """Its own process around the loop, its own master, its own checkpoint."""
 

@@ -173,9 +173,11 @@ class DilocoProcess:
             self._save_checkpoint()
 
     def _get_batch(self, eval: bool = False) -> tuple[Any, Any]:  # noqa: A002
-        """The next batch of this node, or of the held-out samples where there are any."""
-        if eval and self._held_out is not None:
-            batch = self._held_out.batch(0, self._eval_batches)
+        """The next batch of this node. For evaluation, of the held-out samples; where there are
+        none, of this node's from the first on, which training does not miss."""
+        if eval:
+            held_out, at = self._held_out, self._eval_batches
+            batch = self._node.batch(at) if held_out is None else held_out.batch(0, at)
             self._eval_batches += 1
         else:
             batch = self._node.batch(self._train_batches)
@@ -248,7 +250,7 @@ class DilocoProcess:
 
     def _evaluate_if_due(self, *, at_the_end: bool = False) -> None:
         interval = self.config.eval_interval or self.config.diloco_interval
-        if self._held_out is not None and (at_the_end or self.local_step % interval == 0):
+        if self._evaluates and (at_the_end or self.local_step % interval == 0):
             self._evaluate()
 
     @torch.no_grad()
@@ -305,6 +307,8 @@ class DilocoProcess:
             self._held_out = Feed(
                 config.eval_dataset, num_nodes=1, batch_size=config.batch_size, seed=config.seed
             )
+        own = {"_eval_model", "_evaluate"} & set(overridden(self))
+        self._evaluates = self._held_out is not None or bool(own)
         self.config = replace(config, loss_fn=self._noting(config.loss_fn))
         self._last_loss: float | None = None
 
@@ -323,19 +327,22 @@ class DilocoProcess:
 _ORIGINAL = {name: of for name, of in vars(DilocoProcess).items() if callable(of)}
 
 
-def overridden(cls: type[DilocoProcess]) -> list[str]:
-    """Which of the methods a subclass, or somebody who assigned to this class, has made anew.
+def overridden(simulator: DilocoProcess) -> list[str]:
+    """Which of the methods a subclass, or somebody who assigned to a class or to this object, has
+    made anew.
 
     Raises:
         SettingsError: one that nothing here would call.
     """
-    lost = [name for name in _NOT_CALLED if hasattr(cls, name)]
+    cls = type(simulator)
+    lost = [name for name in _NOT_CALLED if hasattr(simulator, name)]
     if lost:
         raise SettingsError(
             f"{cls.__name__} has {', '.join(lost)} of diloco-sim, which nothing calls here: use "
             "_get_batch, _setup_model, _train_step, _average_models, _outer_step or _eval_model"
         )
-    return [name for name, of in _ORIGINAL.items() if getattr(cls, name) is not of]
+    own = vars(simulator)
+    return [name for name, of in _ORIGINAL.items() if name in own or getattr(cls, name) is not of]
 
 
 class DilocoProgram(SPMDProgram):
@@ -356,5 +363,5 @@ class DilocoProgram(SPMDProgram):
 
     def spmd_settings(self) -> dict[str, Any]:
         """Whose methods are called."""
-        cls = type(self.simulator)
-        return {"strategy": cls.__name__, "overrides": overridden(cls)}
+        name = type(self.simulator).__name__
+        return {"strategy": name, "overrides": overridden(self.simulator)}

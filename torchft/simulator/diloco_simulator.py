@@ -206,7 +206,7 @@ class DilocoSimulator(DilocoProcess):
     def train(self) -> Result:
         """Run to the end, over a real process for each node where a subclass has methods of its
         own: see `diloco_process`."""
-        config, own = self.config, bool(overridden(type(self)))
+        config, own = self.config, bool(overridden(self))
         trainer = Trainer(
             _Paired(self._build_model(), config.loss_fn),
             config.train_dataset,
