@@ -12,6 +12,7 @@ import torch.distributed as dist
 from helpers.small_runs import pairs
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import Dataset, Subset
 
 from torchft import compat
 from torchft.compat import (
@@ -64,8 +65,8 @@ def line() -> Line:
         return Line()
 
 
-def run(strategy: Any, *, nodes: int = NODES, val: bool = False, **settings: Any) -> Result:
-    trainer = Trainer(line(), pairs(), pairs(20) if val else None, device="cpu")
+def run(strategy: Any, *, nodes: int = NODES, val: Any = False, **settings: Any) -> Result:
+    trainer = Trainer(line(), pairs(), {True: pairs(20), False: None}.get(val, val), device="cpu")
     made: dict[str, Any] = {"max_steps": STEPS, "batch_size": BATCH, "disable_logging": True}
     trainer.fit(strategy=strategy, num_nodes=nodes, seed=SEED, **{**made, **settings})
     assert trainer.result is not None
@@ -141,10 +142,18 @@ def test_gradients_that_a_strategy_rounds_are_those_of_a_loop_by_hand(tmp_path: 
     assert "Rounded" in (tmp_path / "own" / "config.json").read_text()
 
 
+def of_its_own(rank: int, num_nodes: int, train_dataset: bool) -> Dataset[Any]:
+    """Held-out samples that differ from node to node."""
+    return Subset(pairs(20), range(rank * 5, rank * 5 + 10))
+
+
 def test_the_communicator_of_diloco_is_the_strategy_of_that_name() -> None:
     made = CommunicateOptimizeStrategy([DiLoCoCommunicator(H=2)], SGD, max_norm=0.5)
-    real = run(made)
-    rows = run(DiLoCoStrategy(SGD, H=2, max_norm=0.5))
+    real = run(made, val=of_its_own, val_interval=3)
+    rows = run(DiLoCoStrategy(SGD, H=2, max_norm=0.5), val=of_its_own, val_interval=3)
+    for mine, theirs in zip(real.validations, rows.validations, strict=True):
+        assert mine["local_losses"] == pytest.approx(theirs["local_losses"], rel=1e-5)
+        assert mine["global_loss"] == pytest.approx(theirs["global_loss"], rel=1e-5)
     assert real.bytes_sent == rows.bytes_sent
     assert [record.step for record in real.rounds] == [1, 3]
     for one, other in zip(real.models, rows.models, strict=True):

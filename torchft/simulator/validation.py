@@ -75,8 +75,12 @@ class Validator:
 
     def __call__(self, nodes: Sequence[TrainNode]) -> Validation:
         """Of these nodes and their mean."""
-        local = {node.node: self._loss(node, [self._of_node.get(node.node, 0)]) for node in nodes}
+        local = {node.node: self.local_loss(node) for node in nodes}
         return Validation(local, self.loss(self.mean_of(nodes)))
+
+    def local_loss(self, node: TrainNode) -> float:
+        """The mean over this node's own samples, of its model."""
+        return self._loss(node, [self._of_node.get(node.node, 0)])
 
     def mean_of(self, nodes: Sequence[TrainNode]) -> TrainNode:
         """A node like the first one, with the mean of all their models."""

@@ -107,7 +107,7 @@ class SPMDNode:
             return
         if step % interval and step != self.total_steps:
             return
-        local = strategy.validator.loss(self._train_node)
+        local = strategy.validator.local_loss(self._train_node)
         with self.holding_mean(self.model):
             together = strategy.validator.loss(self._train_node)
         self.report_validation(step, local, together)
