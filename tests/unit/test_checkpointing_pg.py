@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
+from torchft.checkpointing import pg_transport
 from torchft.checkpointing.layout import PREFIX, Head, Leaf, encode_head
 from torchft.checkpointing.pg_transport import PGTransport
 from torchft.checkpointing.tree import encode, same_places
@@ -127,7 +129,7 @@ def test_another_step_names_both(groups: list[ProcessGroupGloo]) -> None:
 
 def test_a_silent_donor_ends_at_the_shorter_deadline(groups: list[ProcessGroupGloo]) -> None:
     healing: PGTransport[Any] = PGTransport(groups[1], SHORT, CPU)
-    with pytest.raises(TimeoutError, match=r"not done within 0\.1 s"):
+    with pytest.raises(TimeoutError, match=r"no byte within 0\.1 s"):
         healing.recv_checkpoint(0, "<n/a>", 3, LONG)
 
 
@@ -210,3 +212,48 @@ def test_a_donor_without_a_state_says_why_and_the_next_heal_works(
         healing.recv_checkpoint(0, donor.metadata(), 3, LONG)
     refusing.result(30)
     assert heal(groups, {"w": 1})[0] == {"w": 1}
+
+
+class Throttled:
+    """A process group that hands each message over a moment later."""
+
+    def __init__(self, group: ProcessGroupGloo, pause_s: float) -> None:
+        self._group = group
+        self._pause_s = pause_s
+
+    def send(self, tensors: list[torch.Tensor], rank: int, tag: int) -> Any:
+        threading.Event().wait(self._pause_s)
+        return self._group.send(tensors, rank, tag)
+
+
+def test_a_transfer_that_moves_may_take_longer_than_its_timeout(
+    groups: list[ProcessGroupGloo], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pg_transport, "SLICE_BYTES", 64)
+    timeout, sent = timedelta(seconds=0.3), {"w": torch.arange(160.0)}
+    slow: Any = Throttled(groups[0], pause_s=0.06)  # ten pieces, and four other messages
+    donor: PGTransport[Any] = PGTransport(slow, timeout, CPU)
+    healing: PGTransport[Any] = PGTransport(groups[1], timeout, CPU)
+    sending = in_thread(lambda: donor.send_checkpoint([1], 3, sent, timeout))
+    began = time.monotonic()
+    got = healing.recv_checkpoint(0, donor.metadata(), 3, timeout)
+    assert time.monotonic() - began > timeout.total_seconds()
+    sending.result(30)
+    assert torch.equal(got["w"], sent["w"])
+    assert healing.bytes_received > 640
+
+
+def test_a_peer_that_takes_nothing_does_not_keep_the_state_from_the_next(store: TCPStore) -> None:
+    address = f"localhost:{store.port}/pg_transport/{next(_prefixes)}"
+    groups = [ProcessGroupGloo(LONG) for _ in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda i: groups[i].configure(address, f"r{i}", i, 3), range(3)))
+    second = timedelta(seconds=1)
+    donor: PGTransport[Any] = PGTransport(groups[0], second, CPU)
+    healing: PGTransport[Any] = PGTransport(groups[2], second, CPU)
+    sending = in_thread(lambda: donor.send_checkpoint([1, 2], 3, {"w": list(range(5))}, second))
+    assert healing.recv_checkpoint(0, donor.metadata(), 3, second) == {"w": list(range(5))}
+    with pytest.raises((HealError, TimeoutError), match="to replica rank 1"):
+        sending.result(30)
+    for group in groups:
+        group.shutdown()

@@ -4,11 +4,11 @@ The header is that of the HTTP transport (`layout.py`), nothing is unpickled. Me
 
     1      length of prefix and header, int64
     2      prefix and header; after a negative length, a text that says why there is no state
-    3 + i  bytes of leaf i, unless it has none
+    3 + i  bytes of leaf i, unless it has none, in pieces of 4 MiB
     3 + n  checksum over the n leaves
 
-The donor sends while it forms the quorum, to one peer after the other, and is done when all have
-the state. With `state_dict` the healing group receives into the tensors that it already has,
+The donor sends while it forms the quorum, to all peers side by side, and is done when all have the
+state. With `state_dict` the healing group receives into the tensors that it already has,
 wherever one has the same place, dtype and shape, so that healing takes no further memory.
 """
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import struct
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -40,9 +40,9 @@ from torchft.checkpointing.layout import (
     encode_head,
 )
 from torchft.checkpointing.memory import Checksum, SourceLeaf, fresh_memory, tensors_in
-from torchft.checkpointing.snapshot import Snapshot
-from torchft.checkpointing.stream import Deadline
-from torchft.checkpointing.transport import CheckpointTransport
+from torchft.checkpointing.snapshot import SLICE_BYTES, Snapshot
+from torchft.checkpointing.stream import ProgressDeadline
+from torchft.checkpointing.transport import LIMIT, CheckpointTransport
 from torchft.checkpointing.tree import decode, encode, same_places
 from torchft.errors import HealError
 from torchft.process_group import ProcessGroup
@@ -63,7 +63,8 @@ class PGTransport(CheckpointTransport[T]):
 
     Args:
         pg: a process group with `send` and `recv` for CPU tensors, such as gloo.
-        timeout: bounds each transfer, together with the timeout of the call: the shorter counts.
+        timeout: bounds each wait for a piece of 4 MiB, together with the timeout of the call: the
+            shorter counts. A transfer takes at most `LIMIT` times that.
         device: where received tensors go that have no place in `state_dict`.
         state_dict: gives the tensors to receive into. They are overwritten as the state arrives,
             so when a heal fails they hold parts of both states until the next heal.
@@ -99,16 +100,7 @@ class PGTransport(CheckpointTransport[T]):
         """
         tree, sources = encode(state_dict)
         head = encode_head(Head(step, uuid4().hex, tree, tuple(s.leaf for s in sources)))
-        failure: Exception | None = None
-        for rank in dst_ranks:
-            deadline = self._deadline(timeout)
-            try:
-                with _named(f"sending step {step} to replica rank {rank}", deadline):
-                    self._send(rank, head, sources, deadline)
-            except (HealError, TimeoutError) as error:
-                failure = failure or error
-        if failure is not None:
-            raise failure
+        self._serve(dst_ranks, _messages(head, sources), f"sending step {step}", timeout)
 
     def check_state(self, state_dict: T) -> None:
         """See that the state can be encoded; raises TypeError or ValueError with the place."""
@@ -119,14 +111,9 @@ class PGTransport(CheckpointTransport[T]):
     ) -> None:
         """Send `reason` to each rank instead of a state."""
         text = reason.encode()[:_MAX_REASON_BYTES]
-        for rank in dst_ranks:
-            deadline = self._deadline(timeout)
-            with _named(f"refusing step {step} to replica rank {rank}", deadline):
-                pipeline = _Pipeline(deadline)
-                for data, tag in ((_LENGTH_FORMAT.pack(-len(text)), _LENGTH), (text, _HEAD)):
-                    message = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-                    pipeline.add(self._pg.send([message], rank, tag), partial(_keep, message))
-                pipeline.finish()
+        length = _LENGTH_FORMAT.pack(-len(text))
+        messages = ((length, _LENGTH), (text, _HEAD))
+        self._serve(dst_ranks, messages, f"refusing step {step}", timeout)
 
     def disallow_checkpoint(self) -> None:
         """Nothing is offered any more once `send_checkpoint` has returned."""
@@ -140,34 +127,47 @@ class PGTransport(CheckpointTransport[T]):
             state: Any = decode(head.tree, leaves)
         return state
 
-    def _deadline(self, timeout: timedelta) -> Deadline:
-        return Deadline(min(timeout, self._timeout).total_seconds())
+    def _deadline(self, timeout: timedelta, share: int = 1) -> ProgressDeadline:
+        seconds = min(timeout, self._timeout).total_seconds()
+        return ProgressDeadline(seconds / share, LIMIT * seconds)
 
-    def _send(self, rank: int, head: bytes, sources: list[SourceLeaf], deadline: Deadline) -> None:
-        pipeline = _Pipeline(deadline)
+    def _serve(
+        self, ranks: list[int], messages: Iterable[_Message], what: str, timeout: timedelta
+    ) -> None:
+        """Send all peers the same, side by side. One that takes nothing may keep the others waiting
+        for its share of the timeout; then it is left out."""
+        serving = {rank: _Pipeline(self._deadline(timeout, len(ranks))) for rank in ranks}
+        failure: Exception | None = None
 
-        def send(data: memoryview | bytearray, tag: int) -> None:
+        def attempt(rank: int, act: Callable[[_Pipeline], None]) -> None:
+            nonlocal failure
+            pipeline = serving[rank]
+            try:
+                with _named(f"{what} to replica rank {rank}", pipeline.deadline):
+                    act(pipeline)
+            except (HealError, TimeoutError) as error:
+                failure = failure or error
+                del serving[rank]
+
+        for data, tag in messages:
             # Torch has no read-only tensors; byte strings are, and small.
             writable = bytearray(data) if memoryview(data).readonly else data
             message = torch.frombuffer(writable, dtype=torch.uint8)
-            pipeline.add(self._pg.send([message], rank, tag), lambda: self._count_sent(message))
+            for rank in list(serving):
+                attempt(rank, partial(self._send, message, rank, tag))
+        for rank in list(serving):
+            attempt(rank, _Pipeline.finish)
+        if failure is not None:
+            raise failure
 
-        send(bytearray(_LENGTH_FORMAT.pack(len(head))), _LENGTH)
-        send(bytearray(head), _HEAD)
-        checksum = Checksum()
-        for index, source in enumerate(sources):
-            if source.leaf.nbytes:
-                data = source.bytes()
-                checksum.add(data)
-                checksum.end_block()
-                send(data, _FIRST_LEAF + index)
-        send(bytearray(TRAILER.pack(checksum.value)), _FIRST_LEAF + len(sources))
-        pipeline.finish()
+    def _send(self, message: Tensor, rank: int, tag: int, pipeline: _Pipeline) -> None:
+        work = self._pg.send([message], rank, tag)
+        pipeline.add(work, message.nbytes, lambda: self._count_sent(message))
 
     def _count_sent(self, message: Tensor) -> None:
         self.bytes_sent += message.nbytes
 
-    def _recv_head(self, rank: int, step: int, deadline: Deadline) -> Head:
+    def _recv_head(self, rank: int, step: int, deadline: ProgressDeadline) -> Head:
         (nbytes,) = _LENGTH_FORMAT.unpack(self._recv(_LENGTH_FORMAT.size, rank, _LENGTH, deadline))
         if -_MAX_REASON_BYTES <= nbytes < 0:
             reason = self._recv(-nbytes, rank, _HEAD, deadline).decode(errors="replace")
@@ -182,32 +182,34 @@ class PGTransport(CheckpointTransport[T]):
             raise HealError(f"the donor is serving {head.step} but got step={step}")
         return head
 
-    def _recv(self, nbytes: int, rank: int, tag: int, deadline: Deadline) -> bytes:
+    def _recv(self, nbytes: int, rank: int, tag: int, deadline: ProgressDeadline) -> bytes:
         message = torch.empty(nbytes, dtype=torch.uint8)
-        _wait(self._pg.recv([message], rank, tag), deadline)
+        _wait(self._pg.recv([message], rank, tag), nbytes, deadline)
         self.bytes_received += nbytes
         return message.numpy().tobytes()
 
-    def _recv_leaves(self, rank: int, head: Head, deadline: Deadline) -> list[Tensor]:
+    def _recv_leaves(self, rank: int, head: Head, deadline: ProgressDeadline) -> list[Tensor]:
         places = self._places(head)
         leaves: dict[int, Tensor] = {}
         checksum = Checksum()
         pipeline = _Pipeline(deadline)
-        for index, buffer in _buffers(head.leaves, places):
-            message = buffer.reshape(-1).view(torch.uint8)
 
-            def arrived(
-                index: int = index, buffer: Tensor = buffer, message: Tensor = message
-            ) -> None:
-                checksum.add(message.numpy().data)
+        def arrived(index: int, buffer: Tensor, piece: Tensor, last: bool) -> None:
+            checksum.add(piece.numpy().data)
+            self.bytes_received += piece.nbytes
+            if last:
                 checksum.end_block()
-                self.bytes_received += message.nbytes
                 leaves[index] = self._settled(buffer, places.get(index))
 
-            if message.nbytes:
-                pipeline.add(self._pg.recv([message], rank, _FIRST_LEAF + index), arrived)
-            else:
+        for index, buffer in _buffers(head.leaves, places):
+            if not buffer.nbytes:
                 leaves[index] = self._settled(buffer, places.get(index))
+                continue
+            pieces = buffer.reshape(-1).view(torch.uint8).split(SLICE_BYTES)
+            for number, piece in enumerate(pieces):
+                work = self._pg.recv([piece], rank, _FIRST_LEAF + index)
+                last = number == len(pieces) - 1
+                pipeline.add(work, piece.nbytes, partial(arrived, index, buffer, piece, last))
         pipeline.finish()
         tag = _FIRST_LEAF + len(head.leaves)
         if TRAILER.unpack(self._recv(TRAILER.size, rank, tag, deadline))[0] != checksum.value:
@@ -233,16 +235,37 @@ class PGTransport(CheckpointTransport[T]):
         return places
 
 
+_Message = tuple[memoryview | bytes | bytearray, int]
+"""What is sent, and its tag."""
+
+
+def _messages(head: bytes, sources: Sequence[SourceLeaf]) -> Iterator[_Message]:
+    """A state, in the order in which it travels; large leaves in pieces under one tag."""
+    yield _LENGTH_FORMAT.pack(len(head)), _LENGTH
+    yield head, _HEAD
+    checksum = Checksum()
+    for tag, source in enumerate(sources, _FIRST_LEAF):
+        data = source.bytes() if source.leaf.nbytes else b""
+        for begin in range(0, len(data), SLICE_BYTES):
+            piece = data[begin : begin + SLICE_BYTES]
+            checksum.add(memoryview(piece))
+            yield piece, tag
+        if data:
+            checksum.end_block()
+    yield TRAILER.pack(checksum.value), _FIRST_LEAF + len(sources)
+
+
 class _Pipeline:
     """At most so many messages at a time; each is ended, in order, before the deadline."""
 
-    def __init__(self, deadline: Deadline) -> None:
-        self._deadline = deadline
-        self._pending: deque[tuple[Work, Callable[[], None]]] = deque()
+    def __init__(self, deadline: ProgressDeadline) -> None:
+        self.deadline = deadline
+        self._pending: deque[tuple[Work, int, Callable[[], None]]] = deque()
 
-    def add(self, work: Work, ended: Callable[[], None]) -> None:
+    def add(self, work: Work, nbytes: int, ended: Callable[[], None]) -> None:
         """`ended` is called once `work` is done; until then it keeps the message alive."""
-        self._pending.append((work, ended))
+        self.deadline.moved(0)  # only what is waited for has a deadline, not what we do
+        self._pending.append((work, nbytes, ended))
         if len(self._pending) >= _IN_FLIGHT:
             self._end_first()
 
@@ -251,19 +274,16 @@ class _Pipeline:
             self._end_first()
 
     def _end_first(self) -> None:
-        work, ended = self._pending[0]
-        _wait(work, self._deadline)
+        work, nbytes, ended = self._pending[0]
+        _wait(work, nbytes, self.deadline)
         ended()
         self._pending.popleft()
 
 
-def _keep(message: Tensor) -> None:
-    """Keeps `message` alive until its work has ended."""
-
-
-def _wait(work: Work, deadline: Deadline) -> None:
+def _wait(work: Work, nbytes: int, deadline: ProgressDeadline) -> None:
     # Gloo counts whole milliseconds: one more, so that its timeout is never before ours.
     work.wait(timedelta(milliseconds=int(deadline.remaining() * 1000) + 1))
+    deadline.moved(nbytes)
 
 
 def _buffers(leaves: tuple[Leaf, ...], places: dict[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
@@ -287,7 +307,7 @@ def _place(ours: SourceLeaf, leaf: Leaf) -> Tensor | None:
 
 
 @contextmanager
-def _named(what: str, deadline: Deadline) -> Iterator[None]:
+def _named(what: str, deadline: ProgressDeadline) -> Iterator[None]:
     """Say in every error what was tried, after its cause. A process group reports time and loss
     alike."""
     try:
