@@ -31,13 +31,14 @@ BENCHMARKS = (
     "simulator_starts",
     "codecs",
     "learning",
+    "variants",
     "server",
     "server_faults",
     "server_learning",
 )
 """Each a script beside this one, in the order in which they run."""
 
-LONG = ("learning", "server", "server_faults", "server_learning")
+LONG = ("learning", "variants", "server", "server_faults", "server_learning")
 """These run only when they are named."""
 
 

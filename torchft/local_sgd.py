@@ -33,6 +33,7 @@ from torchft.strategies.local import Fragment, local_part
 from torchft.strategies.model_local import ModelLocal
 from torchft.strategies.parts.outer import ModelOuter
 from torchft.strategies.parts.precision import SharedDtype
+from torchft.strategies.parts.weighting import EQUAL, SAMPLES
 from torchft.strategies.trained import TrainedModel
 from torchft.strategy_hooks import StrategyHooks
 
@@ -82,17 +83,22 @@ class LocalSGD(StrategyHooks):
         deterministic: bool = False,
         buffers: str = LEFT,
         shared_dtype: SharedDtype = torch.float32,
+        samples: int | None = None,
     ) -> None:
         _check_inner(optimizer)
+        if samples is not None:
+            check_whole(samples=samples)
         self._recipe = local_sgd.LocalSGD(
             sync_every,
             backup=backup,
+            weighting=EQUAL if samples is None else SAMPLES,
             buffers=buffers,
             shared_dtype=shared_dtype,
             backup_device=backup_device or "cpu",
             pin_memory=pin_memory,
         )
         local = ModelLocal([model])
+        local.samples = None if samples is None else [samples]
         _warn_of_strangers(local, optimizer)
         super().__init__(
             manager,

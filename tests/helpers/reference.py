@@ -45,6 +45,12 @@ class Kind:
     topk: int = 0
     chunk: int = 0
     decay: float = 0.0
+    senders: bool = False
+    """A number's mean is over those that sent it, not over all."""
+    by_tensor: bool = False
+    """Top-k's chunks are blocks of each parameter, of sides up to √chunk."""
+    weighed: bool = False
+    """Node n has n + 1 samples, and as much weight in LocalSGD's mean."""
     restores_inner: bool = False
     """A no brings back the inner state of the fragment's last synchronisation."""
     skips_unused: bool = False
@@ -126,6 +132,9 @@ def _average(
 ) -> list[Tensor]:
     """The mean of what the counted send; with a codec all travels as one, in as many chunks as
     there are members."""
+    if kind.weighed:
+        rows = [[(n + 1) * t for t in sent(n)] for n in counted]
+        return [sum(column) / sum(n + 1 for n in counted) for column in zip(*rows, strict=True)]
     if kind.codec is None:
         return [mean(column) for column in zip(*(sent(n) for n in counted), strict=True)]
     rows = torch.stack([torch.cat([t.reshape(-1) for t in sent(n)]) for n in members])
@@ -396,17 +405,32 @@ def _top_k(kind: Kind, script: Script, steps: int, nodes: dict[int, _Alone]) -> 
             _write_vector(nodes[n], backup)
             residual[n].zero_()
         grown = {n: kind.decay * residual[n] + backup - _vector(nodes[n]) for n in members}
-        sent = {
-            n: torch.cat([_largest(chunk, kind.topk) for chunk in grown[n].split(kind.chunk)])
-            for n in members
-        }
+        sent = {n: _chosen(kind, grown[n], nodes[n].parameters) for n in members}
         _drop_lost(script, number, nodes)
         if script.goes(number):
-            average = mean([sent[n] for n in members if n not in newcomers])
+            average = _mean_of(kind, [sent[n] for n in members if n not in newcomers])
             _advance(kind, backup, momentum, average)
             for n, node in nodes.items():
                 residual[n] = grown[n] - sent[n]
                 _write_vector(node, backup)
+
+
+def _chosen(kind: Kind, grown: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+    if not kind.by_tensor:
+        return torch.cat([_largest(chunk, kind.topk) for chunk in grown.split(kind.chunk)])
+    parts = grown.split([p.numel() for p in parameters])
+    shaped = [part.view(p.shape) for part, p in zip(parts, parameters, strict=True)]
+    side = math.isqrt(kind.chunk)
+    kept = [_in_blocks([one], lambda b: _largest(b[0], kind.topk), side) for one in shaped]
+    return torch.cat([one.reshape(-1) for one in kept])
+
+
+def _mean_of(kind: Kind, sent: list[Tensor]) -> Tensor:
+    """What was not sent is zero."""
+    if not kind.senders:
+        return mean(sent)
+    senders = sum((one != 0).to(one.dtype) for one in sent)
+    return sum(sent) / senders.clamp(min=1)
 
 
 def _largest(values: Tensor, k: int) -> Tensor:
@@ -428,15 +452,15 @@ def _demo(kind: Kind, script: Script, steps: int, nodes: dict[int, _Alone]) -> N
             for n in members:
                 nodes[n].gradients(n, step)
         if script.goes(step):
-            sums = [torch.zeros_like(m) for m in momentum[0]]
+            means = []
+            for at in range(len(momentum[0])):
+                grads = {n: nodes[n].parameters[at].grad.double() for n in members}
+                grown = [kind.decay * momentum[n][at] + grads[n] for n in members]
+                means.append(_in_waves(kind, grown))
+                for n, one in zip(members, grown, strict=True):
+                    momentum[n][at] = one - _in_waves(kind, [one])
             for n in members:
-                for at, p in enumerate(nodes[n].parameters):
-                    grown = kind.decay * momentum[n][at] + p.grad.double()
-                    sent = _in_blocks(grown, kind)
-                    momentum[n][at] = grown - sent
-                    sums[at] += sent
-            for n in members:
-                for p, total in zip(nodes[n].parameters, sums, strict=True):
+                for p, total in zip(nodes[n].parameters, means, strict=True):
                     p.grad.copy_(torch.where(total.abs() < 1e-12, 0.0, total).sign())
                 nodes[n].inner.step()
         _drop_lost(script, step, nodes)
@@ -446,18 +470,30 @@ def _zeros(node: _Alone) -> list[Tensor]:
     return [torch.zeros(p.shape, dtype=torch.float64) for p in node.parameters]
 
 
-def _in_blocks(values: Tensor, kind: Kind) -> Tensor:
-    """What the largest coefficients of each block say, in the tensor's own terms."""
-    matrix = values.reshape(len(values), -1) if values.dim() > 1 else values.reshape(1, -1)
-    out = torch.zeros_like(matrix)
-    h, w = (max(d for d in range(1, kind.chunk + 1) if side % d == 0) for side in matrix.shape)
-    for top in range(0, matrix.shape[0], h):
-        for left in range(0, matrix.shape[1], w):
-            block = matrix[top : top + h, left : left + w]
-            down, across = _cosines(h), _cosines(w)
-            kept = _largest(down @ block @ across.T, kind.topk)
-            out[top : top + h, left : left + w] = down.T @ kept @ across
-    return out.view(values.shape)
+def _in_waves(kind: Kind, grown: list[Tensor]) -> Tensor:
+    """What the largest coefficients of each block say, in the tensor's own terms: their mean."""
+
+    def said(blocks: list[Tensor]) -> Tensor:
+        down, across = (_cosines(side) for side in blocks[0].shape)
+        kept = [_largest(down @ block @ across.T, kind.topk) for block in blocks]
+        return down.T @ _mean_of(kind, kept) @ across
+
+    return _in_blocks(grown, said, kind.chunk)
+
+
+def _in_blocks(
+    values: list[Tensor], of_block: Callable[[list[Tensor]], Tensor], limit: int
+) -> Tensor:
+    """`of_block` of each block of several tensors of one shape, put together."""
+    shape = values[0].shape
+    many = [v.reshape(len(v), -1) if v.dim() > 1 else v.reshape(1, -1) for v in values]
+    out = torch.zeros_like(many[0])
+    h, w = (max(d for d in range(1, limit + 1) if side % d == 0) for side in out.shape)
+    for top in range(0, out.shape[0], h):
+        for left in range(0, out.shape[1], w):
+            place = slice(top, top + h), slice(left, left + w)
+            out[place] = of_block([matrix[place] for matrix in many])
+    return out.view(shape)
 
 
 def _cosines(size: int) -> Tensor:

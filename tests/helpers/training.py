@@ -202,12 +202,26 @@ ROWS = {
         Kind("sparta", every=4, share_every=2, subset=a_third),
         lambda _: [Sparta(every_third, 2), DiLoCo(OUTER, 4)],
     ),
+    "LocalSGD, weighed by samples": Row(
+        Kind("local_sgd", every=3, weighed=True), lambda _: LocalSGD(3, weighting="samples")
+    ),
     "DeMo": Row(
-        Kind("demo", topk=3, chunk=8, decay=0.9), lambda _: DeMo(decay=0.9, topk=3, chunk=8)
+        Kind("demo", topk=3, chunk=8, decay=0.9),
+        lambda _: DeMo(decay=0.9, topk=3, chunk=8, mean_over="members"),
+    ),
+    "DeMo, over senders": Row(
+        Kind("demo", topk=3, chunk=8, decay=0.9, senders=True),
+        lambda _: DeMo(decay=0.9, topk=3, chunk=8, mean_over="senders"),
     ),
     "top-k": Row(
         Kind("top_k", every=3, topk=5, chunk=16, decay=0.8),
-        lambda _: TopK(OUTER, 3, topk=5, chunk=16, decay=0.8),
+        lambda _: TopK(OUTER, 3, topk=5, chunk=16, decay=0.8, mean_over="members"),
+    ),
+    "top-k of tensors, over senders": Row(
+        Kind("top_k", every=3, topk=5, chunk=16, decay=0.8, senders=True, by_tensor=True),
+        lambda _: TopK(
+            OUTER, 3, topk=5, chunk=16, decay=0.8, mean_over="senders", chunks_of="tensor"
+        ),
     ),
 }
 
@@ -222,6 +236,7 @@ class Training:
         modules = fragments if row.kind.fragments == 2 and not row.kind.cut else [self.model]
         self.inner = INNER([p for p in self.model.parameters() if p.requires_grad])
         self.local = ModelLocal(modules, self.inner)
+        self.local.samples = [node.rank + 1]
         made = row.make(self.local)
         recipes = made if isinstance(made, list) else [made]
         self.recipe = recipes[0]

@@ -14,7 +14,9 @@ from torchft.launch.digests import ADAMW, STRATEGIES, OddModel, Pair, compare, m
 from torchft.quantization import Int8
 from torchft.simulator.events import Dies, Joins
 from torchft.strategies import (
+    DeMoStrategy,
     DiLoCoStrategy,
+    FedAvgStrategy,
     LocalSGDStrategy,
     SimpleReduceStrategy,
     SPARTADiLoCoStrategy,
@@ -182,6 +184,27 @@ def test_fp32_state_beside_half_precision_is_equal_after_a_kill_too(
     pair = compare(name, steps=15, nodes=3, events=events, method="fork")
     assert pair.equal, f"they part at step {pair.first_difference}"
     assert len(pair.real.heals) == 1
+
+
+READINGS: dict[str, Callable[[], Strategy]] = {
+    "top-k of tensors": lambda: TopKStrategy(ADAMW, H=3, topk=8, chunk=64, chunks_of="tensor"),
+    "top-k, members": lambda: TopKStrategy(ADAMW, H=3, topk=8, chunk=64, mean_over="members"),
+    "DeMo, members": lambda: DeMoStrategy(
+        compression_topk=4, compression_chunk=16, mean_over="members"
+    ),
+    "FedAvg, samples": lambda: FedAvgStrategy(ADAMW, H=3, weighting="samples"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", READINGS)
+def test_what_authors_and_papers_say_otherwise_is_equal_too(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(STRATEGIES, name, READINGS[name])
+    pair = compare(name, steps=9, nodes=3, method="fork")
+    assert pair.equal, f"they part at step {pair.first_difference}"
+    assert pair.real.rounds == pair.simulated.rounds
 
 
 def test_without_an_order_the_bits_part() -> None:

@@ -33,7 +33,12 @@ OUTER = OptimSpec(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "DeMo": lambda: DeMo(decay=0.9, topk=4, chunk=64),
     "DeMo, clipped": lambda: DeMo(decay=0.9, topk=4, chunk=64, max_norm=0.5),
-    "top-k": lambda: TopK(OUTER, 1, topk=7, chunk=100),
+    "DeMo, over senders": lambda: DeMo(decay=0.9, topk=4, chunk=64, mean_over="senders"),
+    "top-k": lambda: TopK(OUTER, 1, topk=7, chunk=100, mean_over="members"),
+    "top-k of tensors, over senders": lambda: TopK(
+        OUTER, 1, topk=7, chunk=100, mean_over="senders", chunks_of="tensor"
+    ),
+    "LocalSGD, weighed by samples": lambda: LocalSGD(1, weighting="samples"),
     "SPARTA": lambda: Sparta(RandomIndexSelector(0.1)),
     "SPARTA in turn": lambda: Sparta(PartitionedIndexSelector(0.1)),
     "DiLoCo": lambda: DiLoCo(OUTER, 1),
@@ -66,7 +71,14 @@ def test_one_row_and_many_rows_compute_the_same_bits(name: str, rows: int) -> No
     check_bits(name, rows, torch.float32)
 
 
-HALF = ["LocalSGD", "top-k", "DiLoCo", "DiLoCo, mixed", "Streaming, strided"]
+HALF = [
+    "LocalSGD",
+    "LocalSGD, weighed by samples",
+    "top-k of tensors, over senders",
+    "DiLoCo",
+    "DiLoCo, mixed",
+    "Streaming, strided",
+]
 
 
 @pytest.mark.parametrize("name", [*HALF, "DiLoCo, int4, fed back"])
@@ -79,6 +91,9 @@ def check_bits(name: str, rows: int, dtype: torch.dtype) -> None:
     alone = [ModelLocal([Odd().to(dtype)]) for _ in range(rows)]
     recipes = [RECIPES[name]() for _ in range(rows + 1)]
     clock = Clock()
+    stack.samples = [7 * row + 1 for row in range(rows)]
+    for row, local in enumerate(alone):
+        local.samples = [7 * row + 1]
     for local, parameters in zip(alone, stack.parameters, strict=True):
         copy_values(parameters, local.parameters)
     for recipe, local in zip(recipes, [stack, *alone], strict=True):

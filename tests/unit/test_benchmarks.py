@@ -60,7 +60,7 @@ def test_an_unknown_benchmark_is_refused_with_the_known_ones() -> None:
     assert "'speed' is not one of startup" in done.stderr
 
 
-LONG = {"recovery_time", "simulator_starts", "server", "server_faults"}
+LONG = {"recovery_time", "simulator_starts", "variants", "server", "server_faults"}
 """Even the least of a kill, a restart and a heal takes a while, and so do five starts of torch."""
 LONG_S = 400
 """Theirs on a machine that others use too."""

@@ -98,6 +98,15 @@ class Feed:
             ) from error
 
     @property
+    def own_data(self) -> bool:
+        """Each node has a data set of its own, so that their samples may differ in number."""
+        return self._own
+
+    def samples(self, node: int) -> int:
+        """How many `node` has."""
+        return self._shard(node).samples
+
+    @property
     def batches_per_epoch(self) -> int:
         """Of the node that has the fewest."""
         nodes = range(self.num_nodes if self._own else 1)
@@ -197,6 +206,7 @@ class _Shard:
     ) -> None:
         self._order, self._rank, self._node = order, rank, node
         self._size, self._seed = batch_size, seed
+        self.samples = order.length
         self.batches = order.length // batch_size
         if not self.batches:
             raise SettingsError(

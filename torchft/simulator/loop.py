@@ -93,6 +93,8 @@ class Run:
             self.strategy,
             deterministic=experiment.deterministic,
         )
+        self.local.own_data = self.feed.own_data
+        self.local.samples = [self.feed.samples(node) for node in range(experiment.num_nodes)]
         self.strategy.bind(self.local, self.peers)
         recipes = self.strategy.recipes
         self.local.grads_at_home = any(recipe.place is Place.BEFORE for recipe in recipes)

@@ -76,6 +76,8 @@ class _Trainer:
         self._inner = experiment.inner.build([trained], experiment.total_steps)
         self._local = ModelLocal([self._model], self._inner)
         self._trained = Trained(self._model, trained)
+        self._local.own_data = self._feed.own_data
+        self._local.samples = [self._feed.samples(node.number)]
         self._train_node = experiment.make_node(self._model, node.number)
         self._strategy = experiment.strategy
         self._clock = self._strategy.clock

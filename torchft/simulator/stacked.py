@@ -60,6 +60,8 @@ class StackedLocal:
         remake: Remake | None = None,
     ) -> None:
         self.rows = rows
+        self.samples: Sequence[int] | None = None
+        self.own_data = False
         self.names, trained = _trained(model)
         self.whole = Fragment(0, tuple(range(len(trained))))
         self._whole_layout = Layout(trained)

@@ -8,8 +8,9 @@
 Example, one block of two numbers and k = 1: m = (3, 1) has the coefficients (2.83, 1.41). The first
 is sent; m keeps (1, -1), which is the second; a node alone goes on with g = sign(2, 2) = (1, 1).
 It sends 6 bytes for each of k numbers in a block of up to chunk x chunk, in every step.
-(Peng et al., arXiv 2411.19870.) The mean is over all nodes: one that did not send a coefficient
-counts with zero. EXO Gym's takes it over those that sent it, which lets a single node outvote.
+(Peng et al., arXiv 2411.19870.) The mean is over the "senders" of each coefficient, as in the
+authors' code and EXO Gym's; with `mean_over="members"` it is over all nodes of a round, and one
+that did not send a coefficient counts with zero.
 
 The transform is linear and orthonormal, so the momentum is kept in coefficients: forgetting is
 setting to zero. After a no nothing is written: momentum and weights stand, the gradient is lost.
@@ -20,14 +21,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchft.errors import SettingsError
 from torchft.peers import Place
 from torchft.strategies.local import Fragment
+from torchft.strategies.optim_spec import OptimSpec
 from torchft.strategies.parts.dct import Blocks, dct, inverse_dct
-from torchft.strategies.parts.largest import largest, mean_of, packed
+from torchft.strategies.parts.largest import SENDERS, check_mean_over, largest, mean_of, packed
 from torchft.strategies.ranges import check_number
 from torchft.strategies.recipe import By, Recipe
 
 __all__ = ["DeMo"]
+
+_PLAIN = {"lr", "weight_decay", "foreach", "fused", "differentiable"}
+"""What SGD can be given and still be plain."""
 
 Draft = tuple[list[Tensor], list[Tensor]]
 """The momentum with this step's gradient, and where in it is what was sent."""
@@ -49,6 +55,7 @@ class DeMo(Recipe):
         chunk: int = 64,
         *,
         max_norm: float | None = None,
+        mean_over: str = SENDERS,
     ) -> None:
         check_number("compression_decay", decay, least=0, below=1)
         check_number("compression_topk", topk, least=1, whole=True)
@@ -56,6 +63,21 @@ class DeMo(Recipe):
         if max_norm is not None:
             check_number("max_norm", max_norm, above=0)
         self.decay, self.topk, self.chunk, self.max_norm = decay, topk, chunk, max_norm
+        self.mean_over = check_mean_over(mean_over)
+
+    def check_inner(self, optim: OptimSpec) -> None:
+        """The sign is stepped by plain SGD, as in the paper and its authors' code. Momentum or
+        AdamW would take the signs for gradients.
+
+        Raises:
+            SettingsError: it is another optimizer, or has other options.
+        """
+        strange = [name for name, value in optim.kwargs.items() if value and name not in _PLAIN]
+        if optim.cls is not torch.optim.SGD or strange:
+            raise SettingsError(
+                f"DeMo keeps the momentum itself and steps by its sign, and {optim!r} would work "
+                "on signs: use OptimSpec(torch.optim.SGD, lr=…), with a weight_decay at most"
+            )
 
     def setup(self) -> None:
         """How the parameters are cut; no momentum yet."""
@@ -64,6 +86,11 @@ class DeMo(Recipe):
         self.blocks = Blocks(self.local.views(self.local.whole, flats), self.chunk)
         self.local.release(flats, reusable=True)
         self.own["momentum"] = self.blocks.zeros(self.local.rows)
+
+    def compared(self) -> dict[str, str]:
+        """What is sent, and what its mean is."""
+        said = f"{self.topk} of {self.chunk} x {self.chunk}, decay {self.decay}"
+        return {"DeMo": f"{said}, mean over {self.mean_over}"}
 
     @torch.no_grad()
     def contribution(self, fragment: Fragment) -> tuple[list[Tensor], Draft]:
@@ -89,7 +116,7 @@ class DeMo(Recipe):
     @torch.no_grad()
     def apply(self, fragment: Fragment, received: list[Tensor]) -> list[Tensor]:
         """The sign of the mean."""
-        means = mean_of(received, self.own["momentum"], self.topk)
+        means = mean_of(received, self.own["momentum"], self.topk, self.mean_over)
         news = [torch.empty(1, n, dtype=dtype, device=at) for n, dtype, at in self._kinds]
         blocks = [
             inverse_dct(mean.view(-1, *group.side))

@@ -7,6 +7,10 @@ Four nodes in islands of two: the draw says {0, 3} and {1, 2}, so 0 and 3 go on 
 this is LocalSGD, with H = 1 and one island data parallelism by weights.
 (McMahan et al., arXiv 1602.05629.)
 
+The paper weighs each node by its samples, `weighting="samples"`; EXO Gym's code takes the plain
+mean, "equal". None is the paper's where each node brings data of its own, and no codec has to carry
+how many; of one data set that is dealt out, all nodes have as many.
+
 Among all, a no brings the last average back. Within islands nothing is common to all: after a no
 the weights stand, and a node that heals goes on from its donor's.
 """
@@ -35,6 +39,7 @@ class FedAvg(LocalSGD):
         *,
         island_size: int | None = None,
         seed: int = 0,
+        weighting: str | None = None,
         shared_dtype: SharedDtype = torch.float32,
         backup_device: torch.device | str | None = "cpu",
     ) -> None:
@@ -43,6 +48,7 @@ class FedAvg(LocalSGD):
         super().__init__(
             every,
             backup=island_size is None,
+            weighting=weighting,
             shared_dtype=shared_dtype,
             backup_device=backup_device,
         )

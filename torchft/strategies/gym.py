@@ -90,7 +90,10 @@ class SimpleReduceStrategy(Averaged):
 
 
 class FedAvgStrategy(Averaged):
-    """Average the weights every H steps, among all or within random islands of `island_size`."""
+    """Average the weights every H steps, among all or within random islands of `island_size`.
+
+    Nodes weigh "equal", or by the "samples" that each has: `weighting`, see `fedavg.py`.
+    """
 
     def __init__(
         self,
@@ -105,6 +108,7 @@ class FedAvgStrategy(Averaged):
         lr_scheduler_kwargs: Arguments = None,
         codec: Codec | str | None = None,
         seed: int = 0,
+        weighting: str | None = None,
         shared_dtype: SharedDtype = torch.float32,
     ) -> None:
         check_interval("H", H)
@@ -113,7 +117,12 @@ class FedAvgStrategy(Averaged):
         )
         inner = inner_step_of(optim, max_norm, lr_scheduler, lr_scheduler_kwargs)
         recipe = FedAvg(
-            H, island_size=island_size, seed=seed, shared_dtype=shared_dtype, backup_device=None
+            H,
+            island_size=island_size,
+            seed=seed,
+            weighting=weighting,
+            shared_dtype=shared_dtype,
+            backup_device=None,
         )
         super().__init__(
             [recipe],
@@ -122,6 +131,7 @@ class FedAvgStrategy(Averaged):
             H=H,
             island_size=island_size,
             seed=seed,
+            weighting=weighting,
             shared_dtype=shared_dtype,
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from torchft.errors import SettingsError
@@ -16,6 +18,8 @@ from torchft.strategies.named import (
     one_of,
 )
 from torchft.strategies.optim_spec import OptimSpec, ensure_optim_spec
+from torchft.strategies.parts.chunks import MODEL
+from torchft.strategies.parts.largest import SENDERS
 from torchft.strategies.parts.precision import SharedDtype
 from torchft.strategies.ranges import check_number
 from torchft.strategies.top_k import TopK
@@ -26,8 +30,9 @@ __all__ = ["DeMoStrategy", "TopKStrategy"]
 class DeMoStrategy(Named):
     """Send the largest DCT coefficients of each node's momentum; step with the sign of their mean.
 
-    The inner optimizer is SGD with lr 1e-3 unless another is given. `weight_decay` is decoupled:
-    w ← w - lr · weight_decay · w, whatever the gradient.
+    The inner optimizer is SGD with lr 1e-3, unless plain SGD with another one is given; any other
+    optimizer is refused, since it would take the signs for gradients. `weight_decay` is decoupled:
+    w ← w - lr · weight_decay · w. `mean_over`: see `demo.py`.
     """
 
     def __init__(
@@ -43,6 +48,7 @@ class DeMoStrategy(Named):
         inner_optim_spec: Optim = None,
         lr_scheduler: Scheduler = None,
         lr_scheduler_kwargs: Arguments = None,
+        mean_over: str = SENDERS,
     ) -> None:
         optim = one_of(
             default=OptimSpec(torch.optim.SGD, lr=1e-3),
@@ -51,7 +57,13 @@ class DeMoStrategy(Named):
             inner_optim_spec=inner_optim_spec,
         )
         decayed = _with_decay(optim, weight_decay)
-        recipe = DeMo(compression_decay, compression_topk, compression_chunk, max_norm=max_norm)
+        recipe = DeMo(
+            compression_decay,
+            compression_topk,
+            compression_chunk,
+            max_norm=max_norm,
+            mean_over=mean_over,
+        )
         super().__init__(
             [recipe],
             inner_step_of(decayed, None, lr_scheduler, lr_scheduler_kwargs),
@@ -60,6 +72,7 @@ class DeMoStrategy(Named):
             compression_chunk=compression_chunk,
             weight_decay=weight_decay,
             max_norm=max_norm,
+            mean_over=mean_over,
         )
 
 
@@ -70,12 +83,6 @@ def _with_decay(optim: OptimSpec, weight_decay: float) -> OptimSpec:
     if "weight_decay" in optim.kwargs:
         raise SettingsError(f"{optim!r} has a weight_decay: leave the strategy's out")
     # Plain SGD adds the decay to the gradient and steps once: that is the decoupled one.
-    plain_sgd = optim.cls is torch.optim.SGD and not optim.kwargs.get("momentum")
-    if not (plain_sgd or optim.cls is torch.optim.AdamW):
-        raise SettingsError(
-            f"weight_decay={weight_decay} would not be decoupled in {optim!r}: use SGD without "
-            "momentum or AdamW, or give the optimizer its own weight_decay"
-        )
     return OptimSpec(optim.cls, **optim.kwargs, weight_decay=weight_decay)
 
 
@@ -83,6 +90,7 @@ class TopKStrategy(Named):
     """DiLoCo that sends `topk` of every `chunk` numbers, and keeps the rest for later rounds.
 
     The outer optimizer is SGD with lr 1 unless another is given: the residual is its momentum.
+    `mean_over` and `chunks_of`: see `top_k.py`.
     """
 
     def __init__(
@@ -99,6 +107,8 @@ class TopKStrategy(Named):
         inner_optim_spec: Optim = None,
         lr_scheduler: Scheduler = None,
         lr_scheduler_kwargs: Arguments = None,
+        mean_over: str = SENDERS,
+        chunks_of: str = MODEL,
         shared_dtype: SharedDtype = torch.float32,
     ) -> None:
         check_interval("H", H)
@@ -107,12 +117,12 @@ class TopKStrategy(Named):
         )
         inner = inner_step_of(optim, max_norm, lr_scheduler, lr_scheduler_kwargs)
         outer = ensure_optim_spec(outer_optim_spec, OptimSpec(torch.optim.SGD, lr=1.0))
-        recipe = TopK(outer, H, topk=topk, chunk=chunk, decay=decay, shared_dtype=shared_dtype)
-        settings = {
-            "H": H,
+        options: dict[str, Any] = {
             "topk": topk,
             "chunk": chunk,
             "decay": decay,
+            "mean_over": mean_over,
+            "chunks_of": chunks_of,
             "shared_dtype": shared_dtype,
         }
-        super().__init__([recipe], inner, outer=outer, **settings)
+        super().__init__([TopK(outer, H, **options)], inner, outer=outer, H=H, **options)

@@ -39,6 +39,11 @@ class Local(Protocol):
     process copies, the simulator may show its own storage, and then nobody writes in it.
     """
 
+    samples: Sequence[int] | None
+    """How many samples each row trains on in an epoch; None: nobody said."""
+    own_data: bool
+    """Each node brings its own data, so that their samples may differ in number."""
+
     @property
     def rows(self) -> int:
         """Nodes in this process."""

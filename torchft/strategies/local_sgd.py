@@ -6,6 +6,9 @@ Two nodes at 1.0 that reach 0.6 and 0.8 both go on from 0.7. It sends 1/H of wha
 After a no the weights go back to the last average, which costs a backup of 4 bytes a parameter;
 without a backup they stand as they are. The state of the inner optimizer stays local, always.
 
+`weighting="samples"` weighs each node by the samples that it has (FedAvg's formula), instead of all
+alike: nodes with 1 and 3 samples would go on from 0.75. That sends one number more.
+
 Of weights in bf16 or fp16 the mean is fp32, unless `shared_dtype` says otherwise, and so is its
 backup b. What the weights cannot hold of it is not lost: the next one is mean of w + (b - rounded
 b), so that steps below the last place add up (`parts/precision.py`).
@@ -29,6 +32,15 @@ from torchft.strategies.parts.precision import (
     lost_by_rounding,
     weights_as,
 )
+from torchft.strategies.parts.weighting import (
+    EQUAL,
+    SAMPLES,
+    check_weighting,
+    resolved,
+    samples_of,
+    unweighed,
+    weighed,
+)
 from torchft.strategies.recipe import Recipe
 
 __all__ = ["LocalSGD"]
@@ -42,6 +54,7 @@ class LocalSGD(Recipe):
         every: int,
         *,
         backup: bool = True,
+        weighting: str | None = EQUAL,
         buffers: str = LEFT,
         shared_dtype: SharedDtype = torch.float32,
         backup_device: torch.device | str | None = "cpu",
@@ -51,6 +64,7 @@ class LocalSGD(Recipe):
         if every < 1:
             raise SettingsError(f"sync_every={every}: weights are averaged every 1 or more steps")
         self.buffers = check_buffers(buffers)
+        self.weighting = check_weighting(weighting)
         self.shared_dtype = check_shared_dtype(shared_dtype)
         self.every = every
         self.backup: Backup | None = None
@@ -59,6 +73,7 @@ class LocalSGD(Recipe):
 
     def setup(self) -> None:
         """Remember the weights that all start from."""
+        self.weighting = resolved(self.weighting, self.local, self.codec)
         if self._wants_backup:
             self.backup = Backup(
                 self.local,
@@ -68,14 +83,24 @@ class LocalSGD(Recipe):
                 dtype=self.shared_dtype,
             )
 
+    def compared(self) -> dict[str, str]:
+        """Also how the mean is weighed, if not equally."""
+        how = {"weighting": SAMPLES} if self.weighting == SAMPLES else {}
+        return {**super().compared(), **how}
+
     def settle_in(self) -> None:
         """Start from the last average, not from the donor's local weights."""
         if self.backup is not None:
             self.backup.restore()
 
     def contribution(self, fragment: Fragment) -> tuple[list[Tensor], None]:
-        """The weights."""
-        return weights_as(self.local, fragment, self.shared_dtype), None
+        """The weights, or with weighting by samples these times them, and them."""
+        if self.weighting == EQUAL:
+            return weights_as(self.local, fragment, self.shared_dtype), None
+        weights = self.local.weights(fragment)
+        sent = weighed(weights, samples_of(self.local))
+        self.local.release(weights, reusable=True)
+        return sent, None
 
     def named(self, fragment: Fragment, received: list[Tensor], draft: None) -> dict[str, Tensor]:
         """By parameter."""
@@ -84,6 +109,8 @@ class LocalSGD(Recipe):
     @torch.no_grad()
     def apply(self, fragment: Fragment, received: list[Tensor]) -> list[Tensor]:
         """The mean, and what the weights could not hold of the last one."""
+        if self.weighting == SAMPLES:
+            received = unweighed(received)
         if self.backup is None:
             return received
         before = zip(received, self.backup.flats, self.backup.own_dtypes, strict=True)

@@ -39,6 +39,8 @@ class ModelLocal:
 
     rows = 1
     written = (0,)
+    samples: Sequence[int] | None = None
+    own_data = False
 
     def __init__(self, modules: Sequence[nn.Module], optimizer: Steps | None = None) -> None:
         self.names: list[str] = []

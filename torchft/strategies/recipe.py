@@ -26,6 +26,7 @@ from torchft.peers import Place
 from torchft.quantization import Codec
 from torchft.strategies.buffers import LEFT
 from torchft.strategies.local import Fragment, Local
+from torchft.strategies.optim_spec import OptimSpec
 from torchft.strategies.parts.precision import wider_dtypes
 
 __all__ = ["By", "Clock", "Recipe"]
@@ -100,6 +101,13 @@ class Recipe:
             raise SettingsError(f"this {type(self).__name__} is in use: make one per strategy")
         self.local, self.clock, self.own, self.in_flight = local, clock, {}, []
         self.setup()
+
+    def check_inner(self, optim: OptimSpec) -> None:
+        """Refuse an inner optimizer that would be another algorithm in this recipe.
+
+        Raises:
+            SettingsError: which one fits.
+        """
 
     def setup(self) -> None:
         """Make the recipe's state."""
@@ -179,7 +187,18 @@ class Recipe:
         return dict(self.own)
 
     def load_own_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse."""
+        """The inverse.
+
+        Raises:
+            SettingsError: it was written with other options.
+        """
         for name, tensors in self.own.items():
-            for mine, saved in zip(tensors, state[name], strict=True):
-                mine.copy_(saved)
+            saved = list(state[name])
+            if [tuple(t.shape) for t in saved] != [tuple(t.shape) for t in tensors]:
+                raise SettingsError(
+                    f"the checkpoint's {name} of {type(self).__name__} is cut otherwise than here "
+                    f"({[tuple(t.shape) for t in saved]}, not {[tuple(t.shape) for t in tensors]}):"
+                    " give the options that it was written with"
+                )
+            for mine, theirs in zip(tensors, saved, strict=True):
+                mine.copy_(theirs)

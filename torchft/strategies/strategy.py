@@ -74,6 +74,9 @@ class Strategy:
     ) -> None:
         self.recipes = checks.recipes_of(recipes)
         self.inner = checks.inner_of(inner)
+        if self.inner is not None:
+            for recipe in self.recipes:
+                recipe.check_inner(self.inner.optim)
         self.settings: dict[str, Any] = {}
         """What a subclass was made with, for `config`."""
         self.clock = Clock()

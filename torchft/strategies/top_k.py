@@ -9,6 +9,12 @@ Example, k = 1 of 2, β = 1: a node moved by (0.3, 0.2). It sends 0.3 at positio
 (0, 0.2); if next time it moves by (0.1, 0.1), it sends 0.3 at position 1 and keeps (0.1, 0).
 (SparseLoCo: Sarfi et al., arXiv 2508.15706.)
 
+Where the paper and its authors' code differ, both can be had. `mean_over`: the paper's mean is over
+all "members" of a round, so that a number which one of N nodes sent counts a Nth; their code takes
+it over the "senders" of each number, which learns faster and is the default. `chunks_of`: a chunk
+is of the "model", all parameters in a row, or, in their code, of each "tensor"
+(`parts/chunks.py`); they learn alike, and what the first sends does not depend on the shapes.
+
 The backup, the outer optimizer, the residual and what travels are fp32 where parameters are bf16 or
 fp16, unless `shared_dtype` says otherwise (`parts/precision.py`).
 
@@ -24,8 +30,10 @@ import torch
 from torch import Tensor
 
 from torchft.strategies.local import Fragment
+from torchft.strategies.parts import chunks
 from torchft.strategies.parts.backup import Backup
-from torchft.strategies.parts.largest import largest, mean_of, packed
+from torchft.strategies.parts.chunks import MODEL
+from torchft.strategies.parts.largest import SENDERS, check_mean_over, largest, mean_of, packed
 from torchft.strategies.parts.outer import FlatOuter, OuterFactory
 from torchft.strategies.parts.precision import SharedDtype, check_shared_dtype, weights_as
 from torchft.strategies.ranges import check_number
@@ -50,13 +58,17 @@ class TopK(Recipe):
         topk: int = 64,
         chunk: int = 4096,
         decay: float = 0.95,
+        mean_over: str = SENDERS,
+        chunks_of: str = MODEL,
         shared_dtype: SharedDtype = torch.float32,
         backup_device: torch.device | str | None = None,
     ) -> None:
         for name, count in {"every": every, "topk": topk, "chunk": chunk}.items():
             check_number(name, count, least=1, whole=True)
         check_number("decay", decay, least=0, most=1)
+        chunks.check_chunks_of(chunks_of, chunk)
         self.every, self.topk, self.chunk, self.decay = every, topk, chunk, decay
+        self.mean_over, self.chunks_of = check_mean_over(mean_over), chunks_of
         self.shared_dtype = check_shared_dtype(shared_dtype)
         self.outer = FlatOuter(outer)
         self._device = backup_device
@@ -67,13 +79,14 @@ class TopK(Recipe):
         self.backup = Backup(self.local, whole, device=self._device, dtype=self.shared_dtype)
         self.outer.bind([self.local.whole], [self.backup])
         flats = weights_as(self.local, whole, self.shared_dtype)
-        self.own["residual"] = [self._chunks(flat) for flat in flats]
+        self._chunks = chunks.chunks_of(self.chunks_of, self.chunk, self.local, whole, flats)
+        self.own["residual"] = self._chunks.zeros(self.local.rows)
         self.local.release(flats, reusable=True)
 
-    def _chunks(self, flat: Tensor) -> Tensor:
-        """Zeros for `[rows, n]`, filled up to whole chunks: `[rows, m, chunk]`."""
-        size = max(1, min(self.chunk, flat.shape[1]))
-        return flat.new_zeros(self.local.rows, -(-flat.shape[1] // size), size)
+    def compared(self) -> dict[str, str]:
+        """Also what is sent, and what its mean is."""
+        said = f"{self.topk} of {self.chunk} of each {self.chunks_of}, decay {self.decay}"
+        return {**super().compared(), "top-k": f"{said}, mean over {self.mean_over}"}
 
     def settle_in(self) -> None:
         """Start from the global weights, not from the donor's local ones."""
@@ -84,8 +97,7 @@ class TopK(Recipe):
         """The largest of residual and delta together."""
         residual = [old * self.decay for old in self.own["residual"]]
         deltas = self.local.delta(fragment, self.backup.flats)
-        for new, delta in zip(residual, deltas, strict=True):
-            new.flatten(1)[:, : delta.shape[1]] += delta
+        self._chunks.add(residual, deltas)
         self.local.release(deltas, reusable=True)
         where = largest(residual, self.topk)
         return packed(residual, where), (residual, where)
@@ -93,11 +105,9 @@ class TopK(Recipe):
     @torch.no_grad()
     def apply(self, fragment: Fragment, received: list[Tensor]) -> list[Tensor]:
         """The outer step."""
-        means = mean_of(received, self.own["residual"], self.topk)
-        backup = self.backup.flats
-        average = [m.view(1, -1)[:, : b.shape[1]] for m, b in zip(means, backup, strict=True)]
-        self.outer.step(fragment, [a.contiguous() for a in average])
-        return backup
+        means = mean_of(received, self.own["residual"], self.topk, self.mean_over)
+        self.outer.step(fragment, self._chunks.join(means, self.backup.flats))
+        return self.backup.flats
 
     @torch.no_grad()
     def adopt(self, fragment: Fragment, news: list[Tensor], draft: Draft) -> None:

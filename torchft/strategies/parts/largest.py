@@ -13,9 +13,28 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["largest", "mean_of", "packed"]
+from torchft.errors import SettingsError
+
+__all__ = ["MEMBERS", "SENDERS", "check_mean_over", "largest", "mean_of", "packed"]
+
+MEMBERS, SENDERS = "members", "senders"
+"""What a sum is divided by: all that take part, or those that sent a number for that place."""
 
 _Kind = tuple[torch.dtype, torch.device]
+
+
+def check_mean_over(mean_over: str) -> str:
+    """The word, if it is one of the two.
+
+    Raises:
+        SettingsError: also a ValueError.
+    """
+    if mean_over not in (MEMBERS, SENDERS):
+        raise SettingsError(
+            f"mean_over={mean_over!r}: the mean is over all '{MEMBERS}' of a round, or over the "
+            f"'{SENDERS}' of a number"
+        )
+    return mean_over
 
 
 def largest(chunks: Sequence[Tensor], k: int) -> list[Tensor]:
@@ -35,9 +54,12 @@ def packed(chunks: Sequence[Tensor], where: Sequence[Tensor]) -> list[Tensor]:
     return out
 
 
-def mean_of(received: Sequence[Tensor], like: Sequence[Tensor], k: int) -> list[Tensor]:
-    """The mean over all rows of what was sent, zero where nothing was, `[m, size]` for each of
-    `like`. Rows are added one by one in order, as in `ordered_sum`."""
+def mean_of(
+    received: Sequence[Tensor], like: Sequence[Tensor], k: int, mean_over: str = MEMBERS
+) -> list[Tensor]:
+    """The mean of what was sent, zero where nothing was, `[m, size]` for each of `like`: over all
+    rows, or at each place over those that sent one. Rows are added one by one in order, as in
+    `ordered_sum`."""
     out = [torch.zeros(c.shape[1:], dtype=c.dtype, device=c.device) for c in like]
     pairs = iter(received)
     for members in _kinds(like):
@@ -46,7 +68,12 @@ def mean_of(received: Sequence[Tensor], like: Sequence[Tensor], k: int) -> list[
         columns = zip(indices.split(counts, 1), values.split(counts, 1), strict=True)
         for i, (where, what) in zip(members, columns, strict=True):
             _add_rows(out[i], where, what)
-            out[i].div_(indices.shape[0])
+            if mean_over == MEMBERS:
+                out[i].div_(indices.shape[0])
+            else:
+                senders = torch.zeros_like(out[i])
+                _add_rows(senders, where, torch.ones_like(what))
+                out[i].div_(senders.clamp_(min=1))
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from typing import Any
 
@@ -18,7 +19,15 @@ __all__ = ["AveragingCommunicator", "FedAvgStrategy"]
 
 @tolerant
 class FedAvgStrategy(strategies.FedAvgStrategy):
-    """FedAvg by its name in EXO Gym: see `torchft.strategies.FedAvgStrategy`."""
+    """FedAvg by its name in EXO Gym, where all nodes weigh alike: see
+    `torchft.strategies.FedAvgStrategy`."""
+
+    def __init__(self, *args: Any, weighting: str | None = "equal", **options: Any) -> None:
+        super().__init__(*args, weighting=weighting, **options)
+
+    __init__.__signature__ = inspect.signature(  # type: ignore[attr-defined]
+        strategies.FedAvgStrategy.__init__
+    )
 
 
 class AveragingCommunicator(CommunicationModule):
