@@ -105,6 +105,9 @@ class DistributedDataParallel(Uncopied, parallel.DistributedDataParallel):
             p for n, p in self.module.named_parameters() if n not in self.parameters_to_ignore
         ]
         self.device = self._module_parameters[0].device
+        # Before the next one is made: it holds what autograd knows of the parameters' shapes.
+        del self.reducer
+        self.logger = None
         parameters, sparse = self._build_params_for_reducer()
         names = self._build_debug_param_to_name_mapping(parameters)
         self._ddp_init_helper(parameters, sparse, names, self._is_static)
@@ -206,7 +209,7 @@ class _Buckets(GradientAverager):
     def average(self, buffer: Tensor, parameters: Sequence[Tensor]) -> Future[Tensor]:
         """The average, to come, of a bucket: the gradients of `parameters`, one after the other."""
         self._reduced = (self._reduced + 1) % self._count
-        self.has_local = self._reduced != 0
+        self.has_local, self.has_averaged = self._reduced != 0, True
         work = self._reduce(buffer, parameters)
         # An encoded average is finished by who waits: its future is ours to complete.
         future = work.get_future() if self.codec is None else future_on(buffer)

@@ -126,13 +126,12 @@ class Former:
             transaction.finish_forming()
 
     def compare(self, always: Description, once: Description) -> None:
-        """Compare what the step listeners describe: when it changes, all groups make the next
-        process group anew, and so compare. `once` is compared the next time that they do."""
-        self._once |= once
-        if always != self._listeners:
-            self._listeners = always
-            if self._configured is not None:
-                self._configured, self._broken = None, True
+        """Compare what the step listeners describe, the next time that a process group is made:
+        when it has changed, or there is something to compare `once`, that is in the next step."""
+        anew = bool(once) or always != self._listeners
+        self._listeners, self._once = always, self._once | once
+        if anew and self._configured is not None:
+            self._configured, self._broken = None, True
 
     def abandon(self, transaction: Transaction) -> None:
         """Free the peers that wait in this step's process group. If that is today's, the next step

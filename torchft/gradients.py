@@ -39,6 +39,7 @@ class GradientAverager(ABC):
         codec: what they are encoded with.
         backward: the backward pass that runs, or ran last.
         has_local: some gradient holds what was not averaged yet.
+        has_averaged: some gradient was averaged in this step.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class GradientAverager(ABC):
             manager.describe_setting("codec", self.codec.name)
         itself = weakref.WeakMethod(self._backward_ends)
         self.backward = BackwardPass(lambda: _call(itself))
-        self.has_local = False
+        self.has_local = self.has_averaged = False
         self.description: Description = {}
         self.module, self.manager = module, manager
         self._hooks: list[RemovableHandle] = []
@@ -68,7 +69,7 @@ class GradientAverager(ABC):
 
     def before_step(self) -> Description:
         """As `StepListener`: follow what has changed about the trained parameters."""
-        self.has_local = False
+        self.has_local = self.has_averaged = False
         change = self.trained.look()
         if change is None:
             return {}
@@ -90,8 +91,9 @@ class GradientAverager(ABC):
             return
         if idle or self.has_local:
             self.average_all()
-            self.has_local = False
-        self._drop_frozen()
+            self.has_local, self.has_averaged = False, True
+        if self.has_averaged:
+            self._drop_frozen()
 
     @untraced
     def before_forward(self) -> None:

@@ -75,7 +75,7 @@ class _EachParameter(GradientAverager):
     @torch.no_grad()
     def average_all(self) -> None:
         """As `GradientAverager`, in the order of the parameters, which all groups share."""
-        self.has_local = False
+        self.has_local, self.has_averaged = False, True
         works = []
         encoded = self.codec or False
         for name, parameter in self.trained.named:
