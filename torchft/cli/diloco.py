@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from torchft.cli import diloco_server, diloco_status, diloco_worker
-from torchft.cli.parser import CommandParser, version_text
+from torchft.cli.parser import CommandParser, print_anywhere, version_text
 from torchft.errors import TorchftError
 
 __all__ = ["add_command", "main"]
@@ -32,6 +32,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`diloco`; returns the exit code."""
+    print_anywhere()
     parser = CommandParser(prog="diloco", description=ABOUT, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=version_text("diloco"))
     _fill(parser)

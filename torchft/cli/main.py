@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from torchft.cli import completion, demo, demo_server, diloco, doctor, simulate
-from torchft.cli.parser import CommandParser, version_text
+from torchft.cli.parser import CommandParser, print_anywhere, version_text
 from torchft.errors import TorchftError
 
 __all__ = ["main", "parser"]
@@ -46,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command in `arguments`, or on the command line; returns the exit code."""
+    print_anywhere()
     typed = parser().parse_args(arguments)
     try:
         return int(typed.run(typed))

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from typing import NoReturn
 
 from torchft.version import UPSTREAM_API, __version__
 
-__all__ = ["CommandParser", "version_text", "with_suggestion"]
+__all__ = ["CommandParser", "print_anywhere", "version_text", "with_suggestion"]
 
 _UNKNOWN = re.compile(r"invalid choice: '([^']*)'|unrecognized arguments: ([^\s=]+)")
 
@@ -50,3 +52,10 @@ def words_of(parser: argparse.ArgumentParser) -> Iterator[str]:
 def version_text(command: str) -> str:
     """What `--version` prints: the version of this package and of the interface that it has."""
     return f"{command} {__version__} (the interface of torchft {UPSTREAM_API})"
+
+
+def print_anywhere() -> None:
+    """Let what a locale cannot encode be printed as an escape, instead of ending the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

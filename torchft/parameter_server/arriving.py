@@ -39,6 +39,10 @@ class Arriving:
         """Give one up."""
         self._drop(lambda _, other: other is intake)
 
+    def drop_all_of(self, worker: str) -> None:
+        """It is a worker no more: nobody will send the rest."""
+        self._drop(lambda ticket, _: ticket.who.worker == worker)
+
     def _drop(self, unwanted: Callable[[Ticket, Intake], bool]) -> None:
         for name, (ticket, intake) in list(self._found.items()):
             if unwanted(ticket, intake):

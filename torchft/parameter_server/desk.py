@@ -360,6 +360,7 @@ class Desk:
         if isinstance(effect, Departed):
             why = effect.why.name.lower()
             self.counts.departures[why] = self.counts.departures.get(why, 0) + 1
+            self._arriving.drop_all_of(effect.worker)
             self._note(f"worker {effect.worker} is gone: {effect.why}")
         else:
             # At once: a checkpoint that is decided a moment later has to come after it.

@@ -27,6 +27,7 @@ __all__ = [
     "TooLarge",
     "Unauthorized",
     "Unfit",
+    "printable",
     "refusal_of",
 ]
 
@@ -97,3 +98,10 @@ _KINDS: dict[int, type[Refused]] = {kind.status: kind for kind in Refused.__subc
 def refusal_of(status: int, reason: str) -> Refused:
     """The error that a reply of this status stands for."""
     return _KINDS.get(status, Refused)(reason)
+
+
+def printable(said: str, limit: int = 300) -> str:
+    """`said` by somebody on the network, fit for a log or a terminal: control characters and
+    others that do not print are escaped, so that it stays one line, and is at most `limit` long."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in said[:limit])
+    return shown if len(said) <= limit else f"{shown}…"

@@ -13,7 +13,8 @@ from torchft.parameter_server.shape import ModelShape
 
 __all__ = ["Registration", "Speaker", "Ticket"]
 
-_NAME = re.compile(r"[\w.:@+\-]{1,200}")
+_NAME = re.compile(r"(?!\.+$)[\w.:@+\-]{1,200}")
+"""Not `.` or `..`: a name may become a part of a path."""
 _LARGEST = 1 << 53
 
 
@@ -21,7 +22,9 @@ def text(data: Mapping[str, Any], name: str) -> str:
     """A name without surprises."""
     value = data.get(name)
     if not isinstance(value, str) or not _NAME.fullmatch(value):
-        raise Refused(f"{name}: give 1 to 200 letters, digits or any of . : @ + - _")
+        raise Refused(
+            f"{name}: give 1 to 200 letters, digits or any of . : @ + - _, and not dots alone"
+        )
     return value
 
 

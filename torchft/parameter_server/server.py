@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from torchft.errors import SettingsError
 from torchft.parameter_server.auth import Tokens
 from torchft.parameter_server.desk import Desk
 from torchft.parameter_server.options import ServerOptions
+from torchft.parameter_server.refused import printable
 from torchft.parameter_server.service import Service
 
 __all__ = ["Address", "DiLoCoServer", "run_until_signal", "serve"]
@@ -81,6 +83,7 @@ async def serve(
     runner = web.AppRunner(
         service.app(),
         access_log=None,
+        logger=_http_logger(),
         keepalive_timeout=_IDLE_S,
         read_bufsize=_READ_BYTES,
         shutdown_timeout=2.0,
@@ -93,6 +96,23 @@ async def serve(
     finally:
         await runner.cleanup()
         await desk.close(save=save_at_end())
+
+
+def _http_logger() -> logging.Logger:
+    """aiohttp's log of what went wrong: what no HTTP client would send is one line."""
+    found = logging.getLogger(f"{__name__}.http")
+    if not found.filters:
+        found.addFilter(_without_traceback_of_garbage)
+    return found
+
+
+def _without_traceback_of_garbage(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, HttpProcessingError):
+        said = printable(f"{record.getMessage()}: {type(error).__name__} {error.message}")
+        record.msg, record.args, record.exc_info = said, (), None
+        record.levelno, record.levelname = logging.INFO, "INFO"
+    return True
 
 
 async def _listen(runner: web.AppRunner, address: Address) -> int:

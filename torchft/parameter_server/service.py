@@ -39,6 +39,7 @@ from torchft.parameter_server.refused import (
     TooLarge,
     Unauthorized,
     Unfit,
+    printable,
 )
 from torchft.parameter_server.requests import Registration, Speaker, Ticket, real, text, whole
 from torchft.parameter_server.status import metrics_of, status_of
@@ -114,7 +115,7 @@ class Service:
             except TimeoutError:
                 reason = f"nothing came for {self._read_timeout_s:g} s: go on from there"
                 return _refusal(request, Interrupted.status, reason)
-            except (ConnectionError, asyncio.IncompleteReadError):
+            except (ConnectionError, asyncio.IncompleteReadError, web.RequestPayloadError):
                 reason = "the body ended early: go on from there"
                 return _refusal(request, Interrupted.status, reason)
             except OSError as error:
@@ -314,10 +315,10 @@ def _number(value: str, name: str) -> int:
 
 
 def _refusal(request: web.Request, status: int, reason: str) -> web.Response:
-    logger.info(
-        "%s %s from %s: %d, %s", request.method, request.path, request.remote, status, reason
-    )
-    response = web.json_response({"error": reason}, status=status)
+    # Anybody may send a path or a value: none of them may forge a line or move a cursor.
+    said = printable(f"{request.method} {request.raw_path}"), printable(reason)
+    logger.info("%s from %s: %d, %s", said[0], request.remote, status, said[1])
+    response = web.json_response({"error": said[1]}, status=status)
     if status not in (401, 403, 404, 409, 410, 503):
         response.force_close()  # what is left of its body is not worth reading
     return response

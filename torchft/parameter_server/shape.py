@@ -128,7 +128,7 @@ class ModelShape:
         """
         try:
             parameters = tuple(_parameter(one) for one in data["parameters"])
-            held = [tuple(map(int, positions)) for positions in data["fragments"]]
+            held = [tuple(map(_position, positions)) for positions in data["fragments"]]
         except (KeyError, TypeError, ValueError, LookupError) as error:
             raise MismatchError(f"this describes no model: {str(error)[:200]}") from None
         if len({p.name for p in parameters}) != len(parameters) or not parameters:
@@ -151,9 +151,17 @@ class ModelShape:
         return ModelShape(self.parameters, _cut(self.parameters, parts))
 
 
+def _position(at: object) -> int:
+    if type(at) is not int:
+        raise ValueError(f"a fragment holds {str(at)[:40]}, which is no position")
+    return at
+
+
 def _parameter(described: object) -> Parameter:
     match described:
         case [str(name), list(shape), str(dtype)] if len(shape) <= _MAX_DIMENSIONS:
+            if not name.isprintable():
+                raise ValueError(f"the name {name[:40]!a} has characters that do not print")
             kind = getattr(torch, dtype, None)
             if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
                 raise ValueError(f"{name} is {dtype[:40]}, which cannot be averaged")
