@@ -7,10 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.optimizers import Prodigy
 from helpers.small_runs import odd, pairs
+from torch import Tensor, nn
 
+from torchft.errors import SettingsError
 from torchft.simulator import Result, Trainer
-from torchft.strategies import DiLoCoStrategy
+from torchft.simulator.node import NodeError
+from torchft.strategies import DiLoCoStrategy, OptimSpec
 
 
 def fit(folder: Path, **settings: Any) -> Result:
@@ -47,3 +51,82 @@ def test_real_processes_give_the_result_of_the_simulation(tmp_path: Path) -> Non
 def test_what_looks_into_nodes_between_steps_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="correlation_interval"):
         fit(tmp_path, processes=True, correlation_interval=2)
+
+
+class OfTheField(nn.Module):
+    """Takes dicts by keyword, updates a teacher, and keeps what its last forward pass computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student, self.teacher = nn.Linear(3, 5), nn.Linear(3, 5).requires_grad_(False)
+        self.last: Tensor | None = None
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        with torch.no_grad():
+            self.teacher.weight.lerp_(self.student.weight, 0.1)
+        self.last = (self.student(x) - self.teacher(x) - y).pow(2).mean()
+        return {"loss": self.last}
+
+
+def shares(rank: int, num_nodes: int, train_dataset: bool) -> dict[str, Tensor]:
+    draws = torch.Generator().manual_seed(rank + 10 * train_dataset)
+    return {
+        "x": torch.randn(20, 3, generator=draws) * (1 + rank),
+        "y": torch.randn(20, 5, generator=draws),
+    }
+
+
+def of_the_field(data: Any = shares, *, processes: bool) -> Result:
+    trainer = Trainer(OfTheField, data, shares, device="cpu")
+    trainer.fit(
+        strategy=DiLoCoStrategy(
+            OptimSpec(Prodigy), OptimSpec(torch.optim.Adafactor, lr=0.1), H=2, max_norm=1.0
+        ),
+        num_nodes=2,
+        max_steps=5,
+        batch_size=4,
+        deterministic=True,
+        digests=True,
+        disable_logging=True,
+        processes=processes,
+    )
+    assert trainer.result is not None
+    return trainer.result
+
+
+def test_an_optimizer_and_a_model_of_the_field_compute_the_bits_of_real_processes() -> None:
+    real, simulated = of_the_field(processes=True), of_the_field(processes=False)
+    assert len(real.digests) == 2 and real.digests == simulated.digests
+    for one, other in zip(real.models, simulated.models, strict=True):
+        for name, value in other.state_dict().items():
+            assert torch.equal(one.state_dict()[name], value), name
+    assert real.validations == simulated.validations
+
+
+class Fails:
+    """Its samples of the second batch cannot be read."""
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, at: int) -> dict[str, Tensor]:
+        if at == 19:
+            raise KeyError("image")
+        return {"x": torch.ones(3), "y": torch.ones(5)}
+
+
+def test_a_real_node_says_where_its_data_failed() -> None:
+    with pytest.raises(NodeError, match=r"^the data set failed at the batch of node \d in step \d"):
+        of_the_field(lambda *of: Fails(), processes=True)
+
+
+class Thaws(OfTheField):
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        self.teacher.requires_grad_(self.training)
+        return super().forward(x, y)
+
+
+def test_a_real_node_says_what_was_thawed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "OfTheField", Thaws)
+    with pytest.raises(SettingsError, match=r"teacher.weight was unfrozen .* in step 1 of node \d"):
+        of_the_field(processes=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from helpers.optimizers import GlobalClip, Lars, LateClip, Noisy, Prodigy, TwoGroups
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
@@ -29,87 +30,6 @@ from torchft.strategies.parts.coupling import couples_nodes, sees_shapes
 
 CPU = torch.device("cpu")
 STEPS = 6
-
-
-class Lars(Optimizer):
-    """The rate of each tensor by its norm, with one trust ratio bounded over all of them."""
-
-    def __init__(self, params: Any, lr: float = 0.05, fused: bool = False) -> None:
-        super().__init__(params, {"lr": lr, "fused": fused})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
-        for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                ratio = p.norm() / (p.grad.norm() + 1e-9)
-                p.add_(p.grad * ratio, alpha=-group["lr"])
-
-
-class GlobalClip(Optimizer):
-    """SGD whose gradient is clipped over all tensors, if their norm passes `at`."""
-
-    def __init__(self, params: Any, lr: float = 0.05, at: float = 1.0, fused: bool = False) -> None:
-        super().__init__(params, {"lr": lr, "at": at, "fused": fused})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
-        for group in self.param_groups:
-            having = [p for p in group["params"] if p.grad is not None]
-            nn.utils.clip_grad_norm_(having, group["at"])
-            for p in having:
-                assert p.grad is not None
-                p.add_(p.grad, alpha=-group["lr"])
-
-
-class Prodigy(Optimizer):
-    """A step size that is learned over all tensors, and kept with the hyperparameters."""
-
-    def __init__(self, params: Any, lr: float = 0.1, fused: bool = False) -> None:
-        super().__init__(params, {"lr": lr, "d": 1e-2, "fused": fused})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
-        for group in self.param_groups:
-            having = [p for p in group["params"] if p.grad is not None]
-            size = sum(float(p.grad.abs().sum()) for p in having)  # type: ignore[union-attr]
-            group["d"] = max(group["d"], 0.9 * group["d"] + 1e-3 * size)
-            for p in having:
-                assert p.grad is not None
-                p.add_(p.grad.sign(), alpha=-group["lr"] * group["d"])
-
-
-class LateClip(GlobalClip):
-    """Clips from its tenth step on only, by a count of its own."""
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
-        self.steps = getattr(self, "steps", 0) + 1
-        for group in self.param_groups:
-            group["at"] = 1.0 if self.steps >= 10 else 1e30
-        super().step()
-
-
-class Noisy(Optimizer):
-    """Langevin dynamics: SGD that adds noise."""
-
-    def __init__(self, params: Any, lr: float = 0.05) -> None:
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
-        for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                p.add_(p.grad + 0.01 * torch.randn_like(p), alpha=-group["lr"])
-
-
-class TwoGroups(torch.optim.AdamW):
-    """Matrices decay, vectors do not: two groups, made from what it is given."""
-
-    def __init__(self, params: Iterable[nn.Parameter], **options: Any) -> None:
-        mine = list(params)
-        decayed = {"params": [p for p in mine if p.dim() > 1], "weight_decay": 0.3}
-        plain = {"params": [p for p in mine if p.dim() < 2], "weight_decay": 0.0}
-        super().__init__([decayed, plain], **options)
 
 
 class Net(nn.Module):
@@ -299,3 +219,20 @@ def test_an_outer_muon_steps_matrices_and_refuses_a_bias() -> None:
     assert len(done.rounds) == 2
     with pytest.raises(SettingsError, match=r"Muon.*2D parameters"):
         run_stacked(experiment(DiLoCoStrategy("adamw", outer, H=3), num_nodes=2))
+
+
+@pytest.mark.parametrize("where", ["inner", "outer"])
+def test_an_optimizer_that_wants_other_gradients_is_refused_before_the_first_step(
+    where: str,
+) -> None:
+    sparse = OptimSpec(torch.optim.SparseAdam)
+    optims = {"inner": (sparse, None), "outer": ("adamw", sparse)}[where]
+    steps: list[Run] = []
+    with pytest.raises(SettingsError, match=f"{where} optimizer SparseAdam cannot step: .*dense"):
+        run_stacked(experiment(DiLoCoStrategy(*optims, H=2)), on_step=steps.append)
+    assert not steps
+
+
+def test_an_outer_optimizer_that_wants_the_loss_is_refused_before_the_first_step() -> None:
+    with pytest.raises(SettingsError, match="outer optimizer LBFGS cannot step"):
+        run_stacked(experiment(Strategy([DiLoCo(torch.optim.LBFGS, 2)], inner=Inner())))

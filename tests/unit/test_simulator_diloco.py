@@ -347,3 +347,17 @@ def test_what_cannot_work_is_refused(name: str) -> None:
     with pytest.raises(SettingsError, match=message):
         train(**options)
     assert os.listdir() == []
+
+
+def test_model_kwargs_that_the_model_does_not_take_are_shown() -> None:
+    settings = {"optimizer_kwargs": {"lr": 1e-3}, "loss_fn": nn.MSELoss(), "num_nodes": 1}
+    data = torch.utils.data.TensorDataset(torch.ones(8, 4), torch.ones(8, 2))
+
+    def simulator(**changes: Any) -> DilocoSimulator:
+        given = {"model_cls": nn.Linear, "train_dataset": data, "max_local_step": 1, **settings}
+        return DilocoSimulator(**{**given, **changes})
+
+    with pytest.raises(SettingsError, match=r"model_kwargs \(wide=4\): .*wide"):
+        simulator(model_kwargs={"wide": 4}).train()
+    with pytest.raises(SettingsError, match="loss_fn is the class MSELoss: give an instance"):
+        simulator(loss_fn=nn.MSELoss)

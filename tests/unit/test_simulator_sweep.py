@@ -207,6 +207,8 @@ def test_failures_are_in_the_forecast(tmp_path: Path) -> None:
         ({"strategies": [f"{HERE}:TINY"]}, "is a dict, and not callable"),
         ({"optimizer": "adm"}, "no optimizer is called 'adm'"),
         ({"model_options": {"wdth": 2}}, "has no option wdth: it takes width"),
+        ({"model_options": {"width": [2, 4]}}, r"width=\[2, 4\]: options are not swept"),
+        ({"optimizer_options": {"weight_decay": [0.1]}}, "weight_decay: a list in the place of"),
         ({"data": f"{HERE}:bad_pair"}, "must return a pair of data sets"),
         ({"data": "absent.txt"}, "cannot read absent.txt: .*; check --data"),
         ({"data": None}, "say what tests.helpers.sweeps:Line learns from"),

@@ -240,3 +240,19 @@ def test_local_and_global_are_one_at_a_synchronisation_and_differ_before(tmp_pat
     looks = _fit(tmp_path, model=Linear(), val_interval=1).validations
     apart = [len({*found["local_losses"].values(), found["global_loss"]}) for found in looks]
     assert apart == [1, 3, 3, 3, 1, 3, 3, 3, 1, 3]
+
+
+def test_a_teacher_that_the_forward_pass_updates_is_as_it_was_after_a_look() -> None:
+    class Taught(Mean):
+        def __init__(self, weight: float) -> None:
+            super().__init__(weight)
+            self.teacher = nn.Parameter(torch.tensor(weight), requires_grad=False)
+
+        def forward(self, batch: Tensor) -> Tensor:
+            self.teacher.data.add_(1.0)
+            return super().forward(batch)
+
+    run = experiment(model=Taught(0.0), train_dataset=torch.zeros(40), val_dataset=torch.ones(4))
+    node = run.make_node(Taught(2.0), 0)
+    Validator(run, 4)([node])
+    assert float(node.model.teacher.detach()) == 2.0  # type: ignore[union-attr, operator]

@@ -20,7 +20,7 @@ from torchft.parameter_server.requests import Registration
 from torchft.parameter_server.rounds import Rounds
 from torchft.parameter_server.rules import Departure
 from torchft.parameter_server.shape import ModelShape
-from torchft.parameter_server.shared import SharedState
+from torchft.parameter_server.shared import FlatRow, SharedState
 from torchft.parameter_server.submission import Submission
 from torchft.quantization import codec_of
 from torchft.strategies.local import Fragment
@@ -105,7 +105,7 @@ class Runs:
     def warm_up(self) -> None:
         """Torch loads much for its first optimizer: no worker should wait for that."""
         outer = self._options.outer.build(self._options.rules)
-        outer.bind([Fragment(0, (0,))], [_OneRow([torch.zeros(1, 1)])])
+        outer.bind([Fragment(0, (0,))], [FlatRow([torch.zeros(1, 1)])])
 
     def state(
         self,
@@ -267,8 +267,3 @@ class Runs:
             run.rounds.redo_close(close)
             run.state.apply(close, self._keeper.upload)
             self._keeper.spend(close)
-
-
-@dataclass(frozen=True)
-class _OneRow:
-    flats: list[Tensor]

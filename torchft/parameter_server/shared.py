@@ -42,7 +42,7 @@ from torchft.quantization import Codec, Identity
 from torchft.strategies.local import Fragment
 from torchft.strategies.parts.outer import FlatOuter
 
-__all__ = ["Kind", "News", "Published", "SharedState"]
+__all__ = ["FlatRow", "Kind", "News", "Published", "SharedState"]
 
 _FREE_FILES = 4
 _KEPT = 4
@@ -215,10 +215,10 @@ class SharedState:
         if self._stepping:
             raise OSError(errno.EIO, "an outer step failed, and the server ends")
 
-    def _flats(self) -> Iterator[_Flat]:
+    def _flats(self) -> Iterator[FlatRow]:
         for fragment, row in enumerate(self._rows):
             for _, span in self.chunks(fragment).spans():
-                yield _Flat([row.weights[:, span]])
+                yield FlatRow([row.weights[:, span]])
 
     def _steps_of(self, fragment: int) -> list[Fragment]:
         first = self._rows[fragment].first
@@ -268,7 +268,9 @@ class SharedState:
 
 
 @dataclass(frozen=True)
-class _Flat:
+class FlatRow:
+    """What an outer optimizer steps of the server's weights."""
+
     flats: list[Tensor]
 
     def in_shape(self, flats: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -18,6 +18,7 @@ from torchft.errors import SettingsError
 from torchft.simulator import datasets, zoo
 from torchft.simulator.config import SimulateConfig, StrategyConfig
 from torchft.strategies import OptimSpec, Strategy
+from torchft.strategies.ranges import check_number
 
 __all__ = ["data_name", "data_of", "has_interval", "model_of", "strategy_of"]
 
@@ -90,6 +91,7 @@ def data_of(config: SimulateConfig) -> tuple[Any, Any]:
     if name == "digits":
         return datasets.digits()
     context = config.model_options.get("context", 64)
+    check_number("model_options.context", context, least=1, whole=True)
     if name == "stdlib-text":
         return datasets.text(context=context)
     if ":" not in name:

@@ -156,6 +156,8 @@ def _check_count(name: str, value: object) -> None:
 def _check_callable(name: str, value: object) -> None:
     if not callable(value):
         raise SettingsError(f"{name}={value!r}: give a function")
+    if name != "model_cls" and isinstance(value, type) and issubclass(value, nn.Module):
+        raise SettingsError(f"{name} is the class {value.__name__}: give an instance of it")
 
 
 class DilocoSimulator(DilocoProcess):
@@ -215,27 +217,29 @@ class DilocoSimulator(DilocoProcess):
             devices=config.devices,
         )
         interval = config.ckpt_interval
-        trainer.fit(
-            config.num_epochs,
-            DilocoProgram(copy.copy(self)) if own else self._strategy(),
-            config.num_nodes,
-            max_steps=config.max_local_step,
-            batch_size=config.batch_size,
-            minibatch_size=config.max_minibatch_size or config.batch_size,
-            val_size=config.eval_iters * config.batch_size,
-            val_interval=config.eval_interval or config.diloco_interval,
-            correlation_interval=config.corr_interval,
-            checkpoint_interval=None if own else interval and interval * config.diloco_interval,
-            save_dir=config.save_dir or ".",
-            run_name=config.run_name or config.wandb_name,
-            wandb_project=config.wandb_project,
-            logger=[_Hooks(config.train_loss_hook, config.eval_loss_hook)],
-            seed=config.seed,
-            resume=config.resume,
-            processes=own or len(config.devices or ()) > 1,
-        )
-        assert trainer.result is not None
-        self.result = _unwrapped(trainer.result)
+        try:
+            trainer.fit(
+                config.num_epochs,
+                DilocoProgram(copy.copy(self)) if own else self._strategy(),
+                config.num_nodes,
+                max_steps=config.max_local_step,
+                batch_size=config.batch_size,
+                minibatch_size=config.max_minibatch_size or config.batch_size,
+                val_size=config.eval_iters * config.batch_size,
+                val_interval=config.eval_interval or config.diloco_interval,
+                correlation_interval=config.corr_interval,
+                checkpoint_interval=None if own else interval and interval * config.diloco_interval,
+                save_dir=config.save_dir or ".",
+                run_name=config.run_name or config.wandb_name,
+                wandb_project=config.wandb_project,
+                logger=[_Hooks(config.train_loss_hook, config.eval_loss_hook)],
+                seed=config.seed,
+                resume=config.resume,
+                processes=own or len(config.devices or ()) > 1,
+            )
+        finally:  # of a run that broke off, what it had got by then
+            self.result = None if trainer.result is None else _unwrapped(trainer.result)
+        assert self.result is not None
         self.model = self.result.model
         self._keep()
         return self.result
@@ -244,7 +248,7 @@ class DilocoSimulator(DilocoProcess):
         config = self.config
         with kept_rng(torch.device("cpu")):
             seed_everything(config.seed)
-            model = config.model_cls(**config.model_kwargs)
+            model = _made(config)
         if config.model_path is not None:
             try:
                 model.load_state_dict(
@@ -330,6 +334,16 @@ class _Paired(nn.Module):
                 'with reduction="mean"'
             )
         return loss
+
+
+def _made(config: DilocoSimulatorConfig) -> nn.Module:
+    try:
+        return config.model_cls(**config.model_kwargs)
+    except TypeError as error:
+        given = ", ".join(f"{name}={value!r}" for name, value in config.model_kwargs.items())
+        raise SettingsError(
+            f"model_cls cannot be made with model_kwargs ({given}): {error}"
+        ) from error
 
 
 def _unwrapped(result: Result) -> Result:

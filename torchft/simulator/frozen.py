@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from torchft.errors import SettingsError
 
-__all__ = ["SharedFrozen"]
+__all__ = ["SharedFrozen", "own_frozen"]
 
 _FIRST_STEPS = 3
 
@@ -22,11 +22,8 @@ class SharedFrozen:
     """Those of `model`, by name; none where each node may have its own."""
 
     def __init__(self, model: nn.Module) -> None:
-        parameters = dict(model.named_parameters())
-        frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
-        trained = sum(p.nbytes for p in parameters.values() if p.requires_grad)
-        shared = sum(p.nbytes for p in frozen.values()) > trained
-        self.parameters: Mapping[str, nn.Parameter] = frozen if shared else {}
+        frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        self.parameters: Mapping[str, nn.Parameter] = {} if _is_small(model) else frozen
         self._sums = {name: _sum(p) for name, p in self.parameters.items()}
         self._versions = self._versions_now()
 
@@ -66,6 +63,16 @@ class SharedFrozen:
 
     def _versions_now(self) -> list[int]:
         return [p._version for p in self.parameters.values()]
+
+
+def own_frozen(model: nn.Module) -> list[nn.Parameter]:
+    """The frozen parameters that are a node's own, so that its model may write into them."""
+    return [p for p in model.parameters() if not p.requires_grad] if _is_small(model) else []
+
+
+def _is_small(model: nn.Module) -> bool:
+    frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    return frozen <= sum(p.nbytes for p in model.parameters() if p.requires_grad)
 
 
 @torch.no_grad()

@@ -109,7 +109,7 @@ class TrainNode:
         Raises:
             SettingsError: some of its keys are no arguments.
         """
-        if not isinstance(batch, Mapping) or len(batch) < 2:
+        if not isinstance(batch, Mapping):
             return False
         keys = tuple(batch)
         known = self.__dict__.setdefault("_by_keyword", {})
@@ -196,13 +196,14 @@ def loss_in(output: Any) -> Any:
 
 
 def _fits_by_keyword(model: nn.Module, keys: Sequence[Any]) -> bool:
+    model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
     try:
         taken = inspect.signature(model.forward).parameters
     except ValueError:
         return False  # written in C: it has no signature to look at
     named = {n for n, p in taken.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     unknown = [key for key in keys if key not in named]
-    if len(keys) - len(unknown) < 2:
+    if len(named) < 2 or len(keys) - len(unknown) < min(2, len(keys)):
         return False  # the dict itself is the argument
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
         raise SettingsError(

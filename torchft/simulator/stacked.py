@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torchft.errors import SettingsError
 from torchft.simulator.columns import columns_of, joined, matrix, places_of, write
 from torchft.simulator.copies import Remake, copied, made_alike
-from torchft.simulator.frozen import SharedFrozen
+from torchft.simulator.frozen import SharedFrozen, own_frozen
 from torchft.simulator.seeds import Generators
 from torchft.simulator.trained import Trained
 from torchft.strategies.buffers import buffers_of
@@ -352,8 +352,7 @@ class StackedLocal:
 
     def _frozen_of(self, row: int) -> list[Tensor]:
         """The frozen parameters that are the node's own."""
-        frozen = (p for p in self.models[row].parameters() if not p.requires_grad)
-        return [] if self.frozen.parameters else [p.detach() for p in frozen]
+        return [p.detach() for p in own_frozen(self.models[row])]
 
     def _layout(self, fragment: Fragment) -> Layout:
         layout = self._layouts.get(fragment.parameters)

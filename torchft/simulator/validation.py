@@ -20,6 +20,7 @@ from torch.utils.data import Subset
 from torchft.errors import SettingsError
 from torchft.simulator.experiment import Experiment
 from torchft.simulator.feed import Feed, check_factory, is_factory
+from torchft.simulator.frozen import own_frozen
 from torchft.simulator.node import TrainNode, noted
 from torchft.simulator.result import mean_model
 from torchft.simulator.seeds import kept_rng, seed_node, seed_of
@@ -104,19 +105,23 @@ class Validator:
 
 @contextmanager
 def as_it_was(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module's own mode, and every buffer's values."""
+    """Evaluation mode inside; afterwards every module's own mode, and the values of every buffer
+    and of frozen parameters, which a forward pass may update in either mode."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
     ]
+    frozen = [(p, p.detach().clone()) for p in own_frozen(model)]
     model.eval()
     try:
         yield
     finally:
         for module, training in modes:
             module.training = training
+        for p, value in frozen:
+            p.data.copy_(value)
         for module, name, buffer, value in buffers:
             buffer.copy_(value)
             setattr(module, name, buffer)

@@ -78,7 +78,9 @@ class OptimSpec:
         try:
             return self.cls(params, **{**self._fused(params), **own})
         except (TypeError, ValueError) as error:
-            raise SettingsError(f"{self!r} cannot be made: {error}") from error
+            lists = [name for name, value in self.kwargs.items() if isinstance(value, list)]
+            hint = f" ({', '.join(lists)}: a list in the place of one value)" if lists else ""
+            raise SettingsError(f"{self!r} cannot be made: {error}{hint}") from error
 
     def config(self) -> dict[str, Any]:
         """The settings as plain data; arguments that are none are written out."""

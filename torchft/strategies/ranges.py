@@ -25,11 +25,11 @@ def check_number(
     Raises:
         SettingsError: it is not; names the setting, its value and the range.
     """
-    kind = Integral if whole else Real
-    if isinstance(value, kind) and not isinstance(value, bool):
-        fits = math.isfinite(value) and (above is None or value > above)
-        fits = fits and (least is None or value >= least) and (most is None or value <= most)
-        if fits and (below is None or value < below):
+    if isinstance(value, Integral if whole else Real) and not isinstance(value, bool):
+        number = float(value)
+        fits = math.isfinite(number) and (above is None or number > above)
+        fits = fits and (least is None or number >= least) and (most is None or number <= most)
+        if fits and (below is None or number < below):
             return
     ends = {"above": above, "at least": least, "below": below, "at most": most}
     bounds = " and ".join(f"{word} {bound:g}" for word, bound in ends.items() if bound is not None)

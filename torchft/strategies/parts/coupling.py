@@ -50,6 +50,10 @@ def check_steps(what: str, make: Maker, device: torch.device) -> None:
     parameter.grad = torch.ones_like(parameter)
     try:
         optimizer = make([parameter])
+    except SettingsError as error:
+        if isinstance(error.__cause__, TypeError):
+            raise  # an argument of a wrong type, whatever the parameters
+        return
     except Exception:  # said where it is made
         return
     try:
