@@ -35,7 +35,7 @@ class Communicator:
 
     def __init__(self, pg: ProcessGroup, *, check_finite: bool = True) -> None:
         self._pg = pg
-        self._check_finite = check_finite
+        self.check_finite = check_finite
 
     def reduce(
         self,
@@ -178,7 +178,7 @@ class Communicator:
             divisor,
             transaction.generation,
             sent=sent,
-            judged=judged and self._check_finite,
+            judged=judged and self.check_finite,
             name=name,
         )
         transaction.averages.append(managed)

@@ -97,7 +97,7 @@ class LocalSGD(StrategyHooks):
             backup_device=backup_device or "cpu",
             pin_memory=pin_memory,
         )
-        local = ModelLocal([model])
+        local = ModelLocal([model], optimizer)
         local.samples = None if samples is None else [samples]
         _warn_of_strangers(local, optimizer)
         super().__init__(
@@ -164,7 +164,8 @@ class DiLoCo(StrategyHooks):
             can be repeated bit by bit.
         inner_state: after a discarded round the inner optimizer's state "stands", or is "restored"
             with the weights: moments and counters, not the learning rate. That costs a copy of
-            them on `backup_device` (8 bytes a parameter for AdamW).
+            them on `backup_device` (8 bytes a parameter for AdamW). What is NaN or infinite in it
+            never stands: that parameter's state begins anew.
         fragments: cut the one module into so many, in whole blocks of about equal bytes
             (`torchft.strategies.fragments`). Not with several modules, which are the fragments.
         fragment_pattern: a fragment's blocks are neighbours ("sequential"), or "strided".

@@ -18,6 +18,7 @@ from torchft.average import Average, is_finite
 from torchft.background_round import BackgroundRound
 from torchft.collectives import as_bytes
 from torchft.errors import SettingsError
+from torchft.finite import are_finite
 from torchft.peers import FormedAtOnce, Handle, Place
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ class ManagedRound(FormedAtOnce):
         if not tensors:
             return _Averages([], [])
         packed = torch.cat([as_bytes(tensor) for tensor in tensors])
-        return _Gathered(tensors, *self._step.allgather(packed))
+        return _Gathered(tensors, *self._step.allgather(packed), judged=self._step.check_finite)
 
     def average_within(
         self, tensors: Sequence[Tensor], islands: Callable[[int], list[list[int]]]
@@ -179,12 +180,24 @@ class _Averages(Handle):
 
 
 class _Gathered(Handle):
-    def __init__(self, sent: Sequence[Tensor], work: Work, rows: list[Tensor]) -> None:
+    def __init__(
+        self, sent: Sequence[Tensor], work: Work, rows: list[Tensor], *, judged: bool
+    ) -> None:
         self._sent = sent
         self._work = work
         self._rows = rows
+        self._judged = judged
+        self._gathered: list[Tensor] | None = None
+
+    def is_finite(self) -> bool:
+        return not self._judged or are_finite(self.wait())
 
     def wait(self) -> list[Tensor]:
+        if self._gathered is None:
+            self._gathered = self._arrived()
+        return self._gathered
+
+    def _arrived(self) -> list[Tensor]:
         self._work.wait()
         gathered, start = [], 0
         for sent in self._sent:

@@ -103,6 +103,11 @@ class OpenStep:
         return self._means.communicator.gather(self.transaction, tensor)
 
     @property
+    def check_finite(self) -> bool:
+        """NaN and infinity in what arrives discard it."""
+        return self._means.communicator.check_finite
+
+    @property
     def formed(self) -> bool:
         """Its quorum stands, and its state has moved; or it failed to form."""
         return self.transaction.ready.is_set()

@@ -187,6 +187,7 @@ class InProcessStep:
         return _Waited(tensor, self._round.average([tensor[None]], codec, left))
 
     ordered_mean = allreduce
+    check_finite = True
 
     def allgather(self, tensor: Tensor) -> tuple[Work, list[Tensor]]:
         (rows,) = self._round.gather([tensor]).wait()

@@ -118,6 +118,7 @@ def test_a_step_that_fails_otherwise_leaves_the_scale_whatever_one_group_saw_in_
 
     def fail(step: int, manager: Any) -> None:
         if step == BAD:
+            manager.wait_quorum()
             manager.report_error(RuntimeError("a cable came loose"))
 
     results = groups(2, lambda group: train(group, BAD, before=fail))

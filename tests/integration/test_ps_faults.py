@@ -314,6 +314,22 @@ def test_a_worker_whose_numbers_are_refused_goes_back_to_the_common_weights(
     assert bool(fleet.weights("a").isfinite().all())
 
 
+def test_a_worker_with_nan_in_its_moments_is_refused_once(tmp_path: Path) -> None:
+    """Only the weights went back, and the next step spoilt them again."""
+    with DiLoCoServer(options(tmp_path, workers=1)) as server:
+        fleet = Fleet(server.address)
+        worker = fleet.worker("a")
+        worker.optimizer.param_groups[0]["momentum"] = 0.9  # type: ignore[attr-defined]
+        with worker:
+            for step in range(20):
+                for p in fleet.models["a"].parameters():
+                    p.grad = torch.full_like(p, float("nan") if step == 3 else 1.0)
+                worker.optimizer.step()  # type: ignore[attr-defined]
+        assert worker.refused == 1
+        assert worker.sync_count >= 2
+    assert bool(fleet.weights("a").isfinite().all())
+
+
 def test_an_answer_that_is_cut_is_no_end_of_training() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         client = DiLoCoClient(f"127.0.0.1:{listener.getsockname()[1]}", timeout_s=5.0)

@@ -41,6 +41,7 @@ from torchft.parameter_server.weights import WorkerWeights, named_parameters
 from torchft.parameter_server.worker_options import WorkerOptions
 from torchft.quantization import codec_of
 from torchft.step_hooks import StepHooks
+from torchft.strategies.parts.broken import begin_anew, states_of
 from torchft.strategies.trained import TrainedModel
 from torchft.uncopied import Uncopied
 
@@ -112,6 +113,7 @@ class DiLoCoWorker(Uncopied):
         self._together(lambda: self._make_link(shape))
         self._model = TrainedModel([unwrapped(model)], optimizer, front="DiLoCoWorker")
         # From now on, so that training before `start` is noticed.
+        self._optimizer = optimizer
         self._hooks = StepHooks(optimizer, before=self._before_step, after=self._after_step)
         self._hooks.attach()
 
@@ -247,6 +249,7 @@ class DiLoCoWorker(Uncopied):
             lead,
             {
                 "agreed": self._agree,
+                "anew": self._begin_anew,
                 "counts": self._take_counts,
                 "every": lambda steps: self._schedule.change(steps),
                 "read": self._weights.read_along,
@@ -404,6 +407,12 @@ class DiLoCoWorker(Uncopied):
         )
         self.refused += 1
         self._weights.settle(flight.fragment)
+        self._ranks.say("anew")
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """NaN in the optimizer's moments would spoil the common weights with the next step."""
+        begin_anew(states_of(self._optimizer))
 
     def _finish(self) -> None:
         """Nothing that was trained is left behind, if the server can be reached."""

@@ -9,10 +9,11 @@ on from 0.3 and 11 if they are averaged, from 0.2 and 10 if they are copied. Of 
 what most say, True if they are even.
 
 They ride in the round of the weights, whichever fragment it is about: sent when it opens, written
-when it has committed. After a no they stand. All of a node's travel as one gathering, exactly,
-whatever the codec: each node sends (N-1) times their bytes. A NaN is a no as well; infinities pass,
-since masks have them. Only buffers of the state dict count: others (persistent=False) are each
-node's own, always.
+when it has committed. After a no they stand, but for those that are NaN at a node: it gets back
+the values of the last round that committed, from a copy. All of a node's travel as one gathering,
+exactly, whatever the codec: each node sends (N-1) times their bytes. A NaN is a no as well;
+infinities pass, since masks have them. Only buffers of the state dict count: others
+(persistent=False) are each node's own, always.
 """
 
 from __future__ import annotations
@@ -30,7 +31,17 @@ from torchft.strategies.local import Layout, Local, local_part
 if TYPE_CHECKING:
     from torchft.peers import Handle, Round
 
-__all__ = ["AVERAGED", "COPIED", "LEFT", "Buffers", "buffers_of", "check_buffers", "check_means"]
+__all__ = [
+    "AVERAGED",
+    "COPIED",
+    "LEFT",
+    "BufferBackup",
+    "Buffers",
+    "buffers_of",
+    "check_buffers",
+    "check_means",
+    "nan_buffers",
+]
 
 LEFT, AVERAGED, COPIED = "left", "averaged", "copied"
 
@@ -111,8 +122,9 @@ class Buffers:
         return None
 
     @torch.no_grad()
-    def adopt(self) -> None:
-        """Write what was received into the models here."""
+    def adopt(self, backup: BufferBackup) -> None:
+        """Write what was received into the models here, and keep it in `backup`."""
+        backup.keep(self._news)
         rows, views = self._local.buffers(), self._views()
         for row in self._local.written:
             for buffer, value in zip(rows[row].values(), views, strict=True):
@@ -120,6 +132,39 @@ class Buffers:
 
     def _views(self) -> list[Tensor]:
         return Layout(self._local.buffers()[0].values()).views(self._news)
+
+
+def nan_buffers(named: Mapping[str, Tensor]) -> list[str]:
+    """The names of those that have a NaN in them. An infinity may be meant: masks have them."""
+    return [
+        name
+        for name, buffer in named.items()
+        if (buffer.is_floating_point() or buffer.is_complex()) and bool(buffer.isnan().any())
+    ]
+
+
+class BufferBackup:
+    """One node's buffers, as all had them after the last round that committed; at first its own."""
+
+    def __init__(self, local: Local, *, kept: bool) -> None:
+        """`kept`: there are rounds about buffers; else nothing is copied, and none goes back."""
+        self._local = local
+        self._values = _read(local.buffers()[:1]) if kept and local.buffers()[0] else []
+
+    def keep(self, news: list[Tensor]) -> None:
+        """A round committed, and all have got these."""
+        self._values = news
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Where a node that is written has NaN in a buffer, that one goes back."""
+        if not self._values:
+            return
+        rows = self._local.buffers()
+        views = dict(zip(rows[0], Layout(rows[0].values()).views(self._values), strict=True))
+        for row in self._local.written:
+            for name in nan_buffers(rows[row]):
+                local_part(rows[row][name]).copy_(views[name])
 
 
 @torch.no_grad()

@@ -18,7 +18,8 @@ the longest delay. (Streaming DiLoCo: Douillard et al., arXiv 2501.18512.)
 After a no, the fragment's weights go back to its backup, which like the outer optimizer stands
 untouched; the same fragment is tried again in the next round, so that all others come later by one.
 Where the fragment's own weights are NaN or infinite, the node's other fragments go back with it.
-The inner optimizer's state stands. With `inner_state="restored"` moments and counters of the
+The inner optimizer's state stands, except where it is not finite: that of such a parameter begins
+anew. With `inner_state="restored"` moments and counters of the
 fragment's parameters go back as well, to what they were at its last synchronisation; that costs a
 copy of them on the backup's device: 8 bytes a parameter for AdamW. (Its learning rate goes on.)
 
@@ -39,13 +40,13 @@ import torch
 from torch import Tensor
 
 from torchft.errors import SettingsError
-from torchft.finite import are_finite
 from torchft.quantization import ErrorFeedback
 from torchft.strategies.buffers import LEFT, check_buffers
 from torchft.strategies.checks import check_whole
 from torchft.strategies.fragments import SEQUENTIAL, check_pattern
 from torchft.strategies.local import Fragment
 from torchft.strategies.parts.backup import Backup
+from torchft.strategies.parts.broken import broken_rows
 from torchft.strategies.parts.feedback import feedback_of
 from torchft.strategies.parts.inner_backup import InnerBackup
 from torchft.strategies.parts.outer import FlatOuter, Outer, OuterFactory
@@ -196,21 +197,11 @@ class DiLoCo(Recipe):
     def discard(self, fragment: Fragment, draft: Draft) -> None:
         """Go back to the last synchronisation. Where this fragment is not finite all others go back
         as well: whichever has NaN would spread it again by the next forward pass."""
-        broken = self._broken_rows(fragment)
+        broken = broken_rows(self.local, fragment) if len(self.fragments) > 1 else []
         self._go_back(fragment)
         for other in self.fragments:
             if broken and other.index != fragment.index:
                 self._go_back(other, broken)
-
-    def _broken_rows(self, fragment: Fragment) -> list[int]:
-        """Whose weights have NaN or infinity in them."""
-        if len(self.fragments) == 1:
-            return []
-        weights = self.local.weights(fragment)
-        rows = range(self.local.rows)
-        broken = [row for row in rows if not are_finite(flat[row] for flat in weights)]
-        self.local.release(weights, reusable=True)
-        return broken
 
     def _go_back(self, fragment: Fragment, rows: list[int] | None = None) -> None:
         self.backups[fragment.index].restore(rows)

@@ -12,11 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
+from torchft.finite import not_finite
 from torchft.peers import Handle, Peers, Round
 from torchft.strategies.buffers import Buffers
 from torchft.strategies.local import Fragment, Local
 from torchft.strategies.parts import buckets
-from torchft.strategies.recipe import Recipe
+from torchft.strategies.recipe import By, Recipe
 
 __all__ = ["InFlight"]
 
@@ -46,6 +47,14 @@ class InFlight:
         """Wait for the result, whole again."""
         received = self.handle.wait()
         return buckets.join(received, self.sent) if self.cut else received
+
+    def judged(self) -> list[Tensor]:
+        """Wait for the result, which fails the round where it is not finite. All judge alike, but
+        within islands, which receive each its own."""
+        received, alike = self.received(), self.recipe.by is not By.ISLANDS
+        if alike and not self.round.failed and not self.handle.is_finite():
+            self.round.fail(not_finite(self.recipe.named(self.fragment, received, self.draft)))
+        return received
 
     def carried(self) -> dict[str, Any]:
         """What `taken_over` needs beside the recipe. Waits for the result."""

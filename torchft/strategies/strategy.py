@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, Any, Self
 from torch import Tensor
 
 from torchft.errors import HealError, PhaseError, SettingsError
-from torchft.finite import not_finite
 from torchft.peers import Handle, Peers, Place, Round
 from torchft.strategies import checks
 from torchft.strategies.buffers import LEFT, Buffers, check_means
@@ -38,6 +37,7 @@ from torchft.strategies.local import Fragment, Local
 from torchft.strategies.optim_spec import OptimSpec, plain
 from torchft.strategies.parts import buckets
 from torchft.strategies.recipe import By, Clock, Recipe
+from torchft.strategies.recovery import Recovery
 
 if TYPE_CHECKING:
     from torchft.strategies.inner import Inner
@@ -112,6 +112,7 @@ class Strategy:
             check_means(local, recipe.buffers)
             recipe.bind(local, self.clock)
         self.local, self._peers, self._applying = local, peers, applying
+        self._recovery = Recovery(local, self.recipes)
         compare_settings(self.recipes, peers)
         return self
 
@@ -436,7 +437,7 @@ class Strategy:
         applied = False
         one.recipe.in_flight.remove(one.fragment)
         try:
-            received = self._judged(one, one.received())
+            received = one.judged()
             broken = one.buffers.wait() if one.buffers is not None else None
             if broken is not None and not one.round.failed:
                 one.round.fail(broken)
@@ -447,24 +448,23 @@ class Strategy:
             one.round.fail(error)
             raise
         finally:
-            if not applied:
-                self._discard(one.recipe, one.fragment, one.draft)
             self.local.release(one.sent, reusable=applied)
+            if not applied:
+                self._go_back(one)
         return applied
-
-    def _judged(self, one: InFlight, received: list[Tensor]) -> list[Tensor]:
-        """`received`, if it may be applied: an average that is not finite fails the round."""
-        by_average = one.recipe.by is By.AVERAGE
-        if by_average and not one.round.failed and not one.handle.is_finite():
-            one.round.fail(not_finite(one.recipe.named(one.fragment, received, one.draft)))
-        return received
 
     def _apply(self, one: InFlight, received: list[Tensor]) -> None:
         with self._applying():
             news = one.recipe.apply(one.fragment, received)
             one.recipe.adopt(one.fragment, news, one.draft)
             if one.buffers is not None:
-                one.buffers.adopt()
+                one.buffers.adopt(self._recovery.buffers)
+
+    def _go_back(self, one: InFlight) -> None:
+        broken = self._recovery.broken(one.recipe, one.fragment)
+        self._discard(one.recipe, one.fragment, one.draft)
+        with self._applying():
+            self._recovery.mend(one.recipe, one.fragment, broken)
 
     def _discard(self, recipe: Recipe, fragment: Fragment, draft: Any) -> None:
         with self._applying():

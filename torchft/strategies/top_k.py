@@ -32,6 +32,7 @@ from torch import Tensor
 from torchft.strategies.local import Fragment
 from torchft.strategies.parts import chunks
 from torchft.strategies.parts.backup import Backup
+from torchft.strategies.parts.broken import broken_rows
 from torchft.strategies.parts.chunks import MODEL
 from torchft.strategies.parts.largest import SENDERS, check_mean_over, largest, mean_of, packed
 from torchft.strategies.parts.outer import FlatOuter, OuterFactory
@@ -115,6 +116,11 @@ class TopK(Recipe):
         for old, new, sent in zip(self.own["residual"], *draft, strict=True):
             old.copy_(new.scatter_(-1, sent, 0.0))
         self.local.set_weights(fragment, news)
+
+    def discard(self, fragment: Fragment, draft: Draft) -> None:
+        """Weights stand; those of a node that are not finite go back to the global ones."""
+        if broken := broken_rows(self.local, fragment):
+            self.backup.restore(broken)
 
     def state_dict(self) -> dict[str, Any]:
         """The backup, the outer optimizer, the clock."""
