@@ -40,6 +40,12 @@ def local_sgd(manager: Manager, model: Tiny, inner: torch.optim.Optimizer) -> Lo
     return LocalSGD(manager, model, inner, 5, deterministic=True)
 
 
+def half(manager: Manager, model: Tiny, inner: torch.optim.Optimizer) -> DiLoCo:
+    model.bfloat16()
+    model.register_forward_pre_hook(lambda _, given: (given[0].bfloat16(),))
+    return diloco(manager, model, inner, fragments=2, deterministic=True)
+
+
 class Run:
     """A group, and all that a checkpoint of it has."""
 
@@ -81,7 +87,7 @@ class Run:
         return digest({name: part.state_dict() for name, part in self.parts.items()})
 
 
-@pytest.mark.parametrize("door", [fed_back, restored, local_sgd])
+@pytest.mark.parametrize("door", [fed_back, restored, local_sgd, half])
 def test_a_job_that_goes_on_from_its_checkpoints_ends_with_the_same_bits(
     tmp_path: Path, door: Callable[..., Any]
 ) -> None:

@@ -146,7 +146,18 @@ def test_groups_with_different_weights_start_equal_and_train_to_the_right_number
         assert_close(weights, expected[node], rtol=0, atol=2e-6)
 
 
-@every_row
+def halved(t: Training) -> DiLoCo:
+    t.model.bfloat16()
+    t.model.register_forward_pre_hook(lambda _, given: (given[0].bfloat16(),))
+    return DiLoCo(t.manager, [t.model], t.inner, OUTER(t.trained), 4)
+
+
+HALF = Row(halved, Kind("diloco", every=4))
+
+
+@pytest.mark.parametrize(
+    "row", [*ROWS.values(), pytest.param(HALF, marks=pytest.mark.slow)], ids=[*ROWS, "DiLoCo, bf16"]
+)
 def test_a_group_is_killed_in_an_outer_step_another_comes_and_all_end_equal(
     tmp_path: Path, row: Row
 ) -> None:

@@ -21,17 +21,23 @@ from unit.test_local_sgd import alone
 from torchft.errors import SettingsError
 from torchft.local_sgd import DiLoCo as DiLoCoDoor
 from torchft.local_sgd import LocalSGD as LocalSGDDoor
+from torchft.simulator import Dies, Joins
+from torchft.simulator.experiment import Experiment
+from torchft.simulator.loop import run_stacked
 from torchft.strategies import (
     DiLoCo,
     FedAvg,
     LocalSGD,
+    LocalSGDStrategy,
     ModelLocal,
     OptimSpec,
     RandomIndexSelector,
     Recipe,
     Sparta,
     Strategy,
+    StreamingDiLoCoStrategy,
     TopK,
+    TopKStrategy,
 )
 from torchft.strategies.parts.outer import ModelOuter
 from torchft.strategies.parts.precision import check_shared_dtype
@@ -285,6 +291,54 @@ def test_a_checkpoint_of_before_goes_on_from_its_weights() -> None:
         new.run(1)
 
     World(Script(1)).run(story)
+
+
+class Pulled(nn.Module):
+    """In bf16; it takes fp32 batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(7, 5).bfloat16()
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return (self.layer(batch.bfloat16()) ** 2).mean().float()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: StreamingDiLoCoStrategy(
+            "adamw", H=4, fragments=2, fragment_sync_delay=1, fragment_update_alpha=0.5
+        ),
+        lambda: TopKStrategy("adamw", H=3, topk=4, chunk=16),
+        lambda: LocalSGDStrategy("adamw", H=3),
+    ],
+)
+def test_a_simulated_run_resumes_after_a_death_with_the_same_bits(make: Any) -> None:
+    def experiment() -> Experiment:
+        torch.manual_seed(0)
+        return Experiment(
+            model=Pulled(),
+            train_dataset=torch.randn(90, 7),
+            strategy=make(),
+            num_nodes=3,
+            max_steps=16,
+            batch_size=4,
+            device="cpu",
+            digests=True,
+            events=[Dies(2, 3), Joins(2, 7)],
+        )
+
+    saved: dict[str, Any] = {}
+
+    def save(run: Any) -> None:
+        if run.step in (9, 10) and not run.strategy.in_flight and not saved:
+            saved.update(copy.deepcopy(run.state_dict()))
+
+    straight = run_stacked(experiment(), on_step=save)
+    resumed = run_stacked(experiment(), resume=saved)
+    assert straight.digests[-1] == resumed.digests[-1]
+    assert len(straight.heals) == 1
 
 
 def test_an_fp32_model_pays_nothing_and_keeps_its_bits() -> None:

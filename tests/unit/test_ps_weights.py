@@ -11,7 +11,9 @@ from torch import nn
 
 from torchft.errors import SettingsError
 from torchft.parameter_server.chunks import Chunks
+from torchft.parameter_server.pieces import Gathered
 from torchft.parameter_server.shape import ModelShape
+from torchft.parameter_server.sharded import put
 from torchft.parameter_server.shared import Kind
 from torchft.parameter_server.weights import WorkerWeights, named_parameters
 from torchft.parameter_server.worker import DiLoCoWorker
@@ -150,6 +152,27 @@ def test_a_share_of_its_own_weights_is_rounded_once(tmp_path: Path) -> None:
     world.weights.adopt(0, sent, world.whole(news), world.codec, mix=0.5)
     # Half of 1 place and half of 1.6 are 1.3: one. Half of 2 would have made it 1.5, and so two.
     assert torch.equal(world.now(), torch.full((1, world.n), 1 + place))
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.25])
+def test_a_group_of_ranks_computes_the_same_in_bf16(tmp_path: Path, mix: float) -> None:
+    """What a lone worker does chunk by chunk, the first rank of a group does over a whole row."""
+    one, group = (World(tmp_path, "int4", torch.bfloat16) for _ in range(2))
+    named = named_parameters(group.model)
+
+    def write_all(row: torch.Tensor, share: float) -> None:
+        assert not share, "the mixture is made before it is rounded"
+        for name, view in group.shape.views(0, row).items():
+            put(named[name].detach(), view, share)
+
+    def pieces(fragment: int) -> Gathered:
+        parts = [(p.numel(), p.dtype) for p in named.values()]
+        return Gathered(parts, lambda: group.weights.row(fragment), write_all)
+
+    group.weights._pieces = pieces  # type: ignore[method-assign]
+    of_one, of_group = (outer_rounds(world, 0.3, 9, mix=mix) for world in (one, group))
+    assert torch.equal(of_one, of_group)
+    assert torch.equal(one.now(), group.now())
 
 
 def test_what_bf16_cannot_show_survives_a_base_that_is_fetched_anew(tmp_path: Path) -> None:
