@@ -9,6 +9,8 @@ thread, minima. A guard is a function of `GUARDS` that returns `Guard`.
     fp32       what a node does in a round of DiLoCo (delta, outer step with momentum, new weights)
                with bf16 parameters, its shared state in bf16 and in fp32. Floor: fp32 made of as
                many bf16 numbers, and rounded once
+    following  a look at which parameters are trained when a step begins, and one before its vote.
+               Floor: one list(model.parameters()) of as many
 """
 
 from __future__ import annotations
@@ -153,7 +155,25 @@ def _round_of(options: Options, shared: Any) -> tuple[Act, float]:
     return act, sum(tensor.nbytes for tensor in tensors) / options.parameters
 
 
-GUARDS: tuple[Callable[[Options], Guard], ...] = (nan, shared_state)
+def following(options: Options) -> Guard:
+    """Are the parameters the same that were averaged in the last step?"""
+    from torch import nn
+
+    from torchft.trained import TrainedParameters
+
+    model = nn.Sequential(*(nn.TransformerEncoderLayer(8, 1, 8) for _ in range(24)))
+    trained = TrainedParameters(model)
+    before, after, floor = in_turns(
+        options.times,
+        lambda: None,
+        lambda: (trained.look(), trained.unseen()),
+        lambda: list(model.parameters()),
+    )
+    name = "following 288 trained parameters"
+    return Guard("following", name, before, after, "list(model.parameters())", floor)
+
+
+GUARDS: tuple[Callable[[Options], Guard], ...] = (nan, shared_state, following)
 """In the order of the table."""
 
 QUICK = Options(parameters=1000, times=3)

@@ -417,8 +417,8 @@ class Manager(Uncopied):
         its parts by name. Not in a maximum or a minimum, nor with `check_finite=False`.
 
         Raises:
-            ValueError: AVG of a tensor that is neither floating-point nor complex; a codec that
-                does not exist, or cannot hold the tensor's dtype.
+            ValueError: AVG of a tensor that is neither floating-point nor complex; a sparse tensor;
+                a codec that does not exist, or cannot hold the tensor's dtype.
             NotImplementedError: quantised, and neither SUM nor AVG.
         """
         return self._begun("allreduce").allreduce(

@@ -82,6 +82,7 @@ class OpenStep:
     ) -> Work:
         """As `Manager.allreduce`. Unless it `reports`, an average that is not finite is for the
         caller to report, who asks `average.is_finite`."""
+        _refuse_sparse("allreduce", tensor)
         codec = codec_for(should_quantize, tensor.device)
         communicator = self._means.communicator
         called = (name or _by_shape) if reports else None
@@ -95,11 +96,13 @@ class OpenStep:
 
     def ordered_mean(self, tensor: torch.Tensor, *, reports: bool = True) -> Work:
         """As `Manager.ordered_mean`; `reports` as in `allreduce`."""
+        _refuse_sparse("ordered_mean", tensor)
         called = _by_shape if reports else None
         return self._means.communicator.ordered_mean(self.transaction, tensor, called)
 
     def allgather(self, tensor: torch.Tensor) -> tuple[Work, list[torch.Tensor]]:
         """As `Manager.allgather`."""
+        _refuse_sparse("allgather", tensor)
         return self._means.communicator.gather(self.transaction, tensor)
 
     @property
@@ -206,3 +209,12 @@ class OpenStep:
 
 def _by_shape(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     return {f"a tensor of shape {list(tensor.shape)}": tensor}
+
+
+def _refuse_sparse(what: str, tensor: torch.Tensor) -> None:
+    """Backends take a tensor for one piece of memory."""
+    if tensor.layout is not torch.strided:
+        raise SettingsError(
+            f"{what} of a sparse tensor of shape {tuple(tensor.shape)}: give tensor.to_dense(), "
+            "or make the nn.Embedding whose gradient it is with sparse=False"
+        )

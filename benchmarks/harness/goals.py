@@ -57,6 +57,8 @@ GOALS = {
     "guards.nan.share": Goal(1, ratio=False),
     "guards.fp32": Goal(4),
     "guards.fp32.share": Goal(1, ratio=False),
+    "guards.following": Goal(2),
+    "guards.following.share": Goal(1, ratio=False),
     # diloco_overhead
     "diloco.1": Goal(1.25),
     "diloco.1.memory": Goal(3.2),

@@ -381,3 +381,33 @@ def test_the_local_tensor_is_a_copy_without_a_graph() -> None:
     assert not local.requires_grad
     local.zero_()
     assert weight.sum().item() == 2.0
+
+
+@pytest.mark.parametrize("kind", ["LocalSGD", "DiLoCo"])
+@pytest.mark.parametrize("module", [nn.Embedding, nn.EmbeddingBag])
+def test_sparse_gradients_are_trained_on(kind: str, module: Callable[..., nn.Module]) -> None:
+    """They stay in their group: weights travel, and are dense."""
+
+    def story(node: Node, sparse: bool) -> list[Tensor]:
+        words = module(5, 3, sparse=sparse)
+        with torch.no_grad():
+            words.weight.copy_(torch.arange(15.0).view(5, 3) / 15)
+        inner = torch.optim.SGD(words.parameters(), lr=0.5)
+        outer = torch.optim.SGD(words.parameters(), lr=0.7, momentum=0.9)
+        manager = InProcessManager(node)
+        door = (
+            LocalSGD(manager, words, inner, 2)
+            if kind == "LocalSGD"
+            else DiLoCo(manager, [words], inner, outer, 2)
+        )
+        with door:
+            for step in range(4):
+                inner.zero_grad()
+                words(torch.tensor([[node.rank, 2 + step % 2]])).pow(2).sum().backward()
+                inner.step()
+        return [words.weight.detach()]
+
+    found = World(Script(2)).run(lambda node: story(node, sparse=True))
+    right = World(Script(2)).run(lambda node: story(node, sparse=False))
+    assert_close(found[0], found[1], rtol=0, atol=0)
+    assert_close(found[0], right[0])

@@ -7,9 +7,10 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+import torch
 from torch.distributed import Work
 
-from torchft.errors import CollectiveError, PhaseError
+from torchft.errors import CollectiveError, PhaseError, SettingsError
 from torchft.ledger import Ledger
 from torchft.open_step import Means, OpenStep
 from torchft.open_steps import OpenSteps
@@ -178,3 +179,13 @@ def test_an_error_of_a_closed_step_is_nobodys() -> None:
     first.should_commit()
     steps.opened()
     assert not steps.are_running(first.transaction)
+
+
+@pytest.mark.parametrize("what", ["allreduce", "ordered_mean", "allgather"])
+def test_a_sparse_tensor_is_refused_before_anything_is_sent(what: str) -> None:
+    steps = Steps()
+    steps.begin(Transaction(Ledger(), lambda _: None))
+    assert steps.last is not None
+    sparse = torch.eye(3).to_sparse()
+    with pytest.raises(SettingsError, match=rf"{what} of a sparse tensor of shape \(3, 3\)"):
+        getattr(steps.last, what)(sparse)
