@@ -144,6 +144,8 @@ def wait_for_heals(
             takes too long, or `is_over`.
     """
     watch = HealWatch(healing, time.monotonic(), patience)
+    if not watch.waiting:
+        return
     with _listening(store, step, watch) as changed:
         while watch.waiting:
             changed.wait(_LONGEST_LOOK_S)
@@ -151,7 +153,9 @@ def wait_for_heals(
             for rank, why in given_up.items():
                 raise CollectiveError(f"{members[rank]} {why}")
             if watch.waiting and (why_over := is_over()) is not None:
-                raise CollectiveError(why_over)
+                changed.wait(_LONGEST_LOOK_S)  # whoever left may have said why
+                if watch.waiting:
+                    raise CollectiveError(why_over)
     for rank, why in watch.failed.items():
         if rank in counted:
             raise CollectiveError(f"{members[rank]} could not heal: {why}")

@@ -14,6 +14,7 @@ import torch
 from steps import BOTH_MODES, all_are_in, step
 from world import KILLED, Group, World
 
+from torchft.checkpointing.pg_transport import PGTransport
 from torchft.checkpointing.snapshot import SLICE_BYTES
 from torchft.checkpointing.stream import Stream
 from torchft.digest import digest
@@ -336,9 +337,9 @@ TIMEOUT_S = 2.0
 """Of anything in which nothing moves. The throttled states need about twice that."""
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("ranks", "over"), [(1, "http"), (2, "http"), (2, "pg")])
 def test_a_heal_that_takes_longer_than_the_timeout_is_waited_for(
-    tmp_path: Path, ranks: int
+    tmp_path: Path, ranks: int, over: str
 ) -> None:
     pieces = 16
 
@@ -349,9 +350,13 @@ def test_a_heal_that_takes_longer_than_the_timeout_is_waited_for(
             group.world.wait("three steps")
             group.w.fill_(-1.0)
             throttle_reads(2 * TIMEOUT_S / pieces)
-        manager = group.manager(
-            timeout=timedelta(seconds=TIMEOUT_S), quorum_timeout=timedelta(seconds=30)
-        )
+        timeout = timedelta(seconds=TIMEOUT_S)
+        options: dict[str, Any] = {"timeout": timeout, "quorum_timeout": timedelta(seconds=30)}
+        if over == "pg":
+            transport = PGTransport(group.pg, timeout, torch.device("cpu"))
+            options["checkpoint_transport"] = transport
+            throttle_sends(group, 2 * TIMEOUT_S / pieces)
+        manager = group.manager(**options)
         return heals_for_longer_than_any_average(group, manager)
 
     results = World(tmp_path).run(story, story, ranks=ranks)
@@ -369,3 +374,79 @@ def throttle_reads(pause_s: float) -> None:
         read_into(stream, memory)
 
     Stream.read_into = slowly  # type: ignore[method-assign]
+
+
+def throttle_sends(group: Group, pause_s: float) -> None:
+    """The same for what travels through the process group."""
+    send = group.pg.send
+
+    def slowly(tensors: list[torch.Tensor], rank: int, tag: int) -> Any:
+        time.sleep(pause_s * tensors[0].nbytes / SLICE_BYTES)
+        return send(tensors, rank, tag)
+
+    group.pg.send = slowly  # type: ignore[method-assign]
+
+
+def test_a_joiner_of_rounds_that_cannot_load_ends_after_one_try(tmp_path: Path) -> None:
+    def rounds(group: Group) -> int:
+        manager = group.manager(use_async_quorum=False)
+        peers, failed = ManagedPeers(manager), 0
+        assert peers.open(Place.AFTER).opening
+        group.world.happen("opened")
+        after = 3
+        while after:
+            round_ = peers.open(Place.AFTER)
+            round_.average([torch.zeros(1, 1)])
+            failed += not round_.close()
+            after -= group.world.happened("gone")
+        return failed
+
+    def joins(group: Group) -> str:
+        group.world.wait("opened")
+        manager = group.manager(use_async_quorum=False, load_state_dict=no_memory)
+        with pytest.raises(StateDictError) as raised:
+            ManagedPeers(manager).open(Place.AFTER)
+        group.world.happen("gone")
+        return str(raised.value)
+
+    failed, error = World(tmp_path).run(rounds, joins)
+    assert failed <= 1
+    assert error.startswith("RuntimeError: no memory in load_state_dict of 'default'")
+
+
+def test_a_group_that_fell_behind_and_cannot_load_ends_at_its_vote(tmp_path: Path) -> None:
+    def goes_on(group: Group) -> None:
+        manager = group.manager()
+        all_are_in(manager, 2)
+        manager.load_state_dict({"step": 100_000, "batches_committed": 100_000})
+        assert step(manager, 1.0)[0]  # the other one sends zeros and heals
+        group.world.wait("gone")
+        while not step(manager, 1.0)[0]:
+            pass
+
+    def is_behind(group: Group) -> None:
+        manager = group.manager(load_state_dict=lambda state: no_memory(state) if met else None)
+        met = False
+        all_are_in(manager, 2)
+        met = True
+        with pytest.raises(StateDictError, match="no memory"):
+            step(manager, 1.0)
+        group.world.happen("gone")
+
+    World(tmp_path).run(goes_on, is_behind)
+
+
+@pytest.mark.parametrize("over", ["http", "pg"])
+def test_state_that_cannot_travel_ends_its_group_before_training(tmp_path: Path, over: str) -> None:
+    def story(group: Group) -> str:
+        transport = PGTransport(group.pg, timedelta(seconds=20), torch.device("cpu"))
+        options = {"checkpoint_transport": transport} if over == "pg" else {}
+        manager = group.manager(state_dict=lambda: {"w": group.w, "f": [print]}, **options)
+        with pytest.raises(StateDictError) as raised:
+            manager.start_quorum()
+        manager.shutdown()
+        return str(raised.value)
+
+    (error,) = World(tmp_path).run(story)
+    assert error.startswith("state_dict['f'][0]: a builtin_function_or_method cannot travel")
+    assert "registered as 'default'" in error

@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 
 from torchft.errors import PhaseError, SettingsError
 from torchft.peers import Place
-from torchft.step import FOLLOWS, Options, Phase, Plan, Why, WorldSizeMode, follow, objection
+from torchft.step import (
+    FOLLOWS,
+    Options,
+    Phase,
+    Plan,
+    Why,
+    WorldSizeMode,
+    follow,
+    has_tried_all_donors,
+    objection,
+)
 from torchft.step import plan_step as plan
 
 
@@ -176,3 +186,17 @@ def test_objections_name_their_reason() -> None:
 def test_options_out_of_range_are_refused() -> None:
     with pytest.raises(SettingsError, match="min_replica_size=0"):
         options(least=0)
+
+
+def test_a_counted_group_leaves_when_three_heals_and_every_donor_have_failed() -> None:
+    heals = make(Quorum(recovering_replica_ranks=[0], fresh_replica_ranks=[0]))
+    assert heals.donors == 2
+    assert [has_tried_all_donors(heals, failed) for failed in (2, 3)] == [False, True]
+    quorum = Quorum(replica_world_size=6, recovering_replica_ranks=[0], fresh_replica_ranks=[0])
+    many = make(quorum)
+    assert [has_tried_all_donors(many, failed) for failed in (4, 5)] == [False, True]
+
+
+def test_a_group_that_costs_the_others_nothing_may_go_on_trying_to_heal() -> None:
+    heals = make(Quorum(recovering_replica_ranks=[0], fresh_replica_ranks=[0]), Place.AFTER)
+    assert not has_tried_all_donors(heals, 100)
