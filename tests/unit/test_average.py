@@ -190,3 +190,42 @@ def test_done_leaves_the_tensor_alone() -> None:
     done = Done(tensor)
     assert done.wait() and done.is_completed()
     assert done.get_future().wait() is tensor
+
+
+def test_one_that_is_not_finite_is_the_error_of_its_step_and_leaves_its_peers_alone(
+    transaction: Transaction,
+) -> None:
+    tensor, work = torch.tensor([1.0, float("nan")]), Sum()
+    work.future.set_result([tensor])
+    average = Average(transaction, work, tensor, 2, judged=True, name="a weight")
+    average.wait()
+    assert transaction.not_finite and not transaction.broken
+    assert "1 of them in a weight" in str(transaction.error.original_exception)  # type: ignore[union-attr]
+    assert tensor[0].item() == 0.5, "what it holds still reaches the gradients"
+
+
+def test_without_a_name_it_is_for_who_asks(transaction: Transaction) -> None:
+    tensor, work = torch.tensor([float("inf")]), Sum()
+    work.future.set_result([tensor])
+    average = Average(transaction, work, tensor, 2, judged=True)
+    average.wait()
+    assert not average.is_finite() and not transaction.failed
+
+
+@pytest.mark.parametrize("nan_first", [True, False])
+def test_a_failure_beside_nan_is_what_counts(transaction: Transaction, nan_first: bool) -> None:
+    """Its peers must be freed, and the process group made anew."""
+
+    def nan() -> None:
+        tensor, work = torch.tensor([float("nan")]), Sum()
+        work.future.set_result([tensor])
+        Average(transaction, work, tensor, 2, judged=True, name="a weight").wait()
+
+    def failure() -> None:
+        work = Sum()
+        work.future.set_exception(RuntimeError("connection reset"))
+        Average(transaction, work, torch.ones(1), 2).wait()
+
+    for event in (nan, failure) if nan_first else (failure, nan):
+        event()
+    assert transaction.broken and not transaction.not_finite

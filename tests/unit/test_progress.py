@@ -31,3 +31,19 @@ def test_what_is_saved_is_how_far_it_came_and_not_how_it_fares() -> None:
     healed = Progress(fresh=True, discarded=2)
     healed.load_state_dict(Progress(fresh=False, step=7, batches_committed=14).state_dict())
     assert healed == Progress(fresh=True, discarded=2, step=7, batches_committed=14)
+
+
+def test_nan_in_an_average_is_no_failure_and_ends_no_row_of_them() -> None:
+    progress = Progress(fresh=True)
+    progress.discard()
+    progress.skip(met=True)
+    assert (progress.fresh, progress.discarded, progress.skipped) == (False, 1, 1)
+    assert progress.commit_failures == 0, "its last step is none that a new process group mends"
+    progress.discard()
+    assert (progress.discarded, progress.skipped, progress.commit_failures) == (2, 0, 2)
+
+
+def test_who_has_not_got_the_others_state_is_new_after_nan_too() -> None:
+    progress = Progress(fresh=True)
+    progress.skip(met=False)
+    assert progress.fresh
