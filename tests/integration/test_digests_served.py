@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from torchft.launch.digests import SERVED, experiment_of, serve
+from torchft.launch.digests import SERVED, OddModel, experiment_of, serve
 from torchft.launch.served import Served, compare_served
 from torchft.strategies.strategy import Strategy
 
@@ -15,6 +16,22 @@ def test_workers_of_a_server_are_equal_to_simulated_nodes(name: str) -> None:
     assert pair.equal, f"they part at step {pair.first_difference}"
     distance = SERVED[name].every // SERVED[name].fragments
     assert list(pair.real) == list(range(distance - 1, 24, distance))
+
+
+class Halved(OddModel):
+    """Its parameters are bf16, and the server's fp32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to(torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["DiLoCo", "DiLoCo int4", "Streaming int8"])
+def test_workers_whose_parameters_are_bf16_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchft.launch.digests.OddModel", Halved)
+    pair = serve(name, steps=36, nodes=3, method="fork")
+    assert pair.equal, f"they part at step {pair.first_difference}"
 
 
 class Mistaken(Served):

@@ -61,6 +61,9 @@ class ServedDiLoCo(DiLoCo):
     backup ← outer(backup, mean of d)
     b ← b + decoded(encoded(backup - b))
     w ← b + (w - b_before + d)          what the encoding lost stays in the weights
+
+    Of weights in half precision w - b is what they moved from b as they hold it, and what of the
+    bracket they cannot hold is kept beside them, as a worker does.
     """
 
     by = By.GATHER
@@ -75,10 +78,15 @@ class ServedDiLoCo(DiLoCo):
         """All start from the same."""
         super().setup()
         self.bases = [[flat.clone() for flat in backup.flats] for backup in self.backups]
+        for at, backup in enumerate(self.backups):
+            rows = [(self.local.rows, flat.shape[1]) for flat in backup.flats]
+            self.own[f"hidden_{at}"] = [torch.zeros(of, dtype=torch.bfloat16) for of in rows]
 
     def contribution(self, fragment: Fragment) -> tuple[list[Tensor], Any]:
         """What the server hears, and what it does not."""
         deltas = self.local.delta(fragment, self.bases[fragment.index])
+        for delta, hidden in zip(deltas, self.own[f"hidden_{fragment.index}"], strict=True):
+            delta.sub_(hidden)
         heard = [self._heard(delta) for delta in deltas]
         return heard, [said - delta for said, delta in zip(heard, deltas, strict=True)]
 
@@ -92,8 +100,14 @@ class ServedDiLoCo(DiLoCo):
 
     def adopt(self, fragment: Fragment, news: list[Tensor], draft: Any) -> None:
         """The news, and what was not heard on top."""
-        kept = zip(news, draft, strict=True)
+        kept = list(zip(news, draft, strict=True))
         self.local.set_weights(fragment, [base + unheard for base, unheard in kept])
+        dtypes = self.backups[fragment.index].own_dtypes
+        hidden = self.own[f"hidden_{fragment.index}"]
+        for (base, unheard), dtype, out in zip(kept, dtypes, hidden, strict=True):
+            if dtype != base.dtype:
+                held = (base + unheard).to(dtype).float() - base.to(dtype).float()
+                out.copy_(unheard - held)
 
     def _heard(self, numbers: Tensor) -> Tensor:
         encoded = self._encoding.encode(numbers.contiguous())
