@@ -22,6 +22,13 @@ from torchft.transaction import Transaction
 __all__ = ["Closer"]
 
 
+_MANY_SKIPPED = {10**power for power in range(1, 7)}
+_STUCK = (
+    "the last %d steps were all discarded for NaN or infinity: if it is no search of a GradScaler, "
+    "training stands still; go back to a checkpoint with a lower learning rate, or clip gradients"
+)
+
+
 class Closer:
     """Closes one step after the other for one rank, and keeps count of how they ended."""
 
@@ -188,6 +195,12 @@ class Closer:
         if reason is not None:
             self._warn(step, reason, error_said=transaction.error is not None)
 
+    def _say_skipped(self, step: int, skipped: int) -> None:
+        if skipped in _MANY_SKIPPED:
+            self._log.say(logging.WARNING, step, _STUCK, skipped)
+        else:
+            self._log.say(logging.INFO, step, "skipped, %d in a row", skipped)
+
     def _offered_in(self, transaction: Transaction) -> int:
         """State sent since the step began, or since the last record of one that was open at the
         same time: no byte is in two records."""
@@ -199,7 +212,7 @@ class Closer:
         failures, most = self._progress.discarded, self._options.max_retries
         if self._progress.skipped:
             # The error has been said already, and a gradient scaler makes some on purpose.
-            self._log.say(logging.INFO, step, "skipped, %d in a row", self._progress.skipped)
+            self._say_skipped(step, self._progress.skipped)
             return
         # One line an event: an error was said when it happened.
         level = logging.INFO if error_said else logging.WARNING
