@@ -174,3 +174,36 @@ def test_a_scaler_that_the_optimizer_is_not_given_works_with_a_warning() -> None
     for scales, committed in results:
         assert committed == [step != BAD for step in range(STEPS)]
         assert scales == alone(BAD)[1]
+
+
+def test_two_optimizers_of_one_step_share_a_scaler() -> None:
+    """As a GAN has it; the infinity is in the gradients of the second alone."""
+
+    def story(group: Group) -> tuple[Scales, list[tuple[bool, bool]], list[Tensor]]:
+        models, scaler, scales, committed = [net(), net()], scaler_of(), [], []
+        manager = group.manager(
+            load_state_dict=lambda states: [
+                m.load_state_dict(s) for m, s in zip(models, states, strict=True)
+            ],
+            state_dict=lambda: [m.state_dict() for m in models],
+            max_retries=0,
+        )
+        wrapped = [DistributedDataParallel(manager, m) for m in models]
+        optimizers = [OptimizerWrapper(manager, sgd(m), scaler=scaler) for m in models]
+        for step in range(STEPS):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            for number, model in enumerate(wrapped):
+                mine = step == BAD and group.number == 0 and number == 1
+                scaler.scale(loss(model, step, bad=mine)).backward()
+            first, second = [bool(scaler.step(optimizer)) for optimizer in optimizers]
+            committed.append((first, second))
+            scaler.update()
+            scales.append(scaler.get_scale())
+        return scales, committed, [p.detach() for m in models for p in m.parameters()]
+
+    results = groups(2, story)
+    for scales, committed, weights in results:
+        assert committed == [(step != BAD,) * 2 for step in range(STEPS)]
+        assert scales == alone(BAD)[1]
+        assert all(torch.equal(a, b) for a, b in zip(weights, results[0][2], strict=True))
