@@ -76,8 +76,8 @@ def shares(rank: int, num_nodes: int, train_dataset: bool) -> dict[str, Tensor]:
     }
 
 
-def of_the_field(data: Any = shares, *, processes: bool) -> Result:
-    trainer = Trainer(OfTheField, data, shares, device="cpu")
+def of_the_field(data: Any = shares, *, processes: bool, trainer: Trainer | None = None) -> Result:
+    trainer = trainer or Trainer(OfTheField, data, shares, device="cpu")
     trainer.fit(
         strategy=DiLoCoStrategy(
             OptimSpec(Prodigy), OptimSpec(torch.optim.Adafactor, lr=0.1), H=2, max_norm=1.0
@@ -104,7 +104,7 @@ def test_an_optimizer_and_a_model_of_the_field_compute_the_bits_of_real_processe
 
 
 class Fails:
-    """Its samples of the second batch cannot be read."""
+    """One of its samples cannot be read."""
 
     def __len__(self) -> int:
         return 20
@@ -118,6 +118,21 @@ class Fails:
 def test_a_real_node_says_where_its_data_failed() -> None:
     with pytest.raises(NodeError, match=r"^the data set failed at the batch of node \d in step \d"):
         of_the_field(lambda *of: Fails(), processes=True)
+
+
+def test_a_run_of_processes_that_is_through_is_kept_whatever_becomes_of_its_models(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*of: Any) -> None:
+        raise ValueError("no mean")
+
+    monkeypatch.setattr("torchft.simulator.real_node.mean_model", fails)
+    trainer = Trainer(OfTheField, shares, shares, device="cpu")
+    with pytest.raises(ValueError, match="no mean"):
+        of_the_field(processes=True, trainer=trainer)
+    assert trainer.result is not None and trainer.result.model is None
+    assert len(trainer.result.history) == 5 and len(trainer.result.rounds) == 2
+    assert len(trainer.result.models) == 2
 
 
 class Thaws(OfTheField):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -361,3 +362,32 @@ def test_model_kwargs_that_the_model_does_not_take_are_shown() -> None:
         simulator(model_kwargs={"wide": 4}).train()
     with pytest.raises(SettingsError, match="loss_fn is the class MSELoss: give an instance"):
         simulator(loss_fn=nn.MSELoss)
+
+
+class Locked(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 2)
+        self.lock = threading.Lock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x[0, 0] == 40:
+            raise KeyError("image")
+        return super().forward(x)
+
+
+def test_a_model_that_cannot_be_copied_is_made_for_each_node_and_a_run_keeps_what_it_got() -> None:
+    x = torch.arange(64.0).view(64, 1).expand(64, 4)
+    simulator = DilocoSimulator(
+        model_cls=Locked,
+        optimizer_kwargs={"lr": 1e-3},
+        train_dataset=TensorDataset(x, torch.ones(64, 2)),
+        loss_fn=nn.MSELoss(),
+        num_nodes=2,
+        batch_size=1,
+        max_local_step=32,
+    )
+    with pytest.raises(KeyError, match="image"):
+        simulator.train()
+    result = simulator.result
+    assert result is not None and result.model is None and result.history
+    assert {type(model) for model in result.models} == {Locked}

@@ -416,7 +416,7 @@ def test_a_period_of_nothing_is_refused_when_the_strategy_is_made(every: int) ->
 def test_ctrl_c_while_processes_run_does_not_guess_how_far_they_are(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def pressed(experiment: Any) -> None:
+    def pressed(experiment: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(processes, "run_processes", pressed)

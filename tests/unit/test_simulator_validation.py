@@ -256,3 +256,28 @@ def test_a_teacher_that_the_forward_pass_updates_is_as_it_was_after_a_look() -> 
     node = run.make_node(Taught(2.0), 0)
     Validator(run, 4)([node])
     assert float(node.model.teacher.detach()) == 2.0  # type: ignore[union-attr, operator]
+
+
+def test_held_out_data_that_cannot_be_read_say_so_and_whose_they_are() -> None:
+    class Fails(torch.utils.data.Dataset[Tensor]):
+        def __len__(self) -> int:
+            return 8
+
+        def __getitem__(self, at: int) -> Tensor:
+            raise KeyError("image")
+
+    with pytest.raises(SettingsError, match=r"val_dataset: KeyError\('image'\)"):
+        look_at(4, Fails())
+    with pytest.raises(SettingsError, match=r"val_dataset of node 0: KeyError\('image'\)"):
+        look_at(4, lambda *of: Fails())
+
+
+def test_an_error_of_a_model_in_a_look_names_the_node() -> None:
+    class Breaks(Mean):
+        def forward(self, batch: Tensor) -> Tensor:
+            raise ZeroDivisionError("no batch")
+
+    run = experiment(model=Mean(0.0), train_dataset=torch.zeros(40), val_dataset=torch.ones(4))
+    with pytest.raises(ZeroDivisionError) as found:
+        Validator(run, 4)([run.make_node(Mean(0.0), 0), run.make_node(Breaks(0.0), 1)])
+    assert found.value.__notes__ == ["(node 1, held-out data)"]

@@ -31,6 +31,7 @@ from torch.utils.data import Dataset
 
 from torchft.errors import SettingsError
 from torchft.simulator.checkpoint import write_whole
+from torchft.simulator.copies import copied
 from torchft.simulator.devices import usable_devices
 from torchft.simulator.diloco_process import (
     DilocoProcess,
@@ -210,7 +211,7 @@ class DilocoSimulator(DilocoProcess):
         own: see `diloco_process`."""
         config, own = self.config, bool(overridden(self))
         trainer = Trainer(
-            _Paired(self._build_model(), config.loss_fn),
+            _copyable(self._paired),
             config.train_dataset,
             None if own else config.eval_dataset,
             device=config.device,
@@ -243,6 +244,9 @@ class DilocoSimulator(DilocoProcess):
         self.model = self.result.model
         self._keep()
         return self.result
+
+    def _paired(self) -> nn.Module:
+        return _Paired(self._build_model(), self.config.loss_fn)
 
     def _build_model(self) -> nn.Module:
         config = self.config
@@ -334,6 +338,16 @@ class _Paired(nn.Module):
                 'with reduction="mean"'
             )
         return loss
+
+
+def _copyable(make: Callable[[], nn.Module]) -> nn.Module | Callable[[], nn.Module]:
+    """The model that all nodes get copies of; where it has none, what makes it for each."""
+    model = make()
+    try:
+        copied(model)
+    except SettingsError:
+        return make
+    return model
 
 
 def _made(config: DilocoSimulatorConfig) -> nn.Module:

@@ -12,7 +12,7 @@ With several CUDA devices the nodes take them in turn (not tested on a machine t
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -38,13 +38,19 @@ __all__ = ["run_processes"]
 
 
 def run_processes(
-    experiment: Experiment, *, folder: Path | None = None, method: str | None = None
+    experiment: Experiment,
+    *,
+    folder: Path | None = None,
+    method: str | None = None,
+    keep: Callable[[Result], None] = lambda result: None,
 ) -> Result:
     """Run it to its end. The strategy object is not used up: each process has a copy.
 
     Args:
         folder: where the step records stay; None: nowhere.
         method: how processes start, `fork` or `forkserver`; None: fork where that is safe.
+        keep: called with the result as soon as there is one, before the models are in it; of a run
+            that breaks off, with its history.
 
     Raises:
         SettingsError: it cannot run.
@@ -76,9 +82,14 @@ def run_processes(
             news=log.add,
             plain=(NodeError, SettingsError),
         )
-        ends = nodes.run()
+        try:
+            ends = nodes.run()
+        except BaseException:
+            keep(log.result())
+            raise
         told = [read_step_records(path) for path in sorted(records.glob("node_*.jsonl"))]
     result = _result(experiment, log, [record for life in told for record in life])
+    keep(result)
     with kept_rng(experiment.torch_device):
         take_models(result, experiment, ends)
     experiment.warn_of_silence(result.rounds)
@@ -146,6 +157,10 @@ class _Log:
             StepRow(step, dict(sorted(losses.items())), self._rates[step])
             for step, losses in sorted(self._losses.items())
         ]
+
+    def result(self) -> Result:
+        """What is known without the step records and models."""
+        return Result(self._nodes, history=self.history(), digests=self.digests())
 
     def digests(self) -> list[tuple[int, list[str | None]]]:
         """Of each step in which a round committed."""

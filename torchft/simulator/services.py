@@ -131,9 +131,14 @@ class Services:
             return f"{stopped}; there is no checkpoint to go on from"
         return f"{stopped}; the last checkpoint is {newest}; go on with {ways}"
 
+    def keep(self, result: Result) -> None:
+        """What there is of the run, should it break off."""
+        self.result = result
+
     def __call__(self, run: Run) -> None:
         """Whatever is due after `run.step` steps."""
-        self._step, self.result = run.step, run.result
+        self._step = run.step
+        self.keep(run.result)
         if not self._started:
             self._start(run)
         else:

@@ -351,7 +351,8 @@ def _in_processes(experiment: Experiment, services: Services) -> Result:
     if isinstance(experiment.strategy, SPMDStrategy):
         experiment.strategy.validator = services.validator
         experiment.strategy.val_interval = services.val_interval
-    result = run_processes(experiment)
+    result = run_processes(experiment, keep=services.keep)
+    services.keep(result)
     if services.validator is not None and not result.validations:
         model = experiment.make_model()
         first = [experiment.make_node(model, node) for node in range(experiment.num_nodes)]

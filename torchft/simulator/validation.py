@@ -21,7 +21,7 @@ from torchft.errors import SettingsError
 from torchft.simulator.experiment import Experiment
 from torchft.simulator.feed import Feed, check_factory, is_factory
 from torchft.simulator.frozen import own_frozen
-from torchft.simulator.node import TrainNode, noted
+from torchft.simulator.node import NodeError, TrainNode, noted
 from torchft.simulator.result import mean_model
 from torchft.simulator.seeds import kept_rng, seed_node, seed_of
 
@@ -98,7 +98,8 @@ class Validator:
         with torch.no_grad(), kept_rng(self._device), as_it_was(node.model):
             seed_node(self._seed, _VALIDATION, 0, self._device)
             for batch, size in (one for at in data for one in self._batches[at]):
-                total += float(node.evaluate(batch)) * size
+                with noted(f"node {node.node}, held-out data"):
+                    total += float(node.evaluate(batch)) * size
                 samples += size
         return total / samples
 
@@ -153,12 +154,19 @@ def _batches(experiment: Experiment, data: Any, size: int, node: int | None) -> 
         feed = Feed(
             some, num_nodes=1, batch_size=len(part), shuffle=False, dataloader_kwargs=options
         )
-        yield feed.batch(0, 0), len(part)
+        try:
+            batch = feed.batch(0, 0)
+        except NodeError as error:
+            raise SettingsError(f"val_dataset{_whose(node)}: {error.__cause__!r}") from error
+        yield batch, len(part)
 
 
 def _length(data: Any, node: int | None) -> int:
     try:
         return Feed(data, num_nodes=1, batch_size=1, shuffle=False).batches_per_epoch
     except SettingsError as error:
-        whose = "" if node is None else f" of node {node}"
-        raise SettingsError(f"val_dataset{whose}: {error}") from error
+        raise SettingsError(f"val_dataset{_whose(node)}: {error}") from error
+
+
+def _whose(node: int | None) -> str:
+    return "" if node is None else f" of node {node}"
