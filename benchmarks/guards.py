@@ -11,6 +11,10 @@ thread, minima. A guard is a function of `GUARDS` that returns `Guard`.
                many bf16 numbers, and rounded once
     following  a look at which parameters are trained when a step begins, and one before its vote.
                Floor: one list(model.parameters()) of as many
+    rounds     LocalSGD and DiLoCo look before each inner step whether the model still trains what
+               it did: 288 parameters in 24 blocks. Before: nothing. Floor: a walk over them
+    hooks      an SGD step over 4 small parameters after a backward pass, without and with the hooks
+               that see it and the watch for steps that they do not see. Floor: torch's own hooks
 """
 
 from __future__ import annotations
@@ -173,7 +177,61 @@ def following(options: Options) -> Guard:
     return Guard("following", name, before, after, "list(model.parameters())", floor)
 
 
-GUARDS: tuple[Callable[[Options], Guard], ...] = (nan, shared_state, following)
+def rounds(options: Options) -> Guard:
+    """Does the model still train what it did?"""
+    import torch
+    from torch import nn
+
+    from torchft.strategies.trained import TrainedModel
+
+    def block() -> nn.Module:
+        linears = {name: nn.Linear(4, 4) for name in ("q", "k", "v", "o")}
+        norms = {name: nn.LayerNorm(4) for name in ("before", "after")}
+        return nn.ModuleDict({**linears, **norms})
+
+    model = nn.ModuleList([block() for _ in range(24)])
+    trained = TrainedModel([model], torch.optim.SGD(model.parameters()), front="DiLoCo")
+    before, after, floor = in_turns(
+        options.times,
+        lambda: None,
+        lambda: trained.check(frozen_steps=100),
+        lambda: list(model.named_parameters()),
+    )
+    name = "following 288 parameters of LocalSGD or DiLoCo"
+    return Guard("rounds", name, before, after, "a walk over them", floor)
+
+
+def hooks(options: Options) -> Guard:
+    """Is every step of the inner optimizer seen?"""
+    from torchft.step_hooks import StepHooks
+
+    plain, seen, torchs = _Steps(), _Steps(), _Steps()
+    watching = StepHooks(seen.optimizer, before=lambda: None, after=lambda: None)
+    watching.attach()
+    torchs.optimizer.register_step_pre_hook(lambda *_: None)
+    torchs.optimizer.register_step_post_hook(lambda *_: None)
+    before, after, least = in_turns(options.times, plain, seen, torchs)
+    floor = max(0.1, least - before)
+    return Guard("hooks", "seeing an inner step", before, after, "torch's hooks alone", floor)
+
+
+class _Steps:
+    """A backward pass and a step over a few small parameters."""
+
+    def __init__(self) -> None:
+        import torch
+        from torch import nn
+
+        self._weights = [nn.Parameter(torch.ones(3)) for _ in range(4)]
+        self._loss = lambda: torch.stack(self._weights).sum()
+        self.optimizer = torch.optim.SGD(self._weights, lr=0.0)
+
+    def __call__(self) -> None:
+        self._loss().backward()
+        self.optimizer.step()
+
+
+GUARDS: tuple[Callable[[Options], Guard], ...] = (nan, shared_state, following, rounds, hooks)
 """In the order of the table."""
 
 QUICK = Options(parameters=1000, times=3)

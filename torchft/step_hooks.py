@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import MethodType
 from typing import Any
 
@@ -30,7 +30,7 @@ from torchft.errors import SettingsError
 from torchft.step_watch import StepWatch
 from torchft.untraced import untraced
 
-__all__ = ["StepHooks", "check_optimizer", "parameters_of"]
+__all__ = ["StepHooks", "check_optimizer", "check_trains", "parameters_of"]
 
 
 class StepHooks:
@@ -128,7 +128,9 @@ class _ReplacedStep:
 
         # Schedules leave a mark on a step that they have wrapped, which is kept.
         @functools.wraps(getattr(call, "__func__", call))
-        def step(_: object, *args: Any, **kwargs: Any) -> Any:
+        def step(mine: Any, *args: Any, **kwargs: Any) -> Any:
+            if mine is not optimizer:  # a copy of the object, which took this step along
+                return type(mine).step(mine, *args, **kwargs)
             if not self._active:  # a schedule may have wrapped it and keep it
                 return call(*args, **kwargs)
             begin()
@@ -174,6 +176,20 @@ def check_optimizer(argument: str, optimizer: Any) -> None:
         raise SettingsError(
             f"{argument} is {_said(optimizer)}, which is no optimizer: give an object with step() "
             "and param_groups, such as torch.optim.AdamW(model.parameters(), lr=1e-3)"
+        )
+
+
+def check_trains(names: Sequence[str], parameters: Sequence[Tensor], optimizer: Any) -> None:
+    """`optimizer` steps at least one of `parameters`.
+
+    Raises:
+        SettingsError: it is an optimizer of another model.
+    """
+    if {id(p) for p in parameters_of(optimizer)}.isdisjoint(map(id, parameters)):
+        raise SettingsError(
+            f"the optimizer steps none of the model's {len(parameters)} trained parameters (such "
+            f"as {names[0]}), so they would stay as they are: make it of this model's parameters, "
+            "after the model was moved, sharded or wrapped"
         )
 
 

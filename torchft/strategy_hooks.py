@@ -20,7 +20,7 @@ from torchft.ledger import Bucket
 from torchft.managed_peers import ManagedPeers
 from torchft.quantization import Codec, codec_for
 from torchft.quantization.proof import prove
-from torchft.step_hooks import StepHooks
+from torchft.step_hooks import StepHooks, check_trains
 from torchft.strategies.buffers import LEFT
 from torchft.strategies.model_local import ModelLocal
 from torchft.strategies.parts.precision import shared_dtype_of
@@ -59,6 +59,7 @@ class StrategyHooks(Uncopied):
         background: bool = False,
         frozen_steps: int | None = None,
     ) -> None:
+        check_trains(local.names, local.parameters, optimizer)
         # True means the same wherever the parameters lie on equal devices; groups compare it.
         recipe.codec = codec_for(should_quantize, local.parameters[0].device)
         if recipe.codec is not None:

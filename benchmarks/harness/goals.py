@@ -59,6 +59,9 @@ GOALS = {
     "guards.fp32.share": Goal(1, ratio=False),
     "guards.following": Goal(2),
     "guards.following.share": Goal(1, ratio=False),
+    "guards.hooks.share": Goal(1, ratio=False),
+    "guards.rounds": Goal(2),
+    "guards.rounds.share": Goal(1, ratio=False),
     # diloco_overhead
     "diloco.1": Goal(1.25),
     "diloco.1.memory": Goal(3.2),

@@ -16,7 +16,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 BASE = {
     *("digest", "errors", "finite", "futures", "ledger", "ordered"),
-    *("peers", "records", "settings", "step_hooks", "step_watch"),
+    *("parameter_marks", "peers", "records", "settings", "step_hooks", "step_watch"),
     *("uncopied", "untraced", "version", "work"),
 }
 NUMBERS = {"compression", "quantization"}

@@ -336,11 +336,27 @@ class TestWhatIsNoOptimizer:
             hooks.attach()
 
 
-def test_the_optimizer_may_be_copied_meanwhile() -> None:
-    """A scheduler's or trainer's deepcopy of it has no round of its own."""
+@pytest.mark.parametrize("make", [lambda inner: inner, Plain])
+def test_the_optimizer_may_be_copied_meanwhile(make: Any) -> None:
+    """A trainer's deepcopy steps its own copies of the parameters, and no round."""
     group = alone()
-    with local_sgd(group):
-        copied = copy.deepcopy(group.inner)
-        train(group, group.inner, 3, only_step)
+    optimizer = make(group.inner)
+    with LocalSGD(group.manager, group.model, optimizer, 3):
+        copied = copy.deepcopy(optimizer)
+        train(group, optimizer, 3, only_step)
+        before = group.weights
+        for p in copied.param_groups[0]["params"]:
+            p.grad = torch.ones_like(p)
         copied.step()
     assert group.manager.current_step() == 1
+    torch.testing.assert_close(group.weights, before, rtol=0, atol=0)
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    """For one, of a model before it was converted: averages would be written where it does not
+    look."""
+    group, other = alone(), alone()
+    for make in local_sgd, diloco:
+        group.inner = SGD(other.trained, lr=0.1)
+        with pytest.raises(SettingsError, match="steps none of the model's 8 trained parameters"):
+            make(group)

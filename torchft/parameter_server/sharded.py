@@ -57,13 +57,7 @@ def check_optimizer(parameters: dict[str, nn.Parameter], optimizer: torch.optim.
         SettingsError: it is no optimizer, or steps none of `parameters`.
     """
     step_hooks.check_optimizer("optimizer", optimizer)
-    stepped = set(map(id, step_hooks.parameters_of(optimizer)))
-    if stepped.isdisjoint(map(id, parameters.values())):
-        raise SettingsError(
-            f"the optimizer steps none of the model's {len(parameters)} trained parameters, so "
-            "there would be nothing to submit: make it of this model's parameters, after the model "
-            "was moved, sharded or wrapped"
-        )
+    step_hooks.check_trains(list(parameters), list(parameters.values()), optimizer)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -6,8 +6,6 @@ be trained by each group for itself, and nobody would notice. So it is an error,
 step. A parameter that is frozen later stays in the rounds, and is equal in all groups; but an outer
 optimizer would go on moving it by its momentum, so with `frozen_steps` that is an error too, once
 it has been frozen for so many steps in a row. (GANs freeze one half while the other one steps.)
-
-    a walk over the parameters before each step: 0.1 ms for 100 of them
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from torchft.errors import MismatchError
+from torchft.parameter_marks import Mark, marks_of, parameters_of
 
 __all__ = ["TrainedModel"]
 
@@ -55,8 +54,10 @@ class TrainedModel:
     def __init__(self, modules: Sequence[nn.Module], optimizer: Any, *, front: str) -> None:
         self._modules, self._optimizer, self._front = list(modules), optimizer, front
         self._noted = {key: _Noted.of(parameter) for key, parameter in self._parameters()}
-        self._stepped = {id(parameter) for _, parameter in self._optimized()}
+        self._stepped = [id(parameter) for _, parameter in self._optimized()]
         self._trained = {id(noted.parameter) for noted in self._noted.values() if noted.trained}
+        self._as_noted = self._marks()
+        """To be compared at once; names are looked up when something differs."""
         self._frozen: dict[Key, int] = {}
         """How many steps in a row a trained parameter has been frozen."""
 
@@ -66,6 +67,10 @@ class TrainedModel:
         Raises:
             MismatchError: names a parameter, and how it is not as it was.
         """
+        stepped = [id(parameter) for _, parameter in self._optimized()]
+        if self._marks() == self._as_noted and stepped == self._stepped:
+            self._frozen.clear()
+            return
         change = self._changed() or self._added() or self._frozen_long(frozen_steps)
         if change is not None:
             raise MismatchError(
@@ -73,6 +78,9 @@ class TrainedModel:
                 "groups must train the same: make this change before, in all groups alike; to "
                 "train in phases, start each phase as a new run, from a checkpoint of the last"
             )
+
+    def _marks(self) -> list[Mark]:
+        return marks_of(p for module in self._modules for p in parameters_of(module))
 
     def _parameters(self) -> Iterator[tuple[Key, Tensor]]:
         for at, module in enumerate(self._modules):
