@@ -241,12 +241,13 @@ class Former:
         if plan.serves:
             self._offering = transaction
             healing.offer(self._transport, plan, self._collect_state, self._options.timeout)
-        if not plan.anyone_heals:
+        if not plan.healing:
             return
         store = self._store(plan)
         if plan.replica_rank in plan.healing:
             self._heal(transaction, plan, store)
-        self._wait_for_heals(transaction, plan, store)
+        if plan.anyone_heals:
+            self._wait_for_heals(transaction, plan, store)
 
     def _store(self, plan: Plan) -> Store:
         try:

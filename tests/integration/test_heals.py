@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,7 +19,13 @@ from torchft.checkpointing.pg_transport import PGTransport
 from torchft.checkpointing.snapshot import SLICE_BYTES
 from torchft.checkpointing.stream import Stream
 from torchft.digest import digest
-from torchft.errors import HealError, PhaseError, StateDictError, TorchftError
+from torchft.errors import (
+    DiscardedTooOften,
+    HealError,
+    PhaseError,
+    StateDictError,
+    TorchftError,
+)
 from torchft.managed_peers import ManagedPeers
 from torchft.manager import Manager
 from torchft.peers import Place
@@ -162,6 +169,39 @@ def test_a_donor_that_cannot_read_its_state_sends_the_joiner_to_another(tmp_path
     assert len(errors) == 1
     assert errors[0].startswith("the donor refused (503): KeyError: 'ema'")
     assert "the next quorum asks another one" in errors[0]
+
+
+def test_a_joiner_that_no_donor_can_serve_leaves_after_three_tries(tmp_path: Path) -> None:
+    def only_donor(group: Group) -> int:
+        def state_dict() -> Any:
+            if group.world.happened("running"):
+                raise KeyError("ema")
+            return {"w": group.w}
+
+        manager = group.manager(state_dict=state_dict)
+        for _ in range(2):
+            assert step(manager, 1.0)[0]
+        group.world.happen("running")
+        discarded = 0
+        while not group.world.happened("gone"):
+            discarded += not step(manager, 1.0)[0]
+        while not step(manager, 1.0)[0]:
+            pass
+        return discarded
+
+    def joins(group: Group) -> str:
+        group.world.wait("running")
+        manager = group.manager()
+        with pytest.raises(DiscardedTooOften) as raised:
+            while True:
+                step(manager, 1.0)
+        group.world.happen("gone")
+        return str(raised.value)
+
+    discarded, error = World(tmp_path).run(only_donor, joins)
+    assert discarded <= 4  # the third ends the joiner, which the next one may still meet
+    assert error.startswith("the donor refused (503): KeyError: 'ema'")
+    assert "it is asked again" in error and "3 heals of group_1" in error
 
 
 def test_a_joiner_takes_part_in_the_others_round_with_zeros(tmp_path: Path) -> None:
@@ -353,7 +393,7 @@ def test_a_heal_that_takes_longer_than_the_timeout_is_waited_for(
         timeout = timedelta(seconds=TIMEOUT_S)
         options: dict[str, Any] = {"timeout": timeout, "quorum_timeout": timedelta(seconds=30)}
         if over == "pg":
-            transport = PGTransport(group.pg, timeout, torch.device("cpu"))
+            transport: PGTransport[Any] = PGTransport(group.pg, timeout, torch.device("cpu"))
             options["checkpoint_transport"] = transport
             throttle_sends(group, 2 * TIMEOUT_S / pieces)
         manager = group.manager(**options)
@@ -373,7 +413,7 @@ def throttle_reads(pause_s: float) -> None:
             time.sleep(pause_s)
         read_into(stream, memory)
 
-    Stream.read_into = slowly  # type: ignore[method-assign]
+    Stream.read_into = slowly  # type: ignore[method-assign, assignment]
 
 
 def throttle_sends(group: Group, pause_s: float) -> None:
@@ -384,7 +424,7 @@ def throttle_sends(group: Group, pause_s: float) -> None:
         time.sleep(pause_s * tensors[0].nbytes / SLICE_BYTES)
         return send(tensors, rank, tag)
 
-    group.pg.send = slowly  # type: ignore[method-assign]
+    group.pg.send = slowly  # type: ignore[method-assign, assignment]
 
 
 def test_a_joiner_of_rounds_that_cannot_load_ends_after_one_try(tmp_path: Path) -> None:
@@ -425,10 +465,10 @@ def test_a_group_that_fell_behind_and_cannot_load_ends_at_its_vote(tmp_path: Pat
             pass
 
     def is_behind(group: Group) -> None:
-        manager = group.manager(load_state_dict=lambda state: no_memory(state) if met else None)
-        met = False
+        met = threading.Event()
+        manager = group.manager(load_state_dict=lambda w: no_memory(w) if met.is_set() else None)
         all_are_in(manager, 2)
-        met = True
+        met.set()
         with pytest.raises(StateDictError, match="no memory"):
             step(manager, 1.0)
         group.world.happen("gone")
@@ -439,8 +479,9 @@ def test_a_group_that_fell_behind_and_cannot_load_ends_at_its_vote(tmp_path: Pat
 @pytest.mark.parametrize("over", ["http", "pg"])
 def test_state_that_cannot_travel_ends_its_group_before_training(tmp_path: Path, over: str) -> None:
     def story(group: Group) -> str:
-        transport = PGTransport(group.pg, timedelta(seconds=20), torch.device("cpu"))
-        options = {"checkpoint_transport": transport} if over == "pg" else {}
+        cpu = torch.device("cpu")
+        transport: PGTransport[Any] = PGTransport(group.pg, timedelta(seconds=20), cpu)
+        options: dict[str, Any] = {"checkpoint_transport": transport} if over == "pg" else {}
         manager = group.manager(state_dict=lambda: {"w": group.w, "f": [print]}, **options)
         with pytest.raises(StateDictError) as raised:
             manager.start_quorum()
