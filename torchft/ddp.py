@@ -222,8 +222,7 @@ class _Buckets(GradientAverager):
         return future
 
     def _reduce(self, buffer: Tensor, parameters: Sequence[Tensor]) -> Work:
-        name = partial(self._parts, parameters)
-        return self.manager.allreduce(buffer, should_quantize=self.codec or False, name=name)
+        return self.reduce(buffer, partial(self._parts, parameters))
 
     def _parts(self, parameters: Sequence[Tensor], buffer: Tensor) -> dict[str, Tensor]:
         pieces = buffer.split([parameter.numel() for parameter in parameters])

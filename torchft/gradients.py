@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import Work
 from torch.utils.hooks import RemovableHandle
 
+from torchft.average import Name
 from torchft.backward import BackwardPass
 from torchft.errors import StepError
 from torchft.fingerprint import Description
@@ -59,6 +61,7 @@ class GradientAverager(ABC):
         itself = weakref.WeakMethod(self._backward_ends)
         self.backward = BackwardPass(lambda: _call(itself))
         self.has_local = self.has_averaged = False
+        self.sent = 0
         self.description: Description = {}
         self.module, self.manager = module, manager
         self._hooks: list[RemovableHandle] = []
@@ -70,6 +73,7 @@ class GradientAverager(ABC):
     def before_step(self) -> Description:
         """As `StepListener`: follow what has changed about the trained parameters."""
         self.has_local = self.has_averaged = False
+        self.sent = 0
         change = self.trained.look()
         if change is None:
             return {}
@@ -77,6 +81,10 @@ class GradientAverager(ABC):
         self._prove(self.codec)
         self.follow()
         return describe_values(change.created)
+
+    def holds(self, parameter: nn.Parameter) -> bool:
+        """As `StepListener`."""
+        return self.trained.holds(parameter)
 
     def before_vote(self, *, idle: bool) -> None:
         """As `StepListener`: see that every gradient was averaged that the optimizer may apply."""
@@ -100,6 +108,11 @@ class GradientAverager(ABC):
         """The model is about to compute something: begin a step, if it may be trained on."""
         if torch.is_grad_enabled() and self.module.training and not self.manager.is_step_open():
             self.manager.start_quorum()
+
+    def reduce(self, tensor: Tensor, name: Name) -> Work:
+        """Begin the average of `tensor`, which errors call by `name`."""
+        self.sent += 1
+        return self.manager.allreduce(tensor, should_quantize=self.codec or False, name=name)
 
     @abstractmethod
     def average_all(self) -> None:

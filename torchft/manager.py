@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future as ThreadFuture
 from contextlib import ExitStack
 from datetime import timedelta
@@ -359,6 +359,11 @@ class Manager(Uncopied):
     def needs_new_step(self) -> bool:
         """Whether no step is open, or only one that failed or in which something was sent."""
         return not (self.is_step_open() and self._begun("needs_new_step").untouched)
+
+    def refuse_unaveraged(self, param_groups: Sequence[dict[str, Any]]) -> None:
+        """Raises SettingsError if an optimizer holds a gradient that nobody averages."""
+        step = self._begun("refuse_unaveraged")
+        self._listeners.refuse_unaveraged(param_groups, step.transaction)
 
     def voted_step(self) -> OpenStep | None:
         """The step that was voted on last; None before there is one, and while one is open."""

@@ -87,8 +87,10 @@ class OptimizerWrapper(Uncopied, Optimizer):
 
         Raises:
             AssertionError: a closure was given. It would compute gradients after the vote.
+            SettingsError: a parameter has a gradient, and is in no model that was wrapped.
         """
         assert closure is None, "a step that is voted on cannot re-evaluate the loss in a closure"
+        self.manager.refuse_unaveraged(self.optim.param_groups)
         found = Found(self)
         if found.by_scaler and self._scaler is None and not self._warned:
             self._warned = True

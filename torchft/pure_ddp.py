@@ -77,11 +77,9 @@ class _EachParameter(GradientAverager):
         """As `GradientAverager`, in the order of the parameters, which all groups share."""
         self.has_local, self.has_averaged = False, True
         works = []
-        encoded = self.codec or False
         for name, parameter in self.trained.named:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            reduce = self.manager.allreduce
-            works.append(reduce(parameter.grad, should_quantize=encoded, name=name))
+            works.append(self.reduce(parameter.grad, name))
         for work in works:
             work.wait()

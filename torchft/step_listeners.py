@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
-from torchft.errors import StepError
+from torch import nn
+
+from torchft.errors import SettingsError, StepError
 from torchft.fingerprint import Description
 from torchft.transaction import Transaction
 
@@ -24,6 +26,13 @@ class StepListener(Protocol):
     """What it is, in the words that a difference between groups is told with."""
     description: Description
     """What must be equal in all groups before it sends anything; another object when it changes."""
+
+    sent: int
+    """How many averages it has begun in this step."""
+
+    def holds(self, parameter: nn.Parameter) -> bool:
+        """Whether the model that it is about has this parameter."""
+        ...
 
     def before_step(self) -> Description:
         """A step is about to begin. Returns what must be equal in all groups this once, e.g. the
@@ -75,6 +84,31 @@ class StepListeners:
         for _, listener in listeners:
             if not transaction.failed:
                 listener.before_vote(idle=idle)
+
+    def refuse_unaveraged(
+        self, param_groups: Sequence[dict[str, Any]], transaction: Transaction
+    ) -> None:
+        """See that an optimizer applies no gradient that this group alone has: of a parameter that
+        no listener's model has, where nothing was averaged but by listeners.
+
+        Raises:
+            SettingsError: it does; names the parameter.
+        """
+        listeners = [listener for _, listener in self._named()]
+        sent = sum(listener.sent for listener in listeners)
+        if not listeners or transaction.failed or len(transaction.averages) > sent:
+            return
+        for number, group in enumerate(param_groups):
+            names = group.get("param_names") or [str(n) for n in range(len(group["params"]))]
+            for name, parameter in zip(names, group["params"], strict=True):
+                if parameter.grad is None or any(one.holds(parameter) for one in listeners):
+                    continue
+                raise SettingsError(
+                    f"parameter {name} of the optimizer's group {number}, of shape "
+                    f"{tuple(parameter.shape)}, is in no wrapped model, so that each group would "
+                    "train its own: put it into the module that is wrapped, average its gradient "
+                    "with manager.allreduce, or give it to an optimizer that is not wrapped"
+                )
 
     def _named(self) -> list[tuple[str, StepListener]]:
         """Those that are alive, with names that are equal in a group that was restarted."""

@@ -52,6 +52,7 @@ class TrainedParameters:
         self._ignored = ignored
         self._looked_at = self._known = parameters_of(module)
         # The parameters are held, so that no other one gets the identity of one that is gone.
+        self._held = {id(p) for p in self._looked_at}
         self._marks = marks_of(self._looked_at)
         self.named = self._trained()
         """Their names and they themselves, in the order of the model."""
@@ -68,6 +69,7 @@ class TrainedParameters:
         if marks == self._marks:
             return None
         self._looked_at, self._marks = found, marks
+        self._held = {id(p) for p in found}
         before, now = self.named, self._trained()
         trained_marks = marks_of(p for _, p in now)
         if not now or trained_marks == self._trained_marks:
@@ -75,6 +77,12 @@ class TrainedParameters:
         change = _difference(before, now, {id(p) for p in self._known})
         self._known, self.named, self._trained_marks = found, now, trained_marks
         return change
+
+    def holds(self, parameter: nn.Parameter) -> bool:
+        """Whether the model has this parameter, trained or not."""
+        if id(parameter) in self._held:
+            return True
+        return any(parameter is one for one in parameters_of(self._module))
 
     def unseen(self) -> str | None:
         """The name of a parameter that is trained now and was not at the last look."""

@@ -95,6 +95,9 @@ class InProcessManager:
     def needs_new_step(self) -> bool:
         return not (self._open and not self._transaction.averages and self.errored() is None)
 
+    def refuse_unaveraged(self, param_groups: list[dict[str, Any]]) -> None:
+        self._listeners.refuse_unaveraged(param_groups, self._transaction)
+
     def voted_step(self) -> InProcessStep | None:
         return None if self._open else self._step_voted
 

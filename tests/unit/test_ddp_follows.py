@@ -239,3 +239,37 @@ def test_a_model_that_is_frozen_as_a_whole_has_not_changed() -> None:
     assert trained.look() is None
     model.requires_grad_(True)
     assert trained.look() is None
+
+
+class TestAParameterBesideTheModel:
+    """A temperature, a head: the optimizer has it, and the wrapped model has not."""
+
+    def train(self, *, by_hand: bool = False, named: bool = False) -> bool:
+        manager = InProcessManager(Node(World(Script(1)), 0, 1))
+        model, scale = layers(), nn.Parameter(torch.ones(1))
+        wrapped = DistributedDataParallel(manager, model)
+        beside = [("scale", scale)] if named else [scale]
+        optimizer = OptimizerWrapper(
+            manager,
+            torch.optim.SGD([*(model.named_parameters() if named else model.parameters())], lr=0.1),
+        )
+        optimizer.add_param_group({"params": beside})
+        optimizer.zero_grad()
+        (wrapped(torch.ones(1, 2)) * scale).sum().backward()
+        if by_hand:
+            assert scale.grad is not None
+            manager.allreduce(scale.grad)
+        return optimizer.step()
+
+    def test_is_refused_before_groups_part(self) -> None:
+        with pytest.raises(
+            SettingsError, match=r"parameter 0 of the optimizer's group 1, .*\(1,\)"
+        ):
+            self.train()
+
+    def test_is_named_where_the_optimizer_knows_names(self) -> None:
+        with pytest.raises(SettingsError, match=r"parameter scale of the optimizer's group 1"):
+            self.train(named=True)
+
+    def test_is_trained_when_the_script_averages_it(self) -> None:
+        assert self.train(by_hand=True)
