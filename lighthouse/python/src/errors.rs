@@ -11,8 +11,10 @@ use torchft_server::error::CallError;
 pub fn raise(py: Python<'_>, error: &CallError) -> PyErr {
     let message = error.to_string();
     match error {
-        CallError::Deadline(_) => PyTimeoutError::new_err(message),
-        CallError::Unreachable(_) => ours(py, "UnreachableError", message),
+        CallError::Deadline(_) | CallError::Silent(_) => PyTimeoutError::new_err(message),
+        CallError::Unreachable(_) | CallError::LighthouseAway(_) => {
+            ours(py, "UnreachableError", message)
+        }
         CallError::Unavailable(_) | CallError::Failed { .. } => ours(py, "TorchftError", message),
         CallError::StateLost(_) => ours(py, "StateLostError", message),
         CallError::Mismatch(_) => ours(py, "MismatchError", message),

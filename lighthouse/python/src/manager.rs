@@ -133,6 +133,7 @@ impl ManagerClient {
     ///     settling: this group ends its run, and asks only for those that are behind.
     ///
     /// Raises:
+    ///     UnreachableError: the lighthouse has not answered in time; also a `TimeoutError`.
     ///     TimeoutError: no quorum in time; says which rank or replica was waited for.
     ///     StateLostError: those who held the state that this group was to heal to are gone.
     ///     QuorumError: refused for another reason, such as a rank of the group that left.

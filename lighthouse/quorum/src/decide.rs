@@ -3,7 +3,9 @@
 //! Only ids that heartbeat count, and of these only those that ask are candidates. If any of them
 //! asks `shrink_only`, all counts are over members of the last quorum. Then, in this order:
 //!
-//! 1. Nobody is a candidate: wait. An empty quorum never forms.
+//! 1. Nobody is a candidate: wait. An empty quorum never forms. And while this lighthouse is new,
+//!    and a candidate was in a quorum of an earlier one: wait for a heartbeat timeout from the first
+//!    that was heard, so that all of those can be heard.
 //! 2. **The donor rule.** The *floor* is the highest step of the last quorum. If no candidate has
 //!    reached it:
 //!    - while another member of the last quorum heartbeats, wait for it: it may have the floor;
@@ -50,6 +52,8 @@ pub struct Census {
     pub floor: i64,
     /// When the first of those that ask did so.
     pub first_asked: Option<Duration>,
+    /// Until then a lighthouse that has just taken over from an earlier one listens who is there.
+    pub listens_until: Option<Duration>,
 }
 
 /// What follows from a census.
@@ -75,6 +79,12 @@ pub enum Wait {
     NobodyAsks,
     /// Somebody asks `shrink_only`, and no member of the last quorum asks.
     ShrunkToNobody,
+    /// The lighthouse is new in a job that has had a quorum: those that it has not heard yet are
+    /// given until then.
+    Listening {
+        /// When their time is up.
+        until: Duration,
+    },
     /// Below `min_replicas`.
     TooFew {
         /// Candidates.
@@ -137,6 +147,9 @@ pub fn decide(rules: &Rules, census: &Census, now: Duration) -> Decision {
     let count = census.electorate();
     if count.asking == 0 {
         return Decision::Wait(census.nobody());
+    }
+    if let Some(until) = census.listens_until.filter(|until| now < *until) {
+        return Decision::Wait(Wait::Listening { until });
     }
     let state = census.state();
     if let State::MayBeWith { missing } = state {

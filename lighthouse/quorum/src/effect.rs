@@ -84,6 +84,8 @@ pub enum Refusal {
         silent_for: Option<Duration>,
         /// What it waited for.
         waiting: Waiting,
+        /// The lighthouse itself was away or stood still for a part of that time.
+        absent: bool,
     },
 }
 
@@ -110,6 +112,16 @@ pub struct StateLost {
 /// What people should know, though nobody waits for it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Notice {
+    /// The lighthouse itself did not run, so it could hear nobody: silences are counted anew.
+    Paused {
+        /// For how long.
+        gap: Duration,
+    },
+    /// Groups of a name are members of one quorum: several processes were started under it.
+    SameName {
+        /// Whose names are equal up to the suffix of their start, sorted.
+        replica_ids: Vec<ReplicaId>,
+    },
     /// A member of the last quorum was silent for the heartbeat timeout.
     FellSilent {
         /// Who.
@@ -129,6 +141,17 @@ pub enum Notice {
 impl fmt::Display for Notice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Paused { gap } => write!(
+                f,
+                "this lighthouse did not run for {} ms and heard nobody: everybody is given a new \
+                 heartbeat timeout",
+                gap.as_millis()
+            ),
+            Self::SameName { replica_ids } => write!(
+                f,
+                "several processes train under one group name: {}",
+                Names(replica_ids)
+            ),
             Self::FellSilent { replica_id } => {
                 write!(
                     f,

@@ -135,6 +135,8 @@ struct Flight {
     /// By when the lighthouse must have answered.
     deadline: Duration,
     last_failure: Option<Failure>,
+    /// The lighthouse was not reached for a part of the time.
+    was_away: bool,
 }
 
 impl Gather {
@@ -293,6 +295,7 @@ impl Gather {
             resend_at: None,
             deadline: now + patience - (patience / 10).min(LONGEST_MARGIN),
             last_failure: None,
+            was_away: false,
         });
         let mut effects = vec![GatherEffect::RoundBegins(self.round)];
         effects.extend(self.send());
@@ -373,6 +376,8 @@ impl Gather {
         let Some(flight) = &mut self.flight else {
             return Vec::new();
         };
+        let failure = failure.after_absence(flight.was_away);
+        flight.was_away |= failure.kind == FailureKind::Unreachable;
         flight.failed += u32::from(failure.kind == FailureKind::Failed);
         let resend_at = now + pause_after(flight.attempts);
         let again = match failure.kind {

@@ -94,6 +94,20 @@ pub struct Failure {
     pub message: String,
 }
 
+impl Failure {
+    /// A deadline that a lighthouse kept which `was_away` before says nothing of those that are
+    /// missing: they had no time to reach it again.
+    pub(crate) fn after_absence(self, was_away: bool) -> Self {
+        match self.kind {
+            FailureKind::Deadline if was_away => Self {
+                kind: FailureKind::Unreachable,
+                message: format!("it was away until just now; {}", self.message),
+            },
+            _ => self,
+        }
+    }
+}
+
 /// Kinds of failure, by what may help.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FailureKind {

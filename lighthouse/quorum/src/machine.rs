@@ -8,11 +8,15 @@
 //!   milliseconds on the wall clock when this lighthouse started: so it never repeats.
 //!
 //! Those who asked and are not in it keep waiting.
+//!
+//! A lighthouse that did not run for a while (stopped, or its machine was) heard nobody, which says
+//! nothing of them. So while it counts silences it wants to be woken several times in a heartbeat
+//! timeout; when an event comes much later than that, the gap is its own, and is not counted.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::decide::{Decision, Formed, Wait, decide};
+use crate::decide::{Census, Decision, Formed, Wait, decide};
 use crate::effect::{Effect, Notice, Refusal, Renewal, StateLost};
 use crate::member::{Member, Quorum, ReplicaId, Ticket};
 use crate::roster::{Peer, Roster};
@@ -30,6 +34,10 @@ pub struct Machine {
     rules: Rules,
     roster: Roster,
     last: Option<Arc<Quorum>>,
+    /// When it heard anybody for the first time.
+    first_heard: Option<Duration>,
+    /// Somebody who asked was in a quorum of an earlier lighthouse.
+    takes_over: bool,
     /// No id up to this one is given out again.
     highest_id: i64,
     /// The time of the last event.
@@ -45,6 +53,8 @@ impl Machine {
             rules,
             roster: Roster::new(rules),
             last: None,
+            first_heard: None,
+            takes_over: false,
             highest_id: epoch_ms.max(0),
             now: Duration::ZERO,
         })
@@ -54,7 +64,7 @@ impl Machine {
     pub fn heartbeat(&mut self, replica_id: &str, now: Duration) -> Vec<Effect> {
         let mut effects = self.pass_time(now);
         if !replica_id.is_empty() {
-            self.roster.hear(replica_id, self.now);
+            self.hear(replica_id);
         }
         self.settle(&mut effects);
         effects
@@ -75,8 +85,9 @@ impl Machine {
             return effects;
         }
         self.highest_id = self.highest_id.max(last_quorum_id);
+        self.takes_over |= last_quorum_id > 0 && self.last.is_none();
         let replica_id = member.replica_id.clone();
-        self.roster.hear(replica_id.as_str(), self.now);
+        self.hear(replica_id.as_str());
         let was = self
             .last
             .as_ref()
@@ -119,19 +130,22 @@ impl Machine {
         effects
     }
 
-    /// When time alone may change a decision; `None` while nobody asks. It may come early (a tick
-    /// then does nothing and the next one is asked for), never late.
+    /// When time alone may change a decision, or the machine wants to see that it still runs;
+    /// `None` while nobody is there. It may come early (a tick then does nothing and the next one is
+    /// asked for), never late.
     pub fn next_wake(&self) -> Option<Duration> {
-        if !self.roster.is_asked() {
+        if !self.roster.is_watched() {
             return None;
         }
-        let first_asked = self.roster.census().first_asked;
-        let patience_ends = first_asked.map(|at| at + self.rules.join_timeout);
-        let patience_ends = patience_ends.filter(|at| *at > self.now);
+        let census = self.census();
+        let patience_ends = census.first_asked.map(|at| at + self.rules.join_timeout);
+        let ends = patience_ends.into_iter().chain(census.listens_until);
+        let pulse = self.now + self.rules.pulse();
         self.roster
             .next_alarm()
             .into_iter()
-            .chain(patience_ends)
+            .chain(ends.filter(|at| *at > self.now))
+            .chain([pulse])
             .min()
     }
 
@@ -142,7 +156,7 @@ impl Machine {
 
     /// Why no quorum forms.
     pub fn waiting(&self, now: Duration) -> Waiting {
-        let census = self.roster.census();
+        let census = self.census();
         let why = match decide(&self.rules, &census, self.now) {
             Decision::Wait(wait) => wait,
             // Every event is settled, so this is not reached.
@@ -191,18 +205,38 @@ impl Machine {
         self.roster.looks()
     }
 
+    fn census(&self) -> Census {
+        let new = self.takes_over && self.last.is_none();
+        let first_heard = self.first_heard.filter(|_| new);
+        Census {
+            listens_until: first_heard.map(|at| at + self.rules.heartbeat_timeout),
+            ..self.roster.census()
+        }
+    }
+
+    fn hear(&mut self, replica_id: &str) {
+        self.first_heard.get_or_insert(self.now);
+        self.roster.hear(replica_id, self.now);
+    }
+
     fn pass_time(&mut self, now: Duration) -> Vec<Effect> {
+        let gap = now.saturating_sub(self.now);
         self.now = self.now.max(now);
+        let mut notices = Vec::new();
+        if self.roster.is_watched() && self.rules.is_pause(gap) {
+            self.roster.excuse(gap, self.now);
+            self.first_heard = self.first_heard.map(|at| at + gap);
+            notices.push(Notice::Paused { gap });
+        }
         let fell_silent = self.roster.pass_time(self.now).into_iter();
-        fell_silent
-            .map(|replica_id| Effect::Notice(Notice::FellSilent { replica_id }))
-            .collect()
+        notices.extend(fell_silent.map(|replica_id| Notice::FellSilent { replica_id }));
+        notices.into_iter().map(Effect::Notice).collect()
     }
 
     /// Decides until there is nothing left to decide.
     fn settle(&mut self, effects: &mut Vec<Effect>) {
         loop {
-            match decide(&self.rules, &self.roster.census(), self.now) {
+            match decide(&self.rules, &self.census(), self.now) {
                 Decision::Wait(_) => return,
                 Decision::StateLost => self.refuse_the_lost(effects),
                 Decision::Form { why, below_floor } => self.form(why, below_floor, effects),
@@ -225,6 +259,11 @@ impl Machine {
         });
         if below_floor {
             effects.push(Effect::Notice(self.restarted(&quorum)));
+        }
+        if renewed.is_some() {
+            let same = same_names(&quorum).into_iter();
+            effects
+                .extend(same.map(|replica_ids| Effect::Notice(Notice::SameName { replica_ids })));
         }
         self.roster.follow(&quorum, self.now);
         self.last = Some(quorum.clone());
@@ -286,11 +325,13 @@ impl Machine {
     fn deadline(&self, ticket: Ticket) -> Option<Refusal> {
         let (peer, asking) = self.roster.request(ticket)?;
         let silent_for = self.now.saturating_sub(peer.heard);
+        let waiting = self.waiting(self.now);
         Some(Refusal::Deadline {
             replica_id: asking.member.replica_id.clone(),
             step: asking.member.step,
             silent_for: (!peer.healthy).then_some(silent_for),
-            waiting: self.waiting(self.now),
+            absent: asking.excused || matches!(waiting.why, Wait::Listening { .. }),
+            waiting,
         })
     }
 }
@@ -318,6 +359,16 @@ impl Member {
     fn lives_elsewhere(&self, was: &Member) -> bool {
         self.address != was.address || self.store_address != was.store_address
     }
+}
+
+/// Members whose names differ only in the suffix of their start: processes of one group each.
+fn same_names(quorum: &Quorum) -> Vec<Vec<ReplicaId>> {
+    let members: Vec<_> = quorum.replica_ids().collect();
+    members
+        .chunk_by(|a, b| a.group().is_some() && a.group() == b.group())
+        .filter(|same| same.len() > 1)
+        .map(|same| same.iter().map(|id| (*id).clone()).collect())
+        .collect()
 }
 
 fn names<'a>(members: impl Iterator<Item = &'a Arc<Member>>) -> Vec<ReplicaId> {

@@ -21,6 +21,11 @@ impl ReplicaId {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// The group's name, without the suffix of this start; `None` for an id without one.
+    pub fn group(&self) -> Option<&str> {
+        self.0.rsplit_once(':').map(|(group, _)| group)
+    }
 }
 
 impl From<&str> for ReplicaId {

@@ -36,6 +36,8 @@ pub(crate) struct Asking {
     pub(crate) member: Arc<Member>,
     /// Since when it waits for the quorum that is forming now.
     since: Duration,
+    /// The lighthouse stood still while it waited.
+    pub(crate) excused: bool,
 }
 
 /// What a member of the last quorum had to do there.
@@ -97,6 +99,11 @@ impl Roster {
         !self.tickets.is_empty()
     }
 
+    /// Whether somebody's silence would mean something, or somebody waits.
+    pub(crate) fn is_watched(&self) -> bool {
+        self.is_asked() || self.census.all.healthy > 0
+    }
+
     /// The next moment at which silence may mean something.
     pub(crate) fn next_alarm(&self) -> Option<Duration> {
         self.alarms.first().map(|(at, _)| *at)
@@ -105,6 +112,24 @@ impl Roster {
     /// How many times an id was looked at because of an event that was not its own.
     pub(crate) fn looks(&self) -> u64 {
         self.looks
+    }
+
+    /// Nobody could be heard or ask during the last `gap`: it counts neither as a silence of those
+    /// that were healthy, nor as patience of those that asked.
+    pub(crate) fn excuse(&mut self, gap: Duration, now: Duration) {
+        let ids: Vec<_> = self.peers.keys().cloned().collect();
+        self.looks += ids.len() as u64;
+        for id in ids {
+            self.change(&id, |peer| {
+                if peer.healthy {
+                    peer.heard = now;
+                }
+                if let Some(asking) = &mut peer.asking {
+                    asking.since += gap;
+                    asking.excused = true;
+                }
+            });
+        }
     }
 
     /// This id is alive.
@@ -144,6 +169,7 @@ impl Roster {
             ticket,
             member: Arc::new(member),
             since: now,
+            excused: false,
         };
         self.change(&id, |peer| peer.asking = Some(asking));
         superseded

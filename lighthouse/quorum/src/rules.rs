@@ -6,6 +6,10 @@ use thiserror::Error;
 
 /// How many silences an id is remembered for, so that a person still sees who was lost.
 const SILENCES_REMEMBERED: u32 = 10;
+/// How often in a heartbeat timeout the machine wants to be woken while it counts silences.
+const WAKES_PER_SILENCE: u32 = 4;
+/// A gap between two events of this part of the heartbeat timeout is a pause of the machine itself.
+const PAUSES_PER_SILENCE: u32 = 2;
 
 /// When a quorum may form.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,6 +33,17 @@ impl Rules {
             return Err(BadRules::NoHeartbeat);
         }
         Ok(self)
+    }
+
+    /// How long after the last event the machine wants to be woken, to know that it still runs.
+    pub(crate) fn pulse(&self) -> Duration {
+        self.heartbeat_timeout / WAKES_PER_SILENCE
+    }
+
+    /// Whether the machine itself was stopped, if nothing happened for so long: it would have been
+    /// woken after [`Rules::pulse`].
+    pub(crate) fn is_pause(&self, gap: Duration) -> bool {
+        gap > self.heartbeat_timeout / PAUSES_PER_SILENCE
     }
 
     /// How long a silent id is remembered.

@@ -40,6 +40,14 @@ impl Waiting {
                 "shrink_only is asked for, and no member of the last quorum asks: \
                  ask without shrink_only to begin a new one",
             ),
+            Wait::Listening { until } => {
+                let left = until.saturating_sub(self.now).as_millis();
+                write!(
+                    f,
+                    "this lighthouse has just started, in a job that was there before: for {left} \
+                     ms it listens who else is there"
+                )
+            }
             Wait::TooFew { have, need } => {
                 write!(f, "{have} of at least {need} replicas ask (min_replicas)")
             }

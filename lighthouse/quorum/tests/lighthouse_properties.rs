@@ -32,6 +32,8 @@ enum Event {
     Pass(u64),
     /// Everybody heartbeats while time passes.
     PassAlive(u64),
+    /// The lighthouse does not run.
+    Pause(u64),
     StartAnew {
         group: usize,
         step: i64,
@@ -60,6 +62,7 @@ fn event() -> impl Strategy<Value = Event> {
         2 => any::<usize>().prop_map(Event::GiveUp),
         4 => (0u64..700).prop_map(Event::Pass),
         4 => (0u64..3000).prop_map(Event::PassAlive),
+        1 => (0u64..5000).prop_map(Event::Pause),
         2 => (group, 0i64..4, any::<bool>())
             .prop_map(|(group, step, renamed)| Event::StartAnew { group, step, renamed }),
         1 => Just(Event::Restart),
@@ -108,6 +111,7 @@ impl Schedule {
             Event::GiveUp(i) => self.give_up(i),
             Event::Pass(ms) => self.pass(Duration::from_millis(ms)),
             Event::PassAlive(ms) => self.pass_alive(ms),
+            Event::Pause(ms) => self.pause(Duration::from_millis(ms)),
             Event::StartAnew {
                 group,
                 step,
@@ -172,7 +176,7 @@ impl Schedule {
         } else {
             0
         };
-        self.audit.join(ticket, &member, self.now);
+        self.audit.join(ticket, &member, seen, self.now);
         let effects = self.machine.join(ticket, member, seen, self.now);
         self.check(&effects);
     }
@@ -218,6 +222,14 @@ impl Schedule {
             (0..GROUPS).for_each(|group| self.heartbeat(group));
             self.pass(Duration::from_millis(400));
         }
+    }
+
+    /// What was to happen meanwhile comes all at once, and nobody has fallen silent by it.
+    fn pause(&mut self, gap: Duration) {
+        self.audit.pause(gap, self.now);
+        self.now += gap;
+        let effects = self.machine.tick(self.now);
+        self.check(&effects);
     }
 
     fn check(&mut self, effects: &[Effect]) {

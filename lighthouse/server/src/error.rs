@@ -19,6 +19,12 @@ pub enum CallError {
     /// The deadline passed; says who was waited for and why.
     #[error("status: Cancelled, message: \"Timeout expired: {0}\"")]
     Deadline(String),
+    /// The deadline passed without any answer, from a peer that may be stopped or gone.
+    #[error("status: Cancelled, message: \"Timeout expired: {0}\"")]
+    Silent(String),
+    /// A manager's lighthouse was not reached until the deadline: the group may go on waiting.
+    #[error("status: Cancelled, message: \"Timeout expired: {0}\"")]
+    LighthouseAway(String),
     /// No connection could be made within the connect timeout.
     #[error("{0}")]
     Unreachable(String),
@@ -72,7 +78,10 @@ impl CallError {
     #[must_use]
     pub fn words(&self) -> String {
         match self {
-            Self::Deadline(words) | Self::Unavailable(words) => words.clone(),
+            Self::Deadline(words)
+            | Self::Silent(words)
+            | Self::LighthouseAway(words)
+            | Self::Unavailable(words) => words.clone(),
             Self::Failed { message, .. } => message.clone(),
             other => other.to_string(),
         }
@@ -81,6 +90,8 @@ impl CallError {
     fn code_and_kind(&self) -> (Code, Option<&'static str>) {
         match self {
             Self::Deadline(_) | Self::Unreachable(_) => (Code::DeadlineExceeded, None),
+            Self::Silent(_) => (Code::DeadlineExceeded, Some("silent")),
+            Self::LighthouseAway(_) => (Code::DeadlineExceeded, Some("lighthouse-away")),
             Self::Unavailable(_) => (Code::Unavailable, None),
             Self::StateLost(_) => (Code::FailedPrecondition, Some("state-lost")),
             Self::Mismatch(_) => (Code::FailedPrecondition, Some("mismatch")),
@@ -108,6 +119,8 @@ fn refusal(status: &Status, words: &str) -> Option<CallError> {
     match status.metadata().get(KIND)?.to_str().ok()? {
         "state-lost" => Some(CallError::StateLost(words)),
         "mismatch" => Some(CallError::Mismatch(words)),
+        "silent" => Some(CallError::Silent(words)),
+        "lighthouse-away" => Some(CallError::LighthouseAway(words)),
         _ => Some(CallError::Refused(words)),
     }
 }
@@ -129,6 +142,8 @@ mod tests {
     fn every_kind_survives_the_wire() {
         for error in [
             CallError::Deadline("a".into()),
+            CallError::Silent("s".into()),
+            CallError::LighthouseAway("l".into()),
             CallError::StateLost("b".into()),
             CallError::Mismatch("c".into()),
             CallError::Refused("d".into()),

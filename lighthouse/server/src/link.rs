@@ -89,7 +89,7 @@ impl Link {
                 self.make_anew();
                 let name = &self.name;
                 let words = format!("no answer to {what} from {name} within {within:?}");
-                return Err(CallError::Deadline(words));
+                return Err(CallError::Silent(words));
             }
         };
         self.check_version(&response)?;

@@ -15,6 +15,10 @@ use torchft_quorum::rules::Rules;
 pub struct Audit {
     rules: Rules,
     heard: BTreeMap<ReplicaId, Duration>,
+    /// When it heard anybody for the first time since its start.
+    first_heard: Option<Duration>,
+    /// Somebody has seen a quorum of an earlier lighthouse.
+    takes_over: bool,
     asking: BTreeMap<Ticket, Member>,
     /// When the first of those that ask did so, or the last quorum left them waiting.
     since: BTreeMap<Ticket, Duration>,
@@ -32,6 +36,8 @@ impl Audit {
         Self {
             rules,
             heard: BTreeMap::new(),
+            first_heard: None,
+            takes_over: false,
             asking: BTreeMap::new(),
             since: BTreeMap::new(),
             answered: BTreeSet::new(),
@@ -46,6 +52,8 @@ impl Audit {
     /// The lighthouse restarts: it forgets all but the clock, and its callers hang up.
     pub fn restart(&mut self, epoch: i64) {
         self.heard.clear();
+        self.first_heard = None;
+        self.takes_over = false;
         self.asking.clear();
         self.since.clear();
         self.last = None;
@@ -55,10 +63,26 @@ impl Audit {
 
     pub fn heartbeat(&mut self, id: &ReplicaId, now: Duration) {
         self.heard.insert(id.clone(), now);
+        self.first_heard.get_or_insert(now);
     }
 
-    pub fn join(&mut self, ticket: Ticket, member: &Member, now: Duration) {
+    /// The lighthouse does not run from `now` on: it hears nobody, which is no silence of theirs.
+    pub fn pause(&mut self, gap: Duration, now: Duration) {
+        let timeout = self.rules.heartbeat_timeout;
+        let mut known = self.heard.values();
+        let watched = !self.asking.is_empty() || known.any(|heard| now - *heard < timeout);
+        if gap <= timeout / 2 || !watched {
+            return;
+        }
+        let healthy = self.heard.values_mut().filter(|h| now - **h < timeout);
+        healthy.for_each(|heard| *heard = now + gap);
+        self.since.values_mut().for_each(|since| *since += gap);
+        self.first_heard = self.first_heard.map(|at| at + gap);
+    }
+
+    pub fn join(&mut self, ticket: Ticket, member: &Member, seen: i64, now: Duration) {
         self.heartbeat(&member.replica_id, now);
+        self.takes_over |= seen > 0 && self.last.is_none();
         let last = self.last.as_ref();
         let was = last.and_then(|last| last.member(member.replica_id.as_str()));
         if was.is_some_and(|was| was.address != member.address) {
@@ -119,6 +143,12 @@ impl Audit {
                     assert!(to < from);
                     self.warned = Some(*quorum_id);
                 }
+                Effect::Notice(Notice::Paused { gap }) => {
+                    assert!(*gap > self.rules.heartbeat_timeout / 2);
+                }
+                Effect::Notice(Notice::SameName { replica_ids }) => {
+                    assert!(replica_ids.len() > 1);
+                }
                 Effect::Notice(Notice::FellSilent { replica_id }) => {
                     assert!(!self.is_healthy(replica_id, now));
                 }
@@ -129,6 +159,7 @@ impl Audit {
 
     fn check_quorum(&mut self, quorum: &Arc<Quorum>, tickets: &[Ticket], now: Duration) {
         let members = &quorum.members;
+        assert!(!self.listens(now), "did not listen who else is there");
         assert!(members.is_sorted_by(|a, b| a.replica_id < b.replica_id));
         assert!(
             members.len() >= self.rules.min_replicas,
@@ -273,6 +304,9 @@ impl Audit {
     /// When all healthy ids ask, or the join timeout has passed for a majority, and neither
     /// `shrink_only` nor the donor rule stands against it, nobody waits.
     fn check_nothing_is_overdue(&self, now: Duration) {
+        if self.listens(now) {
+            return;
+        }
         let healthy = self
             .heard
             .keys()
@@ -294,6 +328,13 @@ impl Audit {
             !overdue,
             "{count} of {healthy} ask and nothing stands against it"
         );
+    }
+
+    /// Whether it has just taken over from an earlier lighthouse.
+    fn listens(&self, now: Duration) -> bool {
+        let new = self.takes_over && self.last.is_none();
+        let heard = self.first_heard.filter(|_| new);
+        heard.is_some_and(|at| now < at + self.rules.heartbeat_timeout)
     }
 
     fn is_healthy(&self, id: &ReplicaId, now: Duration) -> bool {

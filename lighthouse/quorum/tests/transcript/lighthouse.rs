@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use torchft_quorum::assign::assign;
-use torchft_quorum::effect::Effect;
+use torchft_quorum::effect::{Effect, Refusal};
 use torchft_quorum::machine::Machine;
 use torchft_quorum::member::{Member, Ticket};
 use torchft_quorum::rules::{BadRules, Rules};
@@ -53,6 +53,10 @@ impl LighthouseWorld {
                 self.tell(effects)
             }
             "wait" => self.wait(command),
+            "pause" => {
+                self.now += Duration::from_millis(command.name().parse().unwrap());
+                Vec::new()
+            }
             "why" => vec![self.machine.waiting(now).to_string()],
             "status" => self.status(),
             "restart" => self.restart(command),
@@ -107,7 +111,7 @@ impl LighthouseWorld {
         let mut lines = Vec::new();
         loop {
             let wake_at = self.machine.next_wake().unwrap_or(end);
-            self.now = wake_at.min(beat_at).min(end);
+            self.now = wake_at.min(beat_at).min(end).max(self.now); // late after a pause
             let mut effects = Vec::new();
             if beat_at == self.now {
                 let ids = beating.split(',').filter(|id| !id.is_empty());
@@ -221,7 +225,9 @@ impl LighthouseWorld {
                 )
             }
             Effect::Refuse { ticket, refusal } => {
-                format!("refuse {}: {refusal}", self.names[&ticket])
+                let absent = matches!(refusal, Refusal::Deadline { absent: true, .. });
+                let again = if absent { " (it may ask again)" } else { "" };
+                format!("refuse {}{again}: {refusal}", self.names[&ticket])
             }
             Effect::Notice(notice) => format!("notice: {notice}"),
         }

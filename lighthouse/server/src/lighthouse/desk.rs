@@ -199,6 +199,8 @@ fn refused(refusal: &Refusal) -> CallError {
             message: words,
         },
         Refusal::StateLost(_) => CallError::StateLost(words),
+        // To its caller the same as no answer: it may ask again.
+        Refusal::Deadline { absent: true, .. } => CallError::Silent(words),
         Refusal::Deadline { .. } => CallError::Deadline(words),
     }
 }

@@ -32,6 +32,11 @@ pub fn refused(refusal: &Refusal) {
 /// Something that nobody waits for.
 pub fn notice(notice: &Notice) {
     match notice {
+        Notice::Paused { gap } => tracing::warn!(?gap, "{notice}"),
+        Notice::SameName { .. } => tracing::warn!(
+            "{notice}: they compute the same share of the data twice; give each group a name of \
+             its own, or stop the one that should not be there"
+        ),
         Notice::FellSilent { replica_id } => {
             tracing::info!(replica = %replica_id, "a member of the last quorum fell silent");
         }

@@ -12,6 +12,10 @@ use crate::error::CallError;
 pub fn of_gather(refusal: &GatherRefusal) -> CallError {
     let words = refusal.to_string();
     match refusal {
+        // All ranks have asked, and the lighthouse has not answered.
+        GatherRefusal::Deadline { missing, .. } if missing.is_empty() => {
+            CallError::LighthouseAway(words)
+        }
         GatherRefusal::Deadline { .. } => CallError::Deadline(words),
         GatherRefusal::UnknownRank { .. } => failed(Code::InvalidArgument, words),
         GatherRefusal::Superseded { .. } => failed(Code::Aborted, words),
@@ -19,8 +23,9 @@ pub fn of_gather(refusal: &GatherRefusal) -> CallError {
         GatherRefusal::RankLeft { .. } => CallError::Refused(words),
         GatherRefusal::RanksApart { .. } => CallError::Mismatch(words),
         GatherRefusal::Lighthouse { failure, .. } => match failure.kind {
-            // An absent lighthouse is tried again until the deadline, so only that ends the wait.
-            FailureKind::Deadline | FailureKind::Unreachable => CallError::Deadline(words),
+            FailureKind::Deadline => CallError::Deadline(words),
+            // It is tried again until the deadline, so only that ends the wait.
+            FailureKind::Unreachable => CallError::LighthouseAway(words),
             FailureKind::StateLost => CallError::StateLost(words),
             _ => CallError::Refused(words),
         },
@@ -42,7 +47,10 @@ pub fn of_vote(refusal: &VoteRefusal) -> CallError {
 pub fn failure(error: &CallError) -> Failure {
     let kind = match error {
         CallError::Deadline(_) => FailureKind::Deadline,
-        CallError::Unreachable(_) | CallError::Unavailable(_) => FailureKind::Unreachable,
+        CallError::Silent(_)
+        | CallError::LighthouseAway(_)
+        | CallError::Unreachable(_)
+        | CallError::Unavailable(_) => FailureKind::Unreachable,
         CallError::StateLost(_) => FailureKind::StateLost,
         CallError::Mismatch(_) | CallError::Refused(_) | CallError::Address(_) => {
             FailureKind::Refused
