@@ -51,7 +51,7 @@ class Means:
     communicator: Communicator
     closer: Closer
     timeout: timedelta
-    """Of a collective, a vote."""
+    """Of a collective."""
 
 
 class OpenStep:
@@ -118,7 +118,7 @@ class OpenStep:
     def heal(self) -> None:
         """Load what this group was given when it formed, if anything, on all of its ranks or on
         none."""
-        self._means.closer.heal(self.transaction, self.plan, self._means.timeout)
+        self._means.closer.heal(self.transaction, self.plan)
 
     def complete(self) -> None:
         """Wait until all that was begun in it has arrived, or failed."""
@@ -190,16 +190,18 @@ class OpenStep:
         """A heal has taken its place, unless it is being voted on: nothing of it is applied."""
         if self.phase is Phase.OPEN:
             self.phase = Phase.IDLE
+            self.transaction.release()
 
     def _close(self, timeout: timedelta | None, *, with_step: bool) -> bool:
         self.phase = follow(self.phase, Phase.VOTING)
         closer = self._means.closer
         close = closer.close if with_step else closer.close_without_step
         try:
-            self.committed = close(self.transaction, self.plan, timeout or self._means.timeout)
+            self.committed = close(self.transaction, self.plan, timeout)
             return self.committed
         finally:
             self.phase = follow(self.phase, Phase.IDLE)
+            self.transaction.release()
 
     @property
     def plan(self) -> Plan:

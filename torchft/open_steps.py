@@ -35,7 +35,9 @@ class OpenSteps:
         return Phase.IDLE if self.last is None or self.last.taken else self.last.phase
 
     def begin(self, transaction: Transaction) -> None:
-        """One more."""
+        """One more; the one before it, when nobody took it, is dropped if it is still open."""
+        if self.last is not None and not self.last.taken:
+            self.last.drop()
         self._taken = [step for step in self._taken if step.phase is Phase.OPEN]
         self.last = OpenStep(transaction, self._means)
 

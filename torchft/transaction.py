@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 __all__ = ["ExceptionWithTraceback", "Transaction"]
 
 
+def _forget_frames(error: BaseException | None) -> None:
+    """The stack is kept as text; the frames themselves hold tensors and process groups."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
 class ExceptionWithTraceback(Exception):
     """An error with the stack that it came from, kept for whoever asks `Manager.errored()`."""
 
@@ -39,6 +46,7 @@ class Transaction:
         self.ledger = ledger
         self.plan: Plan | None = None
         self.error: ExceptionWithTraceback | None = None
+        self._told = False
         self.broken = False
         """An error that the collectives of this step do not survive."""
         self.failure: BaseException | None = None
@@ -94,9 +102,26 @@ class Transaction:
     def report(self, error: Exception, *, at_home: bool = False) -> None:
         """The step failed. `at_home`: the others can commit it without this group, which goes on
         to take part in their collectives."""
-        self.error = ExceptionWithTraceback(error)
+        # The first one is the cause; those that come of giving up the rest add nothing. Only what
+        # breaks the step says more than that an average is not finite.
+        if self.error is None or (self.not_finite and not isinstance(error, NotFiniteError)):
+            self.error, self._told = ExceptionWithTraceback(error), False
         self.broken = self.broken or not (at_home or self.apart)
         self._on_error(self)
+
+    def untold(self) -> Exception | None:
+        """Its error, the first time that it is asked for: an event is logged once."""
+        if self.error is None or self._told:
+            return None
+        self._told = True
+        return self.error.original_exception
+
+    def release(self) -> None:
+        """Nothing more will be done in it: let go of what would keep it, and the process group of
+        its step, alive until the garbage collector comes."""
+        self.averages = []
+        if self.error is not None:
+            _forget_frames(self.error.original_exception)
 
     @property
     def failed(self) -> bool:

@@ -8,18 +8,25 @@ it hangs in, and what it still brings is discarded.
 
 from __future__ import annotations
 
+import atexit
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torchft.errors import CollectiveError
 
 __all__ = ["Attempt", "Deadline"]
 
 T = TypeVar("T")
+
+_EXIT_S = 0.5
+"""How long an exit waits for what is stopped: a thread that comes back from torch into an
+interpreter that is being taken down ends the process with SIGABRT."""
 
 _GRACE_S = 0.25
 """So long beyond the deadline, or a stop, may the thread itself say what was missing."""
@@ -64,8 +71,11 @@ class Attempt(Generic[T]):
         self._outcome: list[T] | BaseException | None = None
         self._left = False
         self._discard = discard
-        thread = threading.Thread(target=self._run, args=(do,), name="torchft-attempt", daemon=True)
-        thread.start()
+        self._thread = threading.Thread(
+            target=self._run, args=(do,), name="torchft-attempt", daemon=True
+        )
+        _running.add(self)
+        self._thread.start()
 
     def stop(self) -> None:
         """Give up, whatever it waits for."""
@@ -80,14 +90,19 @@ class Attempt(Generic[T]):
                 self._let_it_say_why()
         finally:
             with self._changing:
-                outcome, self._left = self._outcome, True
-        if isinstance(outcome, BaseException):
-            raise outcome
-        if outcome is None and self.stopped.is_set():
-            raise CollectiveError(f"abandoned while waiting for {self.stage}")
-        if outcome is None:
-            raise TimeoutError(f"waited {deadline} for {self.stage}")
-        return outcome[0]
+                outcome, self._outcome, self._left = self._outcome, None, True
+        try:
+            if isinstance(outcome, BaseException):
+                raise outcome
+            if outcome is None and self.stopped.is_set():
+                raise CollectiveError(f"abandoned while waiting for {self.stage}")
+            if outcome is None:
+                raise TimeoutError(f"waited {deadline} for {self.stage}")
+            return outcome[0]
+        finally:
+            # An error's stack holds this frame, which would hold the error: then only the garbage
+            # collector could free what is in those frames, a whole process group.
+            del outcome
 
     def _let_it_say_why(self) -> None:
         self._woken.clear()
@@ -105,5 +120,23 @@ class Attempt(Generic[T]):
             if not late:
                 self._outcome = outcome
         self._woken.set()
+        _running.discard(self)
         if late and isinstance(outcome, list) and self._discard is not None:
             self._discard(outcome[0])
+
+
+_running: weakref.WeakSet[Attempt[Any]] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_all() -> None:
+    attempts = list(_running)
+    for attempt in attempts:
+        attempt.stop()
+    until = time.monotonic() + _EXIT_S
+    for attempt in attempts:
+        attempt._thread.join(max(0.0, until - time.monotonic()))
+
+
+if hasattr(os, "register_at_fork"):  # in a forked child none of the threads exists
+    os.register_at_fork(after_in_child=_running.clear)

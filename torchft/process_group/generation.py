@@ -74,8 +74,8 @@ class Generation:
         self.rank = rank
         self.members = tuple(members)
         """In the order of their ranks."""
-        self.store = store
-        """Where its members met. Served by one of them, so it ends with that one."""
+        self.store: Store | None = store
+        """Where its members met. Served by one of them, so it ends with that one. None: retired."""
         self.error: CollectiveError | None = None
         """Why it was retired."""
         self.account = Account()
@@ -93,6 +93,7 @@ class Generation:
         if self.error is None:
             self.error = CollectiveError(f"process group {self.name} was abandoned: {reason}")
             self._backend = _Gone(self.error)
+            self.store = None
             self._release()
 
     @property

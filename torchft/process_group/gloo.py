@@ -51,6 +51,11 @@ class ProcessGroupGloo(ProcessGroupWrapper):
         """`torchft-gloo`."""
         return "torchft-gloo"
 
+    def shutdown(self) -> None:
+        """Abandon what is pending and let go of everything, also of the stores."""
+        super().shutdown()
+        self._stores.close()
+
     def reduce_scatter(
         self,
         output_tensors: list[Tensor],

@@ -69,6 +69,11 @@ class StoreClients:
             for key in [key for key in self._clients if key[2] == port]:
                 del self._clients[key]
 
+    def close(self) -> None:
+        """Let go of all connections; each ends when nobody else uses it."""
+        with self._changing:
+            self._clients.clear()
+
     def _kept(self, key: _Key) -> TCPStore | None:
         with self._changing:
             client = self._clients.pop(key, None)
