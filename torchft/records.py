@@ -8,6 +8,7 @@ readers pass over torn lines and count them.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ from torchft.errors import TorchftError
 
 __all__ = [
     "LineFollower",
+    "LineWriter",
     "RecordsError",
     "StepRecord",
     "StepRecords",
@@ -75,38 +77,60 @@ class StepRecord:
         return cls(**{**fields, "members": tuple(fields.get("members", ()))})
 
 
-class StepRecords:
-    """Appends records to the file at `path`, which is made with its folders when absent.
+class LineWriter:
+    """Appends whole lines to the file at `path`, which is made with its folders when absent.
 
-    Raises OSError from the constructor and from `append` when the file cannot be written.
+    A line is one write, so that several processes may share a file. What a full disk or a kill has
+    cut stays a line of its own.
+
+    Raises OSError from the constructor and from `write` when the file cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 (closed by `close`)
-        if self._ends_torn():
-            self._file.write(b"\n")
+        self._torn = self._ends_torn()
 
-    def append(self, record: StepRecord) -> None:
-        """Write `record` at once, in a single write, so that a reader or a kill cannot split it."""
-        self._file.write(record.to_json().encode() + b"\n")
+    def write(self, line: bytes) -> None:
+        """Write `line`, which is given without its end."""
+        line = (b"\n" if self._torn else b"") + line + b"\n"
+        written = self._file.write(line)
+        if written != len(line):
+            self._torn = self._torn or written > 0
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        self._torn = False
 
     def close(self) -> None:
         """Close the file. Closing twice is fine."""
         self._file.close()
-
-    def __enter__(self) -> StepRecords:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     def _ends_torn(self) -> bool:
         if self._file.seek(0, os.SEEK_END) == 0:
             return False
         self._file.seek(-1, os.SEEK_END)
         return self._file.read(1) != b"\n"
+
+
+class StepRecords:
+    """Appends records to the file at `path`; raises OSError as `LineWriter` does."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._lines = LineWriter(path)
+
+    def append(self, record: StepRecord) -> None:
+        """Write `record` at once, in a single write, so that a reader or a kill cannot split it."""
+        self._lines.write(record.to_json().encode())
+
+    def close(self) -> None:
+        """Close the file. Closing twice is fine."""
+        self._lines.close()
+
+    def __enter__(self) -> StepRecords:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 class LineFollower:

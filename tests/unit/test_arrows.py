@@ -15,9 +15,9 @@ PACKAGE = Path(__file__).parents[2] / "torchft"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 BASE = {
-    *("digest", "errors", "finite", "futures", "ledger", "ordered"),
+    *("best_effort", "digest", "errors", "finite", "futures", "ledger", "ordered"),
     *("parameter_marks", "peers", "records", "settings", "step_hooks", "step_watch"),
-    *("uncopied", "untraced", "version", "work"),
+    *("timeouts", "uncopied", "untraced", "version", "work"),
 }
 NUMBERS = {"compression", "quantization"}
 COMMUNICATION = {"checkpointing", "collectives", "coordination", "process_group"}

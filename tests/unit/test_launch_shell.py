@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import signal
@@ -21,7 +22,7 @@ from torchft.launch.shell import (
     which_group,
 )
 
-LOGGERS = ("torchft.manager", *shell.STRUCTURED)
+LOGGERS = ("torchft.manager", "torchft_quorums", "torchft_commits", "torchft_errors")
 
 
 @pytest.fixture(autouse=True)
@@ -188,8 +189,13 @@ def test_an_error_is_said_once_and_quorums_are_seen(caplog: pytest.LogCaptureFix
     show_events()
     logging.getLogger("torchft.manager").info("quorum 1: group_0")
     logging.getLogger("torchft.manager").warning("the peer is gone")
-    logging.getLogger("torchft_errors").warning("the peer is gone")
     assert caplog.messages == ["quorum 1: group_0", "the peer is gone"]
+
+
+def test_what_is_said_for_programs_is_not_shown_to_people() -> None:
+    importlib.import_module("torchft.step_log")
+    for name in ("torchft_quorums", "torchft_commits", "torchft_errors"):
+        assert not logging.getLogger(name).propagate
 
 
 @pytest.mark.usefixtures("loggers")
@@ -201,12 +207,3 @@ def test_other_ranks_tell_only_what_is_wrong(
     logging.getLogger("torchft.manager").info("quorum 1: group_0")
     logging.getLogger("torchft.manager").warning("the peer is gone")
     assert caplog.messages == ["the peer is gone"]
-
-
-@pytest.mark.usefixtures("loggers")
-def test_a_structured_logger_with_a_handler_is_left_alone() -> None:
-    logger = logging.getLogger("torchft_quorums")
-    logger.addHandler(logging.StreamHandler())
-    show_events()
-    assert logger.propagate
-    assert len(logger.handlers) == 1

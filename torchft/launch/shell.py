@@ -38,9 +38,6 @@ __all__ = [
     "which_group",
 ]
 
-STRUCTURED = ("torchft_quorums", "torchft_commits", "torchft_errors")
-"""They say the same as `torchft.manager`, as fields: for programs."""
-
 
 def shared_flags(doc: str | None, *, finish_together_s: int) -> argparse.ArgumentParser:
     """A command line with what all examples have, about the first line of `doc`; add your own."""
@@ -82,15 +79,10 @@ def require_torchrun() -> None:
 
 
 def show_events() -> None:
-    """Quorums, heals and errors as plain lines, those of rank 0 only; programs' loggers silent."""
+    """Quorums, heals and errors as plain lines, those of rank 0 only."""
     logging.basicConfig(format="%(message)s")
     first = settings.integer("RANK", 0) == 0
     logging.getLogger("torchft.manager").setLevel(logging.INFO if first else logging.WARNING)
-    for name in STRUCTURED:
-        logger = logging.getLogger(name)
-        if not logger.handlers:
-            logger.propagate = False
-            logger.addHandler(logging.NullHandler())
 
 
 def which_group() -> tuple[int, int]:

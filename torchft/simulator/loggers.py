@@ -16,11 +16,13 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from io import StringIO
 from pathlib import Path
-from typing import Any, Literal, Protocol, TextIO, cast
+from typing import Any, Literal, Protocol, cast
 
 from torchft.errors import SettingsError
+from torchft.records import LineWriter
 
 __all__ = [
     "Axis",
@@ -78,7 +80,7 @@ class CSVLogger:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._files: dict[Kind, TextIO] = {}
+        self._files: dict[Kind, LineWriter] = {}
 
     def start(self, config: Mapping[str, Any], past: Sequence[tuple[Kind, Row]]) -> None:
         """Make the folder; files of an earlier run of this name are replaced."""
@@ -95,16 +97,21 @@ class CSVLogger:
         """One line; the first of a kind makes the file, with the names above it."""
         file = self._files.get(kind)
         if file is None:
-            # Open as long as the run is; `close` is its end.
-            file = open(self.folder / f"{kind}.csv", "w", newline="", buffering=1)  # noqa: SIM115
+            file = LineWriter(self.folder / f"{kind}.csv")
+            file.write(_csv(row))
             self._files[kind] = file
-            csv.writer(file, lineterminator="\n").writerow(row)
-        csv.writer(file, lineterminator="\n").writerow(row.values())
+        file.write(_csv(row.values()))
 
     def close(self) -> None:
         """Close the files."""
         while self._files:
             self._files.popitem()[1].close()
+
+
+def _csv(values: Iterable[Any]) -> bytes:
+    text = StringIO()
+    csv.writer(text, lineterminator="").writerow(values)
+    return text.getvalue().encode()
 
 
 class WandbLogger:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TextIO
+
+from torchft.best_effort import BestEffort
 
 __all__ = ["Progress"]
 
@@ -37,6 +41,7 @@ class Progress:
         self._first, self._done, self._total = done, done, total
         self._began = self._said = clock()
         self._shown: dict[str, str] = {}
+        self._try = BestEffort("the progress", logging.getLogger(__name__).warning)
         self._bar = self._make_bar() if self._stream.isatty() else None
 
     def _make_bar(self) -> Any:
@@ -87,8 +92,5 @@ class Progress:
         speed = f"{steps / seconds:.1f} it/s" if seconds > 0 else "0 s"
         figures = "".join(f", {name} {value}" for name, value in self._shown.items())
         part = "" if self._done == self._total else f" of {self._total}"
-        print(
-            f"{self._name}: {self._done}{part} steps, {speed}{figures}",
-            file=self._stream,
-            flush=True,
-        )
+        line = f"{self._name}: {self._done}{part} steps, {speed}{figures}"
+        self._try(partial(print, line, file=self._stream, flush=True))

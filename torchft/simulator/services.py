@@ -7,12 +7,15 @@ None of it changes what the run computes.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
+from torchft.best_effort import BestEffort
 from torchft.simulator.checkpoint import Checkpoints, Saved
 from torchft.simulator.correlation import correlation
 from torchft.simulator.loggers import Kind, Logger, Row, perplexity
@@ -24,6 +27,8 @@ from torchft.simulator.result import Result, StepRow
 from torchft.simulator.validation import Validator
 
 __all__ = ["Figures", "Services"]
+
+_log = logging.getLogger(__name__)
 
 
 class Figures:
@@ -102,6 +107,8 @@ class Services:
     """Of the run so far."""
 
     _stack: ExitStack = field(default_factory=ExitStack, init=False)
+    _efforts: list[BestEffort] = field(default_factory=list, init=False)
+    """One a logger: figures that cannot be written do not end the run."""
     _progress: Progress | None = field(default=None, init=False)
     _rounds: int = field(default=0, init=False)
     _step: int = field(default=0, init=False)
@@ -165,10 +172,15 @@ class Services:
         self._figures = Figures(run.experiment.num_nodes, run.experiment.batch_size)
         past = list(self._figures.past(run.result)) if run.step else []
         self._rounds = len(run.result.rounds)
-        for logger in self.loggers:
-            self._stack.callback(logger.close)
-            logger.start(self.config, past)
+        self._start_loggers(past)
         self.show(run.total_steps, run.step)
+
+    def _start_loggers(self, past: Sequence[tuple[Kind, Row]]) -> None:
+        for logger in self.loggers:
+            effort = BestEffort(f"what {type(logger).__name__} logs", _log.warning)
+            self._efforts.append(effort)
+            self._stack.callback(effort.last, logger.close)
+            effort.first(partial(logger.start, self.config, past))
 
     def _train_row(self, run: Run) -> None:
         closed = run.result.rounds[self._rounds :]
@@ -200,9 +212,7 @@ class Services:
 
     def tell(self, result: Result, batch_size: int) -> None:
         """All rows of a run that could not be watched."""
-        for logger in self.loggers:
-            self._stack.callback(logger.close)
-            logger.start(self.config, [])
+        self._start_loggers([])
         for kind, row in Figures(result.num_nodes, batch_size).past(result):
             self._log(kind, row)
 
@@ -230,8 +240,8 @@ class Services:
         self._unsaved = False
 
     def _log(self, kind: Kind, row: Row) -> None:
-        for logger in self.loggers:
-            logger.log(kind, row)
+        for logger, effort in zip(self.loggers, self._efforts, strict=True):
+            effort(partial(logger.log, kind, row))
         if self._progress is None:
             return
         if kind == "train":
