@@ -12,6 +12,7 @@ and given up when its members are gone.
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -216,7 +217,7 @@ class Average(Work):
         transaction = self._transaction
         if error is not None and (not transaction.failed or transaction.not_finite):
             failed = CollectiveError(
-                f"the all-reduce of {tuple(self._tensor.shape)} failed: {error}"
+                f"the all-reduce of {tuple(self._tensor.shape)} failed: {_plain(error)}"
             )
             failed.__cause__ = error
             transaction.report(failed)
@@ -233,6 +234,15 @@ class Average(Work):
 def is_finite(work: Work) -> bool:
     """Whether what was averaged is finite, as far as somebody looked. It has arrived."""
     return not isinstance(work, Average) or work.is_finite()
+
+
+_SOURCE = re.compile(r"^\[[^\]\s]*:\d+\] ")
+_GUESS = " This is typically caused by"
+
+
+def _plain(error: Exception) -> str:
+    """What gloo says, without the place in its sources and its guess at the cause."""
+    return _SOURCE.sub("", str(error)).partition(_GUESS)[0]
 
 
 class Done(Work):

@@ -17,6 +17,7 @@ from torchft.progress import Progress
 from torchft.replica_group import ReplicaGroup
 from torchft.step import Options, Plan, Why, has_tried_all_donors, objection
 from torchft.step_log import StepLog
+from torchft.timeouts import inside_group
 from torchft.transaction import Transaction
 
 __all__ = ["Closer"]
@@ -58,7 +59,7 @@ class Closer:
         self._bytes_offered = bytes_offered
         self._offered_until_last = 0
 
-    def heal(self, transaction: Transaction, plan: Plan, timeout: timedelta) -> None:
+    def heal(self, transaction: Transaction, plan: Plan) -> None:
         """Load a donor's state now, before a step that may stay open: where a rank of this group
         could not, none has healed, and the step's error says so on all of them. Also a rank that
         has nothing to load meets the others here.
@@ -70,21 +71,22 @@ class Closer:
         if not plan.may_heal or self._group.world_size == 1:
             return
         healed = not transaction.failed
-        all_have = self._all_say(plan.step, healed, self._patience(plan, timeout))
+        all_have = self._all_say(plan.step, healed, self._patience(plan, None))
         if healed and not all_have:
             self._progress.fresh = fresh
             error = HealError("another rank of this group could not heal, so it heals once more")
             transaction.report(error, at_home=not plan.participates)
 
-    def close(self, transaction: Transaction, plan: Plan, timeout: timedelta) -> bool:
-        """Vote on the step: whether it is committed.
+    def close(self, transaction: Transaction, plan: Plan, timeout: timedelta | None) -> bool:
+        """Vote on the step: whether it is committed. `timeout`: of the collectives and the vote,
+        in place of the manager's.
 
         Raises:
             TimeoutError: a rank of this group does not vote in `timeout`.
             DiscardedTooOften: more discarded steps in a row than `max_retries`, or too many heals
                 that failed and cost the others a step each.
         """
-        self._communicator.finish(transaction, plan, timeout)
+        self._communicator.finish(transaction, plan, timeout or self._options.timeout)
         self._load_staged(transaction)
         why = objection(
             failed=transaction.failed,
@@ -96,7 +98,7 @@ class Closer:
         committed = self._vote(transaction, step, why is None, self._patience(plan, timeout))
         if committed:
             self._progress.commit(len(plan.counted))
-        elif self._is_only_not_finite(transaction, why, step, timeout):
+        elif self._is_only_not_finite(transaction, why, step, self._patience(plan, timeout)):
             why = Why.NOT_FINITE
             # Who was given a donor's state has loaded it: else that would be the step's error.
             self._progress.skip(met=plan.donor is None)
@@ -110,12 +112,14 @@ class Closer:
         """The step that was just committed could not be applied here."""
         self._progress.fall_behind(len(plan.counted))
 
-    def close_without_step(self, transaction: Transaction, plan: Plan, timeout: timedelta) -> bool:
+    def close_without_step(
+        self, transaction: Transaction, plan: Plan, timeout: timedelta | None
+    ) -> bool:
         """All members meet, who is behind heals, no step is counted. Whether that went well.
 
         Raises as `close` does.
         """
-        self._communicator.finish(transaction, plan, timeout)
+        self._communicator.finish(transaction, plan, timeout or self._options.timeout)
         self._load_staged(transaction)
         why = Why.ERROR if transaction.failed else None
         step = self._step_of(plan)
@@ -166,9 +170,10 @@ class Closer:
             return why is Why.NOT_FINITE
         return self._all_say(step, finite_or_not, timeout)
 
-    def _patience(self, plan: Plan, timeout: timedelta) -> timedelta:
+    def _patience(self, plan: Plan, timeout: timedelta | None) -> timedelta:
         """How long the ranks of this group wait for each other: another one may still heal, or wait
         for one that does."""
+        timeout = timeout or inside_group(self._options.timeout)
         return timeout + self._options.heal_limit if plan.anyone_heals else timeout
 
     def _all_say(self, step: int, yes: bool, timeout: timedelta) -> bool:

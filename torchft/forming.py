@@ -7,7 +7,7 @@ nothing: a fetched state is staged in the transaction, for the training thread t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from torch.distributed import Store
 from torchft import healing
 from torchft.checkpointing import CheckpointTransport
 from torchft.coordination import QuorumResult
-from torchft.errors import CollectiveError, HealError, StepError, TorchftError
+from torchft.errors import CollectiveError, HealError, StepError, TorchftError, UnreachableError
 from torchft.fingerprint import Description, exchange, same_world_sizes, withdraw
 from torchft.heal_progress import Patience, report_progress, wait_for_heals
 from torchft.ledger import Bucket, Ledger
@@ -80,6 +80,7 @@ class Former:
         )
         self._configured: int | None = None
         self._configuring = False
+        self._patient = True
         self._broken = False
         """The process group that was made last is of no use, though others may still have it."""
         self._offering: Transaction | None = None
@@ -162,7 +163,29 @@ class Former:
             return self._pg.errored()
         return generation.error
 
+    def stop_waiting(self) -> None:
+        """The manager is shut down: a lighthouse that is away is not waited for any longer."""
+        self._patient = False
+        self._stores.close()
+
     def _ask(self, request: Request) -> QuorumResult:
+        """The quorum. While the lighthouse is away, this group waits with all that it has learnt.
+
+        Raises:
+            UnreachableError: it was away for the whole `lighthouse_timeout`.
+            TimeoutError, QuorumError: the lighthouse's own answer.
+        """
+        patience = Deadline.after(self._options.lighthouse_timeout)
+        while True:
+            try:
+                return self._ask_once(request)
+            except UnreachableError as error:
+                if request.settling or patience.passed() or not self._patient:
+                    raise
+                self._log.lighthouse_away(request.step, patience.left(), error)
+                request = replace(request, timeout=min(request.timeout, patience.left()))
+
+    def _ask_once(self, request: Request) -> QuorumResult:
         return self._group.client._quorum(
             group_rank=self._group.rank,
             step=request.step,

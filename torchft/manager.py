@@ -88,7 +88,8 @@ class Manager(Uncopied):
         min_replica_size: fewer counted groups than this, and a step is discarded.
         use_async_quorum: form the quorum during the forward pass; a group that falls behind then
             heals while it contributes zeros. False: `start_quorum` waits, and heals first.
-        timeout: deadline of a collective, a vote, and a transfer of state in which nothing moves.
+        timeout: deadline of a collective, and of a transfer of state in which nothing moves; a
+            vote gets half as much again.
         quorum_timeout: deadline of a quorum.
         connect_timeout: deadline of each connection.
         rank: inside the group; default RANK.
@@ -104,6 +105,7 @@ class Manager(Uncopied):
         quorum_retries: how often a failed quorum request is sent again within its deadline.
         check_finite: discard a step in all groups when an average has NaN or infinity in it. Such
             steps do not count towards `max_retries`. It costs about one read of what is averaged.
+        lighthouse_timeout: how long a lighthouse that does not answer is waited for.
 
     Raises:
         SettingsError: an argument or variable that cannot be used.
@@ -137,6 +139,7 @@ class Manager(Uncopied):
         max_retries: int | None = None,
         quorum_retries: int = 0,
         check_finite: bool = True,
+        lighthouse_timeout: timedelta = timedelta(hours=1),
     ) -> None:
         if (load_state_dict is None) != (state_dict is None):
             raise SettingsError("give load_state_dict and state_dict together, or neither")
@@ -151,6 +154,9 @@ class Manager(Uncopied):
             connect_timeout=settings.timeout(settings.CONNECT_TIMEOUT_SEC, connect_timeout),
             max_retries=max_retries,
             check_finite=check_finite,
+            lighthouse_timeout=settings.timeout(
+                settings.LIGHTHOUSE_TIMEOUT_SEC, lighthouse_timeout
+            ),
         )
         with self.ledger.spending(Bucket.START), ExitStack() as undo:
             self._group = ReplicaGroup.join(
@@ -467,8 +473,8 @@ class Manager(Uncopied):
         """An error of a step that runs: free the peers that wait for us in it."""
         if not self._steps.are_running(transaction):
             return
-        assert transaction.error is not None
-        self._log.error(self._progress.step, transaction.error.original_exception)
+        if (error := transaction.untold()) is not None:
+            self._log.error(self._progress.step, error)
         if transaction.broken:
             self._former.abandon(transaction)
 
@@ -479,7 +485,7 @@ class Manager(Uncopied):
 
         Raises:
             PhaseError: no step is open.
-            TimeoutError: a rank of this group does not vote in `timeout`.
+            TimeoutError: a rank of this group does not vote in `timeout` (`torchft.timeouts`).
             DiscardedTooOften: more discarded steps in a row than `max_retries`.
         """
         follow(self._phase, Phase.VOTING)
@@ -559,13 +565,14 @@ class Manager(Uncopied):
 
     def note(self, **extra: Any) -> None:
         """Add values that JSON can hold, such as a loss, to the next step record to be written."""
-        self._log.notes.update(extra)
+        self._log.note(extra)
 
     def shutdown(self, wait: bool = True) -> None:
         """Free the server, the transport and the threads. Calling it again does nothing."""
         if self._phase is Phase.CLOSED:
             return
         self._shut_down = True
+        self._former.stop_waiting()
         # The server first: a quorum that is still waited for then ends at once.
         self._group.leave()
         self._steps.give_up(PhaseError("the manager was shut down while the step was open"))

@@ -19,6 +19,7 @@ from torchft import settings
 from torchft.coordination import ManagerClient, ManagerServer
 from torchft.errors import TorchftError, UnreachableError
 from torchft.process_group.attempt import Attempt, Deadline
+from torchft.timeouts import inside_group
 
 __all__ = ["MANAGER_ADDR_KEY", "REPLICA_ID_KEY", "ReplicaGroup"]
 
@@ -128,6 +129,8 @@ def _store(addr: str, port: int, timeout: timedelta) -> Store:
 
     try:
         store = Attempt(connect).wait(Deadline.after(timeout))
+        # The others wait here while rank 0 may wait for the lighthouse: longer than it does.
+        store.set_timeout(inside_group(timeout))
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UnreachableError(

@@ -29,6 +29,7 @@ __all__ = [
     "GLOO_SOCKET_IFNAME",
     "JOB_ID",
     "LIGHTHOUSE",
+    "LIGHTHOUSE_TIMEOUT_SEC",
     "MANAGER_PORT",
     "QUORUM_RETRIES",
     "QUORUM_TIMEOUT_SEC",
@@ -52,7 +53,7 @@ LIGHTHOUSE = "TORCHFT_LIGHTHOUSE"
 MANAGER_PORT = "TORCHFT_MANAGER_PORT"
 """Port of the manager server; 0 takes a free one."""
 TIMEOUT_SEC = "TORCHFT_TIMEOUT_SEC"
-"""Deadline of a collective, a vote, a transfer of state."""
+"""Deadline of a collective, a transfer of state; a vote gets half as much again."""
 QUORUM_TIMEOUT_SEC = "TORCHFT_QUORUM_TIMEOUT_SEC"
 """Deadline of a quorum."""
 CONNECT_TIMEOUT_SEC = "TORCHFT_CONNECT_TIMEOUT_SEC"
@@ -61,6 +62,8 @@ GLOO_SOCKET_IFNAME = "GLOO_SOCKET_IFNAME"
 """Network interface for gloo, such as `eth0`; unset: that of the host's own name. Torch's."""
 CONGESTION = "TORCHFT_CONGESTION"
 """TCP congestion control of averages and heals, such as `bbr`; unset: the system's."""
+LIGHTHOUSE_TIMEOUT_SEC = "TORCHFT_LIGHTHOUSE_TIMEOUT_SEC"
+"""How long groups wait for a lighthouse that went away, before they give up."""
 QUORUM_RETRIES = "TORCHFT_QUORUM_RETRIES"
 """How often a failed quorum request is sent again before its deadline."""
 STEP_RECORDS = "TORCHFT_STEP_RECORDS"

@@ -91,13 +91,15 @@ class Options:
     """Quorums are waited for before the forward pass."""
     mode: WorldSizeMode
     timeout: timedelta
-    """Of a collective, a vote, a transfer of state."""
+    """Of a collective, a transfer of state; a vote's follows from it (`torchft.timeouts`)."""
     quorum_timeout: timedelta
     connect_timeout: timedelta
     max_retries: int | None
     """Discarded steps in a row before it gives up; None: it never does."""
     check_finite: bool = True
     """NaN or infinity in an average discards the step."""
+    lighthouse_timeout: timedelta = timedelta(hours=1)
+    """How long a lighthouse that does not answer is waited for."""
 
     @property
     def heal_limit(self) -> timedelta:

@@ -40,7 +40,7 @@ ROWS = 8  # windows of text in a batch
 LR = 2e-3  # AdamW
 FINISH_TOGETHER_S = 60  # a group that is away at the end is waited for so long
 MIN_GROUPS = 1  # with fewer groups than this, steps are discarded
-TIMEOUT = timedelta(seconds=30)  # of a collective, a vote, a transfer of state
+TIMEOUT = timedelta(seconds=30)  # of what groups wait for; ranks of a group wait longer
 SAY_EVERY = 20  # steps
 SEED = 0
 

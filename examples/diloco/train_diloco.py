@@ -45,7 +45,7 @@ OUTER_LR = 0.7  # SGD with Nesterov momentum, equal in all groups
 OUTER_MOMENTUM = 0.9
 FINISH_TOGETHER_S = 60  # a group that is away at the end is waited for so long
 MIN_GROUPS = 1  # fewer groups than this take no outer step
-TIMEOUT = timedelta(seconds=30)  # of a collective, a vote, a transfer of state
+TIMEOUT = timedelta(seconds=30)  # of what groups wait for; ranks of a group wait longer
 SEED = 0
 
 

@@ -14,12 +14,16 @@ import torch
 from torch import distributed, nn
 
 from torchft import settings
+from torchft.timeouts import inside_group
 
 __all__ = ["average_inside", "first_rank_says", "meet_inside"]
 
 
 def meet_inside(timeout: timedelta) -> tuple[int, int]:
     """Make torch's default process group, over gloo, of a group of several ranks.
+
+    `timeout` is the deadline between groups; that of this process group follows from it
+    (`torchft.timeouts`): the ranks of a group wait longer for each other than for other groups.
 
     Returns the rank and their number, and does nothing more where that is 1.
 
@@ -31,14 +35,16 @@ def meet_inside(timeout: timedelta) -> tuple[int, int]:
     rank, ranks = (int(settings.required(name, why)) for name in ("RANK", "WORLD_SIZE"))
     if ranks > 1:
         address, port = (settings.required(f"MASTER_{name}", why) for name in ("ADDR", "PORT"))
-        store = distributed.TCPStore(address, int(port), is_master=False, timeout=timeout)
+        store = distributed.TCPStore(
+            address, int(port), is_master=False, timeout=inside_group(timeout)
+        )
         attempt = settings.integer("TORCHELASTIC_RESTART_COUNT", 0)
         distributed.init_process_group(
             "gloo",
             store=distributed.PrefixStore(f"inside/{attempt}", store),
             rank=rank,
             world_size=ranks,
-            timeout=timeout,
+            timeout=inside_group(timeout),
         )
     return rank, ranks
 

@@ -59,7 +59,7 @@ class News:
 
     def _last_step(self, record: StepRecord) -> Iterator[str]:
         done, missing = record.step + 1, self._groups - record.participants
-        if self._overtime or not record.committed or done < self._target or missing == 0:
+        if self._overtime or not record.committed or done < self._target or missing <= 0:
             return
         self._overtime = True
         yield (

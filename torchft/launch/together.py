@@ -48,7 +48,7 @@ class Together:
             yield f"starts afresh from step 0, alone: none of the other {self._groups - 1} is there"
         if step < self._steps:
             return
-        if participants == self._groups:
+        if participants >= self._groups:
             self.reached = True
             return
         yield from self._wait(step, self._groups - participants)

@@ -124,7 +124,7 @@ class Trainee:
     def look_at_the_end(self) -> None:
         """Call after a committed step: was it one that all groups can end with?"""
         late = self.manager.current_step() >= self.options.steps
-        self.finished |= late and self.manager.num_participants() == self.options.groups
+        self.finished |= late and self.manager.num_participants() >= self.options.groups
 
     def tell(self, state: dict[str, Any]) -> None:
         """Settle, then write the last word of this rank. `state` is what all must hold alike."""
