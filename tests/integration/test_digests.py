@@ -171,10 +171,8 @@ HALF: dict[str, Callable[[], Strategy]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name == "LocalSGD" else pytest.param(name, marks=pytest.mark.slow) for name in HALF],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HALF)
 def test_fp32_state_beside_half_precision_is_equal_after_a_kill_too(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,6 +45,7 @@ from torchft.simulator.node import to_device
 from torchft.simulator.spmd.node import SPMDNode
 from torchft.simulator.spmd.program import SPMDProgram
 from torchft.strategies import ScheduleSpec
+from torchft.strategies.parts.precision import shared_dtype_of
 
 if TYPE_CHECKING:
     from torchft.simulator.diloco_simulator import DilocoSimulatorConfig
@@ -128,7 +129,11 @@ class DilocoProcess:
             self.scheduler = spec.build(self.optimizer, self.max_local_step)
 
     def _setup_master_model(self) -> None:
+        """In fp32 at least, so that small outer steps add up beside bf16 models too."""
         self.master_model = copy.deepcopy(self.model).cpu()
+        for master in self.master_model.parameters():
+            if master.is_floating_point():
+                master.data = master.data.to(shared_dtype_of(master.dtype, torch.float32))
 
     def _setup_master_optimizer(self) -> None:
         config = self.config
@@ -227,14 +232,18 @@ class DilocoProcess:
 
     def _average_models(self) -> None:
         for parameter in self.model.parameters():
-            dist.all_reduce(parameter.data)
-            parameter.data /= self.config.num_nodes
+            mean = parameter.data.to(shared_dtype_of(parameter.dtype, torch.float32))
+            dist.all_reduce(mean)
+            parameter.data.copy_(mean / self.config.num_nodes)
 
     def _set_master_grad(self) -> None:
         """The master's gradient is what the nodes moved away from it, in the mean."""
         own = dict(self.model.named_parameters())
         for name, master in self.master_model.named_parameters():
-            master.grad = master.data - own[name].data.to(master.device)
+            mean = own[name].data.to(master.device)
+            # What the nodes moved from: the master as they hold it.
+            held = master.data.to(mean.dtype).to(master.dtype)
+            master.grad = held - mean.to(master.dtype)
 
     def _synchronize_master_model(self) -> None:
         """The model of rank 0 becomes the master."""

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from torchft.errors import SettingsError
+from torchft.strategies.parts.precision import shared_dtype_of
 
 __all__ = ["all_gather", "all_reduce", "broadcast"]
 
@@ -23,6 +25,13 @@ def all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) 
     if tensor.numel():
         with _on_cpu(tensor) as travelling:
             dist.all_reduce(travelling, op=op)
+
+
+def mean_over_nodes(tensor: Tensor, num_nodes: int) -> Tensor:
+    """The mean of `tensor` over all nodes, added in fp32 at least; `tensor` stays as it is."""
+    mean = tensor.detach().to(shared_dtype_of(tensor.dtype, torch.float32), copy=True)
+    all_reduce(mean)
+    return mean.div_(num_nodes)
 
 
 def broadcast(tensor: Tensor, src: int = 0) -> None:

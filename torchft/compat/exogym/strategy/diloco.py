@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from torchft import strategies
-from torchft.compat.exogym.strategy.communicate import all_reduce
+from torchft.compat.exogym.strategy.communicate import mean_over_nodes
 from torchft.compat.exogym.strategy.communicate_optimize_strategy import CommunicationModule
 from torchft.compat.exogym.strategy.optim import OptimSpec, ensure_optim_spec
 from torchft.compat.exogym.tolerance import tolerant
+from torchft.strategies.parts.precision import shared_dtype_of
 
 __all__ = ["DiLoCoCommunicator", "DiLoCoStrategy"]
 
@@ -26,6 +27,7 @@ class DiLoCoCommunicator(CommunicationModule):
     """Every H steps, exactly, an outer optimizer steps with the mean of what the nodes moved.
 
     Each node has the master copy and steps it with the same mean, so nothing but that mean travels.
+    Of parameters in bf16 or fp16 it is fp32, as in `torchft.strategies.DiLoCo`.
     """
 
     def __init__(
@@ -40,6 +42,9 @@ class DiLoCoCommunicator(CommunicationModule):
 
     def _init_node(self, model: nn.Module, rank: int, num_nodes: int) -> None:
         self.master_model = copy.deepcopy(model)
+        for master in self.master_model.parameters():
+            if master.is_floating_point():
+                master.data = master.data.to(shared_dtype_of(master.dtype, torch.float32))
         self.outer_optimizer = self.outer_optim_spec.build(self.master_model)
 
     def communicate(self, model: nn.Module, rank: int, num_nodes: int, local_step: int) -> None:
@@ -55,9 +60,9 @@ class DiLoCoCommunicator(CommunicationModule):
             if own.requires_grad
         ]
         for master, own in pairs:
-            mean = own.detach().clone()
-            all_reduce(mean)
-            master.grad = master - mean.div_(num_nodes)
+            # What the nodes moved from: the master as they hold it.
+            held = master.to(own.dtype).to(master.dtype)
+            master.grad = held - mean_over_nodes(own, num_nodes)
         self.outer_optimizer.step()
         for master, own in pairs:
             own.copy_(master)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchft import strategies
-from torchft.compat.exogym.strategy.communicate import all_gather, all_reduce
+from torchft.compat.exogym.strategy.communicate import all_gather, mean_over_nodes
 from torchft.compat.exogym.strategy.communicate_optimize_strategy import CommunicationModule
 from torchft.compat.exogym.tolerance import tolerant
 
@@ -49,8 +49,7 @@ class AveragingCommunicator(CommunicationModule):
         island = self._island(rank, num_nodes, local_step)
         for parameter in (p for p in model.parameters() if p.requires_grad):
             if len(island) == num_nodes:
-                all_reduce(parameter.data)
-                parameter.data.div_(num_nodes)
+                parameter.copy_(mean_over_nodes(parameter, num_nodes))
             else:
                 _average_within(parameter.data, island, num_nodes)
 

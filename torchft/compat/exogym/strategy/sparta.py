@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchft import strategies
-from torchft.compat.exogym.strategy.communicate import all_reduce, broadcast
+from torchft.compat.exogym.strategy.communicate import broadcast, mean_over_nodes
 from torchft.compat.exogym.strategy.communicate_optimize_strategy import CommunicationModule
 from torchft.compat.exogym.tolerance import tolerant
 from torchft.errors import SettingsError
@@ -99,6 +99,5 @@ class SparseCommunicator(CommunicationModule):
             if parameter.requires_grad and parameter.grad is not None:
                 mask = self.index_selector.get_indices(parameter, local_step)
                 broadcast(mask, src=0)
-                chosen = parameter.data[mask]
-                all_reduce(chosen)
-                parameter.data.masked_scatter_(mask, chosen.div_(num_nodes))
+                chosen = mean_over_nodes(parameter.data[mask], num_nodes)
+                parameter.data.masked_scatter_(mask, chosen.to(parameter.dtype))
