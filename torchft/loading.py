@@ -62,17 +62,19 @@ class Loader:
             return
         before, donor = self._progress.step, plan.members[plan.donor.replica_rank]
         with self._ledger.spending(Bucket.HEAL):
-            self._load(transaction, staged, f"step {plan.step} of {donor}")
+            self._load(transaction, staged, f"step {plan.step} of {donor}", plan.name)
         # With a delay others begin before the one in which it healed is closed. Should another rank
         # of this group have failed to heal, it stays fresh, and so does the group.
         self._progress.fresh = False
         now = self._progress.step
         self._log.say(logging.INFO, before, "healed from %s, now at step %d", donor, now)
 
-    def _load(self, transaction: Transaction, staged: dict[str, Any], source: str) -> None:
+    def _load(
+        self, transaction: Transaction, staged: dict[str, Any], source: str, name: str
+    ) -> None:
         try:
             with self._healing(transaction):
-                self._state.load(staged["user"], source)
+                self._state.load(staged["user"], f"{source}, at {name}")
         except StateDictError as error:
             self._leave(transaction, error)
             raise

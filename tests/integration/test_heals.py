@@ -118,7 +118,7 @@ def test_a_joiner_that_cannot_load_ends_after_one_try(tmp_path: Path) -> None:
     (discarded, why), error = world.run(commits_while_a_joiner_fails, cannot_load_on(0))
     assert discarded <= 1, why
     assert error.startswith("RuntimeError: no memory in load_state_dict of 'default', given step ")
-    assert "of group_0" in error
+    assert " of group_0" in error and "at group_1" in error
 
 
 @pytest.mark.parametrize("rank", [0, 1])
