@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.ps import Fleet, options, plain_outer, train, until
-from integration.test_ps_faults import TOKENS, Voice
+from helpers.voices import TOKENS, Voice
 
 from torchft.errors import SettingsError
 from torchft.parameter_server import checkpoints, chunks
@@ -124,16 +124,22 @@ def zeros(path: Path) -> None:
     path.write_bytes(bytes(path.stat().st_size))
 
 
+def uploads_in(folder: Path) -> list[Path]:
+    """Oldest first."""
+    found = (folder / "spool" / "uploads").glob("*.row")
+    return sorted(found, key=lambda path: path.stat().st_mtime_ns)
+
+
 # An error of ours that must not come back: the server could not be started any more.
 @pytest.mark.parametrize("damage", [absent, zeros])
-def test_an_upload_that_a_power_failure_took_costs_what_came_after_it(
+def test_an_upload_that_is_lost_with_the_record_costs_what_came_after_it(
     tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
     opts = options(tmp_path, workers=1, save_every=100, outer=plain_outer)
     before = killed_after(opts, 2)
     killed_after(opts, 1, first=2)
-    uploads = (tmp_path / "spool" / "uploads").glob("*.row")
-    damage(max(uploads, key=lambda path: path.stat().st_mtime_ns))
+    for path in [uploads_in(tmp_path)[-1], *(tmp_path / "spool" / "state").iterdir()]:
+        damage(path)
     for _ in range(2):
         with server_at(opts) as again:
             voice = Voice(again.address)

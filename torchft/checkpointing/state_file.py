@@ -22,7 +22,7 @@ from torchft.checkpointing.memory import Checksum, fresh_memory, tensors_in
 from torchft.checkpointing.snapshot import SLICE_BYTES, Snapshot
 from torchft.checkpointing.tree import decode
 
-__all__ = ["read_state", "write_state"]
+__all__ = ["read_state", "read_state_from", "write_state"]
 
 
 def write_state(file: BufferedIOBase, state: object, step: int) -> None:
@@ -47,14 +47,19 @@ def read_state(path: Path) -> tuple[int, Any]:
         OSError: it cannot be read.
     """
     with path.open("rb") as file:
-        prefix = _read(file, PREFIX.size)
-        head = decode_head(prefix, _read(file, decode_prefix(prefix)))
-        leaves: dict[int, Tensor] = {}
-        checksum = Checksum()
-        for block in blocks_of_part(head.leaves, 0, 1):
-            leaves.update(_read_block(file, block, head, checksum))
-        if TRAILER.unpack(_read(file, TRAILER.size))[0] != checksum.value:
-            raise LayoutError(f"the checksum of {path} does not match: it was damaged")
+        return read_state_from(file, str(path))
+
+
+def read_state_from(file: BufferedIOBase, name: str) -> tuple[int, Any]:
+    """The same, of one state that begins where `file` is and may be followed by others."""
+    prefix = _read(file, PREFIX.size)
+    head = decode_head(prefix, _read(file, decode_prefix(prefix)))
+    leaves: dict[int, Tensor] = {}
+    checksum = Checksum()
+    for block in blocks_of_part(head.leaves, 0, 1):
+        leaves.update(_read_block(file, block, head, checksum))
+    if TRAILER.unpack(_read(file, TRAILER.size))[0] != checksum.value:
+        raise LayoutError(f"the checksum of {name} does not match: it was damaged")
     return head.step, decode(head.tree, [leaves[index] for index in range(len(head.leaves))])
 
 

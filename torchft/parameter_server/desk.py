@@ -27,6 +27,7 @@ from torchft.parameter_server.intake import Intake, norm_limit
 from torchft.parameter_server.jobs import Jobs
 from torchft.parameter_server.keeper import Keeper
 from torchft.parameter_server.options import OuterOptions, ServerOptions
+from torchft.parameter_server.recorder import Recorder
 from torchft.parameter_server.refused import Conflict, Gone, NotFound, NotReady, Unfit
 from torchft.parameter_server.requests import Registration, Speaker, Ticket
 from torchft.parameter_server.rounds import Close, Effect
@@ -57,6 +58,7 @@ class Desk:
         self._arriving = Arriving()
         self._first = FirstWeights(self._keeper.uploads, clock)
         self._jobs = Jobs()
+        self._recorder = Recorder(self._keeper.records, self._jobs, self._note)
         self._news = asyncio.Event()
         self._saving = False
         self._claim: Claim | None = None
@@ -99,6 +101,7 @@ class Desk:
         Raises:
             StorageError: it could not be saved.
         """
+        self._recorder.end()
         await self._jobs.finish()
         try:
             if (
@@ -386,6 +389,8 @@ class Desk:
         due = self._keeper.is_due(len(run.shape.fragments), run.shape.numel)
         if due and not self._saving:
             await self._save_in_passing()
+        elif self.options.save_every:
+            await self._recorder.record(self._ready()[1], close, time.perf_counter() - began)
 
     async def _save_in_passing(self) -> None:
         self._saving = True

@@ -25,10 +25,18 @@ class Jobs:
         self._ordered = ThreadPoolExecutor(1, "outer-step")
         self._unordered = ThreadPoolExecutor(2, "intake")
         self._tasks: set[asyncio.Future[None]] = set()
+        self._turns: set[asyncio.Future[Any]] = set()
 
     def in_turn(self, work: Callable[..., T], *args: Any) -> asyncio.Future[T]:
         """After all that was asked for before."""
-        return asyncio.get_running_loop().run_in_executor(self._ordered, work, *args)
+        turn = asyncio.get_running_loop().run_in_executor(self._ordered, work, *args)
+        self._turns.add(turn)
+        turn.add_done_callback(self._turns.discard)
+        return turn
+
+    def others_wait(self) -> bool:
+        """Whether something waits for the work that is being done in turn. For every thread."""
+        return len(self._turns) > 1
 
     def beside(self, work: Callable[..., T], *args: Any) -> asyncio.Future[T]:
         """As soon as a thread is free."""

@@ -6,7 +6,8 @@
 is written before its event has any effect that a worker can see. A server that was killed loads its
 newest checkpoint and does again what the lines say, from the same uploads and with the same bits.
 Lines and uploads are handed to the system but not forced to disk: they survive the process, while
-checkpoints survive the machine. Where an upload is lost, the journal ends.
+checkpoints survive the machine. Where an upload is lost, its fragment goes on from a state record
+of a later version (`state_records`), or ends with the version before.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a server keeps on disk: uploads, the journal, checkpoints, and when a checkpoint is due.
 
-    <output>/checkpoints/  journal/  spool/uploads/  spool/news/
+    <output>/checkpoints/  journal/  spool/uploads/  spool/news/  spool/state/
 
 An upload stays until a checkpoint has what it was used for. With `save_every` 0 nothing is kept.
 """
@@ -21,6 +21,7 @@ from torchft.parameter_server.options import ServerOptions
 from torchft.parameter_server.rounds import Close, Effect
 from torchft.parameter_server.rules import Departure
 from torchft.parameter_server.spool import Spool
+from torchft.parameter_server.state_records import StateRecords
 
 __all__ = ["Keeper", "StorageError"]
 
@@ -44,6 +45,7 @@ class Keeper:
         folder = options.output_dir
         self.uploads, self.news = folder / "spool" / "uploads", folder / "spool" / "news"
         self.journal = Journal(folder / "journal")
+        self.records = StateRecords(folder / "spool" / "state")
         self.number = 0
         """Of the newest checkpoint, or of the one that is being written."""
         self._options = options
@@ -64,13 +66,14 @@ class Keeper:
         Raises:
             SettingsError: there is no good one.
         """
-        for folder in (self.uploads, self.news, self.journal.folder):
+        for folder in (self.uploads, self.news, self.journal.folder, self.records.folder):
             folder.mkdir(parents=True, exist_ok=True)
         for old in self.news.iterdir():
             old.unlink()
         chosen = self._options.from_checkpoint
         saved = self._checkpoints.newest() if chosen is None else load(chosen)
         if saved is None:
+            self.records.clear()
             return None
         known = (int(path.name.split("-")[1]) for path in self._checkpoints.all())
         self.number = max([saved[0], *known])
@@ -80,6 +83,7 @@ class Keeper:
         else:
             self.number = max(self.number, self.journal.clear()) + 1
             self.journal.begin(self.number)
+            self.records.clear()
         return (*saved, follows)
 
     def _journal_follows(self, number: int) -> bool:
@@ -139,7 +143,7 @@ class Keeper:
         """A checkpoint is."""
         if not self._options.save_every:
             return False
-        kept = sum(path.stat().st_size for path in self._spent)
+        kept = sum(path.stat().st_size for path in self._spent if path.exists())
         many = self._rounds >= self._options.save_every * fragments
         return many or kept > _JOURNAL_SIZES * _CHECKPOINT_BYTES * numel
 

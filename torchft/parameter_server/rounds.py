@@ -279,7 +279,8 @@ class Rounds:
         """The numbers of a pending one are not there any more: its worker may send them again."""
         self.rounds[submission.fragment].pending.remove(submission)
         member = self._member(submission.worker, submission.session)
-        if member is not None:
+        # Where later work of the same fragment counts, it cannot go back without counting twice.
+        if member is not None and member.taken.get(submission.fragment) == submission.number:
             member.taken[submission.fragment] = submission.number - 1
 
     def redo_take(self, submission: Submission) -> None:

@@ -17,10 +17,11 @@ from torchft.parameter_server.keeper import Keeper
 from torchft.parameter_server.model_files import files_of, read_model, rows_of_model
 from torchft.parameter_server.options import Agreed, OuterOptions, ServerOptions
 from torchft.parameter_server.requests import Registration
-from torchft.parameter_server.rounds import Rounds
+from torchft.parameter_server.rounds import Close, Rounds
 from torchft.parameter_server.rules import Departure
 from torchft.parameter_server.shape import ModelShape
 from torchft.parameter_server.shared import FlatRow, SharedState
+from torchft.parameter_server.state_records import Replay, replay_of
 from torchft.parameter_server.submission import Submission
 from torchft.quantization import codec_of
 from torchft.strategies.local import Fragment
@@ -155,11 +156,11 @@ class Runs:
                 *(number, model),
             )
         run = self._of(state)
-        self._lose_damaged(run)
-        if follows:
-            self._redo(run, number)
-        elif self._options.save_every:
+        whole = self._redo(run, number) if follows else False
+        whole = self._lose_damaged(run) and whole
+        if not whole and self._options.save_every:
             self._save(run)  # what happens from here on has to follow something
+            self._keeper.records.clear()
         self._keeper.delete_all_but(run.pending)
         logger.info("going on from checkpoint %d at versions %s", number, run.versions)
         return run
@@ -214,39 +215,66 @@ class Runs:
         self._keeper.write(number, run.saved(run.decided()), run.model())
         self._keeper.end(number, spent)
 
-    def _lose_damaged(self, run: Run) -> None:
-        """Uploads are not forced to disk: after a power failure one may be gone."""
-        for one in run.rounds.rounds:
-            for submission in [s for s in one.pending if not self._is_there(run, s)]:
-                logger.warning("the work of %s that was pending is lost", submission.worker)
-                run.rounds.lose(submission)
+    def _lose_damaged(self, run: Run) -> bool:
+        """Uploads are not forced to disk: after a power failure one may be gone. Returns whether
+        none of an open round is."""
+        pending = [s for one in run.rounds.rounds for s in one.pending]
+        lost = [s for s in pending if not self._is_there(run, s)]
+        for submission in reversed(lost):
+            logger.warning("the work of %s that was pending is lost", submission.worker)
+            run.rounds.lose(submission)
+        return not lost
 
     def _is_there(self, run: Run, submission: Submission) -> bool:
         assert run.state is not None
         chunks = run.state.chunks(submission.fragment)
         return chunks.are_whole(self._keeper.upload(submission.upload))
 
-    def _redo(self, run: Run, number: int) -> None:
-        """What happened after the checkpoint happens again, as far as its uploads are there."""
-        for kind, event in self._keeper.journal.after(number):
-            if not self._can_redo(run, kind, event):
-                logger.warning(
-                    "an upload after checkpoint %d is lost or damaged: the run goes on at versions "
-                    "%s, from before it",
-                    *(number, run.versions),
-                )
-                self._keeper.journal.cut()
-                return
-            self._redo_one(run, kind, event)
+    def _redo(self, run: Run, number: int) -> bool:
+        """What happened after the checkpoint happens again, as far as its numbers are known.
+        Returns whether all of them were in the uploads."""
+        events = list(self._keeper.journal.after(number))
+        closes = [close_of(event) for kind, event in events if kind == "close"]
+        fragments = range(len(run.shape.fragments))
+        ways = [self._way(run, f, [c for c in closes if c.fragment == f]) for f in fragments]
+        for kind, event in events:
+            if kind == "close":
+                close = close_of(event)
+                self._redo_close(run, close, ways[close.fragment])
+            else:
+                self._redo_one(run, kind, event)
+        return all(way == Replay() for way in ways)
 
-    def _can_redo(self, run: Run, kind: str, event: dict[str, Any]) -> bool:
-        if kind == "take":
-            return self._is_there(run, Submission(**event))
-        if kind == "close":
-            close = close_of(event)
-            pending = run.rounds.rounds[close.fragment].pending
-            return all(share.submission in pending for share in close.shares)
-        return True
+    def _way(self, run: Run, fragment: int, closes: list[Close]) -> Replay:
+        """How these, which are all of `fragment`, are done again."""
+        lost = {
+            close.version
+            for close in closes
+            if not all(self._is_there(run, share.submission) for share in close.shares)
+        }
+        if not lost:
+            return Replay()
+        assert run.state is not None
+        found = self._keeper.records.find(closes, run.state.chunks(fragment).count)
+        way = replay_of(closes, lost, found)
+        logger.warning(
+            "an upload that made version %d of fragment %d is lost or damaged: it goes on from %s",
+            *(min(lost), fragment, way),
+        )
+        return way
+
+    def _redo_close(self, run: Run, close: Close, way: Replay) -> None:
+        """What came in for one that is not done counts in the next round."""
+        if way.stop is not None and close.version >= way.stop.version:
+            return
+        assert run.state is not None
+        run.rounds.redo_close(close)
+        if way.record is None or close.version > way.record.version:
+            run.state.apply(close, self._keeper.upload)
+        elif close == way.record and way.path is not None:
+            pieces = self._keeper.records.read(way.path)
+            run.state.load_pieces(close.fragment, close.version, pieces)
+        self._keeper.spend(close)
 
     def _redo_one(self, run: Run, kind: str, event: dict[str, Any]) -> None:
         assert run.state is not None
@@ -262,8 +290,3 @@ class Runs:
         elif kind == "optimizer":
             run.outer = run.outer.changed(**event)
             run.state.outer.change(**run.outer.settings)
-        else:
-            close = close_of(event)
-            run.rounds.redo_close(close)
-            run.state.apply(close, self._keeper.upload)
-            self._keeper.spend(close)

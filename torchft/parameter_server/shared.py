@@ -19,7 +19,7 @@ weights half stepped: from then on none of them is stepped, saved or told. All m
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -85,11 +85,15 @@ class _Row:
         self.first = first
         """Among all chunks of the model, its first one's number."""
         self.norm = float(torch.linalg.vector_norm(weights))
-        self.published = Published(version, identity_of(self.sent))
-        self.identities = {version: self.published.identity}
         self.deltas: dict[int, str] = {}
         """Version → file that makes it of the one before."""
         self.wholes: dict[int, str] = {}
+        self.hold(version)
+
+    def hold(self, version: int) -> None:
+        """`sent` is what workers are to hold at `version`, and no news lead there."""
+        self.published = Published(version, identity_of(self.sent))
+        self.identities = {version: self.published.identity}
 
 
 class SharedState:
@@ -191,6 +195,32 @@ class SharedState:
             ]
         }
 
+    def pieces(self, fragment: int) -> Iterator[dict[str, Any]]:
+        """What a restart needs of one fragment, chunk by chunk. Shows the tensors, copies none.
+        Raises OSError: a step failed."""
+        self._check_whole()
+        row = self._rows[fragment]
+        for step, (_, span) in zip(
+            self._steps_of(fragment), self.chunks(fragment).spans(), strict=True
+        ):
+            yield {
+                "weights": row.weights[:, span],
+                "sent": row.sent[:, span] if self.lossy else None,
+                "outer": self.outer.state_dict(step),
+            }
+
+    def load_pieces(self, fragment: int, version: int, pieces: Iterable[dict[str, Any]]) -> None:
+        """The inverse: the fragment is at `version` from now on."""
+        row = self._rows[fragment]
+        spans = (span for _, span in self.chunks(fragment).spans())
+        for step, span, piece in zip(self._steps_of(fragment), spans, pieces, strict=True):
+            row.weights[:, span] = piece["weights"]
+            if self.lossy:
+                row.sent[:, span] = piece["sent"]
+            self.outer.load_state_dict(step, piece["outer"])
+        row.norm = float(torch.linalg.vector_norm(row.weights))
+        row.hold(version)
+
     def load_outer(self, state: dict[str, Any]) -> None:
         """What the constructor does not take, of the same `state_dict`."""
         for fragment, (row, saved) in enumerate(zip(self._rows, state["rows"], strict=True)):
@@ -198,9 +228,7 @@ class SharedState:
                 self.outer.load_state_dict(step, outer)
             if self.lossy and saved["sent"] is not None:
                 row.sent = saved["sent"]
-                version = row.published.version
-                row.published = Published(version, identity_of(row.sent))
-                row.identities = {version: row.published.identity}
+                row.hold(row.published.version)
 
     def weights(self) -> dict[str, Tensor]:
         """Name → fp32 weights, sharing storage."""
