@@ -106,8 +106,8 @@ class GradientAverager(ABC):
     @untraced
     def before_forward(self) -> None:
         """The model is about to compute something: begin a step, if it may be trained on."""
-        if torch.is_grad_enabled() and self.module.training and not self.manager.is_step_open():
-            self.manager.start_quorum()
+        if torch.is_grad_enabled() and self.module.training:
+            self.manager.begin_in_forward()
 
     def reduce(self, tensor: Tensor, name: Name) -> Work:
         """Begin the average of `tensor`, which errors call by `name`."""

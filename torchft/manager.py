@@ -300,6 +300,12 @@ class Manager(Uncopied):
             StateDictError: registered state cannot travel to a group that joins, or this group
                 joins and cannot load what it was given. Then it has left the job.
         """
+        if (
+            place is Place.BEFORE
+            and self.is_step_open()
+            and self._begun("start_quorum").expect_begin()
+        ):
+            return
         timeout = timeout or self._options.quorum_timeout
         wait = place is Place.AFTER if wait is None else wait
         self._begin(self._request(place, timeout, allow_heal, shrink_only), wait=wait)
@@ -357,6 +363,13 @@ class Manager(Uncopied):
     @property
     def _phase(self) -> Phase:
         return Phase.CLOSED if self._shut_down else self._steps.phase
+
+    def begin_in_forward(self) -> None:
+        """Begin a step, if none is open, for a forward pass that may come before `start_quorum`,
+        which then goes on with it."""
+        if not self.is_step_open():
+            self.start_quorum()
+            self._begun("begin_in_forward").begun_early = True
 
     def is_step_open(self) -> bool:
         """Whether a step was begun and is not voted on yet."""

@@ -62,6 +62,8 @@ class OpenStep:
         self.phase = Phase.OPEN
         self.committed: bool | None = None
         """How it was voted on; None before."""
+        self.begun_early = False
+        """By a forward pass; whoever begins a step after it means this one."""
         self.taken = False
         """Somebody else than the manager closes it."""
         self.settled = False
@@ -162,6 +164,11 @@ class OpenStep:
         """Nothing was sent in it yet, and nothing went wrong: it may go on as if just begun."""
         it = self.transaction
         return not (it.averages or it.failed or it.failure is not None)
+
+    def expect_begin(self) -> bool:
+        """Whether whoever begins a step now means this one."""
+        early, self.begun_early = self.begun_early, False
+        return early and self.untouched
 
     def remain(self, members: tuple[str, ...]) -> None:
         """A later quorum has these members: a step that lost one of its own has failed."""

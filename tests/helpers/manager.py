@@ -47,6 +47,7 @@ class InProcessManager:
         self._step_voted: InProcessStep | None = None
         self._met = False
         self._open = False
+        self._begun_early = False
         self._step = 0
         self._use_async_quorum = use_async_quorum
         self._init_sync = node.joins or node.script.opening
@@ -89,6 +90,11 @@ class InProcessManager:
         if not self.listened or always != self.listened[-1]:
             self.listened.append(always)
 
+    def begin_in_forward(self) -> None:
+        if not self._open:
+            self.start_quorum()
+            self._begun_early = True
+
     def is_step_open(self) -> bool:
         return self._open
 
@@ -114,6 +120,9 @@ class InProcessManager:
         timeout: timedelta | None = None,
         place: Place = Place.BEFORE,
     ) -> None:
+        if self._open and self._begun_early and not self.needs_new_step():
+            self._begun_early = False
+            return
         self._listeners.before_step()
         self._round = self._node.open(place)
         self._transaction = Transaction(self.ledger, lambda _: None)

@@ -26,8 +26,9 @@ class Counted(InProcessManager):
     begun = 0
 
     def start_quorum(self, *args: Any, **kwargs: Any) -> None:
-        self.begun += 1
+        before = self._round
         super().start_quorum(*args, **kwargs)
+        self.begun += self._round is not before
 
 
 def line(seed: int) -> nn.Linear:
@@ -191,6 +192,15 @@ def cleared_after_forward(loop: Loop, step: int) -> None:
     loop.optimizer.step()
 
 
+def begun_by_hand(loop: Loop, step: int) -> None:
+    found = loop.loss(step)
+    loop.manager.start_quorum()
+    loop.model.zero_grad()
+    found.backward()
+    if loop.manager.should_commit():
+        loop.optimizer.optim.step()
+
+
 def cleared_at_the_end(loop: Loop, step: int) -> None:
     loop.loss(step).backward()
     loop.optimizer.step()
@@ -220,7 +230,7 @@ def validated_in_between(loop: Loop, step: int) -> None:
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize(
     "order",
-    [cleared_after_forward, cleared_at_the_end, cleared_twice, validated_in_between],
+    [cleared_after_forward, begun_by_hand, cleared_at_the_end, cleared_twice, validated_in_between],
     ids=lambda order: order.__name__,
 )
 def test_each_order_is_one_step(
