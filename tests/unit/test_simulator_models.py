@@ -20,7 +20,14 @@ from torchft.simulator import Trainer
 from torchft.simulator.copies import copied
 from torchft.simulator.node import NodeError, TrainNode
 from torchft.simulator.result import Result
-from torchft.strategies import DiLoCoStrategy, OptimSpec, SimpleReduceStrategy, Strategy
+from torchft.strategies import (
+    DiLoCoStrategy,
+    OptimSpec,
+    RandomIndexSelector,
+    SimpleReduceStrategy,
+    SPARTAStrategy,
+    Strategy,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 
@@ -311,6 +318,15 @@ class TestClassesWhereInstancesBelong:
     def test_a_strategy(self) -> None:
         with pytest.raises(SettingsError, match=r"strategy is the class DiLoCoStrategy: .*\(…\)"):
             fit(Net(), strategy=DiLoCoStrategy)
+
+    def test_a_selector(self) -> None:
+        with pytest.raises(SettingsError, match=r"selector is the class RandomIndexSelector: give"):
+            SPARTAStrategy(index_selector=RandomIndexSelector)  # type: ignore[arg-type]
+
+    def test_a_node_where_a_class_belongs(self) -> None:
+        node = TrainNode(Net(), node=0, device=torch.device("cpu"))
+        with pytest.raises(SettingsError, match="node_cls is a TrainNode, and must be the class"):
+            fit(Net(), node_cls=node)
 
     def test_a_class_of_our_own_is_a_factory(self) -> None:
         assert same_weights(fit(Net).model, fit(Net()).model)  # type: ignore[arg-type]

@@ -93,6 +93,9 @@ class Experiment:
             raise SettingsError(f"model is {_what(self.model)}, not a torch module")
         _check_model_factory(self.model)
         if not (isinstance(self.node_cls, type) and issubclass(self.node_cls, TrainNode)):
+            if isinstance(self.node_cls, TrainNode):
+                name = type(self.node_cls).__name__
+                raise SettingsError(f"node_cls is a {name}, and must be the class: give {name}")
             raise SettingsError(f"node_cls={self.node_cls!r} is no subclass of TrainNode")
         self._check_types()
         check_steps("the inner optimizer", self.inner.optim.build, self.torch_device)

@@ -62,7 +62,8 @@ class SharedFrozen:
                 )
 
     def _versions_now(self) -> list[int]:
-        return [p._version for p in self.parameters.values()]
+        # What was made under inference_mode has no count, and refuses writes by itself.
+        return [0 if p.is_inference() else p._version for p in self.parameters.values()]
 
 
 def own_frozen(model: nn.Module) -> list[nn.Parameter]:

@@ -53,6 +53,9 @@ class Sparta(Recipe):
             raise SettingsError(
                 f"sparta_interval={every}: weights are averaged every 1 or more steps"
             )
+        if isinstance(selector, type):
+            name = selector.__name__
+            raise SettingsError(f"the selector is the class {name}: give an instance, {name}(…)")
         self.selector, self.every, self.seed = selector, every, seed
         self.shared_dtype = check_shared_dtype(shared_dtype)
 
