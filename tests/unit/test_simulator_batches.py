@@ -28,6 +28,7 @@ def fit(model: Any, data: Any, val: Any = None, **settings: Any) -> Result:
     return trainer.result
 
 
+@pytest.mark.slow  # for the import alone; `TestDicts` has the same situations
 class TestModelsOfTransformers:
     @pytest.fixture
     def llama(self) -> Any:
