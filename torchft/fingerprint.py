@@ -20,6 +20,9 @@ from torchft.errors import CollectiveError, MismatchError
 
 __all__ = ["Description", "compare", "describe", "exchange", "same_world_sizes", "withdraw"]
 
+_LONGEST = 200
+"""Characters of one value in an error: a description may be as long as the model."""
+
 Description = dict[str, object]
 """What is compared, in the order in which differences are named. Values that JSON can hold."""
 
@@ -45,7 +48,14 @@ def compare(mine: Mapping[str, object], theirs: Mapping[str, object]) -> str | N
 
 
 def _said(value: object) -> str:
-    return "absent" if value is None else str(value)
+    if value is None:
+        return "absent"
+    if isinstance(value, Mapping):
+        return f"there with {len(value)} entries" + (
+            f", such as {next(iter(value))}" if value else ""
+        )
+    said = str(value)
+    return said if len(said) <= _LONGEST else f"{said[:_LONGEST]}…"
 
 
 def same_world_sizes(
@@ -87,7 +97,16 @@ def exchange(
     store.set(f"description/{rank}", text)
     store.set(f"fingerprint/{rank}", hashlib.sha256(text.encode()).hexdigest())
     keys = [f"fingerprint/{other}" for other in range(len(members))]
-    store.wait(keys, timeout)
+    try:
+        store.wait(keys, timeout)
+    except RuntimeError as error:
+        missing = [members[other] for other, key in enumerate(keys) if not store.check([key])]
+        if not missing:
+            raise
+        raise TimeoutError(
+            f"{', '.join(missing)} did not say within {timeout.total_seconds():g} s what is "
+            "trained there: a process is gone or stuck"
+        ) from error
     prints = store.multi_get(keys)
     right = prints[reference]
     if prints[rank] != right:

@@ -33,6 +33,9 @@ from torchft.transaction import Transaction
 
 __all__ = ["Former", "Request"]
 
+_NAMED = 8
+"""A list of members in an error stops after so many."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -225,8 +228,10 @@ class Former:
         except TorchftError:
             raise
         except (RuntimeError, OSError) as error:
+            ranks = ", ".join(f"{rank} {name}" for rank, name in enumerate(plan.members[:_NAMED]))
             raise CollectiveError(
-                f"the process group of quorum {plan.quorum_id} could not be made: {error}"
+                f"the process group of quorum {plan.quorum_id} could not be made: {error} "
+                f"(members by rank: {ranks})"
             ) from error
         self._configured, self._broken = plan.quorum_id, False
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import socket
 import uuid
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -46,6 +46,8 @@ class ReplicaGroup:
     client: ManagerClient
     server: ManagerServer | None
     """On rank 0 only."""
+    store: Store
+    """Where its ranks meet. Kept, since this process may be the one that serves it."""
 
     @classmethod
     def join(
@@ -73,7 +75,8 @@ class ReplicaGroup:
         world_size = _given_or_variable(world_size, "WORLD_SIZE")
         addr = store_addr or settings.required("MASTER_ADDR", "pass store_addr, or use torchrun")
         number = _given_or_variable(store_port, "MASTER_PORT", "store_port")
-        store = _store(addr, number, connect_timeout)
+        serves = rank == 0 and store_addr is None and settings.agent_serves_no_store()
+        store = _store(addr, number, connect_timeout, serves=serves)
         server = None
         with ExitStack() as undo:
             if rank == 0:
@@ -102,6 +105,7 @@ class ReplicaGroup:
                 replica_id=store.get(REPLICA_ID_KEY).decode(),
                 client=ManagerClient(address, connect_timeout=connect_timeout),
                 server=server,
+                store=store,
             )
             undo.pop_all()  # it stands: nothing is taken back
             return joined
@@ -119,12 +123,26 @@ class ReplicaGroup:
             self.server.shutdown()
 
 
-def _store(addr: str, port: int, timeout: timedelta) -> Store:
-    """The group's store. On a thread of its own: a wait inside torch hears no signal."""
+def _store(addr: str, port: int, timeout: timedelta, *, serves: bool = False) -> Store:
+    """The group's store. On a thread of its own: a wait inside torch hears no signal.
+
+    `serves`: nobody else does, unless something in this process already has, as
+    `init_process_group` does on rank 0.
+    """
     where = f"the group's store at {addr}:{port} (MASTER_ADDR, MASTER_PORT)"
 
     def connect(attempt: Attempt[Store]) -> Store:
         attempt.stage = f"{where}: is torchrun running there, and can this host reach it?"
+        if serves:
+            with suppress(RuntimeError):  # it is served already, also for others of this process
+                return TCPStore(
+                    addr,
+                    port,
+                    is_master=True,
+                    wait_for_workers=False,
+                    timeout=timeout,
+                    multi_tenant=True,
+                )
         return TCPStore(addr, port, is_master=False, wait_for_workers=False, timeout=timeout)
 
     try:

@@ -36,6 +36,7 @@ __all__ = [
     "STEP_RECORDS",
     "TIMEOUT_SEC",
     "USE_BUCKETIZATION",
+    "agent_serves_no_store",
     "boolean_or_none",
     "for_child",
     "get_timeout",
@@ -162,6 +163,11 @@ def for_child(**changes: str | None) -> dict[str, str]:
     """This process's whole environment with changes, for a child; None takes a variable out."""
     environment = {**os.environ, **changes}
     return {name: value for name, value in environment.items() if value is not None}
+
+
+def agent_serves_no_store() -> bool:
+    """Whether a torchrun agent says that nobody listens at MASTER_ADDR:MASTER_PORT."""
+    return text("TORCHELASTIC_USE_AGENT_STORE") == "False"
 
 
 def under_torchrun() -> bool:

@@ -106,6 +106,13 @@ class StepLog:
         before, self._members = self._members, plan.members
         self._quorum_id = plan.quorum_id
         self.say(logging.INFO, step, "quorum %d: %s", plan.quorum_id, changes(before, plan.members))
+        if not before and len(plan.members) == 1 and step == 0:
+            self.say(
+                logging.WARNING,
+                step,
+                "starts at step 0, alone: no other group is there to heal from. If this job has "
+                "trained before, load its checkpoint",
+            )
         for same in same_names(plan.members):
             self.say(
                 logging.WARNING,

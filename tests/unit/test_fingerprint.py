@@ -92,3 +92,22 @@ def test_groups_of_different_sizes_are_told_before_they_meet() -> None:
         same_world_sizes([2, 1, 2], MEMBERS, rank=1, reference=0)
     with pytest.raises(CollectiveError, match="group_1"):
         same_world_sizes([2, 1, 2], MEMBERS, rank=2, reference=0)
+
+
+def test_a_member_that_does_not_come_is_named_and_not_its_key() -> None:
+    with pytest.raises(TimeoutError, match=r"^group_1, group_2 did not say within 0\.2 s"):
+        exchange(
+            HashStore(),
+            {"min_replica_size": 1},
+            rank=0,
+            members=MEMBERS,
+            reference=0,
+            timeout=timedelta(seconds=0.2),
+        )
+
+
+def test_a_difference_never_prints_a_whole_model() -> None:
+    model = {f"layer_{n}.weight": "[3, 4] float32" for n in range(1000)}
+    words = compare({}, {"model": model})
+    assert words == "model is absent here and there with 1000 entries, such as layer_0.weight there"
+    assert len(str(compare({"setting": "x" * 10_000}, {"setting": "y"}))) < 300

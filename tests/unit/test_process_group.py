@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import socket
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 
@@ -26,6 +29,8 @@ from torchft.process_group import (
     ProcessGroup,
     ProcessGroupGloo,
     create_store_client,
+    gloo,
+    sockets,
 )
 from torchft.process_group.rendezvous import Member, Seat, _check
 
@@ -346,3 +351,24 @@ def test_an_interface_that_is_named_is_taken(store, monkeypatch) -> None:
     group = ProcessGroupGloo(LONG)
     group.configure(f"localhost:{store.port}/x", "me", 0, 1)
     assert group.generation.members[0].listen[0] == "127.0.0.1"
+
+
+def test_a_process_without_descriptors_says_so(monkeypatch) -> None:
+    """Not that an interface should be named."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = max(int(name) for name in os.listdir("/proc/self/fd"))
+    held: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 8, before[1]))
+    try:
+        with suppress(OSError):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        with pytest.raises(CollectiveError, match=r"all of its .* descriptors open.*ulimit -n"):
+            gloo._open_device()
+        with pytest.raises(CollectiveError, match=r"all of its .* descriptors open"):
+            sockets.listening(gloo._open_device)
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    gloo._open_device()

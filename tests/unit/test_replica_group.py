@@ -97,3 +97,42 @@ def test_a_manager_that_cannot_start_leaves_no_port_open(
         with pytest.raises((RuntimeError, ValueError, OSError)) as raised:
             Manager(ProcessGroupDummy(0, 1), None, None, 1, **{**right, **wrong})
         assert not open_ports() - before, raised
+
+
+def test_rank_0_serves_the_store_where_torchruns_agent_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    port = free_port()
+    variables = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "TORCHELASTIC_USE_AGENT_STORE": "False",
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with lighthouse() as server:
+        managers = [
+            Manager(
+                ProcessGroupDummy(0, 1),
+                None,
+                None,
+                1,
+                lighthouse_addr=server.address(),
+                hostname="127.0.0.1",
+                connect_timeout=timedelta(seconds=5),
+            )
+            for _ in range(2)  # the second one finds it served
+        ]
+        assert port in open_ports()
+        for manager in managers:
+            manager.shutdown()
+
+
+def test_a_store_that_is_served_is_only_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    served = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    served.set("from", "elsewhere")
+    mine = _store("127.0.0.1", served.port, timedelta(seconds=5), serves=True)
+    assert mine.get("from") == b"elsewhere"

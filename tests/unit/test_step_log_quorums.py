@@ -40,6 +40,16 @@ def test_two_processes_under_one_group_name_are_told_with_each_change(
     assert "(g0:aa, g0:bb)" in warnings[0] and "g1" not in warnings[0]
 
 
+def test_a_group_that_starts_afresh_alone_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """As one does that comes back after all others have ended their run."""
+    log().quorum(plan(1, "g0:aa"), 0)
+    assert "starts at step 0, alone" in caplog.messages[-1]
+    caplog.clear()
+    log().quorum(plan(1, "g0:aa"), 7)
+    log().quorum(plan(1, "g0:aa", "g1:bb"), 0)
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
 def test_names_that_are_no_groups_are_not_compared() -> None:
     assert same_names(["a", "a", "b:1", "c:x:1", "c:y:1"]) == []
     assert same_names(["c:x:1", "c:x:2"]) == [["c:x:1", "c:x:2"]]

@@ -107,6 +107,8 @@ def _open_device() -> GlooBackend.Device:
             return GlooBackend.create_device(interface=interface)
         return GlooBackend.create_default_device()
     except RuntimeError as error:
+        if not sockets.descriptors_left():
+            raise sockets.no_descriptors() from error
         named = f" on {interface!r}" if interface else ""
         raise SettingsError(
             f"gloo cannot open a network device{named}: {error}. Set GLOO_SOCKET_IFNAME to a "

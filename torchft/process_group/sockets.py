@@ -15,7 +15,9 @@ Linux only: elsewhere nothing is found here and a retired group just waits for i
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import socket
 import stat
 import sys
@@ -25,7 +27,20 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
-__all__ = ["Address", "OwnSocket", "connected", "cut", "each", "is_open", "listening", "visible"]
+from torchft.errors import CollectiveError
+
+__all__ = [
+    "Address",
+    "OwnSocket",
+    "connected",
+    "cut",
+    "descriptors_left",
+    "each",
+    "is_open",
+    "listening",
+    "no_descriptors",
+    "visible",
+]
 
 T = TypeVar("T")
 Address = tuple[str, int]
@@ -108,8 +123,32 @@ def is_open(own: OwnSocket) -> bool:
         return False
 
 
+def descriptors_left() -> bool:
+    """Whether this process can open another file or socket."""
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        return error.errno not in (errno.EMFILE, errno.ENFILE)
+    return True
+
+
+def no_descriptors() -> CollectiveError:
+    """What a process is told that has run out of them."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return CollectiveError(
+        f"this process has all of its {most} descriptors open, so no connection can be made: raise "
+        "`ulimit -n`, or look in /proc/self/fd at what it keeps open"
+    )
+
+
 def _sockets() -> Iterator[OwnSocket]:
-    for name in os.listdir(_DESCRIPTORS):
+    try:
+        names = os.listdir(_DESCRIPTORS)
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise no_descriptors() from error
+        raise
+    for name in names:
         with suppress(OSError):  # closed meanwhile; the listing's own is always gone by now
             status = os.fstat(int(name))
             if stat.S_ISSOCK(status.st_mode):

@@ -1,0 +1,62 @@
+"""A replica group that is started by torchrun, in the ways in which people start it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.coordination import free_port, lighthouse
+
+TRAINS = """
+from datetime import timedelta
+import torch
+from torchft import Manager, ProcessGroupGloo
+w = torch.zeros(3)
+manager = Manager(pg=ProcessGroupGloo(timeout=timedelta(seconds=30)), min_replica_size=1,
+                  load_state_dict=lambda s: w.copy_(s["w"]), state_dict=lambda: {"w": w},
+                  timeout=timedelta(seconds=30), replica_id="group_0", hostname="127.0.0.1")
+for _ in range(2):
+    manager.start_quorum()
+    manager.allreduce(w.add_(1)).wait()
+    assert manager.should_commit()
+print("committed", manager.current_step(), "on rank", manager._group.rank, flush=True)
+manager.shutdown()
+"""
+
+
+def torchrun(folder: Path, *flags: str, ranks: int, **env: str) -> list[str]:
+    """Run the script above; the lines that its workers print, sorted."""
+    script = folder / "train.py"
+    script.write_text(TRAINS)
+    command = [sys.executable, "-m", "torch.distributed.run", *flags]
+    with lighthouse() as server:
+        ended = subprocess.run(
+            [*command, f"--nproc-per-node={ranks}", str(script)],
+            env={**os.environ, "TORCHFT_LIGHTHOUSE": server.address(), **env},
+            capture_output=True,
+            text=True,
+            timeout=110,
+            check=False,
+        )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return sorted(line for line in ended.stdout.splitlines() if "committed" in line)
+
+
+def test_standalone(tmp_path: Path) -> None:
+    assert torchrun(tmp_path, "--standalone", ranks=1) == ["committed 2 on rank 0"]
+
+
+@pytest.mark.slow
+def test_standalone_whose_agent_shares_no_store(tmp_path: Path) -> None:
+    found = torchrun(tmp_path, "--standalone", ranks=2, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    assert found == [f"committed 2 on rank {rank}" for rank in range(2)]
+
+
+@pytest.mark.slow
+def test_a_rendezvous_of_c10d(tmp_path: Path) -> None:
+    where = f"--rdzv-endpoint=127.0.0.1:{free_port()}"
+    found = torchrun(tmp_path, "--rdzv-backend=c10d", where, "--rdzv-id=one", ranks=2)
+    assert found == [f"committed 2 on rank {rank}" for rank in range(2)]
