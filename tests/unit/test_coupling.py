@@ -233,6 +233,16 @@ def test_an_optimizer_that_wants_other_gradients_is_refused_before_the_first_ste
     assert not steps
 
 
+def test_a_schedule_whose_arguments_are_of_a_wrong_kind_is_refused_before_the_first_step() -> None:
+    steps: list[Run] = []
+    decay = ScheduleSpec(torch.optim.lr_scheduler.StepLR, step_size="ten")
+    with pytest.raises(SettingsError, match=r"StepLR.*'step_size': 'ten'.* cannot step"):
+        run_stacked(
+            experiment(Strategy([LocalSGD(2)], inner=Inner(schedule=decay))), on_step=steps.append
+        )
+    assert not steps
+
+
 def test_an_outer_optimizer_that_wants_the_loss_is_refused_before_the_first_step() -> None:
     with pytest.raises(SettingsError, match="outer optimizer LBFGS cannot step"):
         run_stacked(experiment(Strategy([DiLoCo(torch.optim.LBFGS, 2)], inner=Inner())))

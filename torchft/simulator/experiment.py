@@ -28,7 +28,6 @@ from torchft.simulator.spmd.program import SPMDStrategy
 from torchft.simulator.weather import Weather
 from torchft.strategies.checks import check_recipes
 from torchft.strategies.inner import Inner
-from torchft.strategies.parts.coupling import check_steps
 from torchft.strategies.strategy import Strategy
 
 __all__ = ["Experiment"]
@@ -98,7 +97,7 @@ class Experiment:
                 raise SettingsError(f"node_cls is a {name}, and must be the class: give {name}")
             raise SettingsError(f"node_cls={self.node_cls!r} is no subclass of TrainNode")
         self._check_types()
-        check_steps("the inner optimizer", self.inner.optim.build, self.torch_device)
+        self.inner.try_out(self.torch_device)
         _ = self.autocast_dtype
         self.feed().check()
         check_events(self.num_nodes, self.all_events())

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from torchft.errors import SettingsError
 from torchft.strategies.optim_spec import OptimSpec
-from torchft.strategies.parts.coupling import couples_nodes
+from torchft.strategies.parts.coupling import check_steps, couples_nodes
 from torchft.strategies.ranges import check_number
 from torchft.strategies.schedule import ScheduleSpec
 
@@ -44,6 +44,30 @@ class Inner:
         """The settings as plain data."""
         schedule = self.schedule.config() if self.schedule is not None else None
         return {"optim": self.optim.config(), "schedule": schedule, "max_norm": self.max_norm}
+
+    def try_out(self, device: torch.device) -> None:
+        """Step a small matrix once, and the schedule.
+
+        Raises:
+            SettingsError: the optimizer or the schedule cannot, by the kind of its arguments.
+        """
+        check_steps("the inner optimizer", self.optim.build, device)
+        if self.schedule is None:
+            return
+        parameter = nn.Parameter(torch.ones(2, 2, device=device))
+        parameter.grad = torch.zeros_like(parameter)
+        try:
+            optimizer = self.optim.build([parameter])
+        except SettingsError:
+            return  # the model's own parameters may do
+        try:
+            schedule = self.schedule.build(optimizer, 1)
+            optimizer.step()
+            schedule.step()
+        except TypeError as error:
+            raise SettingsError(f"{self.schedule!r} cannot step: {error}") from error
+        except Exception:
+            return  # of a matrix like this: a run says what it thinks of its own
 
     def build(self, nodes: Sequence[Sequence[nn.Parameter]], max_steps: int) -> InnerOptimizer:
         """For the parameters of each node that lives here.
