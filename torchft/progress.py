@@ -56,6 +56,7 @@ class Progress:
         """An average was not finite, and nothing else was wrong. `met`: this rank has the state
         that the members of the quorum share."""
         self.skipped += 1
+        self.heals_failed = 0
         self.fresh = self.fresh and not met
 
     @property

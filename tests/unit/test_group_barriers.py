@@ -110,7 +110,7 @@ class Rank:
         self.progress = Progress(fresh=member.fresh, step=member.step)
         closer = self._closer(self.progress)
         if place is Place.AFTER:
-            closer.heal(transaction, plan, SECOND)
+            closer.heal(transaction, plan)
         if plan.opening and place is Place.AFTER:
             closer.close_without_step(transaction, plan, SECOND)
         else:
