@@ -98,6 +98,7 @@ class DistributedDataParallel(Uncopied, parallel.DistributedDataParallel):
         self.register_forward_pre_hook(_before_forward)
         self.register_forward_hook(_after_forward)
         manager.add_step_listener(averager)
+        averager.leave_with(self)
 
     def rebuild(self) -> None:
         """Have torch's reducer pack the gradients of the parameters that are trained now."""

@@ -131,6 +131,10 @@ class GradientAverager(ABC):
             hook = _accumulated_hook(itself, name)
             self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))
 
+    def leave_with(self, wrapper: nn.Module) -> None:
+        """Unhook when nobody holds `wrapper` any more."""
+        weakref.finalize(wrapper, self.unhook).atexit = False
+
     def unhook(self) -> None:
         """No longer be told of gradients."""
         for hook in self._hooks:

@@ -206,6 +206,7 @@ class TestOneGroup:
         del wrapped
         gc.collect()
         assert old() is None
+        assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
         manager.reductions.clear()
         wrapped = door(manager, model)
         assert self.step(manager, wrapped)
