@@ -127,7 +127,9 @@ class Communicator:
         """Wait for all that is under way; a failure is the step's error."""
         if plan.anyone_heals and not transaction.averages and not transaction.broken:
             # Nothing was averaged, so nothing has shown that who heals has got its state.
-            self._sum(transaction, torch.zeros(1), ReduceOp.SUM, 1)
+            self._sum(
+                transaction, torch.zeros(1, dtype=torch.float32, device="cpu"), ReduceOp.SUM, 1
+            )
         with transaction.ledger.spending(Bucket.COMMUNICATE):
             for average in transaction.averages:
                 average.wait(timeout)

@@ -94,7 +94,7 @@ def _tensor_at(memory: memoryview, offset: int, leaf: Leaf) -> Tensor:
     dtype, count = DTYPES[leaf.dtype], leaf.nbytes // DTYPES[leaf.dtype].itemsize
     try:
         if count == 0:
-            return torch.empty(leaf.shape, dtype=dtype)
+            return torch.empty(leaf.shape, dtype=dtype, device="cpu")
         return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(leaf.shape)
     except RuntimeError as error:
         raise LayoutError(f"no tensor of shape {leaf.shape}: {str(error)[:200]}") from None

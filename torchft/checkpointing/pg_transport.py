@@ -183,7 +183,7 @@ class PGTransport(CheckpointTransport[T]):
         return head
 
     def _recv(self, nbytes: int, rank: int, tag: int, deadline: ProgressDeadline) -> bytes:
-        message = torch.empty(nbytes, dtype=torch.uint8)
+        message = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         _wait(self._pg.recv([message], rank, tag), nbytes, deadline)
         self.bytes_received += nbytes
         return message.numpy().tobytes()

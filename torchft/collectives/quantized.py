@@ -83,7 +83,7 @@ class QuantizedMean(OrderedMean):
 
     def _mean(self, received: Tensor) -> Tensor:
         """The same sum, without all decoded rows in memory."""
-        total = torch.zeros(1, self._chunk, device=received.device)
+        total = torch.zeros(1, self._chunk, dtype=torch.float32, device=received.device)
         if not self._counted:
             return total
         first, *others = self._counted

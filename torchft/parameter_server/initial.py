@@ -93,7 +93,7 @@ class InitialWeights:
 
 
 def _row(intake: Intake) -> Tensor:
-    chunks, row = intake.chunks, torch.empty(1, intake.chunks.n)
+    chunks, row = intake.chunks, torch.empty(1, intake.chunks.n, dtype=torch.float32, device="cpu")
     for index, piece in enumerate(chunks.read(intake.path)):
         chunks.decode(index, piece, row[:, chunks.span(index)])
     return row

@@ -57,7 +57,10 @@ def rows_of_model(shape: ModelShape, tensors: dict[str, Tensor]) -> list[Tensor]
                 f"{parameter.name} is {list(parameter.shape)} at the worker and {seen} in the "
                 "server's model: train the model that the server was started with"
             )
-    rows = [torch.empty(1, shape.size(fragment.index)) for fragment in shape.fragments]
+    rows = [
+        torch.empty(1, shape.size(fragment.index), dtype=torch.float32, device="cpu")
+        for fragment in shape.fragments
+    ]
     for fragment, row in enumerate(rows):
         for name, view in shape.views(fragment, row).items():
             view.copy_(tensors[name])

@@ -102,7 +102,9 @@ class _Mean:
     def __init__(self, chunks: Chunks, uploads: Sequence[tuple[Path, float]]) -> None:
         self._chunks, self._uploads = chunks, uploads
         self._memory = chunks.memory()
-        self._room = [torch.empty(1, chunks.span(0).stop) for _ in range(2)]
+        self._room = [
+            torch.empty(1, chunks.span(0).stop, dtype=torch.float32, device="cpu") for _ in range(2)
+        ]
 
     def of(self, index: int) -> Tensor:
         """Valid until the next call. Raises ChunkError, OSError."""

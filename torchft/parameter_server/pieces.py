@@ -88,7 +88,9 @@ class Gathered:
     def write(self, span: slice, row: Tensor, mix: float = 0.0) -> None:
         """`row` `[1, m]` into `span`, when all is written: every span has to be."""
         if self._row is None:
-            self._row = torch.empty(1, sum(numel for numel, _ in self._parts))
+            self._row = torch.empty(
+                1, sum(numel for numel, _ in self._parts), dtype=torch.float32, device="cpu"
+            )
         self._row[:, span].copy_(row)
         self._mix = mix
 

@@ -101,7 +101,7 @@ class Ranks:
         if self.alone:
             return
         data = json.dumps([what, *arguments]).encode()
-        self.broadcast(torch.tensor([len(data)]))
+        self.broadcast(torch.tensor([len(data)], device="cpu"))
         self.broadcast(torch.frombuffer(bytearray(data), dtype=torch.uint8))
 
     def broadcast(self, tensor: Tensor) -> None:
@@ -113,7 +113,7 @@ class Ranks:
         """The sum over the ranks."""
         if self.alone:
             return number
-        sums = torch.tensor([number])
+        sums = torch.tensor([number], device="cpu")
         dist.all_reduce(sums, group=self._group)
         return int(sums)
 
@@ -142,9 +142,9 @@ class Ranks:
             along[what](*arguments)
 
     def _hear(self) -> list[Any]:
-        size = torch.tensor([0])
+        size = torch.tensor([0], device="cpu")
         self.broadcast(size)
-        data = torch.empty(int(size), dtype=torch.uint8)
+        data = torch.empty(int(size), dtype=torch.uint8, device="cpu")
         self.broadcast(data)
         return list(json.loads(data.numpy().tobytes()))
 

@@ -106,7 +106,9 @@ class Runs:
     def warm_up(self) -> None:
         """Torch loads much for its first optimizer: no worker should wait for that."""
         outer = self._options.outer.build(self._options.rules)
-        outer.bind([Fragment(0, (0,))], [FlatRow([torch.zeros(1, 1)])])
+        outer.bind(
+            [Fragment(0, (0,))], [FlatRow([torch.zeros(1, 1, dtype=torch.float32, device="cpu")])]
+        )
 
     def state(
         self,

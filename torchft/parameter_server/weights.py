@@ -56,7 +56,7 @@ class WorkerWeights:
         """The weights as they are now, fp32 `[1, n]` on the CPU."""
         if self._sharded:
             self._ranks.say("read", fragment)
-        row = torch.empty(1, self.shape.size(fragment))
+        row = torch.empty(1, self.shape.size(fragment), dtype=torch.float32, device="cpu")
         for name, view in self.shape.views(fragment, row).items():
             view.copy_(whole(self._parameters[name].detach()))
         return row
@@ -71,7 +71,7 @@ class WorkerWeights:
     def write_along(self, fragment: int, mix: float) -> None:
         """The other ranks' part of every writing."""
         for parameter in self.shape.of_fragment(fragment):
-            new = torch.empty(parameter.shape)
+            new = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
             self._ranks.broadcast(new)
             put(self._parameters[parameter.name].detach(), new, mix)
 
@@ -139,7 +139,7 @@ class WorkerWeights:
     def load(self, fragment: int, news: Sequence[tuple[Kind, Path]], codec: Codec) -> None:
         """The base from nothing; the weights stay."""
         n = self.shape.size(fragment)
-        base = self._bases[fragment] = torch.empty(1, n)
+        base = self._bases[fragment] = torch.empty(1, n, dtype=torch.float32, device="cpu")
         chunks = Chunks(n, codec)
         read = _reader(chunks, news)
         for index, span in chunks.spans():
@@ -179,7 +179,7 @@ class WorkerWeights:
         hidden = kept - held
         if fragment not in self._hidden and hidden.any():
             shape = self._bases[fragment].shape
-            self._hidden[fragment] = torch.zeros(shape, dtype=torch.bfloat16)
+            self._hidden[fragment] = torch.zeros(shape, dtype=torch.bfloat16, device="cpu")
         if fragment in self._hidden:
             self._hidden[fragment][:, span] = hidden
 
@@ -210,7 +210,7 @@ class WorkerWeights:
 
 def _room(chunks: Chunks) -> Tensor:
     """For the numbers of the longest chunk."""
-    return torch.empty(1, chunks.span(0).stop)
+    return torch.empty(1, chunks.span(0).stop, dtype=torch.float32, device="cpu")
 
 
 def _reader(chunks: Chunks, news: Sequence[tuple[Kind, Path]]) -> Callable[[int, Tensor], None]:

@@ -27,7 +27,11 @@ def prove(codec: Codec, dtype: torch.dtype, device: torch.device | str = "cpu") 
     if not isinstance(getattr(codec, "name", None), str):
         _refuse(codec, "has no name: set name to a string, by which groups compare their codecs")
     codec.check(dtype)
-    values = torch.linspace(-1, 1, _ROWS * _N, device=device).view(_ROWS, _N).to(dtype)
+    values = (
+        torch.linspace(-1, 1, _ROWS * _N, dtype=torch.float32, device=device)
+        .view(_ROWS, _N)
+        .to(dtype)
+    )
     values[0, 0] = torch.nan
     out = values.new_zeros(_ROWS, _N, dtype=torch.float32)
     try:

@@ -46,7 +46,7 @@ def correlation(flats: Sequence[Tensor]) -> Correlation:
         return Correlation(nodes, None, None)
     count = sum(flat.shape[1] for flat in flats)
     means = torch.stack([rows.sum(1) for rows in _chunks(flats)]).sum(0) / count
-    products = torch.zeros(nodes, nodes, dtype=torch.float64)
+    products = torch.zeros(nodes, nodes, dtype=torch.float64, device="cpu")
     spread = 0.0
     for rows in _chunks(flats):
         spread += (rows - rows.mean(0)).square().sum().item()

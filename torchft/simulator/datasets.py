@@ -38,10 +38,10 @@ def digits(train: int = 60_000, held_out: int = 2_048) -> tuple[TensorDataset, T
             "torchft[simulate], or use --model gpt, whose text is on this machine"
         ) from error
     pixels, classes = load_digits(return_X_y=True)
-    images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16
-    labels = torch.tensor(classes, dtype=torch.int64)
+    images = torch.tensor(pixels, dtype=torch.float32, device="cpu").view(-1, 1, 8, 8) / 16
+    labels = torch.tensor(classes, dtype=torch.int64, device="cpu")
     dice = torch.Generator().manual_seed(0)
-    order = torch.randperm(len(images), generator=dice)
+    order = torch.randperm(len(images), generator=dice, device="cpu")
     for_training, kept = order[_HELD_OUT:], order[:_HELD_OUT]
     return (
         _varied(images[for_training], labels[for_training], train, dice),
@@ -50,19 +50,24 @@ def digits(train: int = 60_000, held_out: int = 2_048) -> tuple[TensorDataset, T
 
 
 def _varied(images: Tensor, labels: Tensor, count: int, dice: torch.Generator) -> TensorDataset:
-    picked = torch.randint(len(images), (count,), generator=dice)
+    picked = torch.randint(len(images), (count,), generator=dice, device="cpu")
     enlarged = functional.interpolate(
         images[picked], size=(_DRAWN, _DRAWN), mode="bilinear", align_corners=False
     )
     room = _SIDE - _DRAWN + 1
-    top, left = torch.randint(room, (2, count, 1, 1), generator=dice)
-    line = torch.arange(_DRAWN)
-    canvas = torch.zeros(count, 1, _SIDE, _SIDE)
+    top, left = torch.randint(room, (2, count, 1, 1), generator=dice, device="cpu")
+    line = torch.arange(_DRAWN, device="cpu")
+    canvas = torch.zeros(count, 1, _SIDE, _SIDE, dtype=torch.float32, device="cpu")
     canvas[
-        torch.arange(count).view(-1, 1, 1), 0, top + line.view(1, -1, 1), left + line.view(1, 1, -1)
+        torch.arange(count, device="cpu").view(-1, 1, 1),
+        0,
+        top + line.view(1, -1, 1),
+        left + line.view(1, 1, -1),
     ] = enlarged[:, 0]
-    canvas *= 0.6 + 0.8 * torch.rand(count, 1, 1, 1, generator=dice)
-    canvas += 0.3 * torch.randn(canvas.shape, generator=dice)
+    canvas *= 0.6 + 0.8 * torch.rand(
+        count, 1, 1, 1, generator=dice, dtype=torch.float32, device="cpu"
+    )
+    canvas += 0.3 * torch.randn(canvas.shape, generator=dice, dtype=torch.float32, device="cpu")
     return TensorDataset((canvas - 0.2) / 0.4, labels[picked])
 
 
@@ -86,5 +91,5 @@ def _rows(stream: Tensor, context: int, corpus: ByteCorpus) -> Tensor:
         raise SettingsError(
             f"{corpus.source} is too short: {len(stream)} bytes, and one row needs {context + 1}"
         )
-    starts = torch.arange(rows).view(-1, 1) * context
-    return stream[starts + torch.arange(context + 1)]
+    starts = torch.arange(rows, device="cpu").view(-1, 1) * context
+    return stream[starts + torch.arange(context + 1, device="cpu")]

@@ -213,7 +213,10 @@ class DilocoProcess:
         """SPARTA: average a share of the weights, which all nodes draw alike."""
         self._node.seed_alike(self.local_step)
         for parameter in self.model.parameters():
-            mask = torch.rand(parameter.shape, device=parameter.device) < self.config.p_sparta
+            mask = (
+                torch.rand(parameter.shape, dtype=torch.float32, device=parameter.device)
+                < self.config.p_sparta
+            )
             chosen = parameter.data[mask]
             if chosen.numel():
                 dist.all_reduce(chosen)

@@ -187,9 +187,9 @@ class _Order:
     def _indices(self, epoch: int) -> Tensor:
         size = _length(self.data)
         if not self._shuffle:
-            return torch.arange(size)
+            return torch.arange(size, device="cpu")
         generator = torch.Generator().manual_seed(seed_of(self._seed, _SHUFFLING, epoch))
-        return torch.randperm(size, generator=generator)
+        return torch.randperm(size, generator=generator, device="cpu")
 
 
 class _Shard:
@@ -293,7 +293,7 @@ def _cutter(data: Any) -> Fetch | None:
     if isinstance(data, TensorDataset) and type(data).__getitem__ is TensorDataset.__getitem__:
         return _cutter(data.tensors)
     if isinstance(data, Subset) and type(data).__getitem__ is Subset.__getitem__:
-        inner, places = _cutter(data.dataset), torch.as_tensor(data.indices)
+        inner, places = _cutter(data.dataset), torch.as_tensor(data.indices, device="cpu")
         return None if inner is None else lambda at: inner(places[at])
     return None
 

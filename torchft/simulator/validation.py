@@ -146,7 +146,7 @@ def _batches(experiment: Experiment, data: Any, size: int, node: int | None) -> 
     `node` is whose data it is, if that is one's own."""
     length = _length(data, node)
     choice = torch.Generator().manual_seed(seed_of(experiment.seed, _VALIDATION, 1))
-    at = torch.randperm(length, generator=choice)[:size]
+    at = torch.randperm(length, generator=choice, device="cpu")[:size]
     collate = (experiment.dataloader_kwargs or {}).get("collate_fn")
     options = {"collate_fn": collate} if collate else None
     for part in at.split(min(experiment.batch_size, len(at))):

@@ -59,7 +59,7 @@ class FedAvg(LocalSGD):
         """Drawn by the seed and the clock, so all nodes draw alike."""
         size = self.island_size or participants
         drawn = generator(self.seed, self.clock.steps)
-        order = torch.randperm(participants, generator=drawn).tolist()
+        order = torch.randperm(participants, generator=drawn, device="cpu").tolist()
         return [sorted(order[i : i + size]) for i in range(0, participants, size)]
 
     def state_dict(self) -> dict[str, Any]:

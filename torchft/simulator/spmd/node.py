@@ -84,7 +84,9 @@ class SPMDNode:
         """
         number = math.nan
         if loss is not None:
-            number = finite_losses({self.rank: torch.as_tensor(loss)}, step)[self.rank]
+            number = finite_losses({self.rank: torch.as_tensor(loss, device="cpu")}, step)[
+                self.rank
+            ]
         row: dict[str, Any] = {"step": step, "loss": number, "lr": lr}
         row |= vars(self.traffic.take())
         row["compute_s"], self._compute_s = self._compute_s, 0.0

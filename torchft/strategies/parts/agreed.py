@@ -37,7 +37,7 @@ def permuted(numel: int, start: int, stop: int, *seed: int) -> Tensor:
     """Where positions `start` to `stop` of `numel` go: int64, each target once."""
     half = max(1, ((numel - 1).bit_length() + 1) // 2)
     keys = [mixed(*seed, turn) & 0x7FFFFFFF for turn in range(_ROUNDS)]
-    at = _enciphered(torch.arange(start, stop), half, keys)
+    at = _enciphered(torch.arange(start, stop, device="cpu"), half, keys)
     while (outside := (at >= numel).nonzero()[:, 0]).numel():
         at[outside] = _enciphered(at[outside], half, keys)
     return at

@@ -46,7 +46,7 @@ def check_steps(what: str, make: Maker, device: torch.device) -> None:
     Raises:
         SettingsError: it cannot, for the reason that it gives; `what` says whose it is.
     """
-    parameter = nn.Parameter(torch.ones(2, 2, device=device))
+    parameter = nn.Parameter(torch.ones(2, 2, dtype=torch.float32, device=device))
     parameter.grad = torch.ones_like(parameter)
     try:
         optimizer = make([parameter])
@@ -129,7 +129,7 @@ def _parameter(values: Tensor, device: torch.device) -> nn.Parameter:
 def _drawn(node: int, step: int = 0) -> Tensor:
     """Weights, and then gradients, of one node: the same at every call, and not to be written."""
     draws = torch.Generator().manual_seed(1000 * node + step)
-    return torch.randn(sum(_SIZES), generator=draws)
+    return torch.randn(sum(_SIZES), generator=draws, dtype=torch.float32, device="cpu")
 
 
 def _cut(numbers: Tensor) -> list[Tensor]:

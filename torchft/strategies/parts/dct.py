@@ -34,7 +34,7 @@ def block_side(side: int, limit: int) -> int:
 def basis(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """C: orthonormal, a cosine in each column; what should be zero is exactly zero."""
     rows = [[_cosine((2 * n + 1) * j, size) for j in range(size)] for n in range(size)]
-    columns = torch.tensor(rows, dtype=torch.float64) * math.sqrt(2 / size)
+    columns = torch.tensor(rows, dtype=torch.float64, device="cpu") * math.sqrt(2 / size)
     columns[:, 0] = math.sqrt(1 / size)
     return columns.to(device, dtype)
 

@@ -39,7 +39,7 @@ class IndexSelector:
 
     def __call__(self, numel: int, iteration: int, seed: int) -> Tensor:
         """0 … numel - 1."""
-        return torch.arange(numel)
+        return torch.arange(numel, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,14 @@ class RandomIndexSelector(_Share):
     def __call__(self, numel: int, iteration: int, seed: int) -> Tensor:
         """In rising order; none at all is possible."""
         draws, stop = generator(seed, iteration), -1
-        drawn = [torch.empty(0, dtype=torch.int64)]
+        drawn = [torch.empty(0, dtype=torch.int64, device="cpu")]
         while stop < numel - 1:
             left = (numel - stop) * self.p
             uniform = torch.rand(
-                int(left + 4 * math.sqrt(left)) + 8, generator=draws, dtype=torch.float64
+                int(left + 4 * math.sqrt(left)) + 8,
+                generator=draws,
+                dtype=torch.float64,
+                device="cpu",
             )
             gaps = (torch.log1p(-uniform) / _log1p(-self.p)).floor_().clamp_(max=numel)
             drawn.append((gaps.long() + 1).cumsum(0) + stop)

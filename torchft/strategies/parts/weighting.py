@@ -74,7 +74,7 @@ def samples_of(local: Local) -> Tensor:
         )
     if min(local.samples) < 1:
         raise SettingsError(f"nodes have {list(local.samples)} samples: each needs 1 or more")
-    return torch.tensor(local.samples, dtype=torch.float32)[:, None]
+    return torch.tensor(local.samples, dtype=torch.float32, device="cpu")[:, None]
 
 
 @torch.no_grad()
