@@ -75,6 +75,31 @@ def test_ctrl_c_ends_a_manager_whose_quorum_forms_in_the_background() -> None:
         assert "KeyboardInterrupt" in child.stderr
 
 
+WAITS_FOR_A_PEER = """
+import threading, time
+from datetime import timedelta as T
+import torch.distributed as dist
+from torchft import ProcessGroupGloo
+
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+groups = [ProcessGroupGloo(timeout=T(seconds=20)) for _ in range(8)]
+for n, group in enumerate(groups):
+    place = f"127.0.0.1:{store.port}/{n}"
+    threading.Thread(target=group.configure, args=(place, "a", 0, 2), daemon=True).start()
+print("waiting")
+time.sleep(60)
+"""
+
+
+def test_ctrl_c_while_a_process_group_is_made_is_no_crash() -> None:
+    """Threads that came back from torch into the end of the interpreter ended it by SIGABRT."""
+    with Child(WAITS_FOR_A_PEER, OMP_NUM_THREADS="1") as child:
+        assert child.line() == "waiting"
+        child.send(signal.SIGINT)
+        assert child.end() == -signal.SIGINT, child.stderr
+        assert "terminate called" not in child.stderr
+
+
 def test_a_daemon_thread_that_waits_does_not_hold_the_exit_up() -> None:
     code = WAITS_FOR_A_QUORUM.replace(
         "client._quorum(0",
