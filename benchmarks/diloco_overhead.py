@@ -11,7 +11,6 @@ in flight, whose transfers then run beside the outer steps of others.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -191,9 +190,8 @@ def _diloco(manager: Any, model: Any, fragments: int, delay: int, entered: ExitS
     layers = list(model)
     each = len(layers) // fragments
     parts = [nn.Sequential(*layers[at * each : (at + 1) * each]) for at in range(fragments)]
-    inner = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-3)
+    inner = torch.optim.SGD(model.parameters(), lr=1e-3)  # without gradients it steps nothing
     outers: list[torch.optim.Optimizer] = [_outer(part.parameters()) for part in parts]
-    warnings.simplefilter("ignore")  # the inner optimizer steps nothing of the model, on purpose
     entered.enter_context(
         DiLoCo(manager, [*parts], inner, outers, fragments, fragment_sync_delay=delay)
     )

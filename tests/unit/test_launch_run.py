@@ -43,7 +43,7 @@ class Running(Group):
 
 
 def group(*, spawned: float = NOW - 100, code: int | None = None) -> Group:
-    made = Running(0, ["true"], {}, Path("log"), [Life(1, spawned=spawned, code=code)])
+    made = Running(0, ["true"], {}, Path("log"), [Life(0, spawned=spawned, code=code)])
     made.code = code
     return made
 

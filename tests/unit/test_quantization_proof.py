@@ -82,7 +82,8 @@ def test_a_door_refuses_before_the_first_round() -> None:
         model = nn.Linear(3, 2, dtype=dtype)
         inner, outer = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
         manager: Any = InProcessManager(Node(World(Script(1)), 0, 1))
-        return DiLoCo(manager, [model], inner, outer, 500, should_quantize=codec)
+        # What travels is of the shared state's dtype: here the parameters' own.
+        return DiLoCo(manager, [model], inner, outer, 500, should_quantize=codec, shared_dtype=None)
 
     door(Only32(), torch.float32)
     with pytest.raises(SettingsError, match="it holds float32"):
