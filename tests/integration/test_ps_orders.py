@@ -174,6 +174,8 @@ def test_the_page_needs_nothing_from_elsewhere() -> None:
     assert [url for url in re.findall(r"https?://[^\"']+", html) if "w3.org" not in url] == []
     assert not re.findall(r"\son\w+=|style=", html), "the policy allows no such attribute"
     assert "innerHTML" not in html, "names are text, whoever chose them"
+    assert '<p id="first" hidden>To see the run, paste the token' in html, "the first view says how"
+    assert '<main id="shown" hidden>' in html, "no empty tables before there is a token"
     assert "unsafe" not in headers(html)["Content-Security-Policy"]
 
 
