@@ -63,7 +63,15 @@ def test_a_worker_dies_another_joins_the_server_dies_and_the_weights_are_equal(
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_the_demo_with_trainers_of_transformers(demo: Demo) -> None:
-    check(demo("--timeout=1200"), 1300)
+    script = Path(__file__).parents[2] / "examples" / "parameter_server" / "train.py"
+    command = shlex.join([sys.executable, str(script), "-t", "demo.yaml", "train"])
+    check(demo(f"--train={command}", "--timeout=1200"), 1300)
+
+
+# An error of ours that must not come back: the demo trained a file that only a checkout has.
+@pytest.mark.slow
+def test_the_demo_as_it_is_typed_needs_nothing_but_the_package(demo: Demo) -> None:
+    check(demo(), 550)
 
 
 @pytest.mark.parametrize(

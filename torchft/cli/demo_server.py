@@ -12,9 +12,9 @@ from torchft.cli.numbers import at_least, seconds
 __all__ = ["add_command"]
 
 ABOUT = """\
-A parameter server and two workers train examples/parameter_server, as processes of their own. One
-worker is killed; another joins; the server is killed, the workers train on, and it is started
-again. At the end the survivors' weights and the server's are compared.
+A parameter server and two workers train a small model, as processes of their own. One worker is
+killed; another joins; the server is killed, the workers train on, and it is started again. At
+the end the survivors' weights and the server's are compared.
 
 The exit code is 0 only if all of this happened, nothing that had been counted was lost, and the
 weights are equal bit for bit; 128 + n after signal n.
@@ -45,7 +45,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--train",
         type=shlex.split,
         metavar="COMMAND",
-        help="what the workers run (the example in this checkout)",
+        help="what the workers run (a byte-level model, with torch alone)",
     )
     add(
         "--timeout",
@@ -63,11 +63,11 @@ def run(typed: argparse.Namespace) -> int:
 
     from torchft.launch.folder import run_folder
     from torchft.launch.server_demo import run_server_demo
-    from torchft.launch.server_demo_options import ServerDemoOptions, example
+    from torchft.launch.server_demo_options import ServerDemoOptions, trainer
     from torchft.launch.server_summary import text_of
 
     options = ServerDemoOptions(
-        train=typed.train or example(),
+        train=typed.train or trainer(),
         folder=run_folder(typed.keep, "torchft_demo_server_"),
         sync_every=typed.sync_every,
         codec=typed.codec,

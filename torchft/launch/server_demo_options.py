@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torchft import settings
-from torchft.errors import SettingsError
 from torchft.launch import server_story as story
 from torchft.launch.group import Group
 
-__all__ = ["ServerDemoOptions", "example"]
+__all__ = ["ServerDemoOptions", "trainer"]
 
 DILOCO = [sys.executable, "-m", "torchft.launch.diloco_agent"]
 
@@ -25,7 +24,7 @@ class ServerDemoOptions:
 
     train: Sequence[str]
     """The workers' command. It is given `--num-shards`, `--shard-index`, `--output-dir` and
-    `--end-file`, and leaves a log and a result in the output folder, as the example does."""
+    `--end-file`, and leaves a log and a result in the output folder: see `server_demo_train`."""
     folder: Path
     """New or empty; all files of the run."""
     sync_every: int = 10
@@ -97,16 +96,6 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def example() -> list[str]:
-    """The workers' command: the example in this checkout.
-
-    Raises:
-        SettingsError: the package is not in a checkout.
-    """
-    script = Path(__file__).parents[2] / "examples" / "parameter_server" / "train.py"
-    if not script.is_file():
-        raise SettingsError(
-            f"{script} is not there: this demo trains the project's example, so run it in a "
-            "checkout, as `make demo-server`"
-        )
-    return [sys.executable, str(script), "-t", "demo.yaml", "train"]
+def trainer() -> list[str]:
+    """The workers' command where none is given: it is in the package and needs torch alone."""
+    return [sys.executable, "-m", "torchft.launch.server_demo_train"]
