@@ -70,9 +70,11 @@ class Average(Work):
         sent: torch.Tensor | None = None,
         judged: bool = False,
         name: Name | None = None,
+        timeout: timedelta | None = None,
     ) -> None:
-        """`judged`: whether it is finite is looked at. With a `name`, the step is discarded when it
-        is not; without one that is left to whoever asks `is_finite`."""
+        """`timeout`: how long a wait lasts that names no time of its own. `judged`: whether it is
+        finite is looked at. With a `name`, the step is discarded when it is not; without one that
+        is left to whoever asks `is_finite`."""
         super().__init__()
         self._transaction = transaction
         self._work = work
@@ -85,14 +87,16 @@ class Average(Work):
         self._once = threading.RLock()
         self._finished = False
         self._members = members
+        self._timeout = timeout
         self._lost_looks = 0
         self._future: Future[torch.Tensor] | None = None
         self._answered = False
 
     def wait(self, timeout: timedelta | None = None) -> bool:
-        """Wait, at most `timeout`, and divide. Returns True; a failure discards the step."""
+        """Wait, at most `timeout` or else the manager's, and divide. Returns True; a failure
+        discards the step."""
         if not self._finished:
-            self._finish(self._failure_of(self._work.wait, timeout))
+            self._finish(self._failure_of(self._work.wait, timeout or self._timeout))
         return True
 
     def is_finite(self) -> bool:
@@ -115,7 +119,7 @@ class Average(Work):
         """Begin the second half of what has two, when the first has arrived."""
         advance = getattr(self._work, "advance", None)
         if advance is not None and not self._finished:
-            error = self._failure_of(advance, None)
+            error = self._failure_of(advance, self._timeout)
             if error is not None:
                 self._finish(error)
 
@@ -183,8 +187,13 @@ class Average(Work):
             except Exception as error:
                 now = time.monotonic()
                 # One that comes before its time is no timeout. Torch counts whole milliseconds.
-                if now - began < patience_s - 0.002 or now >= until - 0.002:
+                if now - began < patience_s - 0.002:
                     raise
+                if timeout is not None and now >= until - 0.002:
+                    raise CollectiveError(
+                        f"no result in {timeout.total_seconds():g} s, the timeout: a member is "
+                        "stopped, or slower than that"
+                    ) from error
                 if self._is_hopeless():
                     raise CollectiveError("a member left in the middle of it") from error
 

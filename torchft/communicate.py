@@ -28,13 +28,17 @@ __all__ = ["Communicator"]
 
 
 class Communicator:
-    """The managed operations of one process group. `check_finite`: averages and sums are judged.
+    """The managed operations of one process group, each with a deadline of `timeout`, whatever that
+    of the process group is. `check_finite`: averages and sums are judged.
 
     One with a `name` discards the step by itself where it has NaN or infinity in it.
     """
 
-    def __init__(self, pg: ProcessGroup, *, check_finite: bool = True) -> None:
+    def __init__(
+        self, pg: ProcessGroup, *, timeout: timedelta | None = None, check_finite: bool = True
+    ) -> None:
         self._pg = pg
+        self._timeout = timeout
         self.check_finite = check_finite
 
     def reduce(
@@ -182,6 +186,7 @@ class Communicator:
             sent=sent,
             judged=judged and self.check_finite,
             name=name,
+            timeout=self._timeout,
         )
         transaction.averages.append(managed)
         return managed

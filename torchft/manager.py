@@ -194,7 +194,7 @@ class Manager(Uncopied):
         )
         self._listeners = StepListeners(self._former.compare)
         self._progress = Progress(fresh=init_sync)
-        communicator = Communicator(pg, check_finite=check_finite)
+        communicator = Communicator(pg, timeout=options.timeout, check_finite=check_finite)
         closer = Closer(
             group=self._group,
             communicator=communicator,

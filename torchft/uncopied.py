@@ -23,6 +23,6 @@ class Uncopied:
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError(
-            f"a {type(self).__name__} cannot be copied or pickled, since it holds connections and "
-            f"hooks of this process: {self.copy_instead}"
+            f"this {type(self).__name__} cannot be copied or pickled, since it holds connections "
+            f"and hooks of this process: {self.copy_instead}"
         )

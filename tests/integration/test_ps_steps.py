@@ -116,7 +116,7 @@ def test_a_copy_of_the_worker(address: str) -> None:
     model = Net()
     optimizer = SGD(model.parameters(), lr=0.05)
     with worker_of(model, optimizer, address) as worker:
-        with pytest.raises(TypeError, match="a DiLoCoWorker cannot be copied or pickled"):
+        with pytest.raises(TypeError, match="this DiLoCoWorker cannot be copied or pickled"):
             copy.deepcopy(worker)
         train(model, optimizer, seed=1, steps=6)
         assert worker.sync_count == 2

@@ -166,6 +166,16 @@ def test_wait_keeps_its_timeout(transaction: Transaction, clock: Clock) -> None:
     assert transaction.failed
 
 
+def test_a_wait_without_a_time_of_its_own_ends_with_the_managers(
+    transaction: Transaction, clock: Clock
+) -> None:
+    managers = timedelta(seconds=8)
+    Average(transaction, Stuck(clock), torch.ones(1), 1, Among(), timeout=managers).wait()
+    assert clock.now == pytest.approx(8.0, abs=0.002)
+    assert transaction.error is not None
+    assert "no result in 8 s, the timeout" in str(transaction.error.original_exception)
+
+
 @pytest.mark.parametrize("members", [Among(retired=True), Among(lost=True)])
 def test_what_waits_for_a_member_that_left_is_given_up(
     transaction: Transaction, clock: Clock, members: Among

@@ -73,7 +73,7 @@ def test_a_wrapped_model_is_refused_and_its_module_is_not(front: Any, way: Any) 
 
 @every_way
 def test_a_manager_is_refused(way: Any) -> None:
-    with pytest.raises(TypeError, match=r"a Manager cannot be copied.*make one in each process"):
+    with pytest.raises(TypeError, match=r"this Manager cannot be copied.*make one in each process"):
         way(Manager.__new__(Manager))
 
 
