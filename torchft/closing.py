@@ -204,7 +204,7 @@ class Closer:
         if skipped in _MANY_SKIPPED:
             self._log.say(logging.WARNING, step, _STUCK, skipped)
         else:
-            self._log.say(logging.INFO, step, "skipped, %d in a row", skipped)
+            self._log.say(logging.DEBUG, step, "skipped, %d in a row", skipped)
 
     def _offered_in(self, transaction: Transaction) -> int:
         """State sent since the step began, or since the last record of one that was open at the
@@ -220,7 +220,7 @@ class Closer:
             self._say_skipped(step, self._progress.skipped)
             return
         # One line an event: an error was said when it happened.
-        level = logging.INFO if error_said else logging.WARNING
+        level = logging.DEBUG if error_said else logging.WARNING
         self._log.say(level, step, "%s: step discarded, %d in a row", reason, failures)
         if most is not None and failures > most:
             raise DiscardedTooOften(

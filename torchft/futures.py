@@ -7,6 +7,7 @@ Callbacks run on that thread, so they must be short: set an event, abort a proce
 
 from __future__ import annotations
 
+import atexit
 import heapq
 import itertools
 import os
@@ -50,6 +51,8 @@ class _Timer:
         self._order = itertools.count()  # equal deadlines fire in the order they were set
         self._heap: list[tuple[float, int, _Entry]] = []
         self._pid = 0  # threads do not survive a fork: the child starts its own
+        self._thread: threading.Thread | None = None
+        self._ended = False
 
     def after(self, timeout: timedelta, callback: Callable[[], None]) -> _Entry:
         entry = _Entry(callback)
@@ -62,17 +65,34 @@ class _Timer:
         return entry
 
     def _start(self) -> None:
-        if self._pid != os.getpid():
+        if self._pid != os.getpid() and not self._ended:
             self._pid = os.getpid()
-            threading.Thread(target=self._run, name="torchft-timer", daemon=True).start()
+            self._thread = threading.Thread(target=self._run, name="torchft-timer", daemon=True)
+            self._thread.start()
 
     def _run(self) -> None:
-        while True:
-            self._next().fire()
+        while (entry := self._next()) is not None:
+            entry.fire()
+            del entry  # what it holds must not outlive it here, asleep until the next one
 
-    def _next(self) -> _Entry:
+    def end(self, timeout_s: float = 1.0) -> None:
+        """At the end of the process: no deadline fires any more, and what they hold is freed here.
+
+        A thread that frees a torch object while Python shuts down is ended in its destructor, which
+        aborts the process.
+        """
+        with self._changed:
+            self._ended = True
+            self._heap.clear()
+            self._changed.notify()
+        if self._thread is not None and self._pid == os.getpid():
+            self._thread.join(timeout_s)
+
+    def _next(self) -> _Entry | None:
         with self._changed:
             while True:
+                if self._ended:
+                    return None
                 if not self._heap:
                     self._changed.wait()
                 elif (left := self._heap[0][0] - time.monotonic()) > 0:
@@ -86,6 +106,7 @@ class _Timer:
 
 
 _timer = _Timer()
+atexit.register(lambda: _timer.end())
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_timer.forget)
 

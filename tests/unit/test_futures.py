@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from datetime import timedelta
 
 import pytest
 from torch.futures import Future
 
-from torchft.futures import context_timeout, future_timeout, future_wait
+from torchft.futures import _Timer, context_timeout, future_timeout, future_wait
 from torchft.work import _DummyWork
 
 SOON = timedelta(seconds=0.02)
@@ -102,3 +103,22 @@ def test_a_dummy_work_has_ended() -> None:
     assert work.wait(SOON)
     assert work.is_completed()
     assert work.get_future().wait() == work.result() == [1, 2]
+
+
+class Held:
+    """What a callback holds, such as an average with torch's work in it."""
+
+    def late(self) -> None:
+        raise AssertionError("its deadline is past the end of the process")
+
+
+def test_a_process_that_ends_frees_what_deadlines_hold_before_python_shuts_down() -> None:
+    timer, held = _Timer(), Held()
+    timer.after(LATE, held.late)
+    freed = weakref.ref(held)
+    del held
+    timer.end()
+    assert freed() is None
+    assert timer._thread is not None and not timer._thread.is_alive()
+    timer.after(SOON, Held().late)
+    assert not timer._thread.is_alive(), "nothing begins any more"
