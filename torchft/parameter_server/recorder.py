@@ -23,6 +23,8 @@ class Recorder:
     def __init__(self, records: StateRecords, jobs: Jobs, note: Callable[[str, int], None]) -> None:
         self._records, self._jobs, self._note = records, jobs, note
         self._ending = asyncio.Event()
+        self._writing = asyncio.Lock()
+        """One at a time: two that gave way to each other would do so for ever."""
         self._is_full = False
         """The last record could not be written, and that was said."""
 
@@ -40,10 +42,11 @@ class Recorder:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._ending.wait(), _QUIET * step_s)
         try:
-            while state.published(close.fragment).version == close.version:
-                if await self._jobs.in_turn(self._write, state, close):
-                    self._is_full = False
-                    break
+            async with self._writing:
+                while state.published(close.fragment).version == close.version:
+                    if await self._jobs.in_turn(self._write, state, close):
+                        self._is_full = False
+                        break
         except OSError as error:
             if not self._is_full and self._jobs.failure is None:
                 what = f"the state of fragment {close.fragment}, version {close.version}"
