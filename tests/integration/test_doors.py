@@ -338,7 +338,8 @@ def test_a_group_dies_while_gradients_travel_and_the_others_skip_that_step(
     one, two, killed = World(tmp_path, min_replicas=2).run(survivor, survivor, victim)
     assert killed == KILLED
     assert one == two
-    assert one[0] == [True, False, True, True]
+    # Mostly the second: on a busy machine the others may take one before the victim is back.
+    assert one[0][0] and one[0].count(False) == 1 and one[0][-1]
     assert one[2] == 2
 
 

@@ -87,7 +87,8 @@ for n, group in enumerate(groups):
     place = f"127.0.0.1:{store.port}/{n}"
     threading.Thread(target=group.configure, args=(place, "a", 0, 2), daemon=True).start()
 print("waiting")
-time.sleep(60)
+while True:  # one long sleep would miss a signal that comes just before it
+    time.sleep(0.05)
 """
 
 

@@ -38,6 +38,8 @@ _LIGHTHOUSE = {"join_timeout_ms": 60_000, "heartbeat_timeout_ms": 2_500}
 """Who is there is waited for; a busy machine starves a node for a second."""
 _DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """No proxy of the user's leads back to this machine."""
+_SIGNAL_S = 1.0
+"""A signal that comes just before a wait is seen after it: so long a wait takes at most."""
 _LOOK_S = 0.01
 _END_S = 5.0
 
@@ -206,7 +208,7 @@ class LocalNodes:
     def _listen(self) -> None:
         lines = {life.line: life for life in self._lives if not life.ended}
         looks = any(life.at is not None for life in lines.values())
-        for line in wait(list(lines), timeout=_LOOK_S if looks else None):
+        for line in wait(list(lines), timeout=_LOOK_S if looks else _SIGNAL_S):
             assert isinstance(line, Connection)
             self._hear(lines[line])
 
