@@ -77,7 +77,7 @@ docs: $(UV) ## the documents as a site, in site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(UV) run --frozen --isolated --only-group docs mkdocs build
 
 digests: setup ## simulated and real nodes compute equal bits: a table
-	$(RUN) python -m torchft.launch.digests $(ARGS)
+	$(RUN) python -m torchft.verify.digests $(ARGS)
 
 bench: setup ## the figures in docs/benchmarks.md, each with its floor
 	$(RUN) python benchmarks/run.py $(ARGS)

@@ -24,10 +24,10 @@ from harness.figures import Figure, Floor
 from torch import Tensor, nn
 
 from torchft import strategies
-from torchft.simulator import datasets
+from torchft.experiments import datasets
+from torchft.experiments.zoo import Gpt
 from torchft.simulator.experiment import Experiment
 from torchft.simulator.loop import run_stacked
-from torchft.simulator.zoo import Gpt
 from torchft.strategies import OptimSpec, Strategy
 
 NODES, FRAGMENTS = 4, 4

@@ -1,6 +1,6 @@
 """How much of the time groups train behind slow links: bandwidth by H, with and without overlap.
 
-Two groups live on hosts of their own, each behind a modem (`torchft.launch.network`) that their
+Two groups live on hosts of their own, each behind a modem (`torchft.network_namespaces`) that their
 averages share with heartbeats, quorums and votes. A training step is a sleep of known length, so
 that the figures say the same on every machine. The floor is a formula:
 
@@ -33,7 +33,7 @@ from harness.group import manager_of
 from harness.links import lighthouse_on
 from harness.workers import Worker
 
-from torchft.launch.network import Host, Link, Network
+from torchft.network_namespaces import Host, Link, Network
 
 GROUPS = 2
 FRAGMENTS = 4

@@ -105,9 +105,9 @@ def _server(stack: ExitStack, workers: int) -> int:
 
 
 def _serve(line: Connection, *, folder: str, workers: int) -> None:
-    from torchft.parameter_server.options import ServerOptions
-    from torchft.parameter_server.rules import Rules
-    from torchft.parameter_server.server import DiLoCoServer
+    from torchft.parameter_server.core.options import ServerOptions
+    from torchft.parameter_server.core.rules import Rules
+    from torchft.parameter_server.server.server import DiLoCoServer
 
     with DiLoCoServer(ServerOptions(Path(folder), Rules(workers, grace_s=GRACE_S))) as server:
         line.send(server.port)

@@ -25,10 +25,10 @@ from harness.simulated_server import Node, Plan, Simulated
 from torch import Tensor, nn
 from torch.nn import functional
 
-from torchft.parameter_server.options import OuterOptions
-from torchft.parameter_server.rules import Mode, Rules
-from torchft.simulator import datasets
-from torchft.simulator.zoo import Gpt
+from torchft.experiments import datasets
+from torchft.experiments.zoo import Gpt
+from torchft.parameter_server.core.options import OuterOptions
+from torchft.parameter_server.core.rules import Mode, Rules
 
 NODES = 4
 FAST_S = 0.25

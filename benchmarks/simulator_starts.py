@@ -47,7 +47,7 @@ def measure(options: Options) -> Findings:
 TRAIN = """
 import time, torch
 from harness.small_work import work
-from torchft.simulator import Trainer
+from torchft.experiments import Trainer
 from torchft.strategies import DiLoCoStrategy, OptimSpec
 
 torch.set_num_threads(1)

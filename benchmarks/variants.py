@@ -85,7 +85,7 @@ def measure(options: Options) -> Findings:
     """All in this process, on one thread."""
     import torch
 
-    from torchft.simulator import datasets
+    from torchft.experiments import datasets
 
     torch.set_num_threads(1)
     data = datasets.digits(options.images, options.held_out)
@@ -103,9 +103,9 @@ def _figure(name: str, losses: list[float]) -> Figure:
 def _trained(name: str, train: Any, held_out: Any, options: Options) -> list[float]:
     import torch
 
+    from torchft.experiments.zoo import Mlp
     from torchft.simulator.experiment import Experiment
     from torchft.simulator.loop import run_stacked
-    from torchft.simulator.zoo import Mlp
 
     losses = []
     for seed in range(1, options.seeds + 1):

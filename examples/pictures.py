@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from torchft.simulator import datasets
+from torchft.experiments import datasets
 
 __all__ = ["NotThere", "Pictures", "digits", "mnist"]
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.distributed import Work
 from torch.utils.hooks import RemovableHandle
 
-from torchft.average import Name
 from torchft.backward import BackwardPass
 from torchft.errors import StepError
-from torchft.fingerprint import Description
+from torchft.manager.average import Name
+from torchft.manager.fingerprint import Description
 from torchft.quantization import Codec, codec_for
 from torchft.quantization.proof import prove
 from torchft.trained import TrainedParameters, describe_values, refuse_sparse, sparse_error

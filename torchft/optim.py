@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch.amp import GradScaler
 
     from torchft.manager import Manager
-    from torchft.open_step import OpenStep
+    from torchft.manager.open_step import OpenStep
 
 __all__ = ["OptimizerWrapper"]
 

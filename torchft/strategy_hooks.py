@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from torchft.errors import PhaseError
 from torchft.ledger import Bucket
-from torchft.managed_peers import ManagedPeers
+from torchft.manager.peers import ManagedPeers
 from torchft.quantization import Codec, codec_for
 from torchft.quantization.proof import prove
 from torchft.step_hooks import StepHooks, check_trains

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from torchft.errors import SettingsError
-from torchft.fingerprint import Description, describe
+from torchft.manager.fingerprint import Description, describe
 from torchft.parameter_marks import marks_of, parameters_of
 
 __all__ = [

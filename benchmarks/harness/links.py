@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
 from harness.workers import Worker
-from torchft.launch.network import Host
+from torchft.network_namespaces import Host
 
 __all__ = ["lighthouse_on"]
 

@@ -56,9 +56,9 @@ def serve(line: Connection) -> None:
 
 
 def _serve(line: Connection, *, folder: str, workers: int) -> Memory:
-    from torchft.parameter_server.options import ServerOptions
-    from torchft.parameter_server.rules import Rules
-    from torchft.parameter_server.server import DiLoCoServer
+    from torchft.parameter_server.core.options import ServerOptions
+    from torchft.parameter_server.core.rules import Rules
+    from torchft.parameter_server.server.server import DiLoCoServer
 
     with DiLoCoServer(ServerOptions(Path(folder), Rules(workers))) as server:
         base = forget_peak()

@@ -17,14 +17,14 @@ from pathlib import Path
 
 from torch import nn
 
-from torchft.parameter_server.chunks import Chunks
-from torchft.parameter_server.options import OuterOptions
-from torchft.parameter_server.rounds import Close, Effect, Rounds
-from torchft.parameter_server.rules import Rules
-from torchft.parameter_server.shape import ModelShape
-from torchft.parameter_server.shared import SharedState
-from torchft.parameter_server.submission import Submission
-from torchft.parameter_server.weights import WorkerWeights, named_parameters
+from torchft.parameter_server.core.chunks import Chunks
+from torchft.parameter_server.core.options import OuterOptions
+from torchft.parameter_server.core.rounds import Close, Effect, Rounds
+from torchft.parameter_server.core.rules import Rules
+from torchft.parameter_server.core.shape import ModelShape
+from torchft.parameter_server.core.submission import Submission
+from torchft.parameter_server.server.shared import SharedState
+from torchft.parameter_server.worker.weights import WorkerWeights, named_parameters
 from torchft.quantization import codec_of
 
 __all__ = ["Node", "Plan", "Simulated"]

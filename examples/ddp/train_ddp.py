@@ -21,11 +21,10 @@ from typing import Any
 import torch
 
 from torchft import DistributedDataParallel, Manager, Optimizer, ProcessGroupGloo
-from torchft.cli.numbers import at_least
 from torchft.digest import digest
-from torchft.launch.bytes_lm import ByteCorpus, ByteTransformer, Order, next_byte_loss
+from torchft.launch.finish_barrier import Together
 from torchft.launch.inside import average_inside, meet_inside
-from torchft.launch.shell import (
+from torchft.launch.script import (
     joining,
     require_torchrun,
     run_script,
@@ -33,7 +32,8 @@ from torchft.launch.shell import (
     show_events,
     which_group,
 )
-from torchft.launch.together import Together
+from torchft.numbers import at_least
+from torchft.toy.byte_model import ByteCorpus, ByteTransformer, Order, next_byte_loss
 
 STEPS = 10_000  # then it ends; some minutes on a laptop
 ROWS = 8  # windows of text in a batch

@@ -22,11 +22,10 @@ from datetime import timedelta
 import torch
 
 from torchft import Manager, ProcessGroupGloo
-from torchft.cli.numbers import at_least
 from torchft.digest import digest
-from torchft.launch.bytes_lm import ByteCorpus, ByteTransformer, Order, next_byte_loss
+from torchft.launch.finish_barrier import Together
 from torchft.launch.inside import average_inside, meet_inside
-from torchft.launch.shell import (
+from torchft.launch.script import (
     joining,
     require_torchrun,
     run_script,
@@ -34,8 +33,9 @@ from torchft.launch.shell import (
     show_events,
     which_group,
 )
-from torchft.launch.together import Together
 from torchft.local_sgd import DiLoCo
+from torchft.numbers import at_least
+from torchft.toy.byte_model import ByteCorpus, ByteTransformer, Order, next_byte_loss
 
 SYNC_EVERY = 100  # inner steps of each group between two outer steps
 OUTER_STEPS = 100  # then it ends; some minutes on a laptop

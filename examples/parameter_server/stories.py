@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from torchft.errors import SettingsError, UnreachableError
-from torchft.launch.corpus import ByteCorpus
-from torchft.launch.text import read_text
+from torchft.toy.corpus import ByteCorpus
+from torchft.toy.text import read_text
 
 __all__ = ["Windows", "windows_of"]
 

@@ -27,7 +27,7 @@ from torchft.compat.exogym.strategy.sparta import SPARTAStrategy
 from torchft.compat.exogym.strategy.sparta_diloco import SPARTADiLoCoStrategy
 from torchft.compat.exogym.strategy.strategy import SimpleReduceStrategy, Strategy
 from torchft.compat.exogym.trainer import Trainer
-from torchft.launch import local_nodes
+from torchft.experiments import local_nodes
 
 COSINE: dict[str, Any] = {
     "lr_scheduler": "lambda_cosine",

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from torchft.launch.network import Host, missing
+from torchft.network_namespaces import Host, missing
 
 __all__ = ["needs_hosts", "on"]
 

@@ -16,10 +16,10 @@ from torch.distributed import Work
 from torchft.collectives import codec_for
 from torchft.errors import PhaseError
 from torchft.ledger import Ledger
+from torchft.manager.listeners import StepListener, StepListeners
+from torchft.manager.transaction import Transaction
 from torchft.peers import Handle, Place
 from torchft.quantization import Codec
-from torchft.step_listeners import StepListener, StepListeners
-from torchft.transaction import Transaction
 from torchft.work import _DummyWork
 
 __all__ = ["InProcessManager"]
@@ -178,7 +178,7 @@ class InProcessManager:
 
 
 class InProcessStep:
-    """The members of `torchft.open_step.OpenStep` that peers use."""
+    """The members of `torchft.manager.open_step.OpenStep` that peers use."""
 
     def __init__(self, manager: InProcessManager, of: InProcessRound) -> None:
         self.committed: bool | None = None

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchft.parameter_server.options import OuterOptions, ServerOptions
-from torchft.parameter_server.rules import Mode, Rules
-from torchft.parameter_server.worker import DiLoCoWorker
+from torchft.parameter_server.core.options import OuterOptions, ServerOptions
+from torchft.parameter_server.core.rules import Mode, Rules
+from torchft.parameter_server.worker.worker import DiLoCoWorker
 
 __all__ = ["Fleet", "Net", "options", "train", "until"]
 

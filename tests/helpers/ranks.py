@@ -30,7 +30,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
         *("pytest", "torch", "torch._dynamo", "torch.distributed.fsdp"),
-        *("torchft.parameter_server.worker", "torchft.process_group"),
+        *("torchft.parameter_server.worker.worker", "torchft.process_group"),
     ]
 )
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from torchft.digest import digest
-from torchft.simulator.loggers import Kind, Row
+from torchft.experiments.loggers import Kind, Row
 from torchft.simulator.result import Result
 from torchft.strategies import (
     DeMoStrategy,

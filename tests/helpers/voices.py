@@ -9,11 +9,11 @@ import torch
 from helpers.ps import Net
 
 from torchft.parameter_server.auth import Scope, Tokens
-from torchft.parameter_server.chunks import Chunks
-from torchft.parameter_server.client import DiLoCoClient
-from torchft.parameter_server.server import DiLoCoServer
-from torchft.parameter_server.shape import ModelShape
-from torchft.parameter_server.weights import named_parameters
+from torchft.parameter_server.core.chunks import Chunks
+from torchft.parameter_server.core.shape import ModelShape
+from torchft.parameter_server.server.server import DiLoCoServer
+from torchft.parameter_server.worker.client import DiLoCoClient
+from torchft.parameter_server.worker.weights import named_parameters
 from torchft.quantization import Identity
 
 __all__ = ["TOKENS", "Voice", "raw"]

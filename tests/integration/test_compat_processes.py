@@ -31,8 +31,8 @@ from torchft.compat import (
 )
 from torchft.compat.exogym.strategy import processes
 from torchft.compat.exogym.strategy.sparta import RandomIndexSelector
-from torchft.launch import local_nodes
-from torchft.launch.local_nodes import NodeFailed
+from torchft.experiments import local_nodes
+from torchft.experiments.local_nodes import NodeFailed
 from torchft.simulator import NodeError, Result
 from torchft.simulator.feed import Feed
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchft.launch.digests import ADAMW, STRATEGIES, OddModel, Pair, compare, main
 from torchft.quantization import Int8
 from torchft.simulator.events import Dies, Joins
 from torchft.strategies import (
@@ -24,6 +23,7 @@ from torchft.strategies import (
     StreamingDiLoCoStrategy,
     TopKStrategy,
 )
+from torchft.verify.digests import ADAMW, STRATEGIES, OddModel, Pair, compare, main
 
 STEPS = 24
 EVERY = {
@@ -138,7 +138,7 @@ CARRIED: dict[str, Callable[[], Strategy]] = {
 @pytest.mark.parametrize("name", CARRIED)
 def test_buffers_that_ride_along_are_equal_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(STRATEGIES, name, CARRIED[name])
-    monkeypatch.setattr("torchft.launch.digests.OddModel", Normed)
+    monkeypatch.setattr("torchft.verify.digests.OddModel", Normed)
     pair = compare(name, steps=12, nodes=3, method="fork")
     assert pair.equal, f"they part at step {pair.first_difference}"
     assert pair.real.rounds == pair.simulated.rounds
@@ -177,7 +177,7 @@ def test_fp32_state_beside_half_precision_is_equal_after_a_kill_too(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(STRATEGIES, name, HALF[name])
-    monkeypatch.setattr("torchft.launch.digests.OddModel", Halved)
+    monkeypatch.setattr("torchft.verify.digests.OddModel", Halved)
     events = [Dies(2, 5, in_round=True), Joins(2, 8)]
     pair = compare(name, steps=15, nodes=3, events=events, method="fork")
     assert pair.equal, f"they part at step {pair.first_difference}"
@@ -235,7 +235,7 @@ def test_the_command_kills_a_node_too(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_a_difference_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "torchft.launch.digests.compare", lambda *_, **__: _pair("all-reduce", False)
+        "torchft.verify.digests.compare", lambda *_, **__: _pair("all-reduce", False)
     )
     assert main(["--strategy", "all-reduce"]) == 1
 

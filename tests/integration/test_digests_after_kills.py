@@ -8,9 +8,9 @@ import signal
 import pytest
 from torch import Tensor
 
-from torchft.launch.digests import STRATEGIES, Pair, compare
 from torchft.simulator.events import Dies, Discards, Joins, Misses
 from torchft.simulator.node import TrainNode
+from torchft.verify.digests import STRATEGIES, Pair, compare
 
 VICTIM, KILLED, BACK, STEPS = 2, 13, 24, 36
 

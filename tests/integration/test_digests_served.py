@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from torchft.launch.digests import SERVED, OddModel, experiment_of, serve
-from torchft.launch.served import Served, compare_served
 from torchft.strategies.strategy import Strategy
+from torchft.verify.digests import SERVED, OddModel, experiment_of, serve
+from torchft.verify.served import Served, compare_served
 
 
 @pytest.mark.parametrize("name", ["DiLoCo", "DiLoCo int4", "Streaming DiLoCo", "Streaming int8"])
@@ -29,7 +29,7 @@ class Halved(OddModel):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["DiLoCo", "DiLoCo int4", "Streaming int8"])
 def test_workers_whose_parameters_are_bf16_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchft.launch.digests.OddModel", Halved)
+    monkeypatch.setattr("torchft.verify.digests.OddModel", Halved)
     pair = serve(name, steps=36, nodes=3, method="fork")
     assert pair.equal, f"they part at step {pair.first_difference}"
 

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from torchft.compat.diloco_sim import DilocoSimulator, DilocoSimulatorConfig, EvalStats, TrainStats
 from torchft.errors import SettingsError
-from torchft.launch import local_nodes
+from torchft.experiments import local_nodes
 from torchft.simulator import Result
 
 

@@ -23,7 +23,11 @@ import mnist  # noqa: E402
 from pictures import digits  # noqa: E402
 
 from torchft import strategies  # noqa: E402
-from torchft.simulator import Trainer, describe_machine, zoo  # noqa: E402
+from torchft.experiments import (  # noqa: E402
+    Trainer,
+    describe_machine,
+    zoo,
+)
 
 TINY_PICTURES = ["--nodes", "2", "--steps", "4", "--batch", "8", "--H", "2", "--model", "mlp"]
 TINY_TEXT = [

@@ -26,8 +26,8 @@ from torchft.errors import (
     StateDictError,
     TorchftError,
 )
-from torchft.managed_peers import ManagedPeers
 from torchft.manager import Manager
+from torchft.manager.peers import ManagedPeers
 from torchft.peers import Place
 
 

@@ -16,8 +16,8 @@ from helpers.hosts import needs_hosts, on
 from world import Group, World
 
 from torchft import settings
-from torchft.launch.network import Network
-from torchft.managed_peers import ManagedPeers
+from torchft.manager.peers import ManagedPeers
+from torchft.network_namespaces import Network
 from torchft.ordered import ordered_bytes
 from torchft.peers import Place
 from torchft.quantization import codec_of, mean_bytes

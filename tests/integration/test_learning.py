@@ -19,7 +19,8 @@ from helpers.digits import digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from torchft.simulator import Feed, Trainer
+from torchft.experiments import Trainer
+from torchft.simulator import Feed
 from torchft.strategies import DiLoCoStrategy, FedAvgStrategy, OptimSpec
 
 pytest.importorskip("sklearn", reason="scikit-learn (the extra `examples`) has the pictures")

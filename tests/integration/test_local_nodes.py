@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from torchft.errors import SettingsError
-from torchft.launch.digests import OddModel, experiment_of
-from torchft.launch.local_nodes import LocalNode, LocalNodes, NodeFailed, Start
+from torchft.experiments.local_nodes import LocalNode, LocalNodes, NodeFailed, Start
+from torchft.experiments.processes import run_processes
 from torchft.local_sgd import DiLoCo, LocalSGD
 from torchft.ordered import ordered_mean
 from torchft.peers import Place
@@ -25,8 +25,8 @@ from torchft.records import read_step_records
 from torchft.simulator.events import Dies, Discards, Joins
 from torchft.simulator.loop import run_stacked
 from torchft.simulator.node import NodeError, TrainNode
-from torchft.simulator.processes import run_processes
 from torchft.strategies import DiLoCoStrategy, FedAvgStrategy
+from torchft.verify.digests import OddModel, experiment_of
 
 DEADLINE_S = 30.0
 
@@ -156,7 +156,7 @@ def test_a_node_starts_once_at_a_time(tmp_path: Path) -> None:
 PARENT = """
 import sys, time
 from pathlib import Path
-from torchft.launch.local_nodes import LocalNodes, Start
+from torchft.experiments.local_nodes import LocalNodes, Start
 
 def story(node):
     node.meet(lambda _: None, dict)
@@ -277,7 +277,7 @@ def test_processes_of_a_fork_server_do_the_same() -> None:
 SCRIPT = """
 import threading
 import torch
-from torchft.simulator import Trainer
+from torchft.experiments import Trainer
 from torchft.strategies import DiLoCoStrategy
 
 class Model(torch.nn.Linear):

@@ -15,8 +15,8 @@ from world import KILLED, Group, World
 
 from torchft.ddp import DistributedDataParallel
 from torchft.errors import DiscardedTooOften, MismatchError, PhaseError, SettingsError
-from torchft.managed_peers import ManagedPeers
 from torchft.manager import WorldSizeMode
+from torchft.manager.peers import ManagedPeers
 from torchft.peers import Place
 from torchft.records import read_step_records
 

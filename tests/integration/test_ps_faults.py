@@ -20,11 +20,9 @@ from helpers.ps import Fleet, options, plain_outer, train, until
 from helpers.voices import TOKENS, Voice, raw
 
 from torchft.errors import SettingsError, UnreachableError
-from torchft.parameter_server import checkpoints
 from torchft.parameter_server.auth import Scope
-from torchft.parameter_server.chunks import Chunks
-from torchft.parameter_server.client import DiLoCoClient
-from torchft.parameter_server.refused import (
+from torchft.parameter_server.core.chunks import Chunks
+from torchft.parameter_server.core.refused import (
     Conflict,
     Forbidden,
     Gone,
@@ -34,7 +32,8 @@ from torchft.parameter_server.refused import (
     Unauthorized,
     Unfit,
 )
-from torchft.parameter_server.server import Address, DiLoCoServer
+from torchft.parameter_server.server.server import Address, DiLoCoServer, checkpoints
+from torchft.parameter_server.worker.client import DiLoCoClient
 from torchft.quantization import Identity
 
 

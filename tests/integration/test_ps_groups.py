@@ -20,8 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torchft.errors import MismatchError, SettingsError, TorchftError, UnreachableError
 from torchft.parameter_server.auth import Scope
-from torchft.parameter_server.server import Address, DiLoCoServer
-from torchft.parameter_server.worker import DiLoCoWorker
+from torchft.parameter_server.server.server import Address, DiLoCoServer
+from torchft.parameter_server.worker.worker import DiLoCoWorker
 
 STEPS, BATCH = 12, 8
 

@@ -14,8 +14,8 @@ import pytest
 from helpers.ps import options, until
 from helpers.voices import Voice, raw
 
-from torchft.parameter_server.refused import printable
-from torchft.parameter_server.server import Address, DiLoCoServer
+from torchft.parameter_server.core.refused import printable
+from torchft.parameter_server.server.server import Address, DiLoCoServer
 
 
 @pytest.fixture

@@ -14,15 +14,15 @@ from integration.test_ps_faults import TOKENS, Voice
 from integration.test_ps_restarts import server_at, weights_at
 
 from torchft.errors import SettingsError
-from torchft.parameter_server import checkpoints
 from torchft.parameter_server.auth import Scope
-from torchft.parameter_server.chunks import Chunks
-from torchft.parameter_server.desk import Desk
-from torchft.parameter_server.options import OuterOptions, ServerOptions
-from torchft.parameter_server.page import headers, page
-from torchft.parameter_server.refused import Forbidden, Refused
-from torchft.parameter_server.requests import Registration, Ticket
-from torchft.parameter_server.rules import Mode
+from torchft.parameter_server.core.chunks import Chunks
+from torchft.parameter_server.core.options import OuterOptions, ServerOptions
+from torchft.parameter_server.core.refused import Forbidden, Refused
+from torchft.parameter_server.core.requests import Registration, Ticket
+from torchft.parameter_server.core.rules import Mode
+from torchft.parameter_server.server.page import headers, page
+from torchft.parameter_server.server.server import checkpoints
+from torchft.parameter_server.server.state import Desk
 from torchft.quantization import Identity
 
 ORDER = "/v1/control/update_optimizer"

@@ -15,13 +15,13 @@ from helpers.ps import Fleet, options, plain_outer, train, until
 from helpers.voices import TOKENS, Voice
 
 from torchft.errors import SettingsError
-from torchft.parameter_server import checkpoints, chunks
 from torchft.parameter_server.auth import Scope
-from torchft.parameter_server.journal import Journal
-from torchft.parameter_server.keeper import StorageError
-from torchft.parameter_server.options import ServerOptions
-from torchft.parameter_server.outer_step import OuterStep
-from torchft.parameter_server.server import Address, DiLoCoServer
+from torchft.parameter_server.core import chunks
+from torchft.parameter_server.core.options import ServerOptions
+from torchft.parameter_server.core.outer_step import OuterStep
+from torchft.parameter_server.server.journal import Journal
+from torchft.parameter_server.server.server import Address, DiLoCoServer, checkpoints
+from torchft.parameter_server.server.storage import StorageError
 
 
 def server_at(opts: ServerOptions, port: int = 0) -> DiLoCoServer:

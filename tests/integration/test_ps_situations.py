@@ -18,15 +18,15 @@ from integration.test_ps_faults import TOKENS, Voice
 from safetensors.torch import load_file, save_file
 
 from torchft.errors import MismatchError, SettingsError, UnreachableError
-from torchft.parameter_server import chunks
-from torchft.parameter_server.chunks import Chunks
-from torchft.parameter_server.client import DiLoCoClient
-from torchft.parameter_server.refused import Conflict
-from torchft.parameter_server.rules import Mode
-from torchft.parameter_server.server import Address, DiLoCoServer
-from torchft.parameter_server.shape import ModelShape, Parameter
-from torchft.parameter_server.weights import WorkerWeights
-from torchft.parameter_server.worker import DiLoCoWorker
+from torchft.parameter_server.core import chunks
+from torchft.parameter_server.core.chunks import Chunks
+from torchft.parameter_server.core.refused import Conflict
+from torchft.parameter_server.core.rules import Mode
+from torchft.parameter_server.core.shape import ModelShape, Parameter
+from torchft.parameter_server.server.server import Address, DiLoCoServer
+from torchft.parameter_server.worker.client import DiLoCoClient
+from torchft.parameter_server.worker.weights import WorkerWeights
+from torchft.parameter_server.worker.worker import DiLoCoWorker
 from torchft.quantization import Identity
 from torchft.strategies.local import Fragment
 

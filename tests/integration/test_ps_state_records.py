@@ -21,10 +21,11 @@ from integration.test_ps_restarts import (
     zeros,
 )
 
-from torchft.parameter_server import chunks, state_records
 from torchft.parameter_server.auth import Scope
-from torchft.parameter_server.rounds import Close
-from torchft.parameter_server.rules import Mode
+from torchft.parameter_server.core import chunks
+from torchft.parameter_server.core.rounds import Close
+from torchft.parameter_server.core.rules import Mode
+from torchft.parameter_server.server.server import state_records
 
 
 def cut_short(path: Path) -> None:

@@ -16,7 +16,7 @@ from unit.test_step_hooks import Accelerated, Lookahead, Plain
 
 from torchft.errors import MismatchError, PhaseError, SettingsError
 from torchft.parameter_server import DiLoCoWorker
-from torchft.parameter_server.server import DiLoCoServer
+from torchft.parameter_server.server.server import DiLoCoServer
 
 
 @pytest.fixture

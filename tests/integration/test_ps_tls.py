@@ -16,8 +16,8 @@ from integration.test_ps_faults import TOKENS
 from torchft.cli.diloco import main
 from torchft.errors import SettingsError, UnreachableError
 from torchft.parameter_server.auth import Scope
-from torchft.parameter_server.client import DiLoCoClient
-from torchft.parameter_server.server import Address, DiLoCoServer
+from torchft.parameter_server.server.server import Address, DiLoCoServer
+from torchft.parameter_server.worker.client import DiLoCoClient
 
 pytestmark = pytest.mark.skipif(
     shutil.which("openssl") is None, reason="openssl makes the certificate, and is not here"

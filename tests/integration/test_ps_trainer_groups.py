@@ -15,7 +15,7 @@ from integration.test_ps_transformers import Rows, Tiny
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from torchft.parameter_server.server import DiLoCoServer
+from torchft.parameter_server.server.server import DiLoCoServer
 
 transformers = pytest.importorskip("transformers")
 

@@ -10,8 +10,8 @@ import torch
 from helpers.ps import Fleet, Net, options, train
 
 from torchft.parameter_server import DiLoCoWorker
-from torchft.parameter_server.rules import Mode
-from torchft.parameter_server.server import DiLoCoServer
+from torchft.parameter_server.core.rules import Mode
+from torchft.parameter_server.server.server import DiLoCoServer
 
 
 @pytest.mark.parametrize("codec", ["fp32", "bf16", "int8", "int4"])

@@ -16,7 +16,7 @@ from helpers.ps import options, plain_outer
 from torch import nn
 
 from torchft.errors import SettingsError
-from torchft.parameter_server.server import DiLoCoServer
+from torchft.parameter_server.server.server import DiLoCoServer
 
 transformers = pytest.importorskip("transformers")
 
@@ -95,7 +95,7 @@ def server_of(folder: Path, **more: Any) -> DiLoCoServer:
 
 
 def workers_of(server: DiLoCoServer) -> set[str]:
-    from torchft.parameter_server.client import DiLoCoClient
+    from torchft.parameter_server.worker.client import DiLoCoClient
 
     client = DiLoCoClient(server.address)
     try:

@@ -13,7 +13,7 @@ from torch.distributed import ReduceOp
 from world import Group, World
 
 from torchft.errors import MismatchError, SettingsError
-from torchft.managed_peers import ManagedPeers, ManagedRound
+from torchft.manager.peers import ManagedPeers, ManagedRound
 from torchft.peers import Place
 from torchft.quantization import Codec, Int8, codec_of, mean_bytes, quantized_mean
 from torchft.strategies import AllReduce, ModelLocal, Strategy

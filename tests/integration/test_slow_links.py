@@ -24,8 +24,8 @@ from world import Group, World
 
 from torchft import settings
 from torchft.digest import digest
-from torchft.launch.network import Host, Link, Network
 from torchft.local_sgd import DiLoCo
+from torchft.network_namespaces import Host, Link, Network
 from torchft.records import StepRecord, read_step_records
 
 pytestmark = needs_hosts

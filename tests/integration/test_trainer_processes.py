@@ -12,7 +12,8 @@ from helpers.small_runs import odd, pairs
 from torch import Tensor, nn
 
 from torchft.errors import SettingsError
-from torchft.simulator import Result, Trainer
+from torchft.experiments import Trainer
+from torchft.simulator import Result
 from torchft.simulator.node import NodeError
 from torchft.strategies import DiLoCoStrategy, OptimSpec
 
@@ -126,7 +127,7 @@ def test_a_run_of_processes_that_is_through_is_kept_whatever_becomes_of_its_mode
     def fails(*of: Any) -> None:
         raise ValueError("no mean")
 
-    monkeypatch.setattr("torchft.simulator.real_node.mean_model", fails)
+    monkeypatch.setattr("torchft.experiments.real_node.mean_model", fails)
     trainer = Trainer(OfTheField, shares, shares, device="cpu")
     with pytest.raises(ValueError, match="no mean"):
         of_the_field(processes=True, trainer=trainer)

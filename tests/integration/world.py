@@ -24,8 +24,8 @@ import torch
 from torch.distributed import TCPStore
 
 from torchft.coordination import LighthouseServer
-from torchft.launch.network import Host
 from torchft.manager import Manager
+from torchft.network_namespaces import Host
 from torchft.process_group import ProcessGroupGloo
 
 DEADLINE_S = 60.0

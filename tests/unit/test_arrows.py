@@ -7,56 +7,61 @@ only does not count.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "torchft"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 BASE = {
-    *("best_effort", "digest", "errors", "finite", "futures", "ledger", "ordered"),
+    *("best_effort", "digest", "errors", "finite", "futures", "ledger", "numbers", "ordered"),
     *("parameter_marks", "peers", "records", "settings", "step_hooks", "step_watch"),
     *("timeouts", "uncopied", "untraced", "version", "work"),
 }
-NUMBERS = {"compression", "quantization"}
-COMMUNICATION = {"checkpointing", "collectives", "coordination", "process_group"}
-DOORS = {
-    *("backward", "data", "ddp", "gradients", "hsdp", "local_sgd"),
+FRONTS = {
+    *("backward", "data", "ddp", "grad_scaler", "gradients", "local_sgd"),
     *("optim", "pure_ddp", "strategy_hooks", "trained"),
 }
-RUNTIMES = {"parameter_server", "simulator"}
-IMITATIONS = {"compat"}
-FACES = {"cli", "integrations", "launch", "torchx"}
-EXTENSION = {"_torchft"}
+ROOMS = {
+    *("checkpointing", "collectives", "compat", "demo", "experiments", "launch", "manager"),
+    *("network_namespaces", "parameter_server", "process_group", "quantization"),
+    *("simulator", "strategies", "toy", "verify"),
+}
+FACES = {"cli", "integrations", "torchx"}
+BUILDERS = {"settings", "demo", "experiments", "launch", "network_namespaces"}
+"""Those that build the environments of their children, and what reads our own."""
+EXTENSION = {"_torchft", "coordination"}
+
+MAY_IMPORT: dict[str, Set[str]] = {
+    **dict.fromkeys(BASE, frozenset()),
+    "coordination": {"_torchft"},
+    "quantization": frozenset(),
+    "process_group": EXTENSION,
+    "checkpointing": EXTENSION | {"process_group"},
+    "collectives": {"process_group", "quantization"},
+    "strategies": {"quantization"},
+    "manager": EXTENSION | {"checkpointing", "collectives", "process_group", "quantization"},
+    **dict.fromkeys(FRONTS, FRONTS | {"manager", "process_group", "quantization", "strategies"}),
+    "simulator": {"quantization", "strategies"},
+    "toy": frozenset(),
+    "launch": EXTENSION,
+    "network_namespaces": frozenset(),
+    # `local_node` is a real group: it makes a manager.
+    "experiments": EXTENSION
+    | {"data", "launch", "manager", "process_group", "quantization"}
+    | {"simulator", "strategies", "toy"},
+    "compat": {"experiments", "simulator", "strategies"},
+    "parameter_server": {"checkpointing", "quantization", "strategies"},
+    **dict.fromkeys(("demo", "verify"), EXTENSION | FRONTS | ROOMS | {"__init__"}),
+    **dict.fromkeys(FACES, EXTENSION | FRONTS | ROOMS | FACES | {"__init__"}),
+    "__init__": FRONTS | {"manager", "process_group"},  # names that load on first use
+}
 
 
 def _room(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
-# The manager is many files; they are what belongs to no other room.
-MANAGER = (
-    {_room(path) for path in SOURCES}
-    - (BASE | NUMBERS | COMMUNICATION | DOORS | RUNTIMES | IMITATIONS | FACES)
-    - {"strategies", "__init__"}
-)
-LIBRARY = NUMBERS | COMMUNICATION | DOORS | RUNTIMES | MANAGER | {"strategies", "__init__"}
-
-MAY_IMPORT: dict[str, Set[str]] = {
-    **dict.fromkeys(BASE | NUMBERS | {"process_group"}, frozenset()),
-    "coordination": EXTENSION,
-    "collectives": {"process_group", "quantization"},
-    "checkpointing": {"process_group", "coordination"},
-    "strategies": NUMBERS,
-    **dict.fromkeys(MANAGER, COMMUNICATION | MANAGER),
-    **dict.fromkeys(DOORS, MANAGER | DOORS | NUMBERS | {"process_group", "strategies"}),
-    "compat": {"simulator", "strategies"},
-    "simulator": NUMBERS | {"strategies", "data", "launch"},
-    "parameter_server": NUMBERS | {"checkpointing", "strategies"},
-    **dict.fromkeys(FACES, LIBRARY | IMITATIONS | FACES | EXTENSION),
-    "__init__": LIBRARY,  # names that load on first use
-}
 
 
 @cache
@@ -107,6 +112,36 @@ def test_a_room_imports_only_what_it_may() -> None:
     assert not wrong, f"not allowed: {wrong}"
 
 
+def test_every_room_is_named() -> None:
+    assert {_room(path) for path in SOURCES} == MAY_IMPORT.keys()
+
+
+def test_no_two_rooms_import_each_other_and_no_files_in_a_circle() -> None:
+    files = {_module(path): path for path in SOURCES}
+    graph = {name: {*_files(path, files)} - {name} for name, path in files.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError, with the circle
+    rooms: dict[str, set[str]] = {}
+    for path in SOURCES:
+        rooms.setdefault(_room(path), set()).update(_rooms(path) - {_room(path)} - {"__init__"})
+    TopologicalSorter(rooms).prepare()
+
+
+def _module(path: Path) -> str:
+    whole = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+    return whole.removesuffix(".__init__")
+
+
+def _files(path: Path, files: Mapping[str, Path]) -> Iterator[str]:
+    """The files that a file imports. A package whose submodule is asked for does not count."""
+    for node in _statements(_tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names if name.name in files)
+        elif isinstance(node, ast.ImportFrom) and node.module in files:
+            for name in node.names:
+                inner = f"{node.module}.{name.name}"
+                yield inner if inner in files else node.module
+
+
 def test_strategies_know_nothing_of_torch_distributed() -> None:
     strategies = (path for path in SOURCES if _room(path) == "strategies")
     assert not _named(
@@ -117,8 +152,7 @@ def test_strategies_know_nothing_of_torch_distributed() -> None:
 
 
 def test_the_environment_is_read_in_one_file() -> None:
-    # `launch` and `cli` build the environments of their children.
-    others = (path for path in SOURCES if _room(path) not in ("settings", "launch", "cli"))
+    others = (path for path in SOURCES if _room(path) not in BUILDERS)
     assert not _named(
         path
         for path in others

@@ -10,11 +10,11 @@ import torch
 from torch.distributed import Work
 from torch.futures import Future
 
-from torchft.average import Average, Done
 from torchft.errors import CollectiveError
 from torchft.futures import future_wait
 from torchft.ledger import Ledger
-from torchft.transaction import Transaction
+from torchft.manager.average import Average, Done
+from torchft.manager.transaction import Transaction
 
 
 class Sum(Work):
@@ -133,7 +133,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("torchft.average.time", clock)
+    monkeypatch.setattr("torchft.manager.average.time", clock)
     return clock
 
 

@@ -7,7 +7,7 @@ import threading
 import pytest
 from helpers.coordination import Child
 
-from torchft.background import Background
+from torchft.manager.background import Background
 
 
 def test_calls_run_in_order_on_one_thread() -> None:
@@ -39,7 +39,7 @@ def test_shutdown_runs_what_was_given_and_ends_the_thread() -> None:
 
 def test_a_call_that_never_ends_does_not_hold_the_process() -> None:
     code = (
-        "import threading; from torchft.background import Background\n"
+        "import threading; from torchft.manager.background import Background\n"
         "Background('test').submit(threading.Event().wait)\nprint('end')"
     )
     with Child(code) as child:

@@ -183,9 +183,9 @@ def test_a_synchronisation_takes_so_many_bytes_of_the_wire(
     from harness.serving import Wire, layers
 
     from torchft.parameter_server import DiLoCoWorker
-    from torchft.parameter_server.options import ServerOptions
-    from torchft.parameter_server.rules import Rules
-    from torchft.parameter_server.server import DiLoCoServer
+    from torchft.parameter_server.core.options import ServerOptions
+    from torchft.parameter_server.core.rules import Rules
+    from torchft.parameter_server.server.server import DiLoCoServer
 
     model = layers(512, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

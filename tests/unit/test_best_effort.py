@@ -20,12 +20,12 @@ from torch.distributed import TCPStore
 
 from torchft.best_effort import BestEffort
 from torchft.errors import SettingsError
+from torchft.experiments.loggers import CSVLogger
+from torchft.experiments.progress import Progress
+from torchft.experiments.trainer import Trainer
 from torchft.manager import Manager
 from torchft.process_group import ProcessGroupDummy
 from torchft.records import StepRecordsReader, read_step_records
-from torchft.simulator.loggers import CSVLogger
-from torchft.simulator.progress import Progress
-from torchft.simulator.trainer import Trainer
 from torchft.strategies import SimpleReduceStrategy
 
 FULL = Path("/dev/full")
@@ -128,7 +128,7 @@ def test_a_restarted_trainer_starts_on_a_disk_without_room_for_its_records(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setenv("TORCHFT_STEP_RECORDS", "anywhere")
-    monkeypatch.setattr("torchft.step_log.StepRecords", refused)
+    monkeypatch.setattr("torchft.manager.telemetry.StepRecords", refused)
     with a_manager() as manager:
         assert step(manager)
     assert any("No space left" in line for line in caplog.messages)

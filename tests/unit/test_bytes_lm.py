@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from torchft.errors import SettingsError
-from torchft.launch.bytes_lm import (
+from torchft.toy.byte_model import (
     ByteCorpus,
     ByteTransformer,
     CorpusError,

@@ -12,8 +12,8 @@ import pytest
 import torchft
 from torchft.cli.demo import options_of
 from torchft.cli.main import main, parser
+from torchft.demo.options import CODECS, DemoOptions
 from torchft.errors import SettingsError
-from torchft.launch.demo_options import CODECS, DemoOptions
 from torchft.quantization import codec_names
 
 
@@ -167,6 +167,6 @@ def test_help_teaches(
 
 
 def test_the_launcher_imports_no_torch() -> None:
-    heavy = "import sys, torchft.cli.main, torchft.launch.demo; print('torch' in sys.modules)"
+    heavy = "import sys, torchft.cli.main, torchft.demo.demo; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

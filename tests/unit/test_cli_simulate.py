@@ -14,8 +14,8 @@ import pytest
 from tests.helpers.sweeps import TINY
 from torchft.cli import simulate
 from torchft.cli.main import main, parser
-from torchft.simulator.config import SimulateConfig, StrategyConfig, from_mapping
-from torchft.simulator.report import as_yaml
+from torchft.experiments.config import SimulateConfig, StrategyConfig, from_mapping
+from torchft.experiments.report import as_yaml
 from torchft.simulator.weather import NodeWeather, Weather
 
 

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.distributed import Work
 
 from tests.helpers.ranks import Rank, ranks
-from torchft.average import Average
 from torchft.collectives import AsIs, OrderedMean, as_bytes
 from torchft.errors import CollectiveError, PhaseError
 from torchft.ledger import Ledger
+from torchft.manager.average import Average
+from torchft.manager.transaction import Transaction
 from torchft.ordered import ordered_bytes, ordered_mean
-from torchft.transaction import Transaction
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SIZES = (0, 1, 2, 3, 7, 12, 13, 1009)

@@ -13,14 +13,14 @@ from torch.distributed import ReduceOp
 from torch.distributed.distributed_c10d import AllreduceOptions
 
 from tests.helpers.ranks import Rank, ranks
-from torchft.average import Average
 from torchft.collectives import QuantizedMean, allreduce_quantized, as_bytes
 from torchft.digest import digest
 from torchft.errors import PhaseError, SettingsError
 from torchft.ledger import Ledger
+from torchft.manager.average import Average
+from torchft.manager.transaction import Transaction
 from torchft.ordered import ordered_bytes, ordered_mean
 from torchft.quantization import codec_names, codec_of, mean_bytes, quantized_mean
-from torchft.transaction import Transaction
 
 SIZES = (0, 1, 2, 7, 257, 1009, 5003)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

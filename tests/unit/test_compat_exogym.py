@@ -40,7 +40,7 @@ from torchft.compat.exogym.strategy.sparta import (
     ShuffledSequentialIndexSelector,
 )
 from torchft.errors import SettingsError
-from torchft.simulator import Trainer as SimulatorTrainer
+from torchft.experiments import Trainer as SimulatorTrainer
 
 PATHS = {
     "": ["Trainer", "TrainNode", "LocalTrainer"],

@@ -11,7 +11,7 @@ import torch
 from torch.distributed import HashStore
 
 from torchft.errors import CollectiveError, MismatchError
-from torchft.fingerprint import Description, compare, describe, exchange, same_world_sizes
+from torchft.manager.fingerprint import Description, compare, describe, exchange, same_world_sizes
 
 MEMBERS = ("group_0", "group_1", "group_2")
 

@@ -17,13 +17,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchft.closing import Closer
 from torchft.errors import HealError, NotFiniteError
 from torchft.ledger import Ledger
+from torchft.manager.plan import Options, Plan, WorldSizeMode, plan_step
+from torchft.manager.progress import Progress
+from torchft.manager.transaction import Transaction
+from torchft.manager.vote import Closer
 from torchft.peers import Place
-from torchft.progress import Progress
-from torchft.step import Options, Plan, WorldSizeMode, plan_step
-from torchft.transaction import Transaction
 
 SECOND = timedelta(seconds=1)
 OPTIONS = Options(1, True, WorldSizeMode.DYNAMIC, SECOND, SECOND, SECOND, None)

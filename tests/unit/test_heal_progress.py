@@ -10,7 +10,7 @@ import pytest
 from torch.distributed import HashStore
 
 from torchft.errors import CollectiveError
-from torchft.heal_progress import HealWatch, Patience, report_progress, wait_for_heals
+from torchft.manager.heal_progress import HealWatch, Patience, report_progress, wait_for_heals
 
 PATIENCE = Patience(stall_s=8.0, limit_s=80.0)
 SHORT = Patience(stall_s=0.08, limit_s=10.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torchft.launch.news import News, short
+from torchft.launch.events import News, short
 from torchft.records import StepRecord
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torchft.launch.ending import Ending, read_endings
+from torchft.demo.final_report import Ending, read_endings
+from torchft.demo.outcome import group_result, kill_result
+from torchft.demo.train_options import TrainOptions
 from torchft.launch.group import Group, Life
-from torchft.launch.outcome import group_result, kill_result
-from torchft.launch.train_options import TrainOptions
-from torchft.launch.watch import GroupWatch, Watch
+from torchft.launch.monitor import GroupWatch, Watch
 from torchft.records import StepRecord
 
 

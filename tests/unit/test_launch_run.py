@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torchft.demo.run import row_of, state_of
 from torchft.launch.group import Group, Life
-from torchft.launch.run import row_of, state_of
-from torchft.launch.watch import GroupWatch
+from torchft.launch.monitor import GroupWatch
 from torchft.records import StepRecord
 
 NOW = 1000.0

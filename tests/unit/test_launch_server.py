@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from torchft.errors import SettingsError, UnreachableError
-from torchft.launch.server_story import (
+from torchft.demo.server_monitor import ServerWatch, WorkerWatch
+from torchft.demo.server_scenario import (
     Director,
     EndAt,
     KillServer,
@@ -20,9 +20,9 @@ from torchft.launch.server_story import (
     StartServer,
     StartWorker,
 )
-from torchft.launch.server_summary import ServerSummary, WorkerResult, held_by_workers, text_of
-from torchft.launch.server_view import ServerFrame, WorkerRow
-from torchft.launch.server_watch import ServerWatch, WorkerWatch
+from torchft.demo.server_summary import ServerSummary, WorkerResult, held_by_workers, text_of
+from torchft.demo.server_view import ServerFrame, WorkerRow
+from torchft.errors import SettingsError, UnreachableError
 
 # ---------------------------------------------------------------------- the story
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from torchft.errors import CollectiveError, SettingsError, TorchftError, UnreachableError
-from torchft.launch import shell
-from torchft.launch.shell import (
+from torchft.launch import script as shell
+from torchft.launch.script import (
     joining,
     require_torchrun,
     run_script,
@@ -193,7 +193,7 @@ def test_an_error_is_said_once_and_quorums_are_seen(caplog: pytest.LogCaptureFix
 
 
 def test_what_is_said_for_programs_is_not_shown_to_people() -> None:
-    importlib.import_module("torchft.step_log")
+    importlib.import_module("torchft.manager.telemetry")
     for name in ("torchft_quorums", "torchft_commits", "torchft_errors"):
         assert not logging.getLogger(name).propagate
 

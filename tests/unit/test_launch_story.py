@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from torchft.demo.scenario import Director, Kill, Part, Restart, Scene, Story
 from torchft.errors import SettingsError
-from torchft.launch.story import Director, Kill, Part, Restart, Scene, Story
 
 STORY = Story(victim=1, at_step=40, after_s=0.05)
 

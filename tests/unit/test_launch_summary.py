@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from torchft.demo.final_report import Ending
+from torchft.demo.summary import GroupResult, KillResult, Summary, text_of
 from torchft.launch.accounts import Account
-from torchft.launch.ending import Ending
-from torchft.launch.summary import GroupResult, KillResult, Summary, text_of
 
 
 def ending(group: int, *, rank: int = 0, digest: str = "d" * 64) -> Ending:

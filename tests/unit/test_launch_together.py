@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from torchft.launch.together import Together
+from torchft.launch.finish_barrier import Together
 
 
 class Clock:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from torchft.launch.view import Frame, PlainView, RichView, Row, choose_view
+from torchft.demo.view import Frame, PlainView, RichView, Row, choose_view
 
 
 def frame(elapsed_s: float, step: int = 7) -> Frame:
@@ -60,7 +60,7 @@ def test_a_terminal_without_rich_gets_lines_and_is_told_why(
 def test_the_table_has_a_row_for_each_group() -> None:
     from rich.console import Console
 
-    from torchft.launch.view import _table
+    from torchft.demo.view import _table
 
     console = Console(file=io.StringIO(), width=100)
     console.print(_table(frame(3.0)))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from torchft.launch.watch import GroupWatch, Watch, group_of
+from torchft.launch.monitor import GroupWatch, Watch, group_of
 from torchft.records import StepRecord, StepRecords
 
 

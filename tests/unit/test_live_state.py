@@ -12,7 +12,7 @@ import torch
 
 from torchft.checkpointing.snapshot import Snapshot
 from torchft.errors import StateDictError
-from torchft.live_state import LiveState
+from torchft.manager.live_state import LiveState
 
 
 @pytest.fixture

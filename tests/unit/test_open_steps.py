@@ -12,10 +12,10 @@ from torch.distributed import Work
 
 from torchft.errors import CollectiveError, PhaseError, SettingsError
 from torchft.ledger import Ledger
-from torchft.open_step import Means, OpenStep
-from torchft.open_steps import OpenSteps
-from torchft.step import Phase, Plan
-from torchft.transaction import Transaction
+from torchft.manager.open_step import Means, OpenStep
+from torchft.manager.plan import Phase, Plan
+from torchft.manager.queue import OpenSteps
+from torchft.manager.transaction import Transaction
 
 MEMBERS = ("a", "b", "c")
 

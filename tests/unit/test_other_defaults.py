@@ -17,7 +17,7 @@ from helpers.voices import TOKENS, Voice
 from torch import Tensor, nn
 
 from torchft.parameter_server import DiLoCoWorker
-from torchft.parameter_server.server import Address, DiLoCoServer
+from torchft.parameter_server.server.server import Address, DiLoCoServer
 from torchft.quantization import codec_names, codec_of
 from torchft.simulator import Experiment, run_stacked
 from torchft.strategies import (

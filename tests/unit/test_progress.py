@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torchft.progress import Progress
+from torchft.manager.progress import Progress
 
 
 def test_a_commit_ends_a_row_of_discarded_steps_and_a_new_process_is_new_no_more() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchft.parameter_server import chunks as module
-from torchft.parameter_server.chunks import ChunkError, Chunks, identity_of
+from torchft.parameter_server.core import chunks as module
+from torchft.parameter_server.core.chunks import ChunkError, Chunks, identity_of
 from torchft.quantization import codec_of
 
 CODECS = ["fp32", "bf16", "int8", "int4"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchft.parameter_server.dylu import local_steps
+from torchft.parameter_server.core.dylu import local_steps
 
 
 def test_a_quarter_of_the_speed_is_a_quarter_of_the_steps() -> None:

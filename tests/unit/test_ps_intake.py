@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchft.parameter_server import chunks as module
-from torchft.parameter_server.chunks import Chunks
-from torchft.parameter_server.intake import Intake
-from torchft.parameter_server.refused import NotFound
+from torchft.parameter_server.core import chunks as module
+from torchft.parameter_server.core.chunks import Chunks
+from torchft.parameter_server.core.refused import NotFound
+from torchft.parameter_server.server.upload import Intake
 from torchft.quantization import Identity
 
 N = 30

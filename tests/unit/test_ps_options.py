@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from torchft.errors import SettingsError
-from torchft.parameter_server.options import OuterOptions, ServerOptions
-from torchft.parameter_server.rules import Rules
-from torchft.parameter_server.worker_options import WorkerOptions
+from torchft.parameter_server.core.options import OuterOptions, ServerOptions
+from torchft.parameter_server.core.rules import Rules
+from torchft.parameter_server.worker.options import WorkerOptions
 
 NAN, INF = float("nan"), float("inf")
 

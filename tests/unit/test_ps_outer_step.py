@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchft.parameter_server import chunks as module
-from torchft.parameter_server import outer_step
-from torchft.parameter_server.chunks import ChunkError, Chunks, identity_of
-from torchft.parameter_server.outer_step import OuterStep
+from torchft.parameter_server.core import chunks as module
+from torchft.parameter_server.core import outer_step
+from torchft.parameter_server.core.chunks import ChunkError, Chunks, identity_of
+from torchft.parameter_server.core.outer_step import OuterStep
 from torchft.quantization import codec_of
 
 N = 700

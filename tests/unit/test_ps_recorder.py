@@ -8,9 +8,9 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from torchft.parameter_server.jobs import Jobs
-from torchft.parameter_server.recorder import Recorder
-from torchft.parameter_server.rounds import Close
+from torchft.parameter_server.core.rounds import Close
+from torchft.parameter_server.server.jobs import Jobs
+from torchft.parameter_server.server.recorder import Recorder
 
 
 class State:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from torchft.errors import SettingsError
-from torchft.parameter_server.rounds import Close, Gone, Rounds, Taken
-from torchft.parameter_server.rules import Departure, Mode, Refusal, Rules, Waiting
-from torchft.parameter_server.submission import Submission
+from torchft.parameter_server.core.rounds import Close, Gone, Rounds, Taken
+from torchft.parameter_server.core.rules import Departure, Mode, Refusal, Rules, Waiting
+from torchft.parameter_server.core.submission import Submission
 
 BEAT = 1.0
 

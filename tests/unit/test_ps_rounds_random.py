@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchft.parameter_server.rounds import Close, Effect, Rounds
-from torchft.parameter_server.rules import Departure, Mode, Refusal, Rules
-from torchft.parameter_server.submission import Submission
+from torchft.parameter_server.core.rounds import Close, Effect, Rounds
+from torchft.parameter_server.core.rules import Departure, Mode, Refusal, Rules
+from torchft.parameter_server.core.submission import Submission
 
 NAMES = ["a", "b", "c", "d"]
 SCHEDULES = 400

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchft.errors import SettingsError
-from torchft.parameter_server.schedule import Schedule, due
+from torchft.strategies.rounds_schedule import Schedule, due
 
 
 def slots(every: int, fragments: int, steps: int) -> list[int]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from torchft.errors import MismatchError, SettingsError
-from torchft.parameter_server.shape import ModelShape
+from torchft.parameter_server.core.shape import ModelShape
 
 
 def shape(parts: int = 1, layers: int = 6, width: int = 8) -> ModelShape:

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from torchft.ordered import ordered_mean
-from torchft.parameter_server import chunks as module
-from torchft.parameter_server.delayed_nesterov import DelayedNesterov
-from torchft.parameter_server.intake import Intake, norm_limit
-from torchft.parameter_server.refused import Refused, Unfit
-from torchft.parameter_server.rounds import Close
-from torchft.parameter_server.shape import ModelShape
-from torchft.parameter_server.shared import Kind, News, SharedState
-from torchft.parameter_server.submission import Share, Submission
+from torchft.parameter_server.core import chunks as module
+from torchft.parameter_server.core.delayed_nesterov import DelayedNesterov
+from torchft.parameter_server.core.refused import Refused, Unfit
+from torchft.parameter_server.core.rounds import Close
+from torchft.parameter_server.core.shape import ModelShape
+from torchft.parameter_server.core.submission import Share, Submission
+from torchft.parameter_server.server.shared import Kind, News, SharedState
+from torchft.parameter_server.server.upload import Intake, norm_limit
 from torchft.quantization import codec_of
 from torchft.strategies.parts.outer import FlatOuter
 

@@ -10,13 +10,13 @@ from helpers.ps import Net
 from torch import nn
 
 from torchft.errors import SettingsError
-from torchft.parameter_server.chunks import Chunks
-from torchft.parameter_server.pieces import Gathered
-from torchft.parameter_server.shape import ModelShape
-from torchft.parameter_server.sharded import put
-from torchft.parameter_server.shared import Kind
-from torchft.parameter_server.weights import WorkerWeights, named_parameters
-from torchft.parameter_server.worker import DiLoCoWorker
+from torchft.parameter_server.core.chunks import Chunks
+from torchft.parameter_server.core.pieces import Gathered
+from torchft.parameter_server.core.shape import ModelShape
+from torchft.parameter_server.server.shared import Kind
+from torchft.parameter_server.worker.sharded import put
+from torchft.parameter_server.worker.weights import WorkerWeights, named_parameters
+from torchft.parameter_server.worker.worker import DiLoCoWorker
 from torchft.quantization import codec_of
 
 

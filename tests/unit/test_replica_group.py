@@ -16,8 +16,8 @@ from torch.distributed import TCPStore
 
 from torchft.coordination import ManagerClient
 from torchft.manager import Manager
+from torchft.manager.group import _store
 from torchft.process_group import ProcessGroupDummy
-from torchft.replica_group import _store
 
 
 class Interrupted(Exception):
@@ -82,7 +82,7 @@ def test_a_manager_that_cannot_start_leaves_no_port_open(
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("TORCHFT_STEP_RECORDS", wrong.pop("records", ""))
     client = wrong.pop("client", ManagerClient)
-    monkeypatch.setattr("torchft.replica_group.ManagerClient", client)
+    monkeypatch.setattr("torchft.manager.group.ManagerClient", client)
     with lighthouse() as server:
         right: dict[str, Any] = {
             "rank": 0,

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from torchft.side_stream import SideStream
+from torchft.manager.side_stream import SideStream
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchft.errors import SettingsError
-from torchft.simulator import Trainer
+from torchft.experiments import Trainer
 from torchft.simulator.node import TrainNode, micro_batches
 from torchft.simulator.result import Result
 from torchft.strategies import DiLoCoStrategy, OptimSpec

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from torchft.errors import SettingsError
-from torchft.simulator import CSVLogger, Dies, Joins, Result, Trainer
-from torchft.simulator.checkpoint import Checkpoints, load_checkpoint, write_whole
+from torchft.experiments import CSVLogger, Trainer
+from torchft.experiments.checkpoint import Checkpoints, load_checkpoint, write_whole
+from torchft.simulator import Dies, Joins, Result
 from torchft.strategies import DiLoCoStrategy, OptimSpec, SimpleReduceStrategy, Strategy
 
 STEPS = 17

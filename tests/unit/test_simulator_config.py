@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchft.errors import SettingsError
-from torchft.simulator.config import (
+from torchft.experiments.config import (
     SimulateConfig,
     StrategyConfig,
     difference,
@@ -21,7 +21,7 @@ from torchft.simulator.config import (
     read_weather,
     whole,
 )
-from torchft.simulator.report import as_yaml
+from torchft.experiments.report import as_yaml
 from torchft.simulator.weather import NodeWeather, Weather, WeatherEvent
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from torchft.simulator import correlation as module
-from torchft.simulator.correlation import correlation
+from torchft.experiments import correlation as module
+from torchft.experiments.correlation import correlation
 
 
 def test_it_is_the_mean_over_pairs_of_numpys_coefficient(monkeypatch: pytest.MonkeyPatch) -> None:

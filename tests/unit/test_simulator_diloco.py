@@ -19,14 +19,14 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
 from torchft.errors import SettingsError
-from torchft.simulator import (
+from torchft.experiments import (
     DilocoSimulator,
     DilocoSimulatorConfig,
     EvalStats,
-    Result,
     TrainStats,
     diloco_simulator,
 )
+from torchft.simulator import Result
 
 DATA = pairs(128)
 

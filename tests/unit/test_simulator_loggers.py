@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from torchft.errors import SettingsError
-from torchft.simulator.loggers import (
+from torchft.experiments.loggers import (
     CSVLogger,
     Kind,
     Row,
@@ -23,7 +23,7 @@ from torchft.simulator.loggers import (
     chosen,
     perplexity,
 )
-from torchft.simulator.progress import Progress
+from torchft.experiments.progress import Progress
 
 PAST: list[tuple[Kind, Row]] = [
     ("validation", {"step": 0, "examples_trained": 0, "local_loss": 3.0}),

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from torchft.errors import SettingsError
-from torchft.simulator import Experiment, Trainer, minibatch
-from torchft.simulator.minibatch import fitting_size, largest_that_fits, saved_bytes
+from torchft.experiments import Trainer, minibatch
+from torchft.experiments.minibatch import fitting_size, largest_that_fits, saved_bytes
+from torchft.simulator import Experiment
 from torchft.strategies import DiLoCoStrategy, OptimSpec
 
 
@@ -157,7 +158,7 @@ def test_what_was_found_is_remembered_until_told_otherwise(monkeypatch: pytest.M
         calls.append(run.batch_size)
         return 4
 
-    monkeypatch.setattr("torchft.simulator.trainer.fitting_size", counted)
+    monkeypatch.setattr("torchft.experiments.trainer.fitting_size", counted)
     assert [trainer.find_minibatch_size(2, 16), trainer.find_minibatch_size(2, 16)] == [4, 4]
     assert trainer.find_minibatch_size(num_nodes=2, batch_size=8) == 4
     assert calls == [16, 8]

@@ -16,7 +16,7 @@ from torch.nn.utils import weight_norm
 from torch.utils.data import Dataset
 
 from torchft.errors import SettingsError
-from torchft.simulator import Trainer
+from torchft.experiments import Trainer
 from torchft.simulator.copies import copied
 from torchft.simulator.node import NodeError, TrainNode
 from torchft.simulator.result import Result

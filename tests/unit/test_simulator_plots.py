@@ -11,20 +11,20 @@ from typing import Any
 import pytest
 import torch
 
-from torchft.peers import Place
-from torchft.simulator.config import (
+from torchft.experiments.config import (
     SimulateConfig,
     StrategyConfig,
     from_mapping,
     read_config,
 )
+from torchft.experiments.machine import describe_machine
+from torchft.experiments.plots import lines_of, write_plots
+from torchft.experiments.report import as_csv, as_table, rows_of, target_of, write_tables
+from torchft.experiments.runs import RunReport, RunSpec
+from torchft.experiments.sweep import Sweep
+from torchft.peers import Place
 from torchft.simulator.events import Dies
-from torchft.simulator.machine import describe_machine
 from torchft.simulator.peers import RoundRecord
-from torchft.simulator.plots import lines_of, write_plots
-from torchft.simulator.report import as_csv, as_table, rows_of, target_of, write_tables
-from torchft.simulator.runs import RunReport, RunSpec
-from torchft.simulator.sweep import Sweep
 
 STEPS = 20
 ONE_SECOND = {"nodes": [{"step_s": 1.0}]}

@@ -16,9 +16,9 @@ from torchft.errors import SettingsError
 from torchft.simulator.seeds import kept_rng, seed_node
 from torchft.simulator.stacked import StackedLocal
 from torchft.strategies.inner import Inner
+from torchft.strategies.lr_schedule import ScheduleSpec
 from torchft.strategies.model_local import ModelLocal
 from torchft.strategies.optim_spec import OptimSpec
-from torchft.strategies.schedule import ScheduleSpec
 
 CPU = torch.device("cpu")
 INNER = Inner(

@@ -12,15 +12,15 @@ import torch
 
 from tests.helpers.sweeps import TINY
 from torchft.errors import SettingsError
-from torchft.simulator import catalogue, datasets, zoo
-from torchft.simulator.catalogue import DATA_OF
-from torchft.simulator.config import SimulateConfig, StrategyConfig, from_mapping
-from torchft.simulator.datasets import digits, text
+from torchft.experiments import catalogue, datasets, zoo
+from torchft.experiments.catalogue import DATA_OF
+from torchft.experiments.config import SimulateConfig, StrategyConfig, from_mapping
+from torchft.experiments.datasets import digits, text
+from torchft.experiments.runs import RunReport
+from torchft.experiments.sweep import Failure, experiment_of, plan, run_one, run_sweep
 from torchft.simulator.feed import Feed
 from torchft.simulator.loop import run_stacked
 from torchft.simulator.network import forecast
-from torchft.simulator.runs import RunReport
-from torchft.simulator.sweep import Failure, experiment_of, plan, run_one, run_sweep
 from torchft.simulator.weather import NodeWeather, Weather
 
 HERE = "tests.helpers.sweeps"
@@ -247,7 +247,7 @@ def test_a_codec_is_an_option_and_makes_a_run_send_less(tmp_path: Path) -> None:
 
 
 def test_the_names_of_the_configuration_are_those_of_the_catalogue() -> None:
-    from torchft.simulator import config
+    from torchft.experiments import config
 
     assert tuple(catalogue.STRATEGIES) == config.STRATEGIES
     assert tuple(zoo.MODELS) == config.MODELS

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from torchft.errors import SettingsError
-from torchft.simulator import NodeError, Trainer, TrainNode, processes
-from torchft.simulator.zoo import Mlp
+from torchft.experiments import Trainer, processes
+from torchft.experiments.zoo import Mlp
+from torchft.simulator import NodeError, TrainNode
 from torchft.strategies import (
     DiLoCoStrategy,
     LocalSGDStrategy,

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from torchft.errors import SettingsError
-from torchft.simulator import Experiment, Result, Trainer, TrainNode
-from torchft.simulator.validation import Validator, as_it_was
+from torchft.experiments import Trainer
+from torchft.experiments.validation import Validator, as_it_was
+from torchft.simulator import Experiment, Result, TrainNode
 from torchft.strategies import DiLoCoStrategy
 
 

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchft.errors import PhaseError, SettingsError
-from torchft.peers import Place
-from torchft.step import (
+from torchft.manager.plan import (
     FOLLOWS,
     Options,
     Phase,
@@ -22,7 +21,8 @@ from torchft.step import (
     has_tried_all_donors,
     objection,
 )
-from torchft.step import plan_step as plan
+from torchft.manager.plan import plan_step as plan
+from torchft.peers import Place
 
 
 @dataclass

@@ -11,7 +11,7 @@ import pytest
 
 from torchft.errors import HealError
 from torchft.ledger import Ledger
-from torchft.step_log import StepLog
+from torchft.manager.telemetry import StepLog
 
 
 def log() -> StepLog:

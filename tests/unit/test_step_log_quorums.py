@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from torchft.ledger import Ledger
-from torchft.step_log import StepLog, changes, same_names
+from torchft.manager.telemetry import StepLog, changes, same_names
 
 
 def log(rank: int = 0) -> StepLog:

@@ -6,11 +6,11 @@ from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
-from torchft.closing import Closer
 from torchft.launch import inside
 from torchft.ledger import Ledger
-from torchft.progress import Progress
-from torchft.step import Options, WorldSizeMode
+from torchft.manager.plan import Options, WorldSizeMode
+from torchft.manager.progress import Progress
+from torchft.manager.vote import Closer
 from torchft.timeouts import inside_group
 
 T = timedelta(seconds=20)
@@ -22,7 +22,7 @@ def test_ranks_of_a_group_wait_longer_for_each_other_than_for_other_groups() -> 
 
 def test_a_vote_waits_longer_than_a_collective(monkeypatch: Any) -> None:
     waited: list[timedelta] = []
-    monkeypatch.setattr("torchft.closing.has_tried_all_donors", lambda *_: False)
+    monkeypatch.setattr("torchft.manager.vote.has_tried_all_donors", lambda *_: False)
 
     class Client:
         def should_commit(self, *_: Any, timeout: timedelta) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 from torchft.errors import TorchftError
 
@@ -18,8 +19,10 @@ Prints a completion script for a shell. To use it in every new shell:
 SHELLS = ("bash", "zsh", "tcsh")
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `completion` to the commands of `torchft`."""
+def add_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], top: argparse.ArgumentParser
+) -> None:
+    """Add `completion` to the `commands` of `top`, whose words it completes."""
     parser = commands.add_parser(
         "completion",
         help="print a completion script for bash, zsh or tcsh",
@@ -28,10 +31,10 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         allow_abbrev=False,
     )
     parser.add_argument("shell", choices=SHELLS)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=partial(run, top))
 
 
-def run(typed: argparse.Namespace) -> int:
+def run(top: argparse.ArgumentParser, typed: argparse.Namespace) -> int:
     """Print the script; returns the exit code."""
     try:
         import shtab
@@ -40,7 +43,5 @@ def run(typed: argparse.Namespace) -> int:
             "completion scripts are made by shtab, which is not installed: "
             "pip install 'torchft[completion]'"
         ) from None
-    from torchft.cli.main import parser
-
-    print(shtab.complete(parser(), shell=typed.shell))
+    print(shtab.complete(top, shell=typed.shell))
     return 0

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from torchft.cli import report
-from torchft.cli.numbers import at_least, seconds
-from torchft.launch.demo_options import CODECS, DEFAULT_STEPS, STRATEGIES, DemoOptions
+from torchft.demo.options import CODECS, DEFAULT_STEPS, STRATEGIES, DemoOptions
+from torchft.numbers import at_least, seconds
 
 __all__ = ["add_command"]
 
@@ -123,8 +123,8 @@ def _add_kill_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(typed: argparse.Namespace) -> int:
     """Do what was typed; returns the exit code."""
-    from torchft.launch.demo import run_demo
-    from torchft.launch.summary import text_of
+    from torchft.demo.demo import run_demo
+    from torchft.demo.summary import text_of
 
     summary = run_demo(options_of(typed), report.view_for(typed))
     text = text_of(summary)

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 from torchft.cli import report
-from torchft.cli.numbers import at_least, seconds
+from torchft.numbers import at_least, seconds
 
 __all__ = ["add_command"]
 
@@ -61,10 +61,10 @@ def run(typed: argparse.Namespace) -> int:
     """Do what was typed; returns the exit code."""
     import shutil
 
+    from torchft.demo.server_demo import run_server_demo
+    from torchft.demo.server_options import ServerDemoOptions, trainer
+    from torchft.demo.server_summary import text_of
     from torchft.launch.folder import run_folder
-    from torchft.launch.server_demo import run_server_demo
-    from torchft.launch.server_demo_options import ServerDemoOptions, trainer
-    from torchft.launch.server_summary import text_of
 
     options = ServerDemoOptions(
         train=typed.train or trainer(),

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torchft.cli.numbers import at_least
 from torchft.errors import SettingsError
+from torchft.numbers import at_least
 
 if TYPE_CHECKING:
     from torchft.parameter_server.auth import Tokens
-    from torchft.parameter_server.options import ServerOptions
+    from torchft.parameter_server.core.options import ServerOptions
 
 __all__ = ["add_command", "options_of"]
 
@@ -147,8 +147,8 @@ def _network(parser: argparse.ArgumentParser) -> None:
 
 def options_of(typed: argparse.Namespace) -> ServerOptions:
     """What was typed, checked. Raises SettingsError."""
-    from torchft.parameter_server.options import OuterOptions, ServerOptions
-    from torchft.parameter_server.rules import Mode, Rules
+    from torchft.parameter_server.core.options import OuterOptions, ServerOptions
+    from torchft.parameter_server.core.rules import Mode, Rules
 
     folder = typed.output_dir or typed.model
     if folder is None:
@@ -185,7 +185,7 @@ def options_of(typed: argparse.Namespace) -> ServerOptions:
 def run(typed: argparse.Namespace) -> int:
     """Serve until a signal."""
     try:
-        from torchft.parameter_server.server import Address, run_until_signal
+        from torchft.parameter_server.server.server import Address, run_until_signal
     except ImportError as error:
         raise SettingsError(
             f"{error}: the server needs the extra `parameter-server`, so install torchft with it"

@@ -45,7 +45,7 @@ def run(typed: argparse.Namespace) -> int:
 
 def _ask(typed: argparse.Namespace) -> dict[str, Any]:
     from torchft.parameter_server.auth import Scope, default_token_file, read_token
-    from torchft.parameter_server.client import DiLoCoClient
+    from torchft.parameter_server.worker.client import DiLoCoClient
 
     client = DiLoCoClient(typed.server)
     token = typed.auth_token or settings.text(settings.DILOCO_AUTH_TOKEN)

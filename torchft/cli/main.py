@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=version_text("torchft"))
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    completion.add_command(commands)
+    completion.add_command(commands, top)
     demo.add_command(commands)
     demo_server.add_command(commands)
     diloco.add_command(commands)

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torchft.launch.view import View
+    from torchft.demo.view import View
 
 __all__ = ["add_json_flag", "exit_code", "show", "view_for"]
 
@@ -26,7 +26,7 @@ def add_json_flag(parser: argparse.ArgumentParser) -> None:
 
 def view_for(typed: argparse.Namespace) -> View:
     """Where progress is shown: never between a program and its JSON."""
-    from torchft.launch.view import choose_view
+    from torchft.demo.view import choose_view
 
     return choose_view(sys.stderr if typed.json else None)
 

@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchft.cli.numbers import at_least
 from torchft.errors import SettingsError
-from torchft.simulator.config import (
+from torchft.experiments.config import (
     MODELS,
     STRATEGIES,
     SimulateConfig,
@@ -20,11 +19,12 @@ from torchft.simulator.config import (
     read_config,
     read_weather,
 )
-from torchft.simulator.folders import check_folder
+from torchft.experiments.folders import check_folder
+from torchft.numbers import at_least
 
 if TYPE_CHECKING:
-    from torchft.simulator.runs import RunReport
-    from torchft.simulator.sweep import Failure, Sweep
+    from torchft.experiments.runs import RunReport
+    from torchft.experiments.sweep import Failure, Sweep
 
 __all__ = ["add_command"]
 
@@ -49,7 +49,7 @@ examples:
   torchft simulate sweep.yaml --dry-run          what would run, and what is not by default
 
 A file (YAML or TOML) has the names of the flags: `nodes: [2, 4]`. --set takes every other name, see
-torchft.simulator.config.SimulateConfig. Examples are in examples/simulate/.
+torchft.experiments.config.SimulateConfig. Examples are in examples/simulate/.
 """
 
 
@@ -165,9 +165,9 @@ def _setting(typed: str) -> tuple[str, Any]:
 
 
 def _say_plan(config: SimulateConfig, typed: argparse.Namespace) -> int:
-    from torchft.simulator.catalogue import data_of
-    from torchft.simulator.report import as_yaml
-    from torchft.simulator.sweep import check_runs, files, plan
+    from torchft.experiments.catalogue import data_of
+    from torchft.experiments.report import as_yaml
+    from torchft.experiments.sweep import check_runs, files, plan
 
     specs = plan(config)
     check_runs(config, specs, data_of(config))
@@ -185,9 +185,9 @@ def _say_plan(config: SimulateConfig, typed: argparse.Namespace) -> int:
 
 
 def _sweep(config: SimulateConfig, typed: argparse.Namespace) -> int:
-    from torchft.simulator.plots import write_plots
-    from torchft.simulator.report import rows_of, write_tables
-    from torchft.simulator.sweep import plan, run_sweep
+    from torchft.experiments.plots import write_plots
+    from torchft.experiments.report import rows_of, write_tables
+    from torchft.experiments.sweep import plan, run_sweep
 
     with _Telling(sum(spec.steps for spec in plan(config))) as telling:
         try:
@@ -204,7 +204,7 @@ def _sweep(config: SimulateConfig, typed: argparse.Namespace) -> int:
 
 
 def _say(sweep: Sweep, typed: argparse.Namespace) -> None:
-    from torchft.simulator.report import rows_of, target_of, with_machine
+    from torchft.experiments.report import rows_of, target_of, with_machine
 
     rows, target = rows_of(sweep), target_of(sweep)
     if typed.json:
@@ -246,7 +246,7 @@ class _Telling:
 
     def ended(self, run: RunReport | Failure) -> None:
         """A run is over."""
-        from torchft.simulator.sweep import Failure
+        from torchft.experiments.sweep import Failure
 
         if isinstance(run, Failure):
             self.say(f"failed: {run.spec}: {run.error}")

@@ -34,8 +34,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 
 from torchft.errors import SettingsError
-from torchft.parameter_server.worker import DiLoCoWorker
-from torchft.parameter_server.worker_options import WorkerOptions
+from torchft.parameter_server.worker.options import WorkerOptions
+from torchft.parameter_server.worker.worker import DiLoCoWorker
 
 __all__ = ["DiLoCoCallback"]
 
@@ -50,7 +50,7 @@ class DiLoCoCallback(TrainerCallback, ExportableState):
 
     Args:
         server: `host:port`; None: what `DILOCO_SERVER` says; empty: do nothing.
-        options: the fields of `torchft.parameter_server.worker_options.WorkerOptions`.
+        options: the fields of `torchft.parameter_server.worker.options.WorkerOptions`.
 
     With `include_num_input_tokens_seen` the Trainer's tokens are the weight of this worker's work
     in decoupled rounds; else each step counts as one.

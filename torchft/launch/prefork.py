@@ -13,6 +13,7 @@ own, so what a recovery takes is what it takes on a cluster.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -29,22 +30,19 @@ from torchft.launch.agent import end_with_parent
 
 __all__ = ["Forked", "can_fork", "fork_agents", "import_once"]
 
-MODULE = "torchft.launch.train"
-"""What a forked agent runs in its workers."""
-
 
 def can_fork() -> bool:
     """Whether this process may fork: on Linux, with one thread."""
     return sys.platform.startswith("linux") and threading.active_count() == 1
 
 
-def import_once() -> None:
-    """Import all that agent and workers need, and what torch imports at its first optimizer."""
+def import_once(module: str) -> None:
+    """Import all that agents and workers need: torchrun, what torch imports at its first optimizer,
+    and `module`, whose `main(arguments)` the workers will run."""
     import torch
     import torch.distributed.run
 
-    import torchft.launch.train  # noqa: F401
-
+    importlib.import_module(module)
     torch.set_num_threads(1)
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)]).zero_grad()
 
@@ -163,8 +161,8 @@ def _agent(arguments: list[str]) -> None:
 
     config, _, command = config_from_args(parse_args(_with_rendezvous(arguments)))
     config.start_method = "fork"
-    own = command[command.index(MODULE) + 1 :]
-    record(elastic_launch(config, _work))(own)
+    module, *own = command[command.index("-m") + 1 :]
+    record(elastic_launch(config, _work))(module, own)
 
 
 def _with_rendezvous(arguments: Sequence[str]) -> list[str]:
@@ -173,8 +171,6 @@ def _with_rendezvous(arguments: Sequence[str]) -> list[str]:
     return [*alone, *(one for one in arguments if one != "--standalone")]
 
 
-def _work(arguments: list[str]) -> None:
-    """One worker."""
-    from torchft.launch.train import main
-
-    main(arguments)
+def _work(module: str, arguments: list[str]) -> None:
+    """One worker: what `python -m module` does."""
+    importlib.import_module(module).main(arguments)

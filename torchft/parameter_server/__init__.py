@@ -10,11 +10,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torchft.parameter_server.client import DiLoCoClient
-    from torchft.parameter_server.options import OuterOptions, ServerOptions
-    from torchft.parameter_server.rules import Mode, Rules
-    from torchft.parameter_server.server import Address, DiLoCoServer
-    from torchft.parameter_server.worker import DiLoCoWorker
+    from torchft.parameter_server.core.options import OuterOptions, ServerOptions
+    from torchft.parameter_server.core.rules import Mode, Rules
+    from torchft.parameter_server.server.server import Address, DiLoCoServer
+    from torchft.parameter_server.worker.client import DiLoCoClient
+    from torchft.parameter_server.worker.worker import DiLoCoWorker
 
 __all__ = [
     "Address",
@@ -28,14 +28,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Address": "server",
-    "DiLoCoClient": "client",
-    "DiLoCoServer": "server",
-    "DiLoCoWorker": "worker",
-    "Mode": "rules",
-    "OuterOptions": "options",
-    "Rules": "rules",
-    "ServerOptions": "options",
+    "Address": "server.server",
+    "DiLoCoClient": "worker.client",
+    "DiLoCoServer": "server.server",
+    "DiLoCoWorker": "worker.worker",
+    "Mode": "core.rules",
+    "OuterOptions": "core.options",
+    "Rules": "core.rules",
+    "ServerOptions": "core.options",
 }
 
 

@@ -23,8 +23,8 @@ from torchft.simulator.copies import copied
 from torchft.simulator.events import Event, check_events, check_list
 from torchft.simulator.feed import Feed
 from torchft.simulator.node import TrainNode
+from torchft.simulator.program import SPMDStrategy
 from torchft.simulator.seeds import kept_rng, seed_everything, seed_of
-from torchft.simulator.spmd.program import SPMDStrategy
 from torchft.simulator.weather import Weather
 from torchft.strategies.checks import check_recipes
 from torchft.strategies.inner import Inner

@@ -22,6 +22,7 @@ from torchft.strategies.gym_gathered import DeMoStrategy, TopKStrategy
 from torchft.strategies.inner import Inner, InnerOptimizer
 from torchft.strategies.local import Fragment, Layout, Local
 from torchft.strategies.local_sgd import LocalSGD
+from torchft.strategies.lr_schedule import ScheduleSpec
 from torchft.strategies.model_local import ModelLocal
 from torchft.strategies.optim_spec import OptimSpec, ensure_optim_spec
 from torchft.strategies.parts.selectors import (
@@ -31,7 +32,6 @@ from torchft.strategies.parts.selectors import (
     ShuffledSequentialIndexSelector,
 )
 from torchft.strategies.recipe import By, Clock, Recipe
-from torchft.strategies.schedule import ScheduleSpec
 from torchft.strategies.sparta import Sparta
 from torchft.strategies.strategy import Strategy
 from torchft.strategies.top_k import TopK

@@ -12,9 +12,9 @@ from torchft.errors import SettingsError
 from torchft.quantization import Codec, codec_of
 from torchft.strategies.compared import check_codecs
 from torchft.strategies.inner import Inner
+from torchft.strategies.lr_schedule import ScheduleSpec
 from torchft.strategies.optim_spec import OptimSpec, ensure_optim_spec
 from torchft.strategies.recipe import Recipe
-from torchft.strategies.schedule import ScheduleSpec
 from torchft.strategies.strategy import Strategy
 
 __all__ = [

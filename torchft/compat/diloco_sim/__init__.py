@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torchft.simulator.diloco_simulator import (
+from torchft.experiments.diloco_simulator import (
     DilocoSimulator,
     DilocoSimulatorConfig,
     EvalStats,

@@ -1,5 +1,5 @@
 """`diloco_sim.config`."""
 
-from torchft.simulator.diloco_simulator import DilocoSimulatorConfig
+from torchft.experiments.diloco_simulator import DilocoSimulatorConfig
 
 __all__ = ["DilocoSimulatorConfig"]

@@ -1,5 +1,5 @@
 """`diloco_sim.diloco`."""
 
-from torchft.simulator.diloco_simulator import DilocoSimulator, TrainStats
+from torchft.experiments.diloco_simulator import DilocoSimulator, TrainStats
 
 __all__ = ["DilocoSimulator", "TrainStats"]

@@ -1,5 +1,5 @@
 """`diloco_sim.eval`."""
 
-from torchft.simulator.diloco_simulator import EvalStats
+from torchft.experiments.diloco_simulator import EvalStats
 
 __all__ = ["EvalStats"]

@@ -12,15 +12,15 @@ import torch
 from torch import nn
 
 from torchft import simulator, strategies
-from torchft.simulator.devices import usable_device, usable_devices
+from torchft.experiments.devices import usable_device, usable_devices
 from torchft.simulator.node import TrainNode
-from torchft.simulator.spmd.program import SPMDProgram
+from torchft.simulator.program import SPMDProgram
 
 __all__ = ["LocalTrainer", "Trainer"]
 
 
 class Trainer(simulator.Trainer):
-    """As `torchft.simulator.Trainer`, but
+    """As `torchft.experiments.Trainer`, but
 
     - a strategy that calls collectives itself, and nodes that have several CUDA devices, run as
       real processes without being asked to;

@@ -1,0 +1,76 @@
+"""What can be asked of a demo run, checked when it is asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torchft.demo.scenario import Story
+from torchft.errors import SettingsError
+
+__all__ = ["CODECS", "STRATEGIES", "DemoOptions"]
+
+STRATEGIES = ("ddp", "local_sgd", "diloco", "streaming")
+CODECS = ("bf16", "fp8", "int8", "int4")
+
+DEFAULT_STEPS = {"ddp": 240, "local_sgd": 60, "diloco": 60, "streaming": 60}
+"""Committed steps; but for DDP `sync_every` inner steps lie between two of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """What was asked for. Checked when it is made."""
+
+    replicas: int = 3
+    workers: int = 1
+    """Ranks in each group."""
+    strategy: str = "ddp"
+    steps: int | None = None
+    """None: what fits the strategy."""
+    sync_every: int = 5
+    """Inner steps between two synchronisations, streaming of two fragments."""
+    codec: str | None = None
+    """What the groups exchange travels as it encodes it; None: as it is."""
+    kill: bool = True
+    seed: int = 0
+    keep: Path | None = None
+    """Where logs and records stay; None: they go when the run was good."""
+    corpus: tuple[Path, ...] = ()
+    heartbeat_timeout_ms: int = 1500
+    """Silence of a group after which the lighthouse takes it for dead."""
+    timeout_s: float = 300.0
+    """A run that is not over by then is given up."""
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise SettingsError(f"strategy {self.strategy!r}: use one of {', '.join(STRATEGIES)}")
+        if self.codec is not None and self.codec not in CODECS:
+            raise SettingsError(f"codec {self.codec!r}: use one of {', '.join(CODECS)}")
+        for name, least in (("replicas", 1), ("workers", 1), ("sync_every", 1)):
+            if getattr(self, name) < least:
+                raise SettingsError(f"{name}={getattr(self, name)}: it must be at least {least}")
+        if self.target < 1:
+            raise SettingsError(f"steps={self.steps}: it must be at least 1")
+        if self.heartbeat_timeout_ms < 300:
+            raise SettingsError(
+                f"heartbeat_timeout_ms={self.heartbeat_timeout_ms}: groups tell every 100 ms that "
+                "they live, and a busy machine delays that: use 300 or more"
+            )
+        _ = self.story  # refuses too few groups or steps for a kill
+
+    @property
+    def target(self) -> int:
+        """Steps to be committed."""
+        return DEFAULT_STEPS[self.strategy] if self.steps is None else self.steps
+
+    @property
+    def story(self) -> Story | None:
+        """Who is killed when; None: nobody."""
+        if not self.kill:
+            return None
+        return Story.from_seed(self.seed, groups=self.replicas, steps=self.target)
+
+    @property
+    def min_groups(self) -> int:
+        """One group may be missing."""
+        return max(1, self.replicas - 1)

@@ -1,0 +1,332 @@
+"""One node of an experiment in a process of its own: what `processes` runs in each of them.
+
+The loop is that of the simulation, with one row: the strategy is bound to the manager.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from torchft.digest import digest
+from torchft.peers import Handle, Place
+from torchft.quantization import Codec
+from torchft.simulator.events import Dies
+from torchft.simulator.experiment import Experiment
+from torchft.simulator.node import finite_losses, noted
+from torchft.simulator.result import Result, mean_model
+from torchft.simulator.seeds import kept_rng, seed_node
+from torchft.simulator.trained import Trained
+from torchft.strategies.model_local import ModelLocal
+from torchft.strategies.recipe import Recipe
+from torchft.strategies.strategy import Strategy
+
+if TYPE_CHECKING:
+    from torchft.experiments.local_node import LocalNode
+    from torchft.manager.background_round import BackgroundRound
+    from torchft.manager.peers import ManagedRound
+
+__all__ = ["RealNode", "device_of", "take_models", "to_bytes", "warm_up"]
+
+_ROWS = 100
+"""So many steps are told at once, if no round commits before."""
+
+
+@dataclass
+class RealNode:
+    """The story of each process. It pickles as far as the experiment does."""
+
+    experiment: Experiment
+    deaths: Sequence[Dies]
+
+    def __call__(self, node: LocalNode) -> dict[str, Any]:
+        """Train to the end. What is left: `model`, the bytes of its state."""
+        experiment = replace(self.experiment, device=device_of(self.experiment, node.number))
+        with kept_rng(experiment.torch_device):
+            return _Trainer(experiment, node, self._death_of(node)).train()
+
+    def _death_of(self, node: LocalNode) -> Dies | None:
+        mine = sorted((d for d in self.deaths if d.node == node.number), key=lambda d: d.step)
+        return mine[node.life] if node.life < len(mine) else None
+
+
+def device_of(experiment: Experiment, node: int) -> torch.device:
+    """Several CUDA devices are taken in turn, unless one is named."""
+    device = experiment.torch_device
+    if device.type == "cuda" and experiment.device in (None, "cuda"):
+        return torch.device("cuda", node % torch.cuda.device_count())
+    return device
+
+
+class _Trainer:
+    """The training loop of one node."""
+
+    def __init__(self, experiment: Experiment, node: LocalNode, death: Dies | None) -> None:
+        self._experiment, self._node, self._death = experiment, node, death
+        self._device = experiment.torch_device
+        self._feed = experiment.feed()
+        self._model = experiment.make_model()
+        trained = [p for p in self._model.parameters() if p.requires_grad]
+        self._inner = experiment.inner.build([trained], experiment.total_steps)
+        self._local = ModelLocal([self._model], self._inner)
+        self._trained = Trained(self._model, trained)
+        self._local.own_data = self._feed.own_data
+        self._local.samples = [self._feed.samples(node.number)]
+        self._train_node = experiment.make_node(self._model, node.number)
+        self._strategy = experiment.strategy
+        self._clock = self._strategy.clock
+        node.meet(self._load, self._save)
+        node.manager.offer_copies()  # buffers change while a round is open
+        node.manager.describe_model("model", list(self._model.named_parameters()))
+        self._peers = _Watched(node, self._strategy, experiment.deterministic, death)
+        self._strategy.bind(self._local, self._peers)
+        self._rows: list[dict[str, Any]] = []
+
+    def train(self) -> dict[str, Any]:
+        """From the first round to the last."""
+        self._strategy.join()
+        if self._peers.committed:  # the others had begun already
+            self._keep({"step": self._clock.steps - 1})
+        while self._clock.steps < self._experiment.total_steps:
+            self._train_step()
+        self._strategy.finish()  # of one that came for the last round, and took no step
+        self._node.manager.settle()
+        self._report()
+        self._feed.close()
+        return {"model": to_bytes(self._model.state_dict())}
+
+    def _train_step(self) -> None:
+        self._die_before(self._clock.steps)
+        self._node.gate(self._clock.steps)
+        self._strategy.begin()
+        step = self._clock.steps  # that of the others, after a heal
+        self._local.zero_grads()
+        losses = finite_losses({self._node.number: self._backward(step)}, step)
+        row = {"step": step, "loss": losses[self._node.number], "lr": self._inner.lr}
+        row["compute_s"] = self._compute_s
+        self._strategy.step()
+        if self._clock.steps >= self._experiment.total_steps:
+            self._strategy.finish()
+        self._keep(row)
+
+    def _backward(self, step: int) -> Tensor:
+        began = perf_counter()
+        batch = self._feed.batch(self._node.number, step)
+        seed_node(self._experiment.seed, self._node.number, step, self._device)
+        with noted(f"node {self._node.number}, step {step + 1}"):
+            loss = self._train_node.backward(batch, self._experiment.micro_batch_size)
+        self._trained.check(self._node.number, step)
+        self._compute_s = perf_counter() - began
+        return loss
+
+    def _die_before(self, step: int) -> None:
+        death = self._death
+        if death is not None and not death.in_round and step >= death.step:
+            self._report()
+            self._node.dies()
+
+    def _keep(self, row: dict[str, Any]) -> None:
+        """Remember a step, with the digest where a round committed."""
+        committed, self._peers.committed = self._peers.committed, False
+        if committed and self._experiment.digests:
+            row["digest"] = self._digest()
+        self._rows.append(row)
+        if committed or len(self._rows) >= _ROWS:
+            self._report()
+
+    def _report(self) -> None:
+        rows, self._rows = self._rows, []
+        self._node.report(rows)
+
+    def _digest(self) -> str:
+        weights = dict(zip(self._local.names, self._local.parameters, strict=True))
+        return digest({"weights": weights, "shared": self._strategy.shared_state_dict()})
+
+    # --- what a node that heals gets
+
+    def _save(self) -> dict[str, Any]:
+        return {
+            "model": self._model.state_dict(),
+            "inner": self._inner.state_dict(),
+            "strategy": self._strategy.shared_state_dict(),
+            "open_rounds": self._strategy.open_rounds(),
+            "node": self._node.number,
+        }
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self._model.load_state_dict(state["model"])
+        self._inner.load_state_dict(state["inner"])
+        self._strategy.load_shared_state_dict(state["strategy"])
+        self._strategy.take_over(state["open_rounds"])
+        if self._clock.steps:  # at the start all are equal, whoever gave whom what
+            self._peers.healed_from = state["node"]
+
+
+class _Watched:
+    """The manager as peers, which notes what a replay needs, and dies in a round if it is to."""
+
+    def __init__(
+        self, node: LocalNode, strategy: Strategy, deterministic: bool, death: Dies | None
+    ) -> None:
+        self.node = node
+        self.averages = "ordered" if deterministic else "average"
+        self.committed = False
+        """A round did, since this was last reset."""
+        self.healed_from: int | None = None
+        """Whose state was loaded, for the record of the round that opened with that."""
+        self.strategy, self._death = strategy, death
+        self._peers = node.peers(deterministic=deterministic)
+
+    def compare(self, setting: str, value: str) -> None:
+        """As the peers do."""
+        self._peers.compare(setting, value)
+
+    def open(self, place: Place) -> _WatchedRound:
+        """As the peers do."""
+        opened = self._peers.open(place)
+        self.node.joined()
+        healed_from, self.healed_from = self.healed_from, None
+        return _WatchedRound(self, place, opened, healed_from)
+
+    def take_over(self, carried: dict[str, Any]) -> _WatchedRound:
+        """As the peers do."""
+        return _WatchedRound(self, Place.AFTER, self._peers.take_over(carried))
+
+    def step(self, place: Place) -> int:
+        """The inner step; after it the clock has counted it already."""
+        return self.strategy.clock.steps - (place is Place.AFTER)
+
+    def restores(self, recipe: int) -> bool:
+        """Whether this recipe takes something back after a no."""
+        return type(self.strategy.recipes[recipe]).discard is not Recipe.discard
+
+    def dies_in(self, step: int) -> bool:
+        """Whether this process is to be killed in a round of `step`."""
+        return self._death is not None and self._death.in_round and step >= self._death.step
+
+
+class _WatchedRound:
+    """A round, with its bytes."""
+
+    def __init__(
+        self,
+        peers: _Watched,
+        place: Place,
+        real: ManagedRound | BackgroundRound,
+        healed_from: int | None = None,
+    ) -> None:
+        self.opening = real.opening
+        self._peers, self._place, self._real = peers, place, real
+        self._kind, self._collectives = peers.averages, 0
+        self._recipe = peers.strategy.opening
+        self._opened = peers.step(place)
+        self._healed = {} if healed_from is None else {"healed_from": healed_from}
+
+    @property
+    def formed(self) -> bool:
+        return self._real.formed
+
+    def meet(self) -> bool:
+        return self._real.meet()
+
+    @property
+    def failed(self) -> bool:
+        return self._real.failed
+
+    def average(
+        self,
+        tensors: Sequence[Tensor],
+        codec: Codec | None = None,
+        unsaid: Sequence[Tensor] | None = None,
+    ) -> Handle:
+        self._kind = self._kind if codec is None else "quantized"
+        self._collectives += sum(tensor.numel() > 0 for tensor in tensors)
+        return self._mortal(self._real.average(tensors, codec, unsaid))
+
+    def gather(self, tensors: Sequence[Tensor]) -> Handle:
+        self._kind = self._kind if self._collectives else "gather"
+        self._collectives += int(len(tensors) > 0)
+        return self._mortal(self._real.gather(tensors))
+
+    def average_within(
+        self, tensors: Sequence[Tensor], islands: Callable[[int], list[list[int]]]
+    ) -> Handle:
+        return self._real.average_within(tensors, islands)
+
+    def carried(self) -> dict[str, Any]:
+        return self._real.carried()
+
+    def fail(self, error: Exception) -> None:
+        self._real.fail(error)
+
+    def close(self) -> bool:
+        self._peers.node.manager.note(
+            inner_step=self._peers.step(self._place),
+            opened=self._opened,
+            **self._healed,
+            place=self._place.name,
+            recipe=self._recipe,
+            restores=self._peers.restores(self._recipe),
+            kind=self._kind,
+            collectives=self._collectives,
+            round_bytes=self._real.bytes_sent,
+        )
+        committed = self._real.close()
+        self._peers.committed |= committed
+        return committed
+
+    def _mortal(self, handle: Handle) -> Handle:
+        doomed = self._peers.dies_in(self._peers.step(self._place))
+        return _LastWords(self._peers.node) if doomed else handle
+
+
+class _LastWords(Handle):
+    """What waits for the killer."""
+
+    def __init__(self, node: LocalNode) -> None:
+        self._node = node
+
+    def wait(self) -> list[Tensor]:
+        self._node.dies()
+        raise AssertionError("killed, and still there")
+
+
+def to_bytes(state: dict[str, Any]) -> bytes:
+    """The state of a model, to be sent to the parent."""
+    stream = io.BytesIO()
+    torch.save(state, stream)
+    return stream.getvalue()
+
+
+def _from_bytes(state: bytes) -> dict[str, Any]:
+    """The state of a model, on the CPU."""
+    loaded: dict[str, Any] = torch.load(io.BytesIO(state), map_location="cpu", weights_only=True)
+    return loaded
+
+
+def take_models(result: Result, experiment: Experiment, ends: dict[int, Any]) -> None:
+    """Put into `result` what the processes left, and their mean.
+
+    Of a node that was killed and not started again, it is the model that it began with.
+    """
+    for node in range(experiment.num_nodes):
+        model: nn.Module = experiment.make_model()
+        if node in ends:
+            model.load_state_dict(_from_bytes(ends[node]["model"]))
+        result.models.append(model)
+    result.alive = sorted(ends)
+    living = [result.models[node] for node in result.alive]
+    result.model = mean_model(living, experiment.remake_model)
+
+
+def warm_up(experiment: Experiment) -> None:
+    """Import what every process would import for itself, were it not imported before they fork."""
+    model = experiment.make_model()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    experiment.inner.build([trained], experiment.total_steps).state_dict()

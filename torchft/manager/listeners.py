@@ -1,0 +1,128 @@
+"""Whoever has to act when a step begins and before it is voted on, e.g. what averages gradients.
+
+They are held weakly: a model that is wrapped anew is followed by the new wrapper alone.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from torch import nn
+
+from torchft.errors import SettingsError, StepError
+from torchft.manager.fingerprint import Description
+from torchft.manager.transaction import Transaction
+
+__all__ = ["StepListener", "StepListeners"]
+
+
+class StepListener(Protocol):
+    """Called on the training thread."""
+
+    kind: str
+    """What it is, in the words that a difference between groups is told with."""
+    description: Description
+    """What must be equal in all groups before it sends anything; another object when it changes."""
+
+    sent: int
+    """How many averages it has begun in this step."""
+
+    def holds(self, parameter: nn.Parameter) -> bool:
+        """Whether the model that it is about has this parameter."""
+        ...
+
+    def before_step(self) -> Description:
+        """A step is about to begin. Returns what must be equal in all groups this once, e.g. the
+        values that each of them has made for a new parameter."""
+        ...
+
+    def before_vote(self, *, idle: bool) -> None:
+        """The step is about to be voted on. `idle`: this group sent nothing in it so far."""
+        ...
+
+
+class StepListeners:
+    """The listeners of one manager, in the order in which they were added.
+
+    Args:
+        compare: has what it is given compared with the other groups: what always must be equal,
+            and what must be this once.
+    """
+
+    def __init__(self, compare: Callable[[Description, Description], None]) -> None:
+        self._compare = compare
+        self._listeners: list[weakref.ref[StepListener]] = []
+
+    def add(self, listener: StepListener) -> None:
+        """Call it from now on, for as long as somebody else holds it."""
+        self._listeners.append(weakref.ref(listener))
+        self._describe({})
+
+    def before_step(self) -> None:
+        """A step is about to begin."""
+        once: Description = {}
+        for key, listener in self._named():
+            once.update({f"new in {key}: {k}": v for k, v in listener.before_step().items()})
+        self._describe(once)
+
+    def before_vote(self, transaction: Transaction) -> None:
+        """The step is about to be voted on. One in which this group sent nothing, although the
+        others may wait for it, is completed by a lone listener; several cannot know whose turn it
+        was, so that the step is discarded."""
+        listeners = self._named()
+        idle = not transaction.averages
+        if idle and len(listeners) > 1 and not transaction.failed:
+            kinds = ", ".join(key for key, _ in listeners)
+            transaction.report(
+                StepError(
+                    f"no gradient was averaged in this step, of {kinds}: call backward before step"
+                )
+            )
+        for _, listener in listeners:
+            if not transaction.failed:
+                listener.before_vote(idle=idle)
+
+    def refuse_unaveraged(
+        self, param_groups: Sequence[dict[str, Any]], transaction: Transaction
+    ) -> None:
+        """See that an optimizer applies no gradient that this group alone has: of a parameter that
+        no listener's model has, where nothing was averaged but by listeners.
+
+        Raises:
+            SettingsError: it does; names the parameter.
+        """
+        listeners = [listener for _, listener in self._named()]
+        sent = sum(listener.sent for listener in listeners)
+        if not listeners or transaction.failed or len(transaction.averages) > sent:
+            return
+        for number, group in enumerate(param_groups):
+            names = group.get("param_names") or [str(n) for n in range(len(group["params"]))]
+            for name, parameter in zip(names, group["params"], strict=True):
+                if parameter.grad is None or any(one.holds(parameter) for one in listeners):
+                    continue
+                raise SettingsError(
+                    f"parameter {name} of the optimizer's group {number}, of shape "
+                    f"{tuple(parameter.shape)}, is in no wrapped model, so that each group would "
+                    "train its own: put it into the module that is wrapped, average its gradient "
+                    "with manager.allreduce, or give it to an optimizer that is not wrapped"
+                )
+
+    def _named(self) -> list[tuple[str, StepListener]]:
+        """Those that are alive, with names that are equal in a group that was restarted."""
+        self._listeners = [reference for reference in self._listeners if reference() is not None]
+        numbers: Counter[str] = Counter()
+        named = []
+        for reference in self._listeners:
+            if (listener := reference()) is not None:
+                numbers[listener.kind] += 1
+                number = numbers[listener.kind]
+                key = listener.kind if number == 1 else f"{listener.kind} {number}"
+                named.append((key, listener))
+        return named
+
+    def _describe(self, once: Description) -> None:
+        always: Description = {key: listener.description for key, listener in self._named()}
+        self._compare(always, once)

@@ -1,0 +1,128 @@
+"""The state that a joining group needs, registered by key, and when it may be read.
+
+Optimizers hold the write side of a lock while they change parameters, donors the read side while
+they collect what to offer: no group is ever given half an optimizer step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from torchft.checkpointing._rwlock import RWLock
+from torchft.errors import StateDictError
+
+__all__ = ["LiveState"]
+
+_log = logging.getLogger("torchft.manager.live_state")
+
+
+@dataclass(frozen=True)
+class _Functions:
+    load: Callable[[Any], None]
+    save: Callable[[], Any]
+
+
+class LiveState:
+    """What users registered, in order. `timeout` bounds the wait for the lock."""
+
+    def __init__(self, timeout: timedelta) -> None:
+        self.copies = False
+        """Collect copies, because the state changes while it is being fetched."""
+        self._functions: dict[str, _Functions] = {}
+        self._lock = RWLock(timeout=timeout.total_seconds())
+        self._readable = True
+        self._verified: set[bool] = set()
+        """Whether `verify` has looked at the state before a step was taken, and after it."""
+
+    def register(self, key: str, load: Callable[[Any], None], save: Callable[[], Any]) -> None:
+        """AssertionError when `key` is registered already."""
+        assert key not in self._functions, f"state {key!r} is registered already"
+        self._functions[key] = _Functions(load, save)
+
+    def allow_read(self) -> None:
+        """The parameters are whole. Allowing twice is fine."""
+        if not self._readable:
+            self._readable = True
+            self._lock.w_release()
+
+    def disallow_read(self) -> None:
+        """The parameters are about to change. Disallowing twice is fine.
+
+        Raises TimeoutError when a reader holds on.
+        """
+        if self._readable:
+            self._lock.w_acquire()
+            self._readable = False
+
+    def collect(self, manager_state: Callable[[], Any]) -> dict[str, Any]:
+        """The payload for a healing group: `{"user": {key: state}, "torchft": manager_state()}`."""
+        with self._lock.r_lock():
+            assert self._functions, "no state is registered: a joining group could not heal"
+            user = {key: functions.save() for key, functions in self._functions.items()}
+            if self.copies:
+                user = tree_map_only(torch.Tensor, _copy, user)
+            return {"user": user, "torchft": manager_state()}
+
+    def verify(self, check: Callable[[Any], None], *, has_committed: bool) -> None:
+        """See that the state can travel, before a group that joins needs it.
+
+        Looks twice: at the first call, and at the first one after a committed step, when optimizers
+        have made their state. All ranks of a group do so at the same calls: reading the state of a
+        sharded model may take them all. `check` raises TypeError for a value that cannot travel. No
+        tensor is copied. A `state_dict` that raises is a warning: some are valid only later.
+
+        Raises:
+            StateDictError: a value cannot travel; the message names the key and its place.
+        """
+        if has_committed in self._verified or not self._readable:
+            return
+        self._verified.add(has_committed)
+        for key, functions in self._functions.items():
+            try:
+                state = functions.save()
+            except Exception as error:
+                _log.warning(
+                    "%s in state_dict of %r: until it works, no group can join from this one",
+                    _cause(error),
+                    key,
+                )
+                continue
+            try:
+                check(state)
+            except (TypeError, ValueError) as error:
+                raise StateDictError(f"{error} (registered as {key!r})") from error
+
+    def load(self, states: dict[str, Any], source: str) -> None:
+        """Load every registered key, in order. `source` names the step and the donor, for errors.
+
+        Raises:
+            StateDictError: the donor lacks a key, or a load function fails.
+        """
+        missing = sorted(self._functions.keys() - states.keys())
+        if missing:
+            raise StateDictError(
+                f"{source} has no state {missing}: register equal keys in every group"
+            )
+        for key, functions in self._functions.items():
+            try:
+                functions.load(states[key])
+            except Exception as error:
+                raise StateDictError(
+                    f"{_cause(error)} in load_state_dict of {key!r}, given {source}: do all groups "
+                    "run the same script?"
+                ) from error
+
+
+def _cause(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone()

@@ -1,0 +1,170 @@
+"""The server's settings, and the few that all workers share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchft.errors import SettingsError
+from torchft.parameter_server.core.delayed_nesterov import DelayedNesterov
+from torchft.parameter_server.core.rules import Mode, Rules
+from torchft.quantization import codec_of
+from torchft.strategies.optim_spec import OptimSpec
+from torchft.strategies.parts.outer import FlatOuter
+
+__all__ = ["MOST", "Agreed", "OuterOptions", "ServerOptions"]
+
+
+MOST = 1_000_000
+"""Of inner steps between two submissions, and of fragments: more is a mistake, or malice."""
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What must be equal at all workers. The server's word holds; what it leaves open is what the
+    first worker asks for."""
+
+    sync_every: int
+    """Inner steps between two submissions of a fragment."""
+    codec: str
+    """How numbers travel, both ways."""
+    fragments: int
+
+    def __post_init__(self) -> None:
+        for name in ("sync_every", "fragments"):
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= MOST:
+                raise SettingsError(
+                    f"{name}={str(value)[:40]}: it must be a whole number from 1 to {MOST}"
+                )
+        if not isinstance(self.codec, str):
+            raise SettingsError(f"codec={str(self.codec)[:40]!r}: give the name of a codec")
+        codec_of(self.codec)
+        if self.fragments > self.sync_every:
+            raise SettingsError(
+                f"{self.fragments} fragments do not fit into {self.sync_every} steps: each needs "
+                "a step of its own"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+    def differences(self, wished: Mapping[str, Any]) -> list[str]:
+        """In words, what a worker asked for and does not get."""
+        return [
+            f"{name} is {value} at the server, not {wished[name]}"
+            for name, value in self.to_json().items()
+            if wished.get(name) not in (None, value)
+        ]
+
+
+@dataclass(frozen=True)
+class OuterOptions:
+    """SGD with Nesterov momentum, or its delayed form."""
+
+    lr: float = 0.7
+    momentum: float = 0.9
+    nesterov: bool = True
+    dn_buffer_size: int | None = None
+    """Submissions to a turn of the delayed momentum, asynchronous only. None: as many as workers
+    are expected; 0: momentum moves with every submission."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lr < math.inf:
+            raise SettingsError(f"outer_lr={self.lr:g}: it must be above 0, and finite")
+        if not 0 <= self.momentum < 1:
+            raise SettingsError(f"outer_momentum={self.momentum:g}: it must be from 0 to below 1")
+        if self.dn_buffer_size is not None and self.dn_buffer_size < 0:
+            raise SettingsError(f"dn_buffer_size={self.dn_buffer_size}: it must be at least 0")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of torch's SGD."""
+        nesterov = self.nesterov and self.momentum > 0
+        return {"lr": self.lr, "momentum": self.momentum, "nesterov": nesterov}
+
+    def changed(self, lr: float | None, momentum: float | None) -> OuterOptions:
+        """None: as it was. Raises SettingsError."""
+        lr = self.lr if lr is None else lr
+        return replace(self, lr=lr, momentum=self.momentum if momentum is None else momentum)
+
+    def build(self, rules: Rules) -> FlatOuter | DelayedNesterov:
+        """The outer step of a run."""
+        if rules.mode is Mode.ASYNCHRONOUS:
+            buffer = rules.workers if self.dn_buffer_size is None else self.dn_buffer_size
+            if buffer:
+                return DelayedNesterov(lr=self.lr, momentum=self.momentum, buffer=buffer)
+        elif self.dn_buffer_size:
+            raise SettingsError("dn_buffer_size is for asynchronous rounds: add --async")
+        return FlatOuter(OptimSpec(torch.optim.SGD, **self.settings))
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """All that `diloco server` takes, but the address and the tokens."""
+
+    output_dir: Path
+    rules: Rules
+    outer: OuterOptions = field(default_factory=OuterOptions)
+    model: Path | None = None
+    """Folder with safetensors to start from; None: the first worker's weights."""
+    from_checkpoint: Path | None = None
+    save_every: int = 10
+    """Rounds between two checkpoints; 0: none is ever written."""
+    save_total_limit: int = 3
+    """Checkpoints that are kept; 0: all."""
+    dylu: bool = False
+    dylu_base_sync_every: int | None = None
+    norm_bound: float = 10.0
+    sync_every: int | None = None
+    codec: str | None = None
+    fragments: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("save_every", "save_total_limit"):
+            if getattr(self, name) < 0:
+                raise SettingsError(f"{name}={getattr(self, name)}: it must be at least 0")
+        if not 0 <= self.norm_bound < math.inf:
+            raise SettingsError(
+                f"norm_bound={self.norm_bound:g}: it must be at least 0, and finite; 0: no bound"
+            )
+        if self.dylu and self.rules.mode is Mode.SYNCHRONOUS:
+            raise SettingsError(
+                "dylu gives slower workers fewer steps, which a synchronous round cannot use: "
+                "choose --async or --mode decoupled"
+            )
+        self.outer.build(self.rules)
+
+    @property
+    def _own(self) -> dict[str, Any]:
+        return {"sync_every": self.sync_every, "codec": self.codec, "fragments": self.fragments}
+
+    def differences(self, agreed: Agreed) -> list[str]:
+        """In words, what is said here and does not hold in a run that has begun."""
+        return [
+            f"{name} {value}, not {self._own[name]}"
+            for name, value in agreed.to_json().items()
+            if self._own[name] not in (None, value)
+        ]
+
+    def agree(self, wished: Mapping[str, Any]) -> Agreed:
+        """With the first worker.
+
+        Raises:
+            SettingsError: it asks for what cannot be.
+        """
+        own = self._own
+        default = {"sync_every": 500, "codec": "bf16", "fragments": 1}
+        asked = {name: wished.get(name) for name in own}
+        return Agreed(
+            **{
+                name: next(v for v in (own[name], asked[name], default[name]) if v is not None)
+                for name in own
+            }  # type: ignore[arg-type]
+        )

@@ -1,0 +1,112 @@
+"""What workers ask, as checked values: the edge where JSON becomes types."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torchft.parameter_server.core.refused import Refused
+from torchft.parameter_server.core.shape import ModelShape
+
+__all__ = ["Registration", "Speaker", "Ticket"]
+
+_NAME = re.compile(r"(?!\.+$)[\w.:@+\-]{1,200}")
+"""Not `.` or `..`: a name may become a part of a path."""
+_LARGEST = 1 << 53
+
+
+def text(data: Mapping[str, Any], name: str) -> str:
+    """A name without surprises."""
+    value = data.get(name)
+    if not isinstance(value, str) or not _NAME.fullmatch(value):
+        raise Refused(
+            f"{name}: give 1 to 200 letters, digits or any of . : @ + - _, and not dots alone"
+        )
+    return value
+
+
+def whole(data: Mapping[str, Any], name: str, least: int = 0) -> int:
+    """A whole number."""
+    value = data.get(name)
+    if type(value) is not int or not least <= value <= _LARGEST:
+        raise Refused(f"{name}: give a whole number from {least} to 2**53, not {str(value)[:40]}")
+    return value
+
+
+def real(data: Mapping[str, Any], name: str) -> float:
+    """A number that is not negative; absent: 0."""
+    value = data.get(name, 0.0)
+    if type(value) not in (int, float) or not 0 <= value < 1e12:
+        raise Refused(f"{name}: give a number from 0 on, not {str(value)[:40]}")
+    return float(value)
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """Who asks: a worker's id, and which process of it."""
+
+    worker: str
+    session: str
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Speaker:
+        """Raises Refused."""
+        return cls(text(data, "worker"), text(data, "session"))
+
+
+@dataclass(frozen=True)
+class Registration:
+    """A process that wants to take part."""
+
+    who: Speaker
+    shape: ModelShape
+    beat_s: float
+    hostname: str
+    wished: dict[str, Any]
+    """Some of `Agreed`'s fields."""
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Registration:
+        """Raises Refused or MismatchError."""
+        wished = data.get("wished", {})
+        model = data.get("model")
+        if not isinstance(wished, dict) or not isinstance(model, dict):
+            raise Refused("a registration has a model and wishes, as objects")
+        shape = ModelShape.from_json(model)
+        name = text(data, "hostname") if "hostname" in data else "unknown"
+        return cls(Speaker.of(data), shape, real(data, "beat_s"), name, wished)
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A submission that a worker wants to send."""
+
+    who: Speaker
+    fragment: int
+    base: int
+    number: int
+    steps: int
+    tokens: int
+    fingerprint: str
+
+    @property
+    def upload(self) -> str:
+        """The name of its numbers."""
+        parts = (self.who.worker, self.who.session, self.fragment, self.number)
+        return hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()[:32]
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Ticket:
+        """Raises Refused."""
+        return cls(
+            Speaker.of(data),
+            whole(data, "fragment"),
+            whole(data, "base"),
+            whole(data, "number", 1),
+            whole(data, "steps"),
+            whole(data, "tokens", 1),
+            text(data, "fingerprint"),
+        )

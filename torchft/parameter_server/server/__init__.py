@@ -1,0 +1,1 @@
+"""The server: state, storage, uploads and HTTP around the rounds of `core`."""

@@ -1,0 +1,324 @@
+"""The server's HTTP face: convert, ask the desk, answer.
+
+    POST /v1/register /v1/heartbeat /v1/deregister /v1/tickets                 worker   JSON
+    PUT  /v1/uploads/{upload}?from=k    PUT /v1/weights/{fragment}?from=k      worker   chunks
+    POST /v1/news                    what changed since a base, or waits       worker   JSON
+    GET  /v1/files/{name}            news, with ranges                         worker   chunks
+    GET  /v1/status  /metrics                                                  read
+    POST /v1/control/{order}                                                   admin    JSON
+    GET  /healthz  /  /dashboard               the page has no numbers itself  anybody
+
+Nothing is held open for longer than a few seconds but a transfer that moves. Whoever sends garbage
+gets a 4xx with the reason, and nobody else notices.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from aiohttp import StreamReader, web
+
+from torchft.errors import MismatchError, SettingsError
+from torchft.parameter_server.auth import Scope, Tokens
+from torchft.parameter_server.core.chunks import Chunks
+from torchft.parameter_server.core.refused import (
+    Forbidden,
+    Interrupted,
+    NotFound,
+    Refused,
+    TooLarge,
+    Unauthorized,
+    Unfit,
+    printable,
+)
+from torchft.parameter_server.core.requests import Registration, Speaker, Ticket, real, text, whole
+from torchft.parameter_server.server.page import headers, page
+from torchft.parameter_server.server.state import Desk
+from torchft.parameter_server.server.status import metrics_of, status_of
+from torchft.parameter_server.server.upload import Intake
+
+__all__ = ["LONGEST_WAIT_S", "Service"]
+
+logger = logging.getLogger(__name__)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+LONGEST_WAIT_S = 5.0
+"""A request for news is answered after this time at the latest."""
+MAX_JSON_BYTES = 8 << 20
+"""About a hundred thousand parameters."""
+_NO_ROOM = 507
+_FILE = re.compile(r"f\d+-v\d+(?:-[0-9a-f]{16})?\.(?:delta|whole)")
+
+
+class Service:
+    """Handlers over one desk. `tokens` None: everybody may do everything."""
+
+    def __init__(
+        self,
+        desk: Desk,
+        tokens: Tokens | None,
+        *,
+        read_timeout_s: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
+        stop: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.desk, self.tokens, self._clock, self._stop = desk, tokens, clock, stop
+        self._read_timeout_s = read_timeout_s
+        self._began, self._page = clock(), page()
+
+    def app(self) -> web.Application:
+        """The routes."""
+        app = web.Application(client_max_size=MAX_JSON_BYTES)
+        routes: list[tuple[str, str, Scope | None, Handler]] = [
+            ("GET", "/healthz", None, self._health),
+            ("GET", "/", None, self._dashboard),
+            ("GET", "/dashboard", None, self._dashboard),
+            ("GET", "/v1/status", Scope.READ, self._status),
+            ("GET", "/metrics", Scope.READ, self._metrics),
+            ("POST", "/v1/register", Scope.WORKER, self._register),
+            ("POST", "/v1/heartbeat", Scope.WORKER, self._heartbeat),
+            ("POST", "/v1/deregister", Scope.WORKER, self._deregister),
+            ("POST", "/v1/tickets", Scope.WORKER, self._ticket),
+            ("PUT", "/v1/uploads/{upload}", Scope.WORKER, self._upload),
+            ("PUT", "/v1/weights/{fragment}", Scope.WORKER, self._weights),
+            ("POST", "/v1/news", Scope.WORKER, self._news),
+            ("GET", "/v1/files/{name}", Scope.WORKER, self._file),
+            ("POST", "/v1/control/{order}", Scope.ADMIN, self._control),
+        ]
+        for method, path, scope, handler in routes:
+            app.router.add_route(method, path, self._guarded(scope, handler))
+        return app
+
+    # ------------------------------------------------------------------ who, and what went wrong
+
+    def _guarded(self, scope: Scope | None, handler: Handler) -> Handler:
+        async def answer(request: web.Request) -> web.StreamResponse:
+            try:
+                self._admit(request, scope)
+                return await handler(request)
+            except Refused as error:
+                return _refusal(request, error.status, str(error))
+            except MismatchError as error:
+                return _refusal(request, Unfit.status, str(error))
+            except SettingsError as error:
+                return _refusal(request, Refused.status, str(error))
+            except web.HTTPRequestEntityTooLarge:
+                return _refusal(request, 413, f"more than {MAX_JSON_BYTES} bytes of JSON")
+            except TimeoutError:
+                reason = f"nothing came for {self._read_timeout_s:g} s: go on from there"
+                return _refusal(request, Interrupted.status, reason)
+            except (ConnectionError, asyncio.IncompleteReadError, web.RequestPayloadError):
+                reason = "the body ended early: go on from there"
+                return _refusal(request, Interrupted.status, reason)
+            except OSError as error:
+                # Workers train on and ask again: there may be room by then.
+                return _refusal(request, _NO_ROOM, f"the server cannot write: {error.strerror}")
+
+        return answer
+
+    def _admit(self, request: web.Request, scope: Scope | None) -> None:
+        if scope is None or self.tokens is None:
+            return
+        kind, _, token = request.headers.get("Authorization", "").partition(" ")
+        found = self.tokens.scope_of(token.strip()) if kind.lower() == "bearer" else None
+        if found is None:
+            raise Unauthorized(
+                "no valid token: give the one that the server printed when it was first started, "
+                "with --auth-token-file or DILOCO_AUTH_TOKEN"
+            )
+        if found < scope:
+            raise Forbidden(
+                f"this needs a token for {scope.name.lower()}, not {found.name.lower()}"
+            )
+
+    async def _json(self, request: web.Request) -> dict[str, Any]:
+        # A form of another site cannot send this type without the browser asking first.
+        if request.content_type != "application/json":
+            raise Refused("send JSON, as application/json")
+        async with asyncio.timeout(self._read_timeout_s):
+            body = await request.read()
+        try:
+            data = json.loads(body)
+        except (ValueError, RecursionError):
+            raise Refused("the body is no JSON") from None
+        if not isinstance(data, dict):
+            raise Refused("the body is no JSON object")
+        return data
+
+    # ------------------------------------------------------------------ short requests
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def _dashboard(self, request: web.Request) -> web.Response:
+        return web.Response(text=self._page, content_type="text/html", headers=headers(self._page))
+
+    def _report(self) -> dict[str, Any]:
+        now = self._clock()
+        return status_of(self.desk, now, now - self._began)
+
+    async def _status(self, request: web.Request) -> web.Response:
+        return web.json_response(self._report())
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        return web.Response(text=metrics_of(self._report()))
+
+    async def _register(self, request: web.Request) -> web.Response:
+        registration = Registration.of(await self._json(request))
+        return web.json_response(await self.desk.register(registration))
+
+    async def _heartbeat(self, request: web.Request) -> web.Response:
+        data = await self._json(request)
+        return web.json_response(self.desk.beat(Speaker.of(data), real(data, "steps_per_second")))
+
+    async def _deregister(self, request: web.Request) -> web.Response:
+        self.desk.leave(Speaker.of(await self._json(request)))
+        return web.json_response({})
+
+    async def _ticket(self, request: web.Request) -> web.Response:
+        return web.json_response(self.desk.ticket(Ticket.of(await self._json(request))))
+
+    async def _news(self, request: web.Request) -> web.Response:
+        data = await self._json(request)
+        fragment, base = whole(data, "fragment"), whole(data, "base")
+        wait_s = min(real(data, "wait_s"), LONGEST_WAIT_S)
+        news = await self.desk.news(fragment, base, text(data, "identity"), wait_s)
+        if news is None:
+            return web.json_response({"waiting": self.desk.why_open(fragment)})
+        fields = {"version": news.version, "identity": news.identity}
+        return web.json_response({**fields, "kind": news.kind, "files": news.files})
+
+    # ------------------------------------------------------------------ bytes
+
+    async def _upload(self, request: web.Request) -> web.Response:
+        upload = request.match_info["upload"]
+        await self._receive(request, self.desk.intake(upload))
+        return web.json_response(self.desk.finish(upload))
+
+    async def _weights(self, request: web.Request) -> web.Response:
+        who = Speaker.of(request.query)
+        intake = self.desk.initial(who, _number(request.match_info["fragment"], "fragment"))
+        await self._receive(request, intake)
+        return web.json_response({"have": intake.have, **await self.desk.finish_initial()})
+
+    async def _receive(self, request: web.Request, intake: Intake) -> None:
+        """Chunks from `from` on; while one is checked the next one is read."""
+        index, chunks = _number(request.query.get("from", "0"), "from"), intake.chunks
+        if index > intake.have:
+            raise Refused(f"go on from chunk {intake.have}")
+        self._check_length(request, chunks, index)
+        checking: asyncio.Future[None] | None = None
+        memories = chunks.memory(), chunks.memory()
+        body = _Body(request.content)
+        try:
+            for at in range(index, chunks.count):
+                data = memories[at % 2][: chunks.nbytes_of(at)]
+                async with asyncio.timeout(self._read_timeout_s):
+                    await body.fill(data)
+                if checking is not None:
+                    await checking
+                checking = asyncio.ensure_future(self.desk.take_chunk(intake, at, data))
+        finally:
+            if checking is not None:
+                await checking
+
+    def _check_length(self, request: web.Request, chunks: Chunks, index: int) -> None:
+        right = chunks.nbytes - chunks.offset(min(index, chunks.count))
+        length = request.content_length
+        if length is None:
+            raise Refused("an upload says how long it is")
+        if length > right:
+            raise TooLarge(f"{length} bytes are more than the {right} that this upload has left")
+
+    async def _file(self, request: web.Request) -> web.StreamResponse:
+        name = request.match_info["name"]
+        path = self.desk.news_folder / name
+        if not _FILE.fullmatch(name) or not path.is_file():
+            raise NotFound("these news are old: ask for news again")
+        self.desk.counts.bytes_out += path.stat().st_size
+        return _News(self.desk, path)
+
+    # ------------------------------------------------------------------ orders
+
+    async def _control(self, request: web.Request) -> web.Response:
+        data = await self._json(request)
+        match request.match_info["order"]:
+            case "save_state":
+                path = await self.desk.save()
+                return web.json_response({"status": "ok", "checkpoint": path.name})
+            case "kick_worker":
+                if not self.desk.kick(text(data, "worker")):
+                    raise NotFound("there is no such worker")
+            case "update_num_workers":
+                workers = whole(data, "num_workers", 1)
+                given = "min_workers" in data
+                self.desk.expect(workers, whole(data, "min_workers", 1) if given else None)
+            case "update_optimizer":
+                return web.json_response(self._update_optimizer(data))
+            case "shutdown":
+                self._stop()
+            case order:
+                raise NotFound(f"there is no order {order[:40]!r}")
+        return web.json_response({"status": "ok"})
+
+    def _update_optimizer(self, data: dict[str, Any]) -> dict[str, Any]:
+        if not data.keys() or data.keys() - {"lr", "momentum"}:
+            raise Refused("update_optimizer: give lr, momentum, or both")
+        given = {name: real(data, name) if name in data else None for name in ("lr", "momentum")}
+        outer = self.desk.update_optimizer(**given)
+        return {"status": "ok", "outer_lr": outer.lr, "outer_momentum": outer.momentum}
+
+
+class _Body:
+    """A request's body, read into memory that is there."""
+
+    def __init__(self, stream: StreamReader) -> None:
+        self._stream, self._left = stream, memoryview(b"")
+
+    async def fill(self, memory: memoryview) -> None:
+        """All of `memory`. Raises IncompleteReadError: the body ends before."""
+        at = 0
+        while at < len(memory):
+            piece = self._left or memoryview(await self._stream.readany())
+            if not piece:
+                raise asyncio.IncompleteReadError(b"", len(memory) - at)
+            count = min(len(piece), len(memory) - at)
+            memory[at : at + count] = piece[:count]
+            self._left = piece[count:]
+            at += count
+
+
+class _News(web.FileResponse):
+    """A file of news, which stays as it is until all of it is sent."""
+
+    def __init__(self, desk: Desk, path: Path) -> None:
+        super().__init__(path, chunk_size=1 << 20)
+        self._desk, self._name = desk, path.name
+
+    async def prepare(self, request: web.BaseRequest) -> Any:
+        with self._desk.reading(self._name):
+            return await super().prepare(request)
+
+
+def _number(value: str, name: str) -> int:
+    if not value.isdigit() or len(value) > 9:
+        raise Refused(f"{name}: give a whole number")
+    return int(value)
+
+
+def _refusal(request: web.Request, status: int, reason: str) -> web.Response:
+    # Anybody may send a path or a value: none of them may forge a line or move a cursor.
+    said = printable(f"{request.method} {request.raw_path}"), printable(reason)
+    logger.info("%s from %s: %d, %s", said[0], request.remote, status, said[1])
+    response = web.json_response({"error": said[1]}, status=status)
+    if status not in (401, 403, 404, 409, 410, 503):
+        response.force_close()  # what is left of its body is not worth reading
+    return response

@@ -1,0 +1,304 @@
+"""What the server holds for all workers: weights, outer optimizer, and news of what has changed.
+
+    weights w    fp32, the outer optimizer's own                                  4 B/param
+    outer        momentum (and, delayed, the sum of a turn)                       4 or 8
+    sent b       what workers hold; only under a codec that loses something       4
+
+A step goes through a row chunk by chunk, from the mean to what is published, so that nothing else
+takes memory (`OuterStep`). The news of a new version is the weights themselves where the codec
+loses nothing, and else the encoded difference w - b, which all add to b: what an encoding loses
+stays in w - b and is sent later. Whoever is too far behind gets all of b, fp32. Each version has an
+identity that follows from its bits, so nobody adds a difference to weights that are not those it
+was made from.
+
+News lie in files that never change, so a slow reader holds up nobody. A step that fails leaves the
+weights half stepped: from then on none of them is stepped, saved or told. All methods but
+`news_for` and `published` belong to one thread.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchft.errors import SettingsError
+from torchft.parameter_server.core.chunks import Chunks, identity_of
+from torchft.parameter_server.core.delayed_nesterov import DelayedNesterov
+from torchft.parameter_server.core.kind import Kind
+from torchft.parameter_server.core.outer_step import OuterStep
+from torchft.parameter_server.core.rounds import Close
+from torchft.parameter_server.core.shape import ModelShape
+from torchft.parameter_server.file_pool import Spool
+from torchft.quantization import Codec, Identity
+from torchft.strategies.local import Fragment
+from torchft.strategies.parts.outer import FlatOuter
+
+__all__ = ["FlatRow", "Kind", "News", "Published", "SharedState"]
+
+_FREE_FILES = 4
+_KEPT = 4
+"""Versions whose news are kept."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """The newest version that workers can have."""
+
+    version: int
+    identity: str
+
+
+@dataclass(frozen=True)
+class News:
+    """What makes `version` of a base."""
+
+    version: int
+    identity: str
+    kind: Kind
+    files: tuple[str, ...]
+
+
+class _Row:
+    """One fragment."""
+
+    def __init__(self, weights: Tensor, version: int, first: int, *, lossy: bool) -> None:
+        self.weights = weights
+        self.sent = weights.clone() if lossy else weights
+        self.first = first
+        """Among all chunks of the model, its first one's number."""
+        self.norm = float(torch.linalg.vector_norm(weights))
+        self.deltas: dict[int, str] = {}
+        """Version → file that makes it of the one before."""
+        self.wholes: dict[int, str] = {}
+        self.hold(version)
+
+    def hold(self, version: int) -> None:
+        """`sent` is what workers are to hold at `version`, and no news lead there."""
+        self.published = Published(version, identity_of(self.sent))
+        self.identities = {version: self.published.identity}
+
+
+class SharedState:
+    """`weights` are one fp32 row `[1, n]` a fragment, and belong to it from now on."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        codec: Codec,
+        outer: FlatOuter | DelayedNesterov,
+        weights: Sequence[Tensor],
+        folder: Path,
+        versions: Sequence[int] | None = None,
+    ) -> None:
+        self.shape, self.codec, self.outer, self.folder = shape, codec, outer, folder
+        self.lossy = not isinstance(codec, Identity)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._spool = Spool(folder, _FREE_FILES)
+        at = versions or [0] * len(weights)
+        counts = [self.chunks(fragment).count for fragment in range(len(weights))]
+        firsts = [0, *accumulate(counts)]
+        self._rows = [
+            _Row(row, version, first, lossy=self.lossy)
+            for row, version, first in zip(weights, at, firsts[:-1], strict=True)
+        ]
+        self._steps = [Fragment(chunk, (chunk,)) for chunk in range(firsts[-1])]
+        """What the outer optimizer takes for fragments: chunks of the rows."""
+        outer.bind(self._steps, list(self._flats()))
+        self._stepping = False
+        """Also after a step that failed."""
+
+    # ------------------------------------------------------------------ for every thread
+
+    def published(self, fragment: int) -> Published:
+        """The newest version."""
+        return self._rows[fragment].published
+
+    def chunks(self, fragment: int, codec: Codec | None = None) -> Chunks:
+        """How this fragment travels."""
+        return Chunks(self.shape.size(fragment), self.codec if codec is None else codec)
+
+    def norm(self, fragment: int) -> float:
+        """L2 norm of the weights."""
+        return self._rows[fragment].norm
+
+    def deltas_for(self, fragment: int, base: int, identity: str) -> News | None:
+        """The differences since `base`; None: they are not here, or longer than the weights."""
+        row = self._rows[fragment]
+        newest = row.published
+        steps = range(base + 1, newest.version + 1)
+        known = row.identities.get(base) == identity and all(v in row.deltas for v in steps)
+        if not known or len(steps) * self.chunks(fragment).nbytes > self._whole(fragment).nbytes:
+            return None
+        files = tuple(row.deltas[version] for version in steps)
+        return News(newest.version, newest.identity, Kind.DELTAS, files)
+
+    # ------------------------------------------------------------------ for its own thread
+
+    def news_for(self, fragment: int, base: int, identity: str) -> News:
+        """The shortest way from `base` to the newest version. Raises OSError: a step failed, or
+        they cannot be written."""
+        self._check_whole()
+        return self.deltas_for(fragment, base, identity) or self._all_of(fragment)
+
+    def apply(self, close: Close, upload: Callable[[str], Path]) -> Published:
+        """Take the outer step of a closed round, and publish the version it makes.
+
+        Raises:
+            ChunkError, OSError: an upload cannot be read again, or news cannot be written.
+        """
+        self._check_whole()
+        self._stepping = True
+        row, chunks = self._rows[close.fragment], self.chunks(close.fragment)
+        paths = [(upload(share.submission.upload), share.weight) for share in close.shares]
+        path = self._spool.create(self.folder / "next")
+        step = OuterStep(chunks, paths, partial(self._step_chunk, row), row.weights, row.sent, path)
+        row.norm, identity = step.take()
+        self._publish(close, row, path, identity)
+        self._stepping = False
+        return row.published
+
+    def reading(self, name: str) -> AbstractContextManager[Path]:
+        """A file of news, which stays as it is within the block. For every thread."""
+        return self._spool.reading(self.folder / name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of a fragment each: what a restart needs. Shows the tensors, copies none. Raises OSError:
+        a step failed."""
+        self._check_whole()
+        return {
+            "rows": [
+                {
+                    "weights": row.weights,
+                    "sent": row.sent if self.lossy else None,
+                    "version": row.published.version,
+                    "outer": [self.outer.state_dict(step) for step in self._steps_of(fragment)],
+                }
+                for fragment, row in enumerate(self._rows)
+            ]
+        }
+
+    def pieces(self, fragment: int) -> Iterator[dict[str, Any]]:
+        """What a restart needs of one fragment, chunk by chunk. Shows the tensors, copies none.
+        Raises OSError: a step failed."""
+        self._check_whole()
+        row = self._rows[fragment]
+        for step, (_, span) in zip(
+            self._steps_of(fragment), self.chunks(fragment).spans(), strict=True
+        ):
+            yield {
+                "weights": row.weights[:, span],
+                "sent": row.sent[:, span] if self.lossy else None,
+                "outer": self.outer.state_dict(step),
+            }
+
+    def load_pieces(self, fragment: int, version: int, pieces: Iterable[dict[str, Any]]) -> None:
+        """The inverse: the fragment is at `version` from now on."""
+        row = self._rows[fragment]
+        spans = (span for _, span in self.chunks(fragment).spans())
+        for step, span, piece in zip(self._steps_of(fragment), spans, pieces, strict=True):
+            row.weights[:, span] = piece["weights"]
+            if self.lossy:
+                row.sent[:, span] = piece["sent"]
+            self.outer.load_state_dict(step, piece["outer"])
+        row.norm = float(torch.linalg.vector_norm(row.weights))
+        row.hold(version)
+
+    def load_outer(self, state: dict[str, Any]) -> None:
+        """What the constructor does not take, of the same `state_dict`."""
+        for fragment, (row, saved) in enumerate(zip(self._rows, state["rows"], strict=True)):
+            for step, outer in zip(self._steps_of(fragment), saved["outer"], strict=True):
+                self.outer.load_state_dict(step, outer)
+            if self.lossy and saved["sent"] is not None:
+                row.sent = saved["sent"]
+                row.hold(row.published.version)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Name → fp32 weights, sharing storage."""
+        found: dict[str, Tensor] = {}
+        for fragment, row in enumerate(self._rows):
+            found |= self.shape.views(fragment, row.weights)
+        return found
+
+    # ------------------------------------------------------------------ how
+
+    def _check_whole(self) -> None:
+        if self._stepping:
+            raise OSError(errno.EIO, "an outer step failed, and the server ends")
+
+    def _flats(self) -> Iterator[FlatRow]:
+        for fragment, row in enumerate(self._rows):
+            for _, span in self.chunks(fragment).spans():
+                yield FlatRow([row.weights[:, span]])
+
+    def _steps_of(self, fragment: int) -> list[Fragment]:
+        first = self._rows[fragment].first
+        return self._steps[first : first + self.chunks(fragment).count]
+
+    def _step_chunk(self, row: _Row, index: int, mean: Tensor) -> None:
+        self.outer.step(self._steps[row.first + index], [mean])
+
+    def _publish(self, close: Close, row: _Row, news: Path, identity: str) -> None:
+        if self.lossy:
+            name = f"f{close.fragment}-v{close.version}.delta"
+            row.deltas[close.version] = name
+        else:
+            name = _whole_name(close.fragment, close.version, identity)
+            row.wholes[close.version] = name
+        news.replace(self.folder / name)
+        row.identities[close.version] = identity
+        self._forget(row, close.version)
+        row.published = Published(close.version, identity)
+
+    def _whole(self, fragment: int) -> Chunks:
+        return self.chunks(fragment, Identity())
+
+    def _all_of(self, fragment: int) -> News:
+        at = self._rows[fragment].published
+        name = self._write_whole(fragment, at.version, at.identity)
+        return News(at.version, at.identity, Kind.WHOLE, (name,))
+
+    def _write_whole(self, fragment: int, version: int, identity: str) -> str:
+        row, chunks = self._rows[fragment], self._whole(fragment)
+        name = row.wholes.get(version)
+        if name is None:
+            name = _whole_name(fragment, version, identity)
+            with (self.folder / name).open("wb") as file:
+                for index, span in chunks.spans():
+                    file.write(chunks.encode(index, row.sent[:, span]))
+            row.wholes[version] = name
+        return name
+
+    def _forget(self, row: _Row, version: int) -> None:
+        """Delete news that nobody is told of any more; who reads them keeps the file."""
+        for old in [v for v in row.identities if v <= version - _KEPT]:
+            del row.identities[old]
+        for kept, names in ((_KEPT, row.deltas), (2, row.wholes)):
+            for old in [v for v in names if v <= version - kept]:
+                self._spool.retire(self.folder / names.pop(old))
+
+
+@dataclass(frozen=True)
+class FlatRow:
+    """What an outer optimizer steps of the server's weights."""
+
+    flats: list[Tensor]
+
+    def in_shape(self, flats: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Raises SettingsError: a chunk is a part of a row, without parameters."""
+        raise SettingsError(
+            "the server steps flat chunks of the weights, so its outer optimizer must step number "
+            "by number, as SGD does"
+        )
+
+
+def _whole_name(fragment: int, version: int, identity: str) -> str:
+    return f"f{fragment}-v{version}-{identity}.whole"

@@ -1,0 +1,136 @@
+"""The newest state of each fragment on disk, so that a lost upload costs no round after it.
+
+    spool/state/f0, f0.before      the newest record of fragment 0, and the one before it
+    spool/state/f0.next            the one that is being written, over the one before
+
+A record is one piece a chunk, each with its checksum: weights, what workers hold, the outer
+optimizer's rows, and the `Close` that made them. A file is a record when all its pieces are whole
+and of the same close, so one that was written over in part is none. It is of use to a journal that
+has the same close. Records are not forced to disk.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torchft.checkpointing.layout import LayoutError
+from torchft.checkpointing.state_file import read_state_from, write_state
+from torchft.parameter_server.core.rounds import Close
+from torchft.parameter_server.server.journal import close_of, line_of
+
+__all__ = ["Replay", "StateRecords", "replay_of"]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """How the journal's closes of one fragment are done again."""
+
+    record: Close | None = None
+    """The state is that of the record of this one; those before it need no numbers. None: each is
+    done from its uploads."""
+    path: Path | None = None
+    """Of that record."""
+    stop: Close | None = None
+    """The first one whose numbers are lost for good: it and those after it are not done."""
+
+    def __str__(self) -> str:
+        """From where the fragment goes on."""
+        if self.stop is not None:
+            return f"version {self.stop.version - 1}, the newest one that is known"
+        return f"the record of version {self.record.version}" if self.record else "all uploads"
+
+
+def replay_of(closes: Sequence[Close], lost: set[int], recorded: Mapping[int, Path]) -> Replay:
+    """Of one fragment's `closes`, in their order: the versions that have lost an upload, and the
+    records of some. A record is used only where an upload before it is lost."""
+    record = max((c for c in closes if c.version in recorded), key=_version, default=None)
+    if record is None or min(lost, default=record.version + 1) > record.version:
+        left = [close for close in closes if close.version in lost]
+        return Replay(stop=left[0] if left else None)
+    left = [close for close in closes if close.version in lost and close.version > record.version]
+    return Replay(record, recorded[record.version], left[0] if left else None)
+
+
+class StateRecords:
+    """Those in `folder`. One thread writes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def write(
+        self, close: Close, pieces: Iterable[Mapping[str, Any]], give_way: Callable[[], bool]
+    ) -> bool:
+        """Record the state that `close` made, a piece a chunk.
+
+        Returns False when `give_way` said before a piece that something else is to be done first;
+        the records that there were still are.
+
+        Raises:
+            OSError: there is no room; the one that was begun is removed.
+        """
+        newest, before, next_ = self._files(close.fragment)
+        if before.exists():
+            before.replace(next_)  # its pages are written over: fresh ones take longer
+        try:
+            with next_.open("r+b" if next_.exists() else "w+b") as file:
+                for piece in pieces:
+                    if give_way():
+                        return False
+                    write_state(file, {"close": line_of(close), **piece}, close.version)
+                file.truncate()
+        except OSError:
+            next_.unlink(missing_ok=True)
+            raise
+        if newest.exists():
+            newest.replace(before)
+        next_.replace(newest)
+        return True
+
+    def find(self, closes: Iterable[Close], chunks: int) -> dict[int, Path]:
+        """The version and the file of each whole record of one of `closes`, which are of one
+        fragment of so many chunks."""
+        known = list(closes)
+        found: dict[int, Path] = {}
+        for path in self._files(known[0].fragment) if known else ():
+            close = _close_in(path, chunks)
+            if close in known:
+                found[close.version] = path
+        return found
+
+    def read(self, path: Path) -> Iterator[dict[str, Any]]:
+        """The pieces of a record that `find` found, one after the other."""
+        return (piece for _, piece in _pieces(path))
+
+    def clear(self) -> None:
+        """Forget all of them: they are of a history that is not gone on from."""
+        for path in self.folder.iterdir():
+            path.unlink()
+
+    def _files(self, fragment: int) -> tuple[Path, Path, Path]:
+        newest = self.folder / f"f{fragment}"
+        return newest, newest.with_suffix(".before"), newest.with_suffix(".next")
+
+
+def _version(close: Close) -> int:
+    return close.version
+
+
+def _pieces(path: Path) -> Iterator[tuple[Close, dict[str, Any]]]:
+    with path.open("rb") as file:
+        while file.peek(1):
+            _, piece = read_state_from(file, path.name)
+            yield close_of(piece.pop("close")), piece
+
+
+def _close_in(path: Path, chunks: int) -> Close | None:
+    """What the record in a file is of; None: there is none that is whole."""
+    try:
+        closes = [close for close, _ in _pieces(path)]
+    except (OSError, LayoutError, ValueError, KeyError, TypeError):
+        return None
+    same = len(closes) == chunks and all(a == b for a, b in itertools.pairwise(closes))
+    return closes[0] if closes and same else None

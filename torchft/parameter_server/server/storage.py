@@ -1,0 +1,180 @@
+"""What a server keeps on disk: uploads, the journal, checkpoints, and when a checkpoint is due.
+
+    <output>/checkpoints/  journal/  spool/uploads/  spool/news/  spool/state/
+
+An upload stays until a checkpoint has what it was used for. With `save_every` 0 nothing is kept.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from torchft.errors import TorchftError
+from torchft.parameter_server.core.options import ServerOptions
+from torchft.parameter_server.core.rounds import Close, Effect
+from torchft.parameter_server.core.rules import Departure
+from torchft.parameter_server.file_pool import Spool
+from torchft.parameter_server.server.checkpoints import Checkpoints, load
+from torchft.parameter_server.server.journal import Journal, line_of
+from torchft.parameter_server.server.state_records import StateRecords
+
+__all__ = ["Keeper", "StorageError"]
+
+logger = logging.getLogger(__name__)
+
+_JOURNAL_SIZES = 8
+"""A checkpoint is due early when the kept uploads take so many times its size."""
+_FREE_UPLOADS = 32
+_CHECKPOINT_BYTES = 16
+"""Of a checkpoint, a parameter, about."""
+
+
+class StorageError(TorchftError):
+    """The server ends, because its disk is full or broken."""
+
+
+class Keeper:
+    """The files of one output folder."""
+
+    def __init__(self, options: ServerOptions) -> None:
+        folder = options.output_dir
+        self.uploads, self.news = folder / "spool" / "uploads", folder / "spool" / "news"
+        self.journal = Journal(folder / "journal")
+        self.records = StateRecords(folder / "spool" / "state")
+        self.number = 0
+        """Of the newest checkpoint, or of the one that is being written."""
+        self._options = options
+        self._checkpoints = Checkpoints(folder / "checkpoints", options.save_total_limit)
+        self._spent: list[Path] = []
+        self._spool = Spool(self.uploads, _FREE_UPLOADS)
+        self._rounds = 0
+
+    @property
+    def has_unsaved(self) -> bool:
+        """A round has closed since the last checkpoint."""
+        return self._rounds > 0
+
+    def open(self) -> tuple[int, Any, bool] | None:
+        """Number and state of the checkpoint to go on from, and whether its journal holds; None:
+        a new run.
+
+        Raises:
+            SettingsError: there is no good one.
+        """
+        for folder in (self.uploads, self.news, self.journal.folder, self.records.folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        for old in self.news.iterdir():
+            old.unlink()
+        chosen = self._options.from_checkpoint
+        saved = self._checkpoints.newest() if chosen is None else load(chosen)
+        if saved is None:
+            self.records.clear()
+            return None
+        known = (int(path.name.split("-")[1]) for path in self._checkpoints.all())
+        self.number = max([saved[0], *known])
+        follows = chosen is None and self._journal_follows(saved[0])
+        if follows:
+            self.journal.begin(saved[0])
+        else:
+            self.number = max(self.number, self.journal.clear()) + 1
+            self.journal.begin(self.number)
+            self.records.clear()
+        return (*saved, follows)
+
+    def _journal_follows(self, number: int) -> bool:
+        """With the checkpoint after it, a journal loses what was between the two."""
+        if number == self.number or self.journal.has(number):
+            return True
+        logger.warning(
+            "the rounds between checkpoint %d and checkpoint %d, which is damaged, are lost, and "
+            "so are those after it",
+            *(number, self.number),
+        )
+        return False
+
+    def record(self, kind: str, event: dict[str, Any]) -> None:
+        """Before an event has an effect."""
+        if self._options.save_every:
+            self.journal.write(kind, event)
+
+    def record_effect(self, effect: Effect) -> None:
+        """The same, of what the rounds decided."""
+        if isinstance(effect, Close):
+            self.record("close", line_of(effect))
+        elif effect.why is not Departure.REPLACED:  # that is what its new join says
+            self.record("gone", {"worker": effect.worker, "why": effect.why.name})
+
+    def ended(self, what: str, why: Exception) -> StorageError:
+        """`what` could not be done, and the server cannot go on without it."""
+        kept = (
+            "checkpoints and journal have all that is needed to go on"
+            if self._options.save_every
+            else "nothing was kept (--save-every 0), and workers hand their weights in again"
+        )
+        reason = why.strerror if isinstance(why, OSError) else why
+        return StorageError(
+            f"{what}: {reason}. Look after the disk of {self._options.output_dir}, free some room "
+            f"if it is full, and start the server again: {kept}"
+        )
+
+    def upload(self, name: str) -> Path:
+        """Where it lies."""
+        return self.uploads / f"{name}.row"
+
+    def create_upload(self, name: str) -> Path:
+        """A file for it."""
+        return self._spool.create(self.upload(name))
+
+    def spend(self, close: Close) -> None:
+        """The step was taken."""
+        done = [self.upload(share.submission.upload) for share in close.shares]
+        self._rounds += 1
+        if self._options.save_every:
+            self._spent += done
+        else:
+            self._retire(done)
+
+    def is_due(self, fragments: int, numel: int) -> bool:
+        """A checkpoint is."""
+        if not self._options.save_every:
+            return False
+        kept = sum(path.stat().st_size for path in self._spent if path.exists())
+        many = self._rounds >= self._options.save_every * fragments
+        return many or kept > _JOURNAL_SIZES * _CHECKPOINT_BYTES * numel
+
+    def begin(self) -> tuple[int, list[Path]]:
+        """What happens from here on is not in the next checkpoint: its number, and the uploads
+        that are not needed once it is safe."""
+        self.number += 1
+        spent, self._spent, self._rounds = self._spent, [], 0
+        self.journal.begin(self.number)
+        return self.number, spent
+
+    def write(self, number: int, state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Path:
+        """Raises OSError; nothing that was there has changed then."""
+        return self._checkpoints.save(number, state, weights)
+
+    def end(self, number: int, spent: list[Path]) -> None:
+        """It is safe."""
+        self.journal.forget(number)
+        self._retire(spent)
+
+    def give_up(self, spent: list[Path]) -> None:
+        """It was not written: the older one and both journals still hold."""
+        self._spent = spent + self._spent
+
+    def delete_all_but(self, pending: Iterable[str]) -> None:
+        """Uploads that no event names."""
+        needed = {*self._spent, *map(self.upload, pending)}
+        for path in self.uploads.iterdir():
+            if path not in needed and not self._spool.is_free(path):
+                path.unlink(missing_ok=True)
+
+    def _retire(self, paths: Iterable[Path]) -> None:
+        for path in paths:
+            self._spool.retire(path)

@@ -1,0 +1,96 @@
+"""An upload on its way in: each chunk is checked when it comes, the whole before it counts.
+
+    have = 0 … count        whole chunks that are here and good; a broken transfer goes on there
+    ok                      all are here, all numbers are finite, and the norm is within the bound
+
+Nothing here touches the shared weights: a bad upload is its sender's trouble alone. Two connections
+may bring the same chunk at once, when a worker that was cut off comes back sooner than its old
+connection runs dry: chunks are taken one at a time.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import threading
+from pathlib import Path
+
+from torchft.parameter_server.core.chunks import ChunkError, Chunks
+from torchft.parameter_server.core.refused import Interrupted, NotFound, Unfit
+
+__all__ = ["Intake", "norm_limit"]
+
+
+def norm_limit(weights_norm: float, n: int, factor: float) -> float:
+    """The largest L2 norm that a delta of `n` numbers may have; `factor` 0: any.
+
+    `factor` times the weights' own norm, or that of as many numbers of size 0.1 where they are
+    smaller, as new weights may be.
+    """
+    return factor * max(weights_norm, 0.1 * math.sqrt(n)) if factor else math.inf
+
+
+class Intake:
+    """One upload, written to `path` as it comes, over what is there."""
+
+    def __init__(self, path: Path, chunks: Chunks, limit: float) -> None:
+        self.path, self.chunks, self.limit = path, chunks, limit
+        self.have = 0
+        self._squares = 0.0
+        self._dropped = False
+        self._lock = threading.Lock()
+        chunks.room(path)
+
+    @property
+    def is_whole(self) -> bool:
+        """All of it is here, and good."""
+        return self.have == self.chunks.count
+
+    def take(self, index: int, data: memoryview) -> None:
+        """The next chunk. One that is here already is ignored.
+
+        Raises:
+            Interrupted: it is damaged, or another was to come.
+            Unfit: it has NaN or infinity, or the norm is beyond the limit.
+            NotFound: the upload was given up meanwhile.
+        """
+        with self._lock:
+            if self._dropped:
+                raise NotFound("this upload was given up: ask for a ticket again")
+            if index >= self.have:
+                self._take_next(index, data)
+
+    def _take_next(self, index: int, data: memoryview) -> None:
+        if index > self.have:
+            raise Interrupted(
+                f"chunk {index} came, and chunk {self.have} was to come: go on from there"
+            )
+        try:
+            norm = self.chunks.norm(index, data)
+        except ChunkError as error:
+            raise Interrupted(str(error)) from None
+        self._judge(norm)
+        with self.path.open("r+b", buffering=0) as file:
+            file.seek(self.chunks.offset(index))
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        self.have += 1
+
+    def _judge(self, norm: float) -> None:
+        if not math.isfinite(norm):
+            raise Unfit(
+                "the delta has NaN, infinity or numbers near it: this worker's training has "
+                "diverged, and nothing of it was taken"
+            )
+        self._squares += norm * norm
+        if math.sqrt(self._squares) > self.limit:
+            raise Unfit(
+                f"the delta's norm is above {self.limit:.3g}, the bound for this fragment: this "
+                "worker's training has diverged, or the server's --norm-bound is too small"
+            )
+
+    def drop(self) -> None:
+        """It will not be needed."""
+        self._dropped = True
+        self.path.unlink(missing_ok=True)

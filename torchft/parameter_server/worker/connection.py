@@ -1,0 +1,365 @@
+"""The worker's connection to its server, in two threads: one carries flights, one is heard.
+
+Whatever the network does, a flight goes on until it is over: its encoded delta stays here, against
+the base it was measured from, and is sent again after any trouble. Trouble is met with pauses from
+0.1 to 5 s. A server that does not know this process (any more) is told again who it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torchft.errors import MismatchError, UnreachableError
+from torchft.parameter_server.core.chunks import Chunks
+from torchft.parameter_server.core.kind import Kind
+from torchft.parameter_server.core.options import Agreed
+from torchft.parameter_server.core.refused import (
+    Conflict,
+    Gone,
+    Interrupted,
+    NotFound,
+    NotReady,
+    Refused,
+    Unfit,
+)
+from torchft.parameter_server.core.shape import ModelShape
+from torchft.parameter_server.worker.client import DiLoCoClient
+from torchft.parameter_server.worker.download_cache import Inbox
+from torchft.parameter_server.worker.pending_submission import Arrived, Flight
+from torchft.quantization import Identity, codec_of
+
+__all__ = ["Link"]
+
+logger = logging.getLogger(__name__)
+
+_FIRST_PAUSE_S = 0.1
+_LONGEST_PAUSE_S = 5.0
+_WAIT_S = 2.0
+"""One question for news is answered after this time at the latest."""
+_PIECE = 1 << 20
+"""Bytes that are handed to the system at once: all of them must go within the client's timeout."""
+_TAKEN_ID_S = 20.0
+"""So long a new process waits for the one that had its id to be silent."""
+
+Rows = Callable[[int], Any]
+
+
+class Link:
+    """`connect` first; then `launch` flights, which are over when their event is set."""
+
+    def __init__(
+        self,
+        make_client: Callable[[], DiLoCoClient],
+        worker: str,
+        hostname: str,
+        wished: dict[str, Any],
+        shape: ModelShape,
+        rows: Rows,
+        *,
+        beat_s: float,
+        speed: Callable[[], float],
+    ) -> None:
+        self.worker, self.session = worker, uuid.uuid4().hex
+        self.shape, self.agreed = shape, Agreed(1, "fp32", 1)
+        self.recommended = 0
+        """Inner steps that the server recommends."""
+        self.down = threading.Event()
+        """The server cannot be reached just now."""
+        self.fault: Exception | None = None
+        """The server is another one than it was: training with it makes no sense."""
+        self.bytes_sent = self.bytes_received = self.reconnections = 0
+        self._hostname, self._wished, self._rows = hostname, wished, rows
+        self._make_client = make_client
+        self._client, self._beat_client = make_client(), make_client()
+        self._beat_s, self._speed = beat_s, speed
+        self._inbox = Inbox()
+        self._flights: list[Flight] = []
+        self._work = threading.Condition()
+        self._end = threading.Event()
+        self._left = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    # ------------------------------------------------------------------ from the training thread
+
+    def connect(self, timeout_s: float) -> dict[str, Any]:
+        """Register, and wait for a server that is not there yet.
+
+        Raises:
+            UnreachableError: there was none within `timeout_s`.
+            Refused, MismatchError: it says no.
+        """
+        reply = self._patiently(self._register, timeout_s)
+        self.agreed = Agreed(**reply["agreed"])
+        self.shape = ModelShape.from_json(reply["model"])
+        for difference in reply["differences"]:
+            logger.warning("the server's settings hold: %s", difference)
+        if reply["send_weights"]:
+            self._patiently(self._send_weights, timeout_s)
+        wished = self._beat_s
+        self._beat_s = min(wished, reply["beat_s"]) if wished else 0.0
+        return reply
+
+    def fetch(self, fragment: int, timeout_s: float) -> Arrived:
+        """The newest weights, whole. Raises as `connect`."""
+
+        def ask() -> Arrived:
+            arrived = self._ask_news(fragment, 0, "none")
+            if arrived is None:
+                raise NotReady("the server has no weights yet")
+            return arrived
+
+        return self._patiently(ask, timeout_s)
+
+    def start(self) -> None:
+        """Begin to carry flights and to be heard."""
+        jobs = [("diloco-link", self._carry)]
+        if self._beat_s:
+            jobs.append(("diloco-beat", self._beat))
+        self._threads = [threading.Thread(target=run, name=n, daemon=True) for n, run in jobs]
+        for thread in self._threads:
+            thread.start()
+
+    def launch(self, flight: Flight) -> None:
+        """Send it, and bring its news."""
+        with self._work:
+            self._flights.append(flight)
+            self._work.notify()
+
+    def stop(self) -> None:
+        """End the threads and tell the server. Harmless to repeat."""
+        self._end.set()
+        with self._work:
+            self._work.notify()
+        for thread in self._threads:
+            thread.join()
+        self.leave()
+        self._client.close()
+        self._beat_client.close()
+        self._inbox.close()
+
+    def pause(self, seconds: float) -> None:
+        """Wait, or until the end."""
+        self._end.wait(seconds)
+
+    def leave(self) -> None:
+        """Nobody need wait for this worker any more. Harmless to repeat."""
+        if self._left.is_set():
+            return
+        self._left.set()
+        client = self._make_client()
+        try:
+            client.post("/v1/deregister", self._who())
+        except (UnreachableError, Refused) as error:
+            logger.info("the server was not told that %s leaves: %s", self.worker, error)
+        finally:
+            client.close()
+
+    # ------------------------------------------------------------------ registration
+
+    def _who(self) -> dict[str, Any]:
+        return {"worker": self.worker, "session": self.session}
+
+    def _register(self) -> dict[str, Any]:
+        request = {
+            **self._who(),
+            "hostname": self._hostname,
+            "model": self.shape.to_json(),
+            "wished": self._wished,
+            "beat_s": self._beat_s,
+        }
+        try:
+            reply = self._client.post("/v1/register", request)
+        except Unfit as error:
+            raise MismatchError(str(error)) from None
+        self.recommended = reply["sync_every"]
+        return reply
+
+    def _register_again(self) -> None:
+        """After the server forgot this process: it was away, or was restarted."""
+        reply = self._register()
+        self.reconnections += 1
+        if Agreed(**reply["agreed"]) != self.agreed:
+            raise MismatchError(
+                f"the server at this address has other settings than before: {reply['agreed']}, "
+                f"not {self.agreed.to_json()}"
+            )
+        if reply["send_weights"]:
+            self._send_weights()
+
+    def _send_weights(self) -> None:
+        """This worker's are the first."""
+        for fragment in self.shape.fragments:
+            chunks = Chunks(self.shape.size(fragment.index), Identity())
+            row = self._rows(fragment.index)
+            data = (memoryview(chunks.encode(i, row[:, span])) for i, span in chunks.spans())
+            path = f"/v1/weights/{fragment.index}"
+            try:
+                self._put(path, data, chunks.nbytes, 0, **self._who())
+            except NotFound:
+                return  # another worker's were there first
+
+    def _patiently(self, call: Callable[[], Any], timeout_s: float) -> Any:
+        """Again and again while the server is away, not ready, or knows an older process."""
+        began, pause = time.monotonic(), _FIRST_PAUSE_S
+        while True:
+            try:
+                return call()
+            except (UnreachableError, NotReady, Conflict) as error:
+                limit = min(timeout_s, _TAKEN_ID_S) if isinstance(error, Conflict) else timeout_s
+                left = limit - (time.monotonic() - began)
+                if left <= 0 or self._end.wait(min(pause, left)):
+                    raise
+                if pause == _FIRST_PAUSE_S:
+                    logger.warning("%s; asking again for up to %g s", error, limit)
+                pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+    # ------------------------------------------------------------------ flights
+
+    def _carry(self) -> None:
+        pause = _FIRST_PAUSE_S
+        while not self._end.is_set():
+            flights = self._waiting_flights()
+            try:
+                for flight in flights:
+                    self._advance(flight, _WAIT_S if len(flights) == 1 else 0.1)
+                pause = _FIRST_PAUSE_S
+                self.down.clear()
+            except UnreachableError as error:
+                self._note_down(error)
+                self._send_again()
+                self._end.wait(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE_S)
+            except (Conflict, Interrupted, NotReady, NotFound):
+                self._end.wait(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE_S)
+            except (Refused, MismatchError) as error:
+                self._break(error)
+                return
+
+    def _waiting_flights(self) -> list[Flight]:
+        with self._work:
+            self._flights = [flight for flight in self._flights if not flight.over.is_set()]
+            while not self._flights and not self._end.is_set():
+                self._work.wait()
+            return list(self._flights)
+
+    def _advance(self, flight: Flight, wait_s: float) -> None:
+        with self._known():
+            if not flight.is_sent:
+                self._send(flight)
+            if flight.refused is None:
+                flight.arrived = self._ask_news(
+                    flight.fragment, flight.base, flight.identity, wait_s
+                )
+        if flight.refused is not None or flight.arrived is not None:
+            flight.over.set()
+
+    @contextmanager
+    def _known(self) -> Iterator[None]:
+        try:
+            yield
+        except Gone:
+            if not self._left.is_set():
+                self._register_again()
+                self._send_again()
+
+    def _send_again(self) -> None:
+        """The server may have lost what it had; what it has not lost it knows by its number."""
+        with self._work:
+            for flight in self._flights:
+                flight.is_sent = False
+
+    def _send(self, flight: Flight) -> None:
+        ticket = {
+            **self._who(),
+            "fragment": flight.fragment,
+            "base": flight.base,
+            "number": flight.number,
+            "steps": flight.steps,
+            "tokens": flight.tokens,
+            "fingerprint": self.shape.fingerprint,
+        }
+        try:
+            reply = self._client.post("/v1/tickets", ticket)
+            if not reply["done"]:
+                have = reply["have"]
+                left = flight.chunks[have:]
+                path, nbytes = f"/v1/uploads/{reply['upload']}", sum(map(len, left))
+                reply = self._put(path, left, nbytes, have)
+        except Unfit as error:
+            flight.refused = str(error)
+            return
+        flight.is_sent = bool(reply["done"])
+
+    def _put(
+        self, path: str, data: Iterable[memoryview], nbytes: int, have: int, **query: object
+    ) -> dict[str, Any]:
+        pieces = (chunk[at : at + _PIECE] for chunk in data for at in range(0, len(chunk), _PIECE))
+        reply = self._client.put(path, pieces, nbytes, **{"from": have}, **query)
+        self.bytes_sent += nbytes
+        return reply
+
+    def _ask_news(
+        self, fragment: int, base: int, identity: str, wait_s: float = 0.0
+    ) -> Arrived | None:
+        question = {"fragment": fragment, "base": base, "identity": identity, "wait_s": wait_s}
+        reply = self._client.post("/v1/news", question)
+        if "files" not in reply:
+            return None
+        kind = Kind(reply["kind"])
+        files = tuple((kind, self._download(fragment, kind, name)) for name in reply["files"])
+        return Arrived(reply["version"], reply["identity"], files, self._inbox)
+
+    def _download(self, fragment: int, kind: Kind, name: str) -> Path:
+        codec = Identity() if kind is Kind.WHOLE else codec_of(self.agreed.codec)
+        chunks = Chunks(self.shape.size(fragment), codec)
+        path = self._inbox.fetch(name, chunks, partial(self._client.reading, name))
+        self.bytes_received += chunks.nbytes
+        return path
+
+    # ------------------------------------------------------------------ signs of life
+
+    def _beat(self) -> None:
+        while not self._end.wait(self._beat_s) and not self._left.is_set():
+            try:
+                beat = {**self._who(), "steps_per_second": self._speed()}
+                self.recommended = self._beat_client.post("/v1/heartbeat", beat)["sync_every"]
+            except UnreachableError as error:
+                self._note_down(error)
+            except Gone:
+                self._return()
+            except Refused as error:
+                self._break(error)
+                return
+
+    def _return(self) -> None:
+        """The flights' thread registers when it has one; with none in flight nobody else does."""
+        with self._work:
+            busy = any(not flight.over.is_set() for flight in self._flights)
+        if busy or self._left.is_set():
+            return
+        try:
+            self._register_again()
+        except (UnreachableError, NotReady, Conflict) as error:
+            logger.info("%s is not registered again yet: %s", self.worker, error)
+        except (Refused, MismatchError) as error:
+            self._break(error)
+
+    def _note_down(self, error: Exception) -> None:
+        if not self.down.is_set():
+            logger.warning("%s; training goes on, and the work is kept", error)
+            self.down.set()
+
+    def _break(self, error: Exception) -> None:
+        self.fault = error
+        with self._work:
+            for flight in self._flights:
+                flight.over.set()

@@ -1,0 +1,69 @@
+"""News on their way in: each chunk is checked when it comes, and a transfer that broke goes on."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from torchft.errors import UnreachableError
+from torchft.parameter_server.core.chunks import ChunkError, Chunks
+from torchft.parameter_server.file_pool import Spool
+
+__all__ = ["Inbox"]
+
+_FREE_FILES = 4
+
+Fill = Callable[[memoryview], None]
+
+
+class Inbox:
+    """A worker's, in a folder of its own until `close`."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="diloco-")
+        self._spool = Spool(Path(self._folder.name), _FREE_FILES)
+        self._have: dict[str, int] = {}
+        """File → whole chunks that are here and good."""
+
+    def fetch(
+        self, name: str, chunks: Chunks, reading: Callable[[int], AbstractContextManager[Fill]]
+    ) -> Path:
+        """The file `name`; `reading` gives access to its last so many bytes.
+
+        Raises:
+            UnreachableError: not all came, or some was damaged; what is good stays.
+        """
+        path = Path(self._folder.name) / Path(name).name
+        if name not in self._have:
+            chunks.room(self._spool.create(path))
+            self._have[name] = 0
+        have = self._have[name]
+        if have < chunks.count:
+            with reading(chunks.nbytes - chunks.offset(have)) as fill:
+                self._receive(name, path, chunks, fill)
+        return path
+
+    def _receive(self, name: str, path: Path, chunks: Chunks, fill: Fill) -> None:
+        memory = chunks.memory()
+        with path.open("r+b", buffering=0) as file:
+            file.seek(chunks.offset(self._have[name]))
+            for index in range(self._have[name], chunks.count):
+                piece = memory[: chunks.nbytes_of(index)]
+                fill(piece)
+                try:
+                    chunks.check(index, piece)
+                except ChunkError as error:
+                    raise UnreachableError(f"{name} was damaged on its way: {error}") from None
+                file.write(piece)
+                self._have[name] = index + 1
+
+    def drop(self, path: Path) -> None:
+        """It has been read."""
+        self._have.pop(path.name, None)
+        self._spool.retire(path)
+
+    def close(self) -> None:
+        """Delete all."""
+        self._folder.cleanup()

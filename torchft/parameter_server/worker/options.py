@@ -1,0 +1,114 @@
+"""A worker's settings: explicit argument over `DILOCO_*` variable over default."""
+
+from __future__ import annotations
+
+import math
+import socket
+import uuid
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torchft import settings
+from torchft.errors import SettingsError
+from torchft.parameter_server.auth import Scope, default_token_file, read_token
+from torchft.parameter_server.core.options import MOST
+from torchft.quantization import codec_names
+
+__all__ = ["WorkerOptions"]
+
+_LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class WorkerOptions:
+    """`server` empty: nothing is done, so that one script serves alone and in a fleet."""
+
+    server: str = ""
+    worker_id: str = ""
+    sync_every: int = 500
+    """Asked for; the server's word holds."""
+    codec: str = "bf16"
+    """Asked for; the server's word holds."""
+    num_fragments: int = 1
+    """Asked for; the server's word holds."""
+    dylu: bool = False
+    """Take the steps that the server recommends."""
+    heartbeat_interval_s: float = 30.0
+    """At most this long between two signs of life; the server may ask for more of them. 0: none."""
+    in_flight: int | None = None
+    """Submissions that may be under way while training goes on. None: one where there are several
+    fragments, else none: training waits for the news."""
+    mix: float = 0.0
+    """The share of its own weights that a worker keeps."""
+    timeout_s: float = 600.0
+    """The longest that training waits for a round. Then it goes on; the work stays in flight."""
+    auth_token: str | None = None
+    auth_token_file: Path | None = None
+    tls_ca: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("sync_every", "num_fragments"):
+            if not 1 <= getattr(self, name) <= MOST:
+                raise SettingsError(f"{name}={getattr(self, name)}: it must be from 1 to {MOST}")
+        if self.num_fragments > self.sync_every:
+            raise SettingsError(
+                f"num_fragments={self.num_fragments} do not fit into sync_every={self.sync_every} "
+                "steps: each needs a step of its own"
+            )
+        if self.codec not in codec_names():
+            raise SettingsError(f"no codec {self.codec!r}: give one of {', '.join(codec_names())}")
+        if not 0 <= self.mix < 1:
+            raise SettingsError(f"mix={self.mix:g}: it must be from 0 to below 1")
+        if not (0 <= self.heartbeat_interval_s < math.inf and self.timeout_s > 0):
+            raise SettingsError("heartbeat_interval_s is at least 0, timeout_s above 0")
+        if self.in_flight is not None and self.in_flight < 0:
+            raise SettingsError(f"in_flight={self.in_flight}: it must be at least 0")
+
+    @classmethod
+    def resolve(cls, **explicit: Any) -> WorkerOptions:
+        """Of what was given, then of the environment. None counts as not given.
+
+        Raises:
+            SettingsError: an unknown name, or a value that cannot be.
+        """
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(explicit.keys() - known):
+            raise SettingsError(f"a worker has no option {', '.join(unknown)}")
+        given = {name: value for name, value in explicit.items() if value is not None}
+        return cls(**{**_from_environment(), **given})
+
+    def named(self) -> str:
+        """The worker's id, made where none was given."""
+        if self.worker_id:
+            return self.worker_id
+        host = "".join(c if c.isalnum() or c in ".-" else "-" for c in socket.gethostname())
+        return f"worker_{host[:100]}_{uuid.uuid4().hex[:8]}"
+
+    def token(self, host: str, port: int) -> str | None:
+        """To be sent along; None: there is none. Raises SettingsError."""
+        if self.auth_token is not None:
+            return self.auth_token
+        if self.auth_token_file is not None:
+            return read_token(self.auth_token_file, Scope.WORKER)
+        own = default_token_file(port)
+        return read_token(own, Scope.WORKER) if host in _LOCAL and own.exists() else None
+
+
+def _from_environment() -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "server": settings.text(settings.DILOCO_SERVER),
+        "worker_id": settings.text(settings.DILOCO_WORKER_ID),
+        "sync_every": settings.integer_or_none(settings.DILOCO_SYNC_EVERY),
+        "num_fragments": settings.integer_or_none(settings.DILOCO_NUM_FRAGMENTS),
+        "codec": settings.text(settings.DILOCO_CODEC),
+        "heartbeat_interval_s": settings.number_or_none(settings.DILOCO_HEARTBEAT_INTERVAL),
+        "dylu": settings.boolean_or_none(settings.DILOCO_DYLU),
+        "auth_token": settings.text(settings.DILOCO_AUTH_TOKEN),
+    }
+    file, ca = settings.text(settings.DILOCO_AUTH_TOKEN_FILE), settings.text(settings.DILOCO_TLS_CA)
+    found["auth_token_file"] = None if file is None else Path(file)
+    found["tls_ca"] = None if ca is None else Path(ca)
+    if found["codec"] is None and settings.boolean_or_none(settings.DILOCO_BF16_COMM) is False:
+        found["codec"] = "fp32"
+    return {name: value for name, value in found.items() if value is not None}

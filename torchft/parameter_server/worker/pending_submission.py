@@ -1,0 +1,51 @@
+"""A submission on its way, from the step that made it to the news that answer it."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torchft.parameter_server.core.kind import Kind
+from torchft.parameter_server.worker.download_cache import Inbox
+
+__all__ = ["Arrived", "Flight"]
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """News that are here, whole."""
+
+    version: int
+    identity: str
+    files: tuple[tuple[Kind, Path], ...]
+    inbox: Inbox
+
+    def drop(self) -> None:
+        """They have been read."""
+        for _, path in self.files:
+            self.inbox.drop(path)
+
+
+@dataclass
+class Flight:
+    """One fragment's submission. Its fields change in the link's thread until `over` is set."""
+
+    fragment: int
+    base: int
+    identity: str
+    number: int
+    steps: int
+    tokens: int
+    chunks: list[memoryview]
+    """The encoded delta; kept until the news are adopted, whatever happens to the connection."""
+    is_sent: bool = False
+    refused: str | None = None
+    """The server does not want it, and why."""
+    arrived: Arrived | None = None
+    over: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def nbytes(self) -> int:
+        """On the wire."""
+        return sum(map(len, self.chunks))

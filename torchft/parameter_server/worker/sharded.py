@@ -1,0 +1,100 @@
+"""Parameters as a group of ranks holds them: whole at each (DDP), or sharded (FSDP2, DTensor).
+
+What the server sees is always whole, under the names that the model has without a wrapper.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchft import step_hooks
+from torchft.errors import SettingsError
+from torchft.parameter_server.worker.ranks import ALONE, Ranks
+from torchft.strategies.model_local import ModelLocal
+
+__all__ = ["check_optimizer", "is_sharded", "named_parameters", "put", "unwrapped", "whole"]
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """It is a DTensor."""
+    return hasattr(parameter, "full_tensor")
+
+
+def whole(parameter: Any) -> Tensor:
+    """All of it. Of a sharded one all ranks call this together."""
+    return parameter.full_tensor() if is_sharded(parameter) else parameter
+
+
+def put(parameter: Any, new: Tensor, mix: float) -> None:
+    """Write `new`, whole and of any dtype; `mix` is the share of the old numbers that stays."""
+    part = _local_part(new.to(parameter.device, parameter.dtype), parameter)
+    held = parameter.to_local() if is_sharded(parameter) else parameter
+    held.copy_(torch.lerp(part, held, mix) if mix else part)
+
+
+def named_parameters(model: nn.Module, ranks: Ranks = ALONE) -> dict[str, nn.Parameter]:
+    """What is trained: a tied weight once, no frozen ones, no buffers.
+
+    Raises:
+        SettingsError: there is nothing to train, a parameter is no float or has no memory, or it
+            is sharded over ranks that are not all `ranks`.
+    """
+    local = ModelLocal([unwrapped(model)])
+    found = dict(zip(local.names, local.parameters, strict=True))
+    for name, parameter in found.items():
+        if is_sharded(parameter):
+            _check_mesh(name, parameter, ranks)
+    return found
+
+
+def check_optimizer(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """It trains the model, or a part of it.
+
+    Raises:
+        SettingsError: it is no optimizer, or steps none of `parameters`.
+    """
+    step_hooks.check_optimizer("optimizer", optimizer)
+    step_hooks.check_trains(list(parameters), list(parameters.values()), optimizer)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module that DistributedDataParallel and torch.compile have wrapped.
+
+    Raises:
+        SettingsError: FSDP1 has wrapped it.
+    """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return unwrapped(model.module)
+    if isinstance(compiled_from := getattr(model, "_orig_mod", None), nn.Module):
+        return unwrapped(compiled_from)  # the same parameters
+    kinds = {type(module).__name__ for module in model.modules()}
+    if "FullyShardedDataParallel" in kinds:
+        raise SettingsError(
+            "FSDP1 hides the model's parameters in flat ones, which no other worker has: shard it "
+            "with torch.distributed.fsdp.fully_shard"
+        )
+    return model
+
+
+def _check_mesh(name: str, parameter: Any, ranks: Ranks) -> None:
+    mesh = sorted(int(rank) for rank in parameter.device_mesh.mesh.flatten())
+    others = set(mesh) - set(ranks.members)
+    if others:
+        raise SettingsError(
+            f"{name} is sharded over ranks {mesh}, and the worker's process_group has only "
+            f"{ranks.members}: give it a group with all of them"
+        )
+
+
+def _local_part(new: Tensor, parameter: Any) -> Tensor:
+    """What this rank holds of `new`."""
+    if not is_sharded(parameter):
+        return new
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = parameter.device_mesh, parameter.placements
+    # No rank sends anything: each has all of it.
+    return distribute_tensor(new, mesh, placements, src_data_rank=None).to_local()

@@ -1,0 +1,449 @@
+"""A training loop as a worker of the parameter server, in three lines.
+
+    with DiLoCoWorker(model, optimizer, "gpu-1:8512") as worker:
+        for batch in data:
+            train(batch)          # worker counts the optimizer's steps
+
+At a slot of the schedule the newest news are adopted, then the next fragment is submitted. With
+`in_flight` 0 training waits for the round; else it goes on, and the steps taken meanwhile are kept.
+A server that cannot be reached stops nobody: steps go on and are part of the next submission. At
+the end the last steps are submitted, and the weights become the newest common ones.
+
+Under DDP and FSDP2 every rank makes a worker, with the same settings, and together they are one:
+all count steps, the first rank speaks with the server, and the news are written at all of them at
+the same step. `start`, `stop` and `force_sync` are then for all ranks together.
+
+Without a server's address nothing is done. (DiLoCo: arXiv 2311.08105, Streaming: 2501.18512.)
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchft.errors import PhaseError
+from torchft.parameter_server.core.chunks import Chunks
+from torchft.parameter_server.core.options import Agreed
+from torchft.parameter_server.core.shape import ModelShape
+from torchft.parameter_server.worker.client import DiLoCoClient
+from torchft.parameter_server.worker.connection import Link
+from torchft.parameter_server.worker.options import WorkerOptions
+from torchft.parameter_server.worker.pending_submission import Arrived, Flight
+from torchft.parameter_server.worker.ranks import Ranks
+from torchft.parameter_server.worker.sharded import check_optimizer, unwrapped
+from torchft.parameter_server.worker.weights import WorkerWeights, named_parameters
+from torchft.quantization import codec_of
+from torchft.step_hooks import StepHooks
+from torchft.strategies.parts.broken import begin_anew, states_of
+from torchft.strategies.rounds_schedule import Schedule, due
+from torchft.strategies.trained import TrainedModel
+from torchft.uncopied import Uncopied
+
+__all__ = ["DiLoCoWorker"]
+
+logger = logging.getLogger(__name__)
+
+_SLICE_S = 0.05
+_END_S = 30.0
+"""So long the end waits for the last submissions to be sent, and again for their round."""
+_APART = 4
+"""So many times as long as it waits for a round, the first rank may keep the others waiting."""
+
+
+class DiLoCoWorker(Uncopied):
+    """Synchronises `model` with the server while `optimizer` steps.
+
+    Args:
+        server: `host:port`; None: what `DILOCO_SERVER` says; empty: do nothing.
+        tokens: how many tokens the next step trains on, asked after every step; the weight of this
+            worker's work in decoupled rounds. None: every step counts as one. In a group each rank
+            says its own.
+        process_group: the ranks that train this model together; None: all that there are.
+        options: the fields of `WorkerOptions`. Those not given come from `DILOCO_*` variables.
+
+    Raises:
+        SettingsError: an option that cannot be, a model that cannot be synchronised, or an
+            optimizer of another model.
+        PhaseError: at the first training step before `start`.
+        MismatchError: at a step, when other parameters are trained than at the beginning, or one
+            has been frozen for a whole cycle.
+    """
+
+    copy_instead = "save the model's state, and make a worker in each process"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        server: str | None = None,
+        *,
+        tokens: Callable[[], int] | None = None,
+        process_group: torch.distributed.ProcessGroup | None = None,
+        **options: Any,
+    ) -> None:
+        self.options = WorkerOptions.resolve(server=server, **options)
+        self.active = bool(self.options.server)
+        self.sync_count = self.local_step = self.refused = 0
+        self.sync_time_s = self.last_sync_time_s = 0.0
+        self.last_send_bytes = self.last_receive_bytes = 0
+        self._tokens = tokens
+        self._started = False
+        if not self.active:
+            return
+        self.worker_id = self.options.named()
+        self._ranks = Ranks.of(process_group, _APART * self.options.timeout_s)
+        parameters = named_parameters(model, self._ranks)
+        check_optimizer(parameters, optimizer)
+        shape = ModelShape.of(parameters.items(), 1)
+        self._weights = WorkerWeights(parameters, shape, self._ranks)
+        self._flights: dict[int, Flight] = {}
+        self._versions: dict[int, int] = {}
+        self._numbers: dict[int, int] = {}
+        self._steps: dict[int, int] = {}
+        self._trained: dict[int, int] = {}
+        self._fresh = 0
+        self._began: float | None = None
+        self._rate = 0.0
+        self._together(lambda: self._make_link(shape))
+        self._model = TrainedModel([unwrapped(model)], optimizer, front="DiLoCoWorker")
+        # From now on, so that training before `start` is noticed.
+        self._optimizer = optimizer
+        self._hooks = StepHooks(optimizer, before=self._before_step, after=self._after_step)
+        self._hooks.attach()
+
+    # ------------------------------------------------------------------ begin and end
+
+    def __enter__(self) -> DiLoCoWorker:
+        return self.start()
+
+    def __exit__(self, kind: object, *raised: object) -> None:
+        self.stop(submit=kind is None)
+
+    def start(self) -> DiLoCoWorker:
+        """Register and take the common weights over; the first worker's are the common ones.
+
+        Raises:
+            UnreachableError, Refused, MismatchError: there is no server, or it says no.
+        """
+        if not self.active or self._started:
+            return self
+        self._together(self._begin)
+        self._hooks.attach()
+        self._started = True
+        return self
+
+    def stop(self, *, submit: bool = True) -> None:
+        """Submit the last steps, take the newest common weights, deregister. Harmless to repeat.
+
+        Raises:
+            PhaseError: weights were trained, and no step of the optimizer was seen.
+        """
+        if not self.active or not self._started:
+            return
+        self._hooks.detach()
+        self._started = False
+        try:
+            if submit:
+                self._hooks.watch.check_any()
+                self._together(self._finish)
+                self._ranks.close()
+        finally:
+            if self._ranks.leads:
+                self._link.stop()
+
+    def force_sync(self) -> None:
+        """A slot now, and wait for its round."""
+        if self.active and self._started:
+            self._together(lambda: self._slot(wait=True))
+            self._hooks.watch.forget()
+
+    # ------------------------------------------------------------------ while training
+
+    @property
+    def version(self) -> int:
+        """Outer steps in these weights; of several fragments, the least; of several ranks, as the
+        first one knows."""
+        return min(self._versions.values(), default=0) if self.active else 0
+
+    @property
+    def sync_every(self) -> int:
+        """Inner steps to a cycle."""
+        return self._schedule.every if self.active and self._started else self.options.sync_every
+
+    @property
+    def bases(self) -> dict[int, Tensor]:
+        """Fragment → what this worker and the server hold alike, fp32 `[1, n]`: not a copy."""
+        return {fragment: self._weights.held(fragment) for fragment in sorted(self._versions)}
+
+    def metrics(self) -> dict[str, float]:
+        """For logs."""
+        if not self.active:
+            return {}
+        return {
+            "diloco/sync_count": self.sync_count,
+            "diloco/local_step": self.local_step,
+            "diloco/last_sync_time": self.last_sync_time_s,
+            "diloco/total_sync_time": self.sync_time_s,
+            "diloco/last_send_mb": self.last_send_bytes / 1e6,
+            "diloco/last_recv_mb": self.last_receive_bytes / 1e6,
+            "diloco/steps_per_second": self._rate,
+            "diloco/sync_every": self.sync_every,
+            "diloco/reconnections": self._link.reconnections if self._ranks.leads else 0,
+            "diloco/in_flight": len(self._flights),
+        }
+
+    def _before_step(self) -> None:
+        if self._started:
+            self._model.check(self.sync_every)
+        elif self._hooks.watch.saw_backward:
+            raise PhaseError(
+                "this DiLoCoWorker was made and not started, so nothing would be submitted: write "
+                "`with DiLoCoWorker(…):` around the training loop, or call start()"
+            )
+
+    def _after_step(self) -> None:
+        if not self._started:
+            return
+        now = time.monotonic()
+        if self._began is not None and now > self._began:
+            seen = 1 / (now - self._began)
+            self._rate = seen if not self._rate else self._rate + (seen - self._rate) / 10
+        self.local_step += 1
+        self._fresh += 1 if self._tokens is None else max(1, int(self._tokens()))
+        for fragment in self._versions:
+            self._steps[fragment] += 1
+        if self._schedule.advance():
+            self._together(lambda: self._slot(wait=self._in_flight == 0))
+        self._began = time.monotonic()
+
+    def _slot(self, *, wait: bool) -> None:
+        if self._link.fault is not None:
+            raise self._link.fault
+        began = time.monotonic()
+        self._count_tokens()
+        if self.options.dylu and self._link.recommended:
+            self._ranks.say("every", self._link.recommended)
+            self._schedule.change(self._link.recommended)
+        if len(self._flights) >= max(1, self._in_flight):
+            self._wait_for(next(iter(self._flights.values())))
+        self._land()
+        if len(self._flights) < max(1, self._in_flight):
+            flight = self._submit()
+            if wait and flight is not None:
+                self._wait_for(flight)
+                self._land()
+        self.last_sync_time_s = time.monotonic() - began
+        self.sync_time_s += self.last_sync_time_s
+        self._ranks.say("counts", self.sync_count, self.refused)
+
+    # ------------------------------------------------------------------ how
+
+    def _together(self, lead: Callable[[], None]) -> None:
+        self._ranks.together(
+            lead,
+            {
+                "agreed": self._agree,
+                "anew": self._begin_anew,
+                "counts": self._take_counts,
+                "every": lambda steps: self._schedule.change(steps),
+                "read": self._weights.read_along,
+                "tokens": self._count_tokens,
+                "write": self._weights.write_along,
+            },
+        )
+
+    def _agree(self, agreed: dict[str, Any], fragments: list[list[int]]) -> None:
+        """What the server says holds at every rank."""
+        settings = Agreed(**agreed)
+        self._weights.shape = self._weights.shape.in_fragments(fragments)
+        self._codec = codec_of(settings.codec)
+        self._schedule = Schedule(settings.sync_every, settings.fragments)
+        default = 0 if settings.fragments == 1 else 1
+        self._in_flight = default if self.options.in_flight is None else self.options.in_flight
+
+    def _take_counts(self, sync_count: int, refused: int) -> None:
+        self.sync_count, self.refused = sync_count, refused
+
+    def _count_tokens(self) -> None:
+        """What all ranks have trained since the last slot. Without counts each step is one."""
+        if self._tokens is not None and self._ranks.leads:
+            self._ranks.say("tokens")
+        if self._tokens is not None or not self._ranks.leads:
+            self._fresh = self._ranks.total(self._fresh)
+        for fragment in self._versions:
+            self._trained[fragment] += self._fresh
+        self._fresh = 0
+
+    def _make_link(self, shape: ModelShape) -> None:
+        options = self.options
+
+        def client() -> DiLoCoClient:
+            plain = DiLoCoClient(options.server)
+            token = options.token(plain.host, plain.port)
+            return DiLoCoClient(options.server, token=token, tls_ca=options.tls_ca)
+
+        wished = {
+            "sync_every": options.sync_every,
+            "codec": options.codec,
+            "fragments": options.num_fragments,
+        }
+        self._link = Link(
+            *(client, self.worker_id, _hostname(), wished, shape, self._row),
+            beat_s=options.heartbeat_interval_s,
+            speed=lambda: self._rate,
+        )
+
+    def _row(self, fragment: int) -> Tensor:
+        """For a server without weights: the base, or these weights, which are the first."""
+        base = self._weights.base(fragment)
+        if base is None:
+            self._hear_agreed()
+            base = self._weights.row(fragment)
+        return base
+
+    def _hear_agreed(self) -> None:
+        agreed = self._link.agreed.to_json()
+        fragments = self._link.shape.to_json()["fragments"]
+        self._ranks.say("agreed", agreed, fragments)
+        self._agree(agreed, fragments)
+
+    def _begin(self) -> None:
+        try:
+            self._link.connect(self.options.timeout_s)
+            self._hear_agreed()
+            self._take_over()
+        except BaseException:
+            self._link.stop()
+            raise
+        self._link.start()
+
+    def _take_over(self) -> None:
+        for fragment in self._weights.shape.fragments:
+            at = fragment.index
+            news = self._link.fetch(at, self.options.timeout_s)
+            self._weights.load(at, news.files, self._codec)
+            news.drop()
+            self._weights.settle(at)
+            self._versions[at] = news.version
+            self._numbers[at] = self._steps[at] = self._trained[at] = 0
+
+    def _submit(self) -> Flight | None:
+        fragment = due(self._versions, self._flights.keys())
+        if fragment is None or not self._steps[fragment]:
+            return None
+        chunks = Chunks(self._weights.shape.size(fragment), self._codec)
+        self._numbers[fragment] += 1
+        flight = Flight(
+            fragment,
+            self._versions[fragment],
+            self._weights.identity(fragment),
+            self._numbers[fragment],
+            self._steps[fragment],
+            self._trained[fragment],
+            self._weights.encode(fragment, chunks),
+        )
+        self._steps[fragment] = self._trained[fragment] = 0
+        self._flights[fragment] = flight
+        self.last_send_bytes = flight.nbytes
+        self._link.launch(flight)
+        return flight
+
+    def _wait_for(self, flight: Flight) -> None:
+        """Until its news are here, the server is away, or the time is over."""
+        end = time.monotonic() + self.options.timeout_s
+        while not flight.over.wait(_SLICE_S):
+            if self._link.down.is_set():
+                return
+            if time.monotonic() > end:
+                logger.warning(
+                    "the round of fragment %d is still open after %g s: training goes on and the "
+                    "work stays in flight; see `diloco status` for what it waits for",
+                    flight.fragment,
+                    self.options.timeout_s,
+                )
+                return
+
+    def _land(self) -> None:
+        for fragment, flight in list(self._flights.items()):
+            if not flight.over.is_set() or self._link.fault is not None:
+                continue
+            del self._flights[fragment]
+            if flight.refused is not None:
+                self._give_up(flight)
+            elif flight.arrived is not None:
+                self._adopt(flight, flight.arrived)
+
+    def _adopt(self, flight: Flight, news: Arrived) -> None:
+        identity = self._weights.adopt(
+            flight.fragment, flight.chunks, news.files, self._codec, self.options.mix
+        )
+        if identity != news.identity:
+            kept = self._weights.beyond_base(flight.fragment)
+            logger.warning(
+                "the base of fragment %d was damaged: fetching all of it", flight.fragment
+            )
+            news.drop()
+            news = self._link.fetch(flight.fragment, self.options.timeout_s)
+            self._weights.load(flight.fragment, news.files, self._codec)
+            self._weights.settle(flight.fragment, kept)
+        self.last_receive_bytes = sum(path.stat().st_size for _, path in news.files)
+        news.drop()
+        self._versions[flight.fragment] = news.version
+        self.sync_count += 1
+
+    def _give_up(self, flight: Flight) -> None:
+        """What the server refused would spoil the weights here too: back to the common ones."""
+        logger.error(
+            "the server refused the work of %d steps: %s. The weights go back to the last common "
+            "ones",
+            flight.steps,
+            flight.refused,
+        )
+        self.refused += 1
+        self._weights.settle(flight.fragment)
+        self._ranks.say("anew")
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """NaN in the optimizer's moments would spoil the common weights with the next step."""
+        begin_anew(states_of(self._optimizer))
+
+    def _finish(self) -> None:
+        """Nothing that was trained is left behind, if the server can be reached."""
+        if self._link.fault is not None:
+            return
+        self._count_tokens()
+        end = time.monotonic() + _END_S
+        self._until(lambda: all(f.over.is_set() for f in self._flights.values()), end, True)
+        self._land()
+        while self._submit() is not None:
+            pass
+        last = list(self._flights.values())
+        sent = self._until(lambda: all(f.is_sent or f.over.is_set() for f in last), end, True)
+        if not sent:
+            logger.warning("the last steps did not reach the server within %g s", _END_S)
+        self._link.leave()
+        self._until(lambda: all(f.over.is_set() for f in last), time.monotonic() + _END_S)
+        self._land()
+        for fragment in self._versions.keys() - self._flights.keys():
+            self._weights.settle(fragment)
+        self._ranks.say("counts", self.sync_count, self.refused)
+
+    def _until(self, done: Callable[[], bool], end: float, through_outages: bool = False) -> bool:
+        """Wait in slices; gives up when the time is over, or the server away, which may end."""
+        while not done():
+            away = self._link.down.is_set() and not through_outages
+            if self._link.fault is not None or time.monotonic() > end or away:
+                return False
+            self._link.pause(_SLICE_S)
+        return True
+
+
+def _hostname() -> str:
+    return "".join(c if c.isalnum() or c in ".-_" else "-" for c in socket.gethostname()) or "host"

@@ -1,0 +1,3 @@
+"""One strategy in every runtime, compared bit for bit: simulated nodes, real replica groups, a
+parameter server and its workers.
+"""
