@@ -25,7 +25,7 @@ from torchft.parameter_server.auth import Scope
 from torchft.parameter_server.core import chunks
 from torchft.parameter_server.core.rounds import Close
 from torchft.parameter_server.core.rules import Mode
-from torchft.parameter_server.server.server import state_records
+from torchft.parameter_server.server import state_records
 
 
 def cut_short(path: Path) -> None:
