@@ -32,7 +32,8 @@ from torchft.parameter_server.core.refused import (
     Unauthorized,
     Unfit,
 )
-from torchft.parameter_server.server.server import Address, DiLoCoServer, checkpoints
+from torchft.parameter_server.server import checkpoints
+from torchft.parameter_server.server.server import Address, DiLoCoServer
 from torchft.parameter_server.worker.client import DiLoCoClient
 from torchft.quantization import Identity
 

@@ -20,8 +20,8 @@ from torchft.parameter_server.core.options import OuterOptions, ServerOptions
 from torchft.parameter_server.core.refused import Forbidden, Refused
 from torchft.parameter_server.core.requests import Registration, Ticket
 from torchft.parameter_server.core.rules import Mode
-from torchft.parameter_server.server.page import headers, page
 from torchft.parameter_server.server import checkpoints
+from torchft.parameter_server.server.page import headers, page
 from torchft.parameter_server.server.state import Desk
 from torchft.quantization import Identity
 

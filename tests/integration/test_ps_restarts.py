@@ -19,8 +19,9 @@ from torchft.parameter_server.auth import Scope
 from torchft.parameter_server.core import chunks
 from torchft.parameter_server.core.options import ServerOptions
 from torchft.parameter_server.core.outer_step import OuterStep
+from torchft.parameter_server.server import checkpoints
 from torchft.parameter_server.server.journal import Journal
-from torchft.parameter_server.server.server import Address, DiLoCoServer, checkpoints
+from torchft.parameter_server.server.server import Address, DiLoCoServer
 from torchft.parameter_server.server.storage import StorageError
 
 
