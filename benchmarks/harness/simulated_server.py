@@ -19,11 +19,11 @@ from torch import nn
 
 from torchft.parameter_server.core.chunks import Chunks
 from torchft.parameter_server.core.options import OuterOptions
-from torchft.parameter_server.core.rounds import Close, Effect, Rounds
+from torchft.parameter_server.core.rounds import RoundClosed, RoundEvent, Rounds
 from torchft.parameter_server.core.rules import Rules
 from torchft.parameter_server.core.shape import ModelShape
 from torchft.parameter_server.core.submission import Submission
-from torchft.parameter_server.server.shared import SharedState
+from torchft.parameter_server.server.weights import ServerWeights
 from torchft.parameter_server.worker.weights import WorkerWeights, named_parameters
 from torchft.quantization import codec_of
 
@@ -84,7 +84,7 @@ class Simulated:
         shape = ModelShape.of(parameters.items(), 1)
         first = WorkerWeights(parameters, shape).row(0)
         outer = plan.outer.build(plan.rules)
-        self._state = SharedState(shape, self._codec, outer, [first], self._uploads / "news")
+        self._state = ServerWeights(shape, self._codec, outer, [first], self._uploads / "news")
         for node in nodes:
             node.weights = WorkerWeights(named_parameters(node.model), shape)
             self._fetch(node)
@@ -134,17 +134,17 @@ class Simulated:
         self._upload(name).write_bytes(b"".join(node.sent))
         node.waits = True
         of = (node.name, "1", 0, node.version, node.number, self.plan.every, self.plan.every)
-        _, effects = self._rounds.submit(self.now, Submission(*of, name))
-        self._carry_out(effects)
+        _, events = self._rounds.submit(self.now, Submission(*of, name))
+        self._carry_out(events)
         self._go_on()
 
-    def _carry_out(self, effects: Sequence[Effect]) -> None:
-        for effect in effects:
-            if isinstance(effect, Close):
-                self._state.apply(effect, self._upload)
-                for share in effect.shares:
+    def _carry_out(self, events: Sequence[RoundEvent]) -> None:
+        for event in events:
+            if isinstance(event, RoundClosed):
+                self._state.apply(event, self._upload)
+                for share in event.shares:
                     self._upload(share.submission.upload).unlink()
-        if effects:
+        if events:
             self._go_on()
 
     def _go_on(self) -> None:
@@ -160,15 +160,17 @@ class Simulated:
         return self._uploads / f"{name}.row"
 
     def _adopt(self, node: Node) -> None:
-        news = self._state.news_for(0, node.version, node.identity)
-        files = [(news.kind, self._state.folder / name) for name in news.files]
-        if node.weights.adopt(0, node.sent, files, self._codec) != news.identity:
+        update = self._state.update_for(0, node.version, node.identity)
+        files = [(update.kind, self._state.folder / name) for name in update.files]
+        if node.weights.adopt(0, node.sent, files, self._codec) != update.identity:
             raise RuntimeError(f"{node.name} does not have the bits that the server has")
-        node.version = news.version
+        node.version = update.version
 
     def _fetch(self, node: Node) -> None:
         """All of the newest weights."""
-        news = self._state.news_for(0, -1, "none")
-        node.weights.load(0, [(news.kind, self._state.folder / n) for n in news.files], self._codec)
+        update = self._state.update_for(0, -1, "none")
+        node.weights.load(
+            0, [(update.kind, self._state.folder / n) for n in update.files], self._codec
+        )
         node.weights.settle(0)
-        node.version = news.version
+        node.version = update.version

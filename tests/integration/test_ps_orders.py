@@ -18,11 +18,11 @@ from torchft.parameter_server.auth import Scope
 from torchft.parameter_server.core.chunks import Chunks
 from torchft.parameter_server.core.options import OuterOptions, ServerOptions
 from torchft.parameter_server.core.refused import Forbidden, Refused
-from torchft.parameter_server.core.requests import Registration, Ticket
+from torchft.parameter_server.core.requests import Registration, SubmissionOffer
 from torchft.parameter_server.core.rules import Mode
 from torchft.parameter_server.server import checkpoints
 from torchft.parameter_server.server.page import headers, page
-from torchft.parameter_server.server.state import Desk
+from torchft.parameter_server.server.state import ServerState
 from torchft.quantization import Identity
 
 ORDER = "/v1/control/update_optimizer"
@@ -129,23 +129,23 @@ def test_a_checkpoint_that_is_asked_for_in_the_moment_a_round_closes_has_its_ste
 
 
 async def _close_and_save(opts: ServerOptions) -> None:
-    desk, voice = Desk(opts), Voice("none:1", scope=None)
-    await desk.open()
+    state, voice = ServerState(opts), Voice("none:1", scope=None)
+    await state.open()
     wished = {"sync_every": 5, "codec": "fp32", "fragments": 1}
     registration = {**voice.who, "model": voice.shape.to_json(), "wished": wished}
     one = Registration.of(registration)
-    await desk.register(one)
+    await state.register(one)
     chunks = Chunks(voice.shape.size(0), Identity())
     row = torch.ones(1, chunks.n)
     data = memoryview(bytearray(chunks.encode(0, row)))
-    await desk.take_chunk(desk.initial(one.who, 0), 0, data)
-    await desk.finish_initial()
-    ticket = Ticket(one.who, 0, 0, 1, 5, 5, voice.shape.fingerprint)
-    upload = desk.ticket(ticket)["upload"]
-    await desk.take_chunk(desk.intake(upload), 0, data)
-    desk.finish(upload)
-    await desk.save()
-    await desk.close(save=False)
+    await state.take_chunk(state.initial(one.who, 0), 0, data)
+    await state.finish_initial()
+    offer = SubmissionOffer(one.who, 0, 0, 1, 5, 5, voice.shape.fingerprint)
+    upload = state.offer(offer)["upload"]
+    await state.take_chunk(state.upload(upload), 0, data)
+    state.finish(upload)
+    await state.save()
+    await state.close(save=False)
 
 
 def get(server: str, path: str) -> http.client.HTTPResponse:

@@ -276,7 +276,10 @@ def test_workers_train_on_while_the_server_is_away(tmp_path: Path) -> None:
         assert not torch.equal(before, fleet.weights("a")), "nothing was taken back"
         trained = fleet.weights("a").clone()
         server = server_at(opts, port).start()
-        until(lambda: not worker._link.down.is_set() or worker._flights[0].over.is_set(), "back")
+        until(
+            lambda: not worker._connection.down.is_set() or worker._submissions[0].over.is_set(),
+            "back",
+        )
     # One worker, lr 1 and no momentum: the server's weights are the worker's.
     assert torch.allclose(fleet.weights("a"), trained, atol=1e-6)
     assert worker.sync_count >= 3
@@ -405,7 +408,7 @@ def test_the_last_steps_wait_for_a_server_that_is_being_restarted(tmp_path: Path
         server.stop(save=False)
         train(fleet.models["a"], worker.optimizer, 2, 7)  # type: ignore[attr-defined]
         trained = fleet.weights("a").clone()
-        until(worker._link.down.is_set, "it knows that nobody is there")
+        until(worker._connection.down.is_set, "it knows that nobody is there")
         away.set()
     thread.join()
     assert torch.allclose(fleet.weights("a"), trained, atol=1e-6)
@@ -427,6 +430,6 @@ def test_a_server_that_forgot_everything_gets_the_weights_again(tmp_path: Path) 
         train(fleet.models["a"], worker.optimizer, 2, 7)  # type: ignore[attr-defined]
         trained = fleet.weights("a").clone()
         server = server_at(opts, port).start()
-        until(lambda: worker._link.reconnections, "it registers again")
+        until(lambda: worker._connection.reconnections, "it registers again")
     assert torch.allclose(fleet.weights("a"), trained, atol=1e-6)
     server.stop()

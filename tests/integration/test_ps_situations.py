@@ -145,7 +145,9 @@ def test_several_fragments_are_in_flight_at_once(tmp_path: Path) -> None:
             assert a.metrics()["diloco/in_flight"] == 3, "nobody has answered, and nobody waits"
             assert a.sync_count == 0
             step(fleet, "b", 2, 7)
-            until(lambda: all(f.over.is_set() for f in a._flights.values()), "b has submitted too")
+            until(
+                lambda: all(f.over.is_set() for f in a._submissions.values()), "b has submitted too"
+            )
             step(fleet, "a", 3, 1)
             assert a.sync_count == 3, "all three land at the next slot"
             step(fleet, "b", 4, 1)
@@ -203,7 +205,7 @@ def test_an_upload_that_broke_in_its_third_chunk_goes_on_there(
             assert Chunks(worker._weights.shape.size(0), Identity()).count == 3
             step(fleet, "a", 1, 5)
             if not worker.sync_count:  # the plug was pulled: training did not wait
-                until(lambda: worker._flights[0].over.is_set(), "it arrives all the same")
+                until(lambda: worker._submissions[0].over.is_set(), "it arrives all the same")
                 step(fleet, "a", 2, 5)
         assert worker.sync_count >= 1 and worker.refused == 0
         assert begun[0] == 0
@@ -345,7 +347,7 @@ def test_a_worker_that_falls_silent_is_not_waited_for_beyond_the_grace_window(
     with DiLoCoServer(options(tmp_path, workers=2, grace_s=1.0)) as server:
         fleet = Fleet(server.address)
         silent, other = fleet.worker("silent").start(), fleet.worker("other", seed=1).start()
-        silent._link._left.set()  # its host has vanished
+        silent._connection._left.set()  # its host has vanished
         began = time.monotonic()
         step(fleet, "other", 1, 5)
         assert other.sync_count == 1
@@ -359,7 +361,7 @@ def test_a_process_that_was_killed_leaves_its_id_to_the_next(tmp_path: Path) -> 
         fleet, successors = Fleet(server.address), Fleet(server.address)
         first = fleet.worker("a").start()
         step(fleet, "a", 1, 5)
-        first._link._left.set()  # it says nothing any more, not even that it leaves
+        first._connection._left.set()  # it says nothing any more, not even that it leaves
         with successors.worker("a", seed=1) as second:
             assert torch.equal(successors.weights("a"), fleet.weights("a"))
             step(successors, "a", 2, 5)

@@ -23,7 +23,7 @@ from integration.test_ps_restarts import (
 
 from torchft.parameter_server.auth import Scope
 from torchft.parameter_server.core import chunks
-from torchft.parameter_server.core.rounds import Close
+from torchft.parameter_server.core.rounds import RoundClosed
 from torchft.parameter_server.core.rules import Mode
 from torchft.parameter_server.server import state_records
 
@@ -130,7 +130,7 @@ def test_records_that_the_disk_has_no_room_for_are_said_once_and_the_run_goes_on
 
 def test_a_record_gives_way_to_a_step_and_leaves_the_one_before_it_whole(tmp_path: Path) -> None:
     records = state_records.StateRecords(tmp_path)
-    first, second = (Close(0, version, ()) for version in (1, 2))
+    first, second = (RoundClosed(0, version, ()) for version in (1, 2))
     pieces = [{"weights": torch.ones(1, 4)}] * 3
     assert records.write(first, pieces, lambda: False)
     for _ in range(2):  # the second time over what the first one left
@@ -142,7 +142,7 @@ def test_a_record_gives_way_to_a_step_and_leaves_the_one_before_it_whole(tmp_pat
 
 
 def test_what_a_journal_can_be_done_again_from() -> None:
-    closes = [Close(0, version, ()) for version in (3, 4, 5, 6)]
+    closes = [RoundClosed(0, version, ()) for version in (3, 4, 5, 6)]
     replay_of, Replay, path = state_records.replay_of, state_records.Replay, Path("f0")
     assert replay_of(closes, set(), {6: path}) == Replay(), "uploads first"
     assert replay_of(closes, {4}, {5: path}) == Replay(closes[2], path)

@@ -45,14 +45,14 @@ class Telling(DiLoCoWorker):
         self.told: list[str] = []
 
     def _submit(self) -> Any:
-        flight = super()._submit()
-        if flight is not None:
-            self.told.append(f"{self.local_step}: submit {flight.fragment}")
-        return flight
+        submission = super()._submit()
+        if submission is not None:
+            self.told.append(f"{self.local_step}: submit {submission.fragment}")
+        return submission
 
-    def _adopt(self, flight: Any, news: Any) -> None:
-        super()._adopt(flight, news)
-        self.told.append(f"{self.local_step}: apply {flight.fragment}")
+    def _adopt(self, submission: Any, update: Any) -> None:
+        super()._adopt(submission, update)
+        self.told.append(f"{self.local_step}: apply {submission.fragment}")
 
 
 def test_four_fragments_in_five_hundred_steps_as_users_know_it(tmp_path: Path) -> None:

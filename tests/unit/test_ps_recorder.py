@@ -8,9 +8,9 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from torchft.parameter_server.core.rounds import Close
-from torchft.parameter_server.server.jobs import Jobs
-from torchft.parameter_server.server.recorder import Recorder
+from torchft.parameter_server.core.rounds import RoundClosed
+from torchft.parameter_server.server.recorder import StateRecorder
+from torchft.parameter_server.server.work_queue import WorkQueue
 
 
 class State:
@@ -29,7 +29,7 @@ class Records:
     def __init__(self) -> None:
         self.written: list[int] = []
 
-    def write(self, close: Close, pieces: object, others_wait: Callable[[], bool]) -> bool:
+    def write(self, close: RoundClosed, pieces: object, others_wait: Callable[[], bool]) -> bool:
         until = time.monotonic() + 0.01
         while time.monotonic() < until:
             if others_wait():
@@ -42,13 +42,13 @@ def test_records_of_fragments_that_closed_together_do_not_give_way_to_each_other
     records = Records()
 
     async def all_of_them() -> None:
-        jobs = Jobs()
-        recorder = Recorder(records, jobs, lambda *said: None)  # type: ignore[arg-type]
-        rows = [recorder.record(State(), Close(at, 1, ()), 0.0) for at in range(3)]  # type: ignore[arg-type]
+        work_queue = WorkQueue()
+        recorder = StateRecorder(records, work_queue, lambda *said: None)  # type: ignore[arg-type]
+        rows = [recorder.record(State(), RoundClosed(at, 1, ()), 0.0) for at in range(3)]  # type: ignore[arg-type]
         try:
             await asyncio.wait_for(asyncio.gather(*rows), 10)
         finally:
-            jobs.end()
+            work_queue.end()
 
     asyncio.run(all_of_them())
     assert sorted(records.written) == [0, 1, 2]

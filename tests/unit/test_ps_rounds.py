@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from torchft.errors import SettingsError
-from torchft.parameter_server.core.rounds import Close, Gone, Rounds, Taken
+from torchft.parameter_server.core.rounds import MemberLeft, RoundClosed, Rounds, Taken
 from torchft.parameter_server.core.rules import Departure, Mode, Refusal, Rules, Waiting
 from torchft.parameter_server.core.submission import Submission
 
@@ -21,18 +21,18 @@ class World:
         self.now = 0.0
         self.rounds = Rounds(Rules(workers, **rules), fragments)
         self.numbers: dict[tuple[str, str, int], int] = {}
-        self.closed: list[Close] = []
-        self.gone: list[Gone] = []
+        self.closed: list[RoundClosed] = []
+        self.gone: list[MemberLeft] = []
 
-    def _note(self, effects: list[Any]) -> None:
-        self.closed += [one for one in effects if isinstance(one, Close)]
-        self.gone += [one for one in effects if isinstance(one, Gone)]
+    def _note(self, events: list[Any]) -> None:
+        self.closed += [one for one in events if isinstance(one, RoundClosed)]
+        self.gone += [one for one in events if isinstance(one, MemberLeft)]
 
     def join(self, *workers: str, session: str = "1") -> Refusal | None:
         refusal = None
         for worker in workers:
-            refusal, effects = self.rounds.join(self.now, worker, session, BEAT)
-            self._note(effects)
+            refusal, events = self.rounds.join(self.now, worker, session, BEAT)
+            self._note(events)
         return refusal
 
     def submit(
@@ -48,8 +48,8 @@ class World:
         number = self.numbers[worker, session, fragment]
         upload = f"{worker}-{session}-{fragment}-{number}"
         one = Submission(worker, session, fragment, base, number, 10, tokens, upload)
-        verdict, effects = self.rounds.submit(self.now, one)
-        self._note(effects)
+        verdict, events = self.rounds.submit(self.now, one)
+        self._note(events)
         return verdict
 
     def wait(self, seconds: float, *living: str) -> None:
@@ -152,7 +152,7 @@ def test_silence_beyond_the_heartbeat_timeout_ends_membership() -> None:
     world = World(heartbeat_timeout_s=20.0)
     world.join("a", "b")
     world.wait(21, "a")
-    assert world.gone == [Gone("b", Departure.SILENT)]
+    assert world.gone == [MemberLeft("b", Departure.SILENT)]
     assert world.submit("b") is Refusal.NOT_REGISTERED
 
 
@@ -210,7 +210,7 @@ def test_two_workers_under_one_id() -> None:
     assert world.join("a", session="2") is Refusal.NAME_TAKEN
     world.wait(6, "b")
     assert world.join("a", session="2") is None, "the first one has died meanwhile"
-    assert world.gone == [Gone("a", Departure.REPLACED)]
+    assert world.gone == [MemberLeft("a", Departure.REPLACED)]
 
 
 def test_a_restarted_worker_does_not_repeat_its_predecessor() -> None:

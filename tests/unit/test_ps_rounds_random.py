@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchft.parameter_server.core.rounds import Close, Effect, Rounds
+from torchft.parameter_server.core.rounds import RoundClosed, RoundEvent, Rounds
 from torchft.parameter_server.core.rules import Departure, Mode, Refusal, Rules
 from torchft.parameter_server.core.submission import Submission
 
@@ -67,14 +67,14 @@ class World:
     def versions(self) -> list[int]:
         return [one.version for one in self.machine.rounds]
 
-    def see(self, effects: list[Effect]) -> None:
-        for effect in effects:
-            if isinstance(effect, Close):
-                self._check_close(effect)
+    def see(self, events: list[RoundEvent]) -> None:
+        for event in events:
+            if isinstance(event, RoundClosed):
+                self._check_close(event)
         for worker in self.workers.values():
             worker.adopt(self.versions)
 
-    def _check_close(self, close: Close) -> None:
+    def _check_close(self, close: RoundClosed) -> None:
         uploads = [share.submission.upload for share in close.shares]
         assert len(set(uploads)) == len(uploads)
         assert not self.counted & set(uploads), "counted twice"
@@ -101,9 +101,9 @@ class World:
     def join(self, worker: Worker) -> None:
         if not worker.alive:
             worker.restart(self.versions)
-        refusal, effects = self.machine.join(self.now, worker.name, worker.session, 1.0)
+        refusal, events = self.machine.join(self.now, worker.name, worker.session, 1.0)
         worker.alive = refusal is None
-        self.see(effects)
+        self.see(events)
 
     def submit(self, worker: Worker) -> None:
         one = worker.next() if worker.alive else None
@@ -116,14 +116,14 @@ class World:
             self._send(worker, worker.last)
 
     def _send(self, worker: Worker, one: Submission) -> None:
-        verdict, effects = self.machine.submit(self.now, one)
+        verdict, events = self.machine.submit(self.now, one)
         if verdict is Refusal.NOT_REGISTERED:
             return
         assert not isinstance(verdict, Refusal)
         if not verdict.repeat:
             assert one.upload not in self.taken, "taken twice"
             self.taken.add(one.upload)
-        self.see(effects)
+        self.see(events)
 
     def die(self, worker: Worker) -> None:
         worker.alive = False
@@ -136,18 +136,18 @@ class World:
         mine = {
             s.upload for one in self.machine.rounds for s in one.pending if s.worker == worker.name
         }
-        effects = self.machine.leave(self.now, worker.name, None, Departure.KICKED)
-        if effects:
+        events = self.machine.leave(self.now, worker.name, None, Departure.KICKED)
+        if events:
             self.dropped |= mine
             worker.alive = False
-        self.see(effects)
+        self.see(events)
 
     def pass_time(self, worker: Worker) -> None:
         self.now += 1.0
         for one in self.workers.values():
             if one.alive:
-                refusal, effects = self.machine.beat(self.now, one.name, one.session)
-                self.see(effects)
+                refusal, events = self.machine.beat(self.now, one.name, one.session)
+                self.see(events)
                 if refusal is not None:
                     self.join(one)
         self.see(self.machine.tick(self.now))

@@ -11,9 +11,9 @@ from torch import nn
 
 from torchft.errors import SettingsError
 from torchft.parameter_server.core.chunks import Chunks
-from torchft.parameter_server.core.pieces import Gathered
 from torchft.parameter_server.core.shape import ModelShape
-from torchft.parameter_server.server.shared import Kind
+from torchft.parameter_server.server.weights import UpdateKind
+from torchft.parameter_server.worker.row_view import GatheredRowView
 from torchft.parameter_server.worker.sharded import put
 from torchft.parameter_server.worker.weights import WorkerWeights, named_parameters
 from torchft.parameter_server.worker.worker import DiLoCoWorker
@@ -34,10 +34,10 @@ class World:
     def chunks(self) -> Chunks:
         return Chunks(self.n, self.codec)
 
-    def whole(self, row: torch.Tensor) -> list[tuple[Kind, Path]]:
+    def whole(self, row: torch.Tensor) -> list[tuple[UpdateKind, Path]]:
         path = self.folder / "whole"
         path.write_bytes(Chunks(self.n, codec_of("fp32")).encode(0, row))
-        return [(Kind.WHOLE, path)]
+        return [(UpdateKind.FULL, path)]
 
     def move(self, by: float) -> None:
         with torch.no_grad():
@@ -70,7 +70,7 @@ def test_a_parameter_without_a_flat_view_is_read_and_written_too(tmp_path: Path)
     weights = WorkerWeights(named, ModelShape.of(named.items(), 1))
     row = torch.arange(52.0)[None]
     (tmp_path / "whole").write_bytes(Chunks(52, codec_of("fp32")).encode(0, row))
-    weights.load(0, [(Kind.WHOLE, tmp_path / "whole")], codec_of("fp32"))
+    weights.load(0, [(UpdateKind.FULL, tmp_path / "whole")], codec_of("fp32"))
     weights.settle(0)
     assert torch.equal(weights.row(0), row)
     assert torch.equal(model.weight, row[0, :48].view(4, 3, 2, 2))
@@ -165,9 +165,9 @@ def test_a_group_of_ranks_computes_the_same_in_bf16(tmp_path: Path, mix: float) 
         for name, view in group.shape.views(0, row).items():
             put(named[name].detach(), view, share)
 
-    def pieces(fragment: int) -> Gathered:
+    def pieces(fragment: int) -> GatheredRowView:
         parts = [(p.numel(), p.dtype) for p in named.values()]
-        return Gathered(parts, lambda: group.weights.row(fragment), write_all)
+        return GatheredRowView(parts, lambda: group.weights.row(fragment), write_all)
 
     group.weights._pieces = pieces  # type: ignore[method-assign]
     of_one, of_group = (outer_rounds(world, 0.3, 9, mix=mix) for world in (one, group))

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["Spool"]
+__all__ = ["FilePool"]
 
 
-class Spool:
+class FilePool:
     """Of one folder; at most `keep` files wait to be used again. For any thread."""
 
     def __init__(self, folder: Path, keep: int) -> None:

@@ -17,7 +17,7 @@ from torchft.quantization import codec_of
 from torchft.strategies.optim_spec import OptimSpec
 from torchft.strategies.parts.outer import FlatOuter
 
-__all__ = ["MOST", "Agreed", "OuterOptions", "ServerOptions"]
+__all__ = ["MOST", "OuterOptions", "ServerOptions", "SharedSettings"]
 
 
 MOST = 1_000_000
@@ -25,7 +25,7 @@ MOST = 1_000_000
 
 
 @dataclass(frozen=True)
-class Agreed:
+class SharedSettings:
     """What must be equal at all workers. The server's word holds; what it leaves open is what the
     first worker asks for."""
 
@@ -145,7 +145,7 @@ class ServerOptions:
     def _own(self) -> dict[str, Any]:
         return {"sync_every": self.sync_every, "codec": self.codec, "fragments": self.fragments}
 
-    def differences(self, agreed: Agreed) -> list[str]:
+    def differences(self, agreed: SharedSettings) -> list[str]:
         """In words, what is said here and does not hold in a run that has begun."""
         return [
             f"{name} {value}, not {self._own[name]}"
@@ -153,7 +153,7 @@ class ServerOptions:
             if self._own[name] not in (None, value)
         ]
 
-    def agree(self, wished: Mapping[str, Any]) -> Agreed:
+    def agree(self, wished: Mapping[str, Any]) -> SharedSettings:
         """With the first worker.
 
         Raises:
@@ -162,7 +162,7 @@ class ServerOptions:
         own = self._own
         default = {"sync_every": 500, "codec": "bf16", "fragments": 1}
         asked = {name: wished.get(name) for name in own}
-        return Agreed(
+        return SharedSettings(
             **{
                 name: next(v for v in (own[name], asked[name], default[name]) if v is not None)
                 for name in own

@@ -11,7 +11,7 @@ from typing import Any
 from torchft.parameter_server.core.refused import Refused
 from torchft.parameter_server.core.shape import ModelShape
 
-__all__ = ["Registration", "Speaker", "Ticket"]
+__all__ = ["Registration", "SubmissionOffer", "WorkerSession"]
 
 _NAME = re.compile(r"(?!\.+$)[\w.:@+\-]{1,200}")
 """Not `.` or `..`: a name may become a part of a path."""
@@ -45,14 +45,14 @@ def real(data: Mapping[str, Any], name: str) -> float:
 
 
 @dataclass(frozen=True)
-class Speaker:
+class WorkerSession:
     """Who asks: a worker's id, and which process of it."""
 
     worker: str
     session: str
 
     @classmethod
-    def of(cls, data: Mapping[str, Any]) -> Speaker:
+    def of(cls, data: Mapping[str, Any]) -> WorkerSession:
         """Raises Refused."""
         return cls(text(data, "worker"), text(data, "session"))
 
@@ -61,7 +61,7 @@ class Speaker:
 class Registration:
     """A process that wants to take part."""
 
-    who: Speaker
+    who: WorkerSession
     shape: ModelShape
     beat_s: float
     hostname: str
@@ -77,14 +77,14 @@ class Registration:
             raise Refused("a registration has a model and wishes, as objects")
         shape = ModelShape.from_json(model)
         name = text(data, "hostname") if "hostname" in data else "unknown"
-        return cls(Speaker.of(data), shape, real(data, "beat_s"), name, wished)
+        return cls(WorkerSession.of(data), shape, real(data, "beat_s"), name, wished)
 
 
 @dataclass(frozen=True)
-class Ticket:
+class SubmissionOffer:
     """A submission that a worker wants to send."""
 
-    who: Speaker
+    who: WorkerSession
     fragment: int
     base: int
     number: int
@@ -99,10 +99,10 @@ class Ticket:
         return hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()[:32]
 
     @classmethod
-    def of(cls, data: Mapping[str, Any]) -> Ticket:
+    def of(cls, data: Mapping[str, Any]) -> SubmissionOffer:
         """Raises Refused."""
         return cls(
-            Speaker.of(data),
+            WorkerSession.of(data),
             whole(data, "fragment"),
             whole(data, "base"),
             whole(data, "number", 1),

@@ -28,14 +28,14 @@ from torchft.parameter_server.core.member import Member
 from torchft.parameter_server.core.rules import Departure, Mode, Refusal, Rules, Waiting
 from torchft.parameter_server.core.submission import Share, Submission, shares
 
-__all__ = ["Close", "Effect", "Gone", "OpenRound", "Rounds", "Taken", "Verdict"]
+__all__ = ["MemberLeft", "OpenRound", "RoundClosed", "RoundEvent", "Rounds", "Taken", "Verdict"]
 
 _REMEMBERED = 4096
 """Former sessions whose last numbers are kept, so that a late repeat is not counted again."""
 
 
 @dataclass(frozen=True)
-class Close:
+class RoundClosed:
     """Take the step that makes `version` of `fragment`: Σ weight · delta / divisor."""
 
     fragment: int
@@ -49,14 +49,14 @@ class Close:
 
 
 @dataclass(frozen=True)
-class Gone:
+class MemberLeft:
     """`worker` is a member no more."""
 
     worker: str
     why: Departure
 
 
-Effect = Close | Gone
+RoundEvent = RoundClosed | MemberLeft
 
 
 @dataclass(frozen=True)
@@ -106,28 +106,28 @@ class Rounds:
 
     def join(
         self, now: float, worker: str, session: str, beat_s: float = 0.0
-    ) -> tuple[Refusal | None, list[Effect]]:
+    ) -> tuple[Refusal | None, list[RoundEvent]]:
         """A process registers. The same process may do so again."""
-        effects: list[Effect] = []
+        events: list[RoundEvent] = []
         known = self.members.get(worker)
         if known is not None and known.session != session:
             if not known.is_silent(now, self.rules):
                 return Refusal.NAME_TAKEN, []
-            effects.append(self._remove(worker, Departure.REPLACED))
+            events.append(self._remove(worker, Departure.REPLACED))
             known = None
         if known is None:
             if len(self.members) >= self.rules.max_members:
-                return Refusal.FULL, effects
+                return Refusal.FULL, events
             taken = self._former.pop((worker, session), {})
             known = self.members[worker] = Member(session, now, taken=taken)
         known.beat_s = beat_s
         known.hear(now)
         self._start()
-        return None, effects + self._closes(now)
+        return None, events + self._closes(now)
 
     def beat(
         self, now: float, worker: str, session: str, steps_per_s: float = 0.0
-    ) -> tuple[Refusal | None, list[Effect]]:
+    ) -> tuple[Refusal | None, list[RoundEvent]]:
         """A sign of life."""
         member = self._member(worker, session)
         if member is None:
@@ -138,7 +138,7 @@ class Rounds:
 
     def leave(
         self, now: float, worker: str, session: str | None = None, why: Departure = Departure.LEFT
-    ) -> list[Effect]:
+    ) -> list[RoundEvent]:
         """It goes, by itself or not (then without a session). What it submitted still counts,
         unless it was sent away."""
         member = self.members.get(worker)
@@ -146,8 +146,8 @@ class Rounds:
             return []
         if why is Departure.KICKED:
             self._drop_pending(worker, member)
-        effects: list[Effect] = [self._remove(worker, why)]
-        return effects + self._closes(now)
+        events: list[RoundEvent] = [self._remove(worker, why)]
+        return events + self._closes(now)
 
     def ask(self, worker: str, session: str, fragment: int, base: int, number: int) -> Verdict:
         """What `submit` would say: whether it is worth to send the numbers."""
@@ -164,7 +164,7 @@ class Rounds:
             return Refusal.TOO_STALE
         return Taken(staleness)
 
-    def submit(self, now: float, submission: Submission) -> tuple[Verdict, list[Effect]]:
+    def submit(self, now: float, submission: Submission) -> tuple[Verdict, list[RoundEvent]]:
         """A whole, checked delta is here."""
         s = submission
         verdict = self.ask(s.worker, s.session, s.fragment, s.base, s.number)
@@ -178,17 +178,17 @@ class Rounds:
         member.arrive(s.fragment, now)
         return verdict, self._closes(now)
 
-    def tick(self, now: float) -> list[Effect]:
+    def tick(self, now: float) -> list[RoundEvent]:
         """Time has passed."""
         limit = self.rules.heartbeat_timeout_s
-        effects: list[Effect] = [
+        events: list[RoundEvent] = [
             self._remove(worker, Departure.SILENT)
             for worker, member in list(self.members.items())
             if limit and member.beat_s and now - member.heard_at > max(limit, 3 * member.beat_s)
         ]
-        return effects + self._closes(now)
+        return events + self._closes(now)
 
-    def expect(self, now: float, workers: int, min_workers: int) -> list[Effect]:
+    def expect(self, now: float, workers: int, min_workers: int) -> list[RoundEvent]:
         """The run is to have so many workers from now on."""
         self.redo_expect(workers, min_workers)
         return self._closes(now)
@@ -289,7 +289,7 @@ class Rounds:
         if member is not None:
             self._take(member, submission)
 
-    def redo_close(self, close: Close) -> None:
+    def redo_close(self, close: RoundClosed) -> None:
         """A close after the checkpoint, from the journal."""
         gone = {share.submission for share in close.shares}
         one = self.rounds[close.fragment]
@@ -313,12 +313,12 @@ class Rounds:
             if dropped:
                 member.taken[fragment] = min(dropped) - 1
 
-    def _remove(self, worker: str, why: Departure) -> Gone:
+    def _remove(self, worker: str, why: Departure) -> MemberLeft:
         member = self.members.pop(worker)
         self._former[worker, member.session] = member.taken
         while len(self._former) > _REMEMBERED:
             del self._former[next(iter(self._former))]
-        return Gone(worker, why)
+        return MemberLeft(worker, why)
 
     def _start(self) -> None:
         if not self.started and len(self.members) >= self.rules.workers:
@@ -363,14 +363,14 @@ class Rounds:
             return 0.0
         return min(longest, max(0.0, due - since) + longest / 4)
 
-    def _closes(self, now: float) -> list[Effect]:
-        effects: list[Effect] = []
+    def _closes(self, now: float) -> list[RoundEvent]:
+        events: list[RoundEvent] = []
         for fragment, one in enumerate(self.rounds):
             self._note_quorum(now, one)
             why, _ = self.waiting(now, fragment)
             if why is None:
-                effects.append(self._close(fragment))
-        return effects
+                events.append(self._close(fragment))
+        return events
 
     def _note_quorum(self, now: float, one: OpenRound) -> None:
         there = len(one.arrived) >= self.rules.min_workers
@@ -379,9 +379,9 @@ class Rounds:
         elif one.quorum_at is None:
             one.quorum_at = now
 
-    def _close(self, fragment: int) -> Close:
+    def _close(self, fragment: int) -> RoundClosed:
         one = self.rounds[fragment]
         stale = [self._staleness(fragment, s.base) for s in one.pending]
-        close = Close(fragment, one.version + 1, shares(self.rules.mode, one.pending, stale))
+        close = RoundClosed(fragment, one.version + 1, shares(self.rules.mode, one.pending, stale))
         self.rounds[fragment] = OpenRound(close.version, set(self.members))
         return close

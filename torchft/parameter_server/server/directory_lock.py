@@ -8,10 +8,10 @@ from pathlib import Path
 
 from torchft.errors import SettingsError
 
-__all__ = ["Claim"]
+__all__ = ["DirectoryLock"]
 
 
-class Claim:
+class DirectoryLock:
     """On `folder`, until `release` or the end of the process, however that comes.
 
     Raises:

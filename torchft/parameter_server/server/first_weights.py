@@ -10,10 +10,10 @@ from torch import Tensor
 
 from torchft.parameter_server.core.chunks import Chunks
 from torchft.parameter_server.core.refused import NotFound, NotReady
-from torchft.parameter_server.core.requests import Speaker
+from torchft.parameter_server.core.requests import WorkerSession
 from torchft.parameter_server.core.shape import ModelShape
-from torchft.parameter_server.server.run import Run
-from torchft.parameter_server.server.upload import Intake
+from torchft.parameter_server.server.run import TrainingRun
+from torchft.parameter_server.server.upload import Upload
 from torchft.quantization import Identity
 
 __all__ = ["FirstWeights", "InitialWeights"]
@@ -26,9 +26,9 @@ class FirstWeights:
         self.sent: InitialWeights | None = None
         self._folder, self._clock = folder, clock
 
-    def are_wanted_of(self, who: Speaker, run: Run) -> bool:
+    def are_wanted_of(self, who: WorkerSession, run: TrainingRun) -> bool:
         """If nobody else sends them, `who` is the one from now on."""
-        if run.state is not None:
+        if run.weights is not None:
             return False
         if self.sent is not None and self.sent.who != who:
             if self._is_heard(self.sent.who, run):
@@ -38,15 +38,15 @@ class FirstWeights:
             self.sent = InitialWeights(who, run.shape, self._folder)
         return True
 
-    def intake(self, who: Speaker, fragment: int, run: Run) -> Intake:
+    def upload(self, who: WorkerSession, fragment: int, run: TrainingRun) -> Upload:
         """Where a fragment of them goes. Raises NotReady, NotFound."""
-        if run.state is not None:
+        if run.weights is not None:
             raise NotFound("the run has weights already")
         if self.sent is None or not self.are_wanted_of(who, run):
             raise NotReady("another worker sends the first weights")
         if not 0 <= fragment < len(run.shape.fragments):
             raise NotFound(f"there is no fragment {fragment}")
-        return self.sent.intakes[fragment]
+        return self.sent.uploads[fragment]
 
     def drop(self) -> None:
         """They are taken, or will not be."""
@@ -54,7 +54,7 @@ class FirstWeights:
             self.sent.drop()
             self.sent = None
 
-    def _is_heard(self, who: Speaker, run: Run) -> bool:
+    def _is_heard(self, who: WorkerSession, run: TrainingRun) -> bool:
         member = run.rounds.members.get(who.worker)
         return (
             member is not None
@@ -66,10 +66,10 @@ class FirstWeights:
 class InitialWeights:
     """fp32 rows on their way in, of the one worker that sends them."""
 
-    def __init__(self, who: Speaker, shape: ModelShape, folder: Path) -> None:
+    def __init__(self, who: WorkerSession, shape: ModelShape, folder: Path) -> None:
         self.who = who
-        self.intakes = [
-            Intake(
+        self.uploads = [
+            Upload(
                 folder / f"initial-{fragment.index}.row",
                 Chunks(shape.size(fragment.index), Identity()),
                 float("inf"),
@@ -80,20 +80,20 @@ class InitialWeights:
     @property
     def is_whole(self) -> bool:
         """All fragments are here."""
-        return all(intake.is_whole for intake in self.intakes)
+        return all(upload.is_whole for upload in self.uploads)
 
     def rows(self) -> list[Tensor]:
         """One `[1, n]` a fragment."""
-        return [_row(intake) for intake in self.intakes]
+        return [_row(upload) for upload in self.uploads]
 
     def drop(self) -> None:
         """Delete the files."""
-        for intake in self.intakes:
-            intake.drop()
+        for upload in self.uploads:
+            upload.drop()
 
 
-def _row(intake: Intake) -> Tensor:
-    chunks, row = intake.chunks, torch.empty(1, intake.chunks.n, dtype=torch.float32, device="cpu")
-    for index, piece in enumerate(chunks.read(intake.path)):
+def _row(upload: Upload) -> Tensor:
+    chunks, row = upload.chunks, torch.empty(1, upload.chunks.n, dtype=torch.float32, device="cpu")
+    for index, piece in enumerate(chunks.read(upload.path)):
         chunks.decode(index, piece, row[:, chunks.span(index)])
     return row

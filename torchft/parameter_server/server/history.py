@@ -6,9 +6,9 @@ from collections import deque
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torchft.parameter_server.core.rounds import Close
+from torchft.parameter_server.core.rounds import RoundClosed
 
-__all__ = ["Chronicle", "Counts"]
+__all__ = ["Counts", "History"]
 
 _ROUNDS, _EVENTS = 200, 50
 """So many of the last ones are kept."""
@@ -45,7 +45,7 @@ class _Round:
     """Waiting for the round before included."""
 
 
-class Chronicle:
+class History:
     """`now` is of the server's clock, in seconds."""
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class Chronicle:
         """Something that a person may want to know."""
         self._events.append((now, what))
 
-    def closed(self, now: float, close: Close, apply_s: float) -> None:
+    def closed(self, now: float, close: RoundClosed, apply_s: float) -> None:
         """A round's step was taken."""
         self._rounds.append(
             _Round(

@@ -1,4 +1,4 @@
-"""The server's HTTP face: convert, ask the desk, answer.
+"""The server's HTTP face: convert, ask the server's state, answer.
 
     POST /v1/register /v1/heartbeat /v1/deregister /v1/tickets                 worker   JSON
     PUT  /v1/uploads/{upload}?from=k    PUT /v1/weights/{fragment}?from=k      worker   chunks
@@ -38,13 +38,20 @@ from torchft.parameter_server.core.refused import (
     Unfit,
     printable,
 )
-from torchft.parameter_server.core.requests import Registration, Speaker, Ticket, real, text, whole
+from torchft.parameter_server.core.requests import (
+    Registration,
+    SubmissionOffer,
+    WorkerSession,
+    real,
+    text,
+    whole,
+)
 from torchft.parameter_server.server.page import headers, page
-from torchft.parameter_server.server.state import Desk
+from torchft.parameter_server.server.state import ServerState
 from torchft.parameter_server.server.status import metrics_of, status_of
-from torchft.parameter_server.server.upload import Intake
+from torchft.parameter_server.server.upload import Upload
 
-__all__ = ["LONGEST_WAIT_S", "Service"]
+__all__ = ["LONGEST_WAIT_S", "HttpService"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,19 +65,19 @@ _NO_ROOM = 507
 _FILE = re.compile(r"f\d+-v\d+(?:-[0-9a-f]{16})?\.(?:delta|whole)")
 
 
-class Service:
-    """Handlers over one desk. `tokens` None: everybody may do everything."""
+class HttpService:
+    """Handlers over one `ServerState`. `tokens` None: everybody may do everything."""
 
     def __init__(
         self,
-        desk: Desk,
+        state: ServerState,
         tokens: Tokens | None,
         *,
         read_timeout_s: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
         stop: Callable[[], None] = lambda: None,
     ) -> None:
-        self.desk, self.tokens, self._clock, self._stop = desk, tokens, clock, stop
+        self.state, self.tokens, self._clock, self._stop = state, tokens, clock, stop
         self._read_timeout_s = read_timeout_s
         self._began, self._page = clock(), page()
 
@@ -86,10 +93,10 @@ class Service:
             ("POST", "/v1/register", Scope.WORKER, self._register),
             ("POST", "/v1/heartbeat", Scope.WORKER, self._heartbeat),
             ("POST", "/v1/deregister", Scope.WORKER, self._deregister),
-            ("POST", "/v1/tickets", Scope.WORKER, self._ticket),
+            ("POST", "/v1/tickets", Scope.WORKER, self._offer),
             ("PUT", "/v1/uploads/{upload}", Scope.WORKER, self._upload),
             ("PUT", "/v1/weights/{fragment}", Scope.WORKER, self._weights),
-            ("POST", "/v1/news", Scope.WORKER, self._news),
+            ("POST", "/v1/news", Scope.WORKER, self._update),
             ("GET", "/v1/files/{name}", Scope.WORKER, self._file),
             ("POST", "/v1/control/{order}", Scope.ADMIN, self._control),
         ]
@@ -163,7 +170,7 @@ class Service:
 
     def _report(self) -> dict[str, Any]:
         now = self._clock()
-        return status_of(self.desk, now, now - self._began)
+        return status_of(self.state, now, now - self._began)
 
     async def _status(self, request: web.Request) -> web.Response:
         return web.json_response(self._report())
@@ -173,47 +180,49 @@ class Service:
 
     async def _register(self, request: web.Request) -> web.Response:
         registration = Registration.of(await self._json(request))
-        return web.json_response(await self.desk.register(registration))
+        return web.json_response(await self.state.register(registration))
 
     async def _heartbeat(self, request: web.Request) -> web.Response:
         data = await self._json(request)
-        return web.json_response(self.desk.beat(Speaker.of(data), real(data, "steps_per_second")))
+        return web.json_response(
+            self.state.beat(WorkerSession.of(data), real(data, "steps_per_second"))
+        )
 
     async def _deregister(self, request: web.Request) -> web.Response:
-        self.desk.leave(Speaker.of(await self._json(request)))
+        self.state.leave(WorkerSession.of(await self._json(request)))
         return web.json_response({})
 
-    async def _ticket(self, request: web.Request) -> web.Response:
-        return web.json_response(self.desk.ticket(Ticket.of(await self._json(request))))
+    async def _offer(self, request: web.Request) -> web.Response:
+        return web.json_response(self.state.offer(SubmissionOffer.of(await self._json(request))))
 
-    async def _news(self, request: web.Request) -> web.Response:
+    async def _update(self, request: web.Request) -> web.Response:
         data = await self._json(request)
         fragment, base = whole(data, "fragment"), whole(data, "base")
         wait_s = min(real(data, "wait_s"), LONGEST_WAIT_S)
-        news = await self.desk.news(fragment, base, text(data, "identity"), wait_s)
-        if news is None:
-            return web.json_response({"waiting": self.desk.why_open(fragment)})
-        fields = {"version": news.version, "identity": news.identity}
-        return web.json_response({**fields, "kind": news.kind, "files": news.files})
+        update = await self.state.update(fragment, base, text(data, "identity"), wait_s)
+        if update is None:
+            return web.json_response({"waiting": self.state.why_open(fragment)})
+        fields = {"version": update.version, "identity": update.identity}
+        return web.json_response({**fields, "kind": update.kind, "files": update.files})
 
     # ------------------------------------------------------------------ bytes
 
     async def _upload(self, request: web.Request) -> web.Response:
-        upload = request.match_info["upload"]
-        await self._receive(request, self.desk.intake(upload))
-        return web.json_response(self.desk.finish(upload))
+        name = request.match_info["upload"]
+        await self._receive(request, self.state.upload(name))
+        return web.json_response(self.state.finish(name))
 
     async def _weights(self, request: web.Request) -> web.Response:
-        who = Speaker.of(request.query)
-        intake = self.desk.initial(who, _number(request.match_info["fragment"], "fragment"))
-        await self._receive(request, intake)
-        return web.json_response({"have": intake.have, **await self.desk.finish_initial()})
+        who = WorkerSession.of(request.query)
+        upload = self.state.initial(who, _number(request.match_info["fragment"], "fragment"))
+        await self._receive(request, upload)
+        return web.json_response({"have": upload.have, **await self.state.finish_initial()})
 
-    async def _receive(self, request: web.Request, intake: Intake) -> None:
+    async def _receive(self, request: web.Request, upload: Upload) -> None:
         """Chunks from `from` on; while one is checked the next one is read."""
-        index, chunks = _number(request.query.get("from", "0"), "from"), intake.chunks
-        if index > intake.have:
-            raise Refused(f"go on from chunk {intake.have}")
+        index, chunks = _number(request.query.get("from", "0"), "from"), upload.chunks
+        if index > upload.have:
+            raise Refused(f"go on from chunk {upload.have}")
         self._check_length(request, chunks, index)
         checking: asyncio.Future[None] | None = None
         memories = chunks.memory(), chunks.memory()
@@ -225,7 +234,7 @@ class Service:
                     await body.fill(data)
                 if checking is not None:
                     await checking
-                checking = asyncio.ensure_future(self.desk.take_chunk(intake, at, data))
+                checking = asyncio.ensure_future(self.state.take_chunk(upload, at, data))
         finally:
             if checking is not None:
                 await checking
@@ -240,11 +249,11 @@ class Service:
 
     async def _file(self, request: web.Request) -> web.StreamResponse:
         name = request.match_info["name"]
-        path = self.desk.news_folder / name
+        path = self.state.updates_folder / name
         if not _FILE.fullmatch(name) or not path.is_file():
             raise NotFound("these news are old: ask for news again")
-        self.desk.counts.bytes_out += path.stat().st_size
-        return _News(self.desk, path)
+        self.state.counts.bytes_out += path.stat().st_size
+        return _UpdateFile(self.state, path)
 
     # ------------------------------------------------------------------ orders
 
@@ -252,15 +261,15 @@ class Service:
         data = await self._json(request)
         match request.match_info["order"]:
             case "save_state":
-                path = await self.desk.save()
+                path = await self.state.save()
                 return web.json_response({"status": "ok", "checkpoint": path.name})
             case "kick_worker":
-                if not self.desk.kick(text(data, "worker")):
+                if not self.state.kick(text(data, "worker")):
                     raise NotFound("there is no such worker")
             case "update_num_workers":
                 workers = whole(data, "num_workers", 1)
                 given = "min_workers" in data
-                self.desk.expect(workers, whole(data, "min_workers", 1) if given else None)
+                self.state.expect(workers, whole(data, "min_workers", 1) if given else None)
             case "update_optimizer":
                 return web.json_response(self._update_optimizer(data))
             case "shutdown":
@@ -273,7 +282,7 @@ class Service:
         if not data.keys() or data.keys() - {"lr", "momentum"}:
             raise Refused("update_optimizer: give lr, momentum, or both")
         given = {name: real(data, name) if name in data else None for name in ("lr", "momentum")}
-        outer = self.desk.update_optimizer(**given)
+        outer = self.state.update_optimizer(**given)
         return {"status": "ok", "outer_lr": outer.lr, "outer_momentum": outer.momentum}
 
 
@@ -296,15 +305,15 @@ class _Body:
             at += count
 
 
-class _News(web.FileResponse):
+class _UpdateFile(web.FileResponse):
     """A file of news, which stays as it is until all of it is sent."""
 
-    def __init__(self, desk: Desk, path: Path) -> None:
+    def __init__(self, state: ServerState, path: Path) -> None:
         super().__init__(path, chunk_size=1 << 20)
-        self._desk, self._name = desk, path.name
+        self._server_state, self._name = state, path.name
 
     async def prepare(self, request: web.BaseRequest) -> Any:
-        with self._desk.reading(self._name):
+        with self._server_state.reading(self._name):
             return await super().prepare(request)
 
 

@@ -20,15 +20,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torchft.parameter_server.core.rounds import Close
+from torchft.parameter_server.core.rounds import RoundClosed
 from torchft.parameter_server.core.submission import Share, Submission
 
-__all__ = ["Journal", "close_of", "line_of"]
+__all__ = ["Journal", "closed_of", "line_of"]
 
 logger = logging.getLogger(__name__)
 
 
-def line_of(close: Close) -> dict[str, Any]:
+def line_of(close: RoundClosed) -> dict[str, Any]:
     """A close as JSON."""
     shares = [
         [share.submission.state_dict(), share.weight, share.staleness] for share in close.shares
@@ -36,10 +36,10 @@ def line_of(close: Close) -> dict[str, Any]:
     return {"fragment": close.fragment, "version": close.version, "shares": shares}
 
 
-def close_of(line: dict[str, Any]) -> Close:
+def closed_of(line: dict[str, Any]) -> RoundClosed:
     """The inverse."""
     shares = tuple(Share(Submission(**s), weight, stale) for s, weight, stale in line["shares"])
-    return Close(line["fragment"], line["version"], shares)
+    return RoundClosed(line["fragment"], line["version"], shares)
 
 
 class Journal:

@@ -7,21 +7,23 @@ import contextlib
 import logging
 from collections.abc import Callable
 
-from torchft.parameter_server.core.rounds import Close
-from torchft.parameter_server.server.jobs import Jobs
-from torchft.parameter_server.server.shared import SharedState
+from torchft.parameter_server.core.rounds import RoundClosed
 from torchft.parameter_server.server.state_records import StateRecords
+from torchft.parameter_server.server.weights import ServerWeights
+from torchft.parameter_server.server.work_queue import WorkQueue
 
-__all__ = ["Recorder"]
+__all__ = ["StateRecorder"]
 
 _QUIET = 4.0
 
 
-class Recorder:
+class StateRecorder:
     """Of one event loop."""
 
-    def __init__(self, records: StateRecords, jobs: Jobs, note: Callable[[str, int], None]) -> None:
-        self._records, self._jobs, self._note = records, jobs, note
+    def __init__(
+        self, records: StateRecords, work_queue: WorkQueue, note: Callable[[str, int], None]
+    ) -> None:
+        self._records, self._work, self._note = records, work_queue, note
         self._ending = asyncio.Event()
         self._writing = asyncio.Lock()
         """One at a time: two that gave way to each other would do so for ever."""
@@ -32,7 +34,7 @@ class Recorder:
         """Wait for no more quiet."""
         self._ending.set()
 
-    async def record(self, state: SharedState, close: Close, step_s: float) -> None:
+    async def record(self, state: ServerWeights, close: RoundClosed, step_s: float) -> None:
         """Record what `close` made, unless its next version is made first.
 
         Begins when four times as long as the step took (`step_s`) has passed, in which workers
@@ -44,17 +46,17 @@ class Recorder:
         try:
             async with self._writing:
                 while state.published(close.fragment).version == close.version:
-                    if await self._jobs.in_turn(self._write, state, close):
+                    if await self._work.in_turn(self._write, state, close):
                         self._is_full = False
                         break
         except OSError as error:
-            if not self._is_full and self._jobs.failure is None:
+            if not self._is_full and self._work.failure is None:
                 what = f"the state of fragment {close.fragment}, version {close.version}"
                 self._note(f"{what}, was not recorded, the run goes on: {error}", logging.WARNING)
             self._is_full = True
 
-    def _write(self, state: SharedState, close: Close) -> bool:
+    def _write(self, state: ServerWeights, close: RoundClosed) -> bool:
         if state.published(close.fragment).version != close.version:
             return False  # a step was before it in the queue
         pieces = state.pieces(close.fragment)
-        return self._records.write(close, pieces, self._jobs.others_wait)
+        return self._records.write(close, pieces, self._work.others_wait)

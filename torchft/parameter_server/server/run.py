@@ -12,33 +12,33 @@ from torch import Tensor
 
 from torchft.errors import SettingsError
 from torchft.parameter_server.core.dylu import local_steps
-from torchft.parameter_server.core.options import Agreed, OuterOptions, ServerOptions
+from torchft.parameter_server.core.options import OuterOptions, ServerOptions, SharedSettings
 from torchft.parameter_server.core.requests import Registration
-from torchft.parameter_server.core.rounds import Close, Rounds
+from torchft.parameter_server.core.rounds import RoundClosed, Rounds
 from torchft.parameter_server.core.rules import Departure
 from torchft.parameter_server.core.shape import ModelShape
 from torchft.parameter_server.core.submission import Submission
-from torchft.parameter_server.server.journal import close_of
+from torchft.parameter_server.server.journal import closed_of
 from torchft.parameter_server.server.model_files import files_of, read_model, rows_of_model
-from torchft.parameter_server.server.shared import FlatRow, SharedState
 from torchft.parameter_server.server.state_records import Replay, replay_of
-from torchft.parameter_server.server.storage import Keeper
+from torchft.parameter_server.server.storage import Storage
+from torchft.parameter_server.server.weights import FlatRow, ServerWeights
 from torchft.quantization import codec_of
 from torchft.strategies.local import Fragment
 
-__all__ = ["Run", "Runs"]
+__all__ = ["RunFactory", "TrainingRun"]
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """Changes on the event loop alone, but for `state`'s own thread."""
 
-    agreed: Agreed
+    agreed: SharedSettings
     shape: ModelShape
     rounds: Rounds
-    state: SharedState | None
+    weights: ServerWeights | None
     """None: the first weights are still to come."""
     outer: OuterOptions
     """As it is for the rounds that close now: orders change it."""
@@ -80,28 +80,30 @@ class Run:
 
     def saved(self, decided: dict[str, Any]) -> dict[str, Any]:
         """All that a restart needs; `decided` is of when it was decided to save."""
-        assert self.state is not None
+        assert self.weights is not None
         return {
             "model": self.shape.to_json(),
             "agreed": self.agreed.to_json(),
             "extras": self.extras,
             **decided,
-            **self.state.state_dict(),
+            **self.weights.state_dict(),
         }
 
     def model(self) -> dict[str, Tensor]:
         """The weights in the model's own dtypes, with what nobody trains."""
-        assert self.state is not None
+        assert self.weights is not None
         kinds = {p.name: getattr(torch, p.dtype) for p in self.shape.parameters}
-        trained = {n: tensor.to(kinds[n]) for n, tensor in self.state.weights().items()}
+        trained = {n: tensor.to(kinds[n]) for n, tensor in self.weights.by_name().items()}
         return {**self.extras, **trained}
 
 
-class Runs:
+class RunFactory:
     """Makes them, for one server."""
 
-    def __init__(self, options: ServerOptions, keeper: Keeper, clock: Callable[[], float]) -> None:
-        self._options, self._keeper, self._clock = options, keeper, clock
+    def __init__(
+        self, options: ServerOptions, storage: Storage, clock: Callable[[], float]
+    ) -> None:
+        self._options, self._storage, self._clock = options, storage, clock
 
     def warm_up(self) -> None:
         """Torch loads much for its first optimizer: no worker should wait for that."""
@@ -110,19 +112,19 @@ class Runs:
             [Fragment(0, (0,))], [FlatRow([torch.zeros(1, 1, dtype=torch.float32, device="cpu")])]
         )
 
-    def state(
+    def weights(
         self,
         shape: ModelShape,
-        agreed: Agreed,
+        agreed: SharedSettings,
         rows: list[Tensor],
         at: list[int] | None = None,
         outer: OuterOptions | None = None,
-    ) -> SharedState:
+    ) -> ServerWeights:
         """Over `rows`, which belong to it from now on."""
         step = (outer or self._options.outer).build(self._options.rules)
-        return SharedState(shape, codec_of(agreed.codec), step, rows, self._keeper.news, at)
+        return ServerWeights(shape, codec_of(agreed.codec), step, rows, self._storage.updates, at)
 
-    def begun(self, request: Registration) -> Run:
+    def begun(self, request: Registration) -> TrainingRun:
         """The first worker fixes what the server's settings leave open.
 
         Raises:
@@ -131,21 +133,21 @@ class Runs:
         agreed = self._options.agree(request.wished)
         shape = request.shape.cut(agreed.fragments)
         rounds = Rounds(self._options.rules, agreed.fragments)
-        run = Run(agreed, shape, rounds, None, self._options.outer, {})
+        run = TrainingRun(agreed, shape, rounds, None, self._options.outer, {})
         if self._options.model is not None:
             tensors = read_model(self._options.model)
-            run.state = self.state(shape, agreed, rows_of_model(shape, tensors))
+            run.weights = self.weights(shape, agreed, rows_of_model(shape, tensors))
             trained = {parameter.name for parameter in shape.parameters}
             run.extras = {n: tensor for n, tensor in tensors.items() if n not in trained}
         return run
 
-    def restored(self) -> Run | None:
+    def restored(self) -> TrainingRun | None:
         """Of the newest good checkpoint and what happened after it; None: there is none.
 
         Raises:
             SettingsError: what is there cannot be gone on from.
         """
-        saved, model = self._keeper.open(), self._options.model
+        saved, model = self._storage.open(), self._options.model
         if saved is None:
             if model is not None:
                 files_of(model)  # better now than when the first worker comes
@@ -162,13 +164,13 @@ class Runs:
         whole = self._lose_damaged(run) and whole
         if not whole and self._options.save_every:
             self._save(run)  # what happens from here on has to follow something
-            self._keeper.records.clear()
-        self._keeper.delete_all_but(run.pending)
+            self._storage.records.clear()
+        self._storage.delete_all_but(run.pending)
         logger.info("going on from checkpoint %d at versions %s", number, run.versions)
         return run
 
-    def _of(self, saved: Mapping[str, Any]) -> Run:
-        shape, agreed = ModelShape.from_json(saved["model"]), Agreed(**saved["agreed"])
+    def _of(self, saved: Mapping[str, Any]) -> TrainingRun:
+        shape, agreed = ModelShape.from_json(saved["model"]), SharedSettings(**saved["agreed"])
         for difference in self._options.differences(agreed):
             logger.warning("the run goes on with its own settings: %s of the flags", difference)
         rounds = Rounds(self._options.rules, len(shape.fragments))
@@ -176,20 +178,20 @@ class Runs:
         rows = saved["rows"]
         weights, versions = [r["weights"] for r in rows], [r["version"] for r in rows]
         outer = self._outer_of(saved)
-        state = self.state(shape, agreed, weights, versions, outer)
+        held = self.weights(shape, agreed, weights, versions, outer)
         try:
-            state.load_outer({"rows": rows})
+            held.load_outer({"rows": rows})
         except (KeyError, ValueError) as error:
             raise SettingsError(
                 f"the checkpoint is of another outer optimizer ({error}): start with the flags "
                 "that it was made with"
             ) from None
-        run = Run(agreed, shape, rounds, state, outer, saved["extras"])
+        run = TrainingRun(agreed, shape, rounds, held, outer, saved["extras"])
         if expected := saved.get("expected"):
             self._expect(run, expected)
         return run
 
-    def _expect(self, run: Run, expected: dict[str, Any]) -> None:
+    def _expect(self, run: TrainingRun, expected: dict[str, Any]) -> None:
         """An order holds after a restart with the same flags; others win over it."""
         rules = self._options.rules
         if expected["flags"] == [rules.workers, rules.min_workers]:
@@ -212,12 +214,12 @@ class Runs:
             )
         return outer
 
-    def _save(self, run: Run) -> None:
-        number, spent = self._keeper.begin()
-        self._keeper.write(number, run.saved(run.decided()), run.model())
-        self._keeper.end(number, spent)
+    def _save(self, run: TrainingRun) -> None:
+        number, spent = self._storage.begin()
+        self._storage.write(number, run.saved(run.decided()), run.model())
+        self._storage.end(number, spent)
 
-    def _lose_damaged(self, run: Run) -> bool:
+    def _lose_damaged(self, run: TrainingRun) -> bool:
         """Uploads are not forced to disk: after a power failure one may be gone. Returns whether
         none of an open round is."""
         pending = [s for one in run.rounds.rounds for s in one.pending]
@@ -227,27 +229,27 @@ class Runs:
             run.rounds.lose(submission)
         return not lost
 
-    def _is_there(self, run: Run, submission: Submission) -> bool:
-        assert run.state is not None
-        chunks = run.state.chunks(submission.fragment)
-        return chunks.are_whole(self._keeper.upload(submission.upload))
+    def _is_there(self, run: TrainingRun, submission: Submission) -> bool:
+        assert run.weights is not None
+        chunks = run.weights.chunks(submission.fragment)
+        return chunks.are_whole(self._storage.upload(submission.upload))
 
-    def _redo(self, run: Run, number: int) -> bool:
+    def _redo(self, run: TrainingRun, number: int) -> bool:
         """What happened after the checkpoint happens again, as far as its numbers are known.
         Returns whether all of them were in the uploads."""
-        events = list(self._keeper.journal.after(number))
-        closes = [close_of(event) for kind, event in events if kind == "close"]
+        events = list(self._storage.journal.after(number))
+        closes = [closed_of(event) for kind, event in events if kind == "close"]
         fragments = range(len(run.shape.fragments))
         ways = [self._way(run, f, [c for c in closes if c.fragment == f]) for f in fragments]
         for kind, event in events:
             if kind == "close":
-                close = close_of(event)
+                close = closed_of(event)
                 self._redo_close(run, close, ways[close.fragment])
             else:
                 self._redo_one(run, kind, event)
         return all(way == Replay() for way in ways)
 
-    def _way(self, run: Run, fragment: int, closes: list[Close]) -> Replay:
+    def _way(self, run: TrainingRun, fragment: int, closes: list[RoundClosed]) -> Replay:
         """How these, which are all of `fragment`, are done again."""
         lost = {
             close.version
@@ -256,8 +258,8 @@ class Runs:
         }
         if not lost:
             return Replay()
-        assert run.state is not None
-        found = self._keeper.records.find(closes, run.state.chunks(fragment).count)
+        assert run.weights is not None
+        found = self._storage.records.find(closes, run.weights.chunks(fragment).count)
         way = replay_of(closes, lost, found)
         logger.warning(
             "an upload that made version %d of fragment %d is lost or damaged: it goes on from %s",
@@ -265,21 +267,21 @@ class Runs:
         )
         return way
 
-    def _redo_close(self, run: Run, close: Close, way: Replay) -> None:
+    def _redo_close(self, run: TrainingRun, close: RoundClosed, way: Replay) -> None:
         """What came in for one that is not done counts in the next round."""
         if way.stop is not None and close.version >= way.stop.version:
             return
-        assert run.state is not None
+        assert run.weights is not None
         run.rounds.redo_close(close)
         if way.record is None or close.version > way.record.version:
-            run.state.apply(close, self._keeper.upload)
+            run.weights.apply(close, self._storage.upload)
         elif close == way.record and way.path is not None:
-            pieces = self._keeper.records.read(way.path)
-            run.state.load_pieces(close.fragment, close.version, pieces)
-        self._keeper.spend(close)
+            pieces = self._storage.records.read(way.path)
+            run.weights.load_pieces(close.fragment, close.version, pieces)
+        self._storage.spend(close)
 
-    def _redo_one(self, run: Run, kind: str, event: dict[str, Any]) -> None:
-        assert run.state is not None
+    def _redo_one(self, run: TrainingRun, kind: str, event: dict[str, Any]) -> None:
+        assert run.weights is not None
         if kind == "join":
             session, beat_s = event["session"], event["beat_s"]
             run.rounds.redo_join(self._clock(), event["worker"], session, beat_s)
@@ -291,4 +293,4 @@ class Runs:
             self._expect(run, event)
         elif kind == "optimizer":
             run.outer = run.outer.changed(**event)
-            run.state.outer.change(**run.outer.settings)
+            run.weights.outer.change(**run.outer.settings)

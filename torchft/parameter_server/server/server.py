@@ -1,4 +1,4 @@
-"""The server as a whole: a desk behind a port, ended by a signal or an order."""
+"""The server as a whole: a state behind a port, ended by a signal or an order."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from torchft.errors import SettingsError
 from torchft.parameter_server.auth import Tokens
 from torchft.parameter_server.core.options import ServerOptions
 from torchft.parameter_server.core.refused import printable
-from torchft.parameter_server.server.http import Service
-from torchft.parameter_server.server.state import Desk
+from torchft.parameter_server.server.http import HttpService
+from torchft.parameter_server.server.state import ServerState
 
 __all__ = ["Address", "DiLoCoServer", "run_until_signal", "serve"]
 
@@ -73,13 +73,15 @@ async def serve(
         StorageError: the disk is full or broken; the journal has what is needed to go on.
         Exception: an outer step failed; the journal has what is needed to do it again.
     """
-    desk = Desk(options)
+    state = ServerState(options)
     try:
-        await desk.open()
+        await state.open()
     except BaseException:
-        await desk.close(save=False)
+        await state.close(save=False)
         raise
-    service = Service(desk, address.tokens, read_timeout_s=address.read_timeout_s, stop=stop.set)
+    service = HttpService(
+        state, address.tokens, read_timeout_s=address.read_timeout_s, stop=stop.set
+    )
     runner = web.AppRunner(
         service.app(),
         access_log=None,
@@ -92,10 +94,10 @@ async def serve(
     await runner.setup()
     try:
         ready(await _listen(runner, address))
-        await _until(stop, desk)
+        await _until(stop, state)
     finally:
         await runner.cleanup()
-        await desk.close(save=save_at_end())
+        await state.close(save=save_at_end())
 
 
 def _http_logger() -> logging.Logger:
@@ -129,14 +131,14 @@ async def _listen(runner: web.AppRunner, address: Address) -> int:
     return int(runner.addresses[0][1])
 
 
-async def _until(stop: asyncio.Event, desk: Desk) -> None:
+async def _until(stop: asyncio.Event, state: ServerState) -> None:
     wait_s = _TICK_S
     while not stop.is_set():
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), wait_s)
-        wait_s = desk.tick(_TICK_S)
-        if desk.failure is not None:
-            raise desk.failure
+        wait_s = state.tick(_TICK_S)
+        if state.failure is not None:
+            raise state.failure
 
 
 class DiLoCoServer:

@@ -19,8 +19,8 @@ from typing import Any
 
 from torchft.checkpointing.layout import LayoutError
 from torchft.checkpointing.state_file import read_state_from, write_state
-from torchft.parameter_server.core.rounds import Close
-from torchft.parameter_server.server.journal import close_of, line_of
+from torchft.parameter_server.core.rounds import RoundClosed
+from torchft.parameter_server.server.journal import closed_of, line_of
 
 __all__ = ["Replay", "StateRecords", "replay_of"]
 
@@ -29,12 +29,12 @@ __all__ = ["Replay", "StateRecords", "replay_of"]
 class Replay:
     """How the journal's closes of one fragment are done again."""
 
-    record: Close | None = None
+    record: RoundClosed | None = None
     """The state is that of the record of this one; those before it need no numbers. None: each is
     done from its uploads."""
     path: Path | None = None
     """Of that record."""
-    stop: Close | None = None
+    stop: RoundClosed | None = None
     """The first one whose numbers are lost for good: it and those after it are not done."""
 
     def __str__(self) -> str:
@@ -44,7 +44,9 @@ class Replay:
         return f"the record of version {self.record.version}" if self.record else "all uploads"
 
 
-def replay_of(closes: Sequence[Close], lost: set[int], recorded: Mapping[int, Path]) -> Replay:
+def replay_of(
+    closes: Sequence[RoundClosed], lost: set[int], recorded: Mapping[int, Path]
+) -> Replay:
     """Of one fragment's `closes`, in their order: the versions that have lost an upload, and the
     records of some. A record is used only where an upload before it is lost."""
     record = max((c for c in closes if c.version in recorded), key=_version, default=None)
@@ -62,7 +64,7 @@ class StateRecords:
         self.folder = folder
 
     def write(
-        self, close: Close, pieces: Iterable[Mapping[str, Any]], give_way: Callable[[], bool]
+        self, close: RoundClosed, pieces: Iterable[Mapping[str, Any]], give_way: Callable[[], bool]
     ) -> bool:
         """Record the state that `close` made, a piece a chunk.
 
@@ -90,7 +92,7 @@ class StateRecords:
         next_.replace(newest)
         return True
 
-    def find(self, closes: Iterable[Close], chunks: int) -> dict[int, Path]:
+    def find(self, closes: Iterable[RoundClosed], chunks: int) -> dict[int, Path]:
         """The version and the file of each whole record of one of `closes`, which are of one
         fragment of so many chunks."""
         known = list(closes)
@@ -115,18 +117,18 @@ class StateRecords:
         return newest, newest.with_suffix(".before"), newest.with_suffix(".next")
 
 
-def _version(close: Close) -> int:
+def _version(close: RoundClosed) -> int:
     return close.version
 
 
-def _pieces(path: Path) -> Iterator[tuple[Close, dict[str, Any]]]:
+def _pieces(path: Path) -> Iterator[tuple[RoundClosed, dict[str, Any]]]:
     with path.open("rb") as file:
         while file.peek(1):
             _, piece = read_state_from(file, path.name)
-            yield close_of(piece.pop("close")), piece
+            yield closed_of(piece.pop("close")), piece
 
 
-def _close_in(path: Path, chunks: int) -> Close | None:
+def _close_in(path: Path, chunks: int) -> RoundClosed | None:
     """What the record in a file is of; None: there is none that is whole."""
     try:
         closes = [close for close, _ in _pieces(path)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torchft.parameter_server.server.state import Desk
+from torchft.parameter_server.server.state import ServerState
 
 __all__ = ["metrics_of", "status_of"]
 
@@ -24,11 +24,11 @@ _METRICS = (
 )
 
 
-def status_of(desk: Desk, now: float, uptime_s: float) -> dict[str, Any]:
+def status_of(state: ServerState, now: float, uptime_s: float) -> dict[str, Any]:
     """For `diloco status` and the page."""
-    counts, run = desk.counts, desk.run
-    rules = desk.options.rules if run is None else run.rounds.rules  # orders change them
-    outer = desk.options.outer if run is None else run.outer
+    counts, run = state.counts, state.run
+    rules = state.options.rules if run is None else run.rounds.rules  # orders change them
+    outer = state.options.outer if run is None else run.outer
     evicted = counts.departures.get("silent", 0) + counts.departures.get("replaced", 0)
     common: dict[str, Any] = {
         "mode": rules.mode,
@@ -51,9 +51,9 @@ def status_of(desk: Desk, now: float, uptime_s: float) -> dict[str, Any]:
         "checkpoints": counts.checkpoints,
         "workers": {},
         "fragments": [],
-        "recent_rounds": desk.chronicle.rounds(now),
-        "events": desk.chronicle.events(now),
-        "ready": run is not None and run.state is not None,
+        "recent_rounds": state.history.rounds(now),
+        "events": state.history.events(now),
+        "ready": run is not None and run.weights is not None,
     }
     if run is None:
         return common
@@ -61,7 +61,7 @@ def status_of(desk: Desk, now: float, uptime_s: float) -> dict[str, Any]:
     common["model_params"] = run.shape.numel
     common["workers"] = {
         name: {
-            "hostname": desk.hosts.get(name, "unknown"),
+            "hostname": state.hosts.get(name, "unknown"),
             "last_heartbeat_s_ago": now - member.heard_at,
             "silent": member.is_silent(now, rules),
             "steps_per_second": member.steps_per_s,
@@ -72,7 +72,7 @@ def status_of(desk: Desk, now: float, uptime_s: float) -> dict[str, Any]:
         {
             "version": one.version,
             "pending": sorted(one.submitters),
-            "waiting": desk.why_open(index),
+            "waiting": state.why_open(index),
         }
         for index, one in enumerate(run.rounds.rounds)
     ]

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from torchft.errors import TorchftError
 from torchft.parameter_server.core.options import ServerOptions
-from torchft.parameter_server.core.rounds import Close, Effect
+from torchft.parameter_server.core.rounds import RoundClosed, RoundEvent
 from torchft.parameter_server.core.rules import Departure
-from torchft.parameter_server.file_pool import Spool
+from torchft.parameter_server.file_pool import FilePool
 from torchft.parameter_server.server.checkpoints import Checkpoints, load
 from torchft.parameter_server.server.journal import Journal, line_of
 from torchft.parameter_server.server.state_records import StateRecords
 
-__all__ = ["Keeper", "StorageError"]
+__all__ = ["Storage", "StorageError"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +38,12 @@ class StorageError(TorchftError):
     """The server ends, because its disk is full or broken."""
 
 
-class Keeper:
+class Storage:
     """The files of one output folder."""
 
     def __init__(self, options: ServerOptions) -> None:
         folder = options.output_dir
-        self.uploads, self.news = folder / "spool" / "uploads", folder / "spool" / "news"
+        self.uploads, self.updates = folder / "spool" / "uploads", folder / "spool" / "news"
         self.journal = Journal(folder / "journal")
         self.records = StateRecords(folder / "spool" / "state")
         self.number = 0
@@ -51,7 +51,7 @@ class Keeper:
         self._options = options
         self._checkpoints = Checkpoints(folder / "checkpoints", options.save_total_limit)
         self._spent: list[Path] = []
-        self._spool = Spool(self.uploads, _FREE_UPLOADS)
+        self._pool = FilePool(self.uploads, _FREE_UPLOADS)
         self._rounds = 0
 
     @property
@@ -66,9 +66,9 @@ class Keeper:
         Raises:
             SettingsError: there is no good one.
         """
-        for folder in (self.uploads, self.news, self.journal.folder, self.records.folder):
+        for folder in (self.uploads, self.updates, self.journal.folder, self.records.folder):
             folder.mkdir(parents=True, exist_ok=True)
-        for old in self.news.iterdir():
+        for old in self.updates.iterdir():
             old.unlink()
         chosen = self._options.from_checkpoint
         saved = self._checkpoints.newest() if chosen is None else load(chosen)
@@ -102,12 +102,12 @@ class Keeper:
         if self._options.save_every:
             self.journal.write(kind, event)
 
-    def record_effect(self, effect: Effect) -> None:
+    def record_effect(self, event: RoundEvent) -> None:
         """The same, of what the rounds decided."""
-        if isinstance(effect, Close):
-            self.record("close", line_of(effect))
-        elif effect.why is not Departure.REPLACED:  # that is what its new join says
-            self.record("gone", {"worker": effect.worker, "why": effect.why.name})
+        if isinstance(event, RoundClosed):
+            self.record("close", line_of(event))
+        elif event.why is not Departure.REPLACED:  # that is what its new join says
+            self.record("gone", {"worker": event.worker, "why": event.why.name})
 
     def ended(self, what: str, why: Exception) -> StorageError:
         """`what` could not be done, and the server cannot go on without it."""
@@ -128,9 +128,9 @@ class Keeper:
 
     def create_upload(self, name: str) -> Path:
         """A file for it."""
-        return self._spool.create(self.upload(name))
+        return self._pool.create(self.upload(name))
 
-    def spend(self, close: Close) -> None:
+    def spend(self, close: RoundClosed) -> None:
         """The step was taken."""
         done = [self.upload(share.submission.upload) for share in close.shares]
         self._rounds += 1
@@ -172,9 +172,9 @@ class Keeper:
         """Uploads that no event names."""
         needed = {*self._spent, *map(self.upload, pending)}
         for path in self.uploads.iterdir():
-            if path not in needed and not self._spool.is_free(path):
+            if path not in needed and not self._pool.is_free(path):
                 path.unlink(missing_ok=True)
 
     def _retire(self, paths: Iterable[Path]) -> None:
         for path in paths:
-            self._spool.retire(path)
+            self._pool.retire(path)

@@ -19,7 +19,7 @@ from pathlib import Path
 from torchft.parameter_server.core.chunks import ChunkError, Chunks
 from torchft.parameter_server.core.refused import Interrupted, NotFound, Unfit
 
-__all__ = ["Intake", "norm_limit"]
+__all__ = ["Upload", "norm_limit"]
 
 
 def norm_limit(weights_norm: float, n: int, factor: float) -> float:
@@ -31,7 +31,7 @@ def norm_limit(weights_norm: float, n: int, factor: float) -> float:
     return factor * max(weights_norm, 0.1 * math.sqrt(n)) if factor else math.inf
 
 
-class Intake:
+class Upload:
     """One upload, written to `path` as it comes, over what is there."""
 
     def __init__(self, path: Path, chunks: Chunks, limit: float) -> None:

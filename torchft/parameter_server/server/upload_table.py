@@ -5,46 +5,46 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torchft.parameter_server.core.refused import NotFound
-from torchft.parameter_server.core.requests import Ticket
-from torchft.parameter_server.server.upload import Intake
+from torchft.parameter_server.core.requests import SubmissionOffer
+from torchft.parameter_server.server.upload import Upload
 
-__all__ = ["Arriving"]
+__all__ = ["UploadTable"]
 
 
-class Arriving:
+class UploadTable:
     """By the upload's name."""
 
     def __init__(self) -> None:
-        self._found: dict[str, tuple[Ticket, Intake]] = {}
+        self._uploads: dict[str, tuple[SubmissionOffer, Upload]] = {}
 
-    def of(self, ticket: Ticket, make: Callable[[], Intake]) -> Intake:
-        """The ticket's, made where it is new; an older one of the same worker is given up."""
-        if ticket.upload not in self._found:
-            mine = (ticket.who.worker, ticket.fragment)
+    def of(self, offer: SubmissionOffer, make: Callable[[], Upload]) -> Upload:
+        """The offer's, made where it is new; an older one of the same worker is given up."""
+        if offer.upload not in self._uploads:
+            mine = (offer.who.worker, offer.fragment)
             self._drop(lambda other, _: (other.who.worker, other.fragment) == mine)
-            self._found[ticket.upload] = ticket, make()
-        return self._found[ticket.upload][1]
+            self._uploads[offer.upload] = offer, make()
+        return self._uploads[offer.upload][1]
 
-    def named(self, upload: str) -> tuple[Ticket, Intake]:
+    def named(self, name: str) -> tuple[SubmissionOffer, Upload]:
         """Raises NotFound."""
-        if upload not in self._found:
+        if name not in self._uploads:
             raise NotFound("there is no such upload: ask for a ticket again")
-        return self._found[upload]
+        return self._uploads[name]
 
-    def done(self, upload: str) -> None:
+    def done(self, name: str) -> None:
         """It is here, and its file is somebody else's from now on."""
-        del self._found[upload]
+        del self._uploads[name]
 
-    def drop(self, intake: Intake) -> None:
+    def drop(self, upload: Upload) -> None:
         """Give one up."""
-        self._drop(lambda _, other: other is intake)
+        self._drop(lambda _, other: other is upload)
 
     def drop_all_of(self, worker: str) -> None:
         """It is a worker no more: nobody will send the rest."""
-        self._drop(lambda ticket, _: ticket.who.worker == worker)
+        self._drop(lambda offer, _: offer.who.worker == worker)
 
-    def _drop(self, unwanted: Callable[[Ticket, Intake], bool]) -> None:
-        for name, (ticket, intake) in list(self._found.items()):
-            if unwanted(ticket, intake):
-                intake.drop()
-                del self._found[name]
+    def _drop(self, unwanted: Callable[[SubmissionOffer, Upload], bool]) -> None:
+        for name, (offer, upload) in list(self._uploads.items()):
+            if unwanted(offer, upload):
+                upload.drop()
+                del self._uploads[name]

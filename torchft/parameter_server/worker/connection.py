@@ -19,8 +19,7 @@ from typing import Any
 
 from torchft.errors import MismatchError, UnreachableError
 from torchft.parameter_server.core.chunks import Chunks
-from torchft.parameter_server.core.kind import Kind
-from torchft.parameter_server.core.options import Agreed
+from torchft.parameter_server.core.options import SharedSettings
 from torchft.parameter_server.core.refused import (
     Conflict,
     Gone,
@@ -31,12 +30,13 @@ from torchft.parameter_server.core.refused import (
     Unfit,
 )
 from torchft.parameter_server.core.shape import ModelShape
+from torchft.parameter_server.core.weight_update import UpdateKind
 from torchft.parameter_server.worker.client import DiLoCoClient
-from torchft.parameter_server.worker.download_cache import Inbox
-from torchft.parameter_server.worker.pending_submission import Arrived, Flight
+from torchft.parameter_server.worker.download_cache import DownloadCache
+from torchft.parameter_server.worker.pending_submission import DownloadedUpdate, PendingSubmission
 from torchft.quantization import Identity, codec_of
 
-__all__ = ["Link"]
+__all__ = ["ServerConnection"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ _TAKEN_ID_S = 20.0
 Rows = Callable[[int], Any]
 
 
-class Link:
+class ServerConnection:
     """`connect` first; then `launch` flights, which are over when their event is set."""
 
     def __init__(
@@ -68,7 +68,7 @@ class Link:
         speed: Callable[[], float],
     ) -> None:
         self.worker, self.session = worker, uuid.uuid4().hex
-        self.shape, self.agreed = shape, Agreed(1, "fp32", 1)
+        self.shape, self.agreed = shape, SharedSettings(1, "fp32", 1)
         self.recommended = 0
         """Inner steps that the server recommends."""
         self.down = threading.Event()
@@ -80,8 +80,8 @@ class Link:
         self._make_client = make_client
         self._client, self._beat_client = make_client(), make_client()
         self._beat_s, self._speed = beat_s, speed
-        self._inbox = Inbox()
-        self._flights: list[Flight] = []
+        self._cache = DownloadCache()
+        self._submissions: list[PendingSubmission] = []
         self._work = threading.Condition()
         self._end = threading.Event()
         self._left = threading.Event()
@@ -97,7 +97,7 @@ class Link:
             Refused, MismatchError: it says no.
         """
         reply = self._patiently(self._register, timeout_s)
-        self.agreed = Agreed(**reply["agreed"])
+        self.agreed = SharedSettings(**reply["agreed"])
         self.shape = ModelShape.from_json(reply["model"])
         for difference in reply["differences"]:
             logger.warning("the server's settings hold: %s", difference)
@@ -107,14 +107,14 @@ class Link:
         self._beat_s = min(wished, reply["beat_s"]) if wished else 0.0
         return reply
 
-    def fetch(self, fragment: int, timeout_s: float) -> Arrived:
+    def fetch(self, fragment: int, timeout_s: float) -> DownloadedUpdate:
         """The newest weights, whole. Raises as `connect`."""
 
-        def ask() -> Arrived:
-            arrived = self._ask_news(fragment, 0, "none")
-            if arrived is None:
+        def ask() -> DownloadedUpdate:
+            update = self._ask_update(fragment, 0, "none")
+            if update is None:
                 raise NotReady("the server has no weights yet")
-            return arrived
+            return update
 
         return self._patiently(ask, timeout_s)
 
@@ -127,10 +127,10 @@ class Link:
         for thread in self._threads:
             thread.start()
 
-    def launch(self, flight: Flight) -> None:
+    def launch(self, submission: PendingSubmission) -> None:
         """Send it, and bring its news."""
         with self._work:
-            self._flights.append(flight)
+            self._submissions.append(submission)
             self._work.notify()
 
     def stop(self) -> None:
@@ -143,7 +143,7 @@ class Link:
         self.leave()
         self._client.close()
         self._beat_client.close()
-        self._inbox.close()
+        self._cache.close()
 
     def pause(self, seconds: float) -> None:
         """Wait, or until the end."""
@@ -186,7 +186,7 @@ class Link:
         """After the server forgot this process: it was away, or was restarted."""
         reply = self._register()
         self.reconnections += 1
-        if Agreed(**reply["agreed"]) != self.agreed:
+        if SharedSettings(**reply["agreed"]) != self.agreed:
             raise MismatchError(
                 f"the server at this address has other settings than before: {reply['agreed']}, "
                 f"not {self.agreed.to_json()}"
@@ -226,10 +226,10 @@ class Link:
     def _carry(self) -> None:
         pause = _FIRST_PAUSE_S
         while not self._end.is_set():
-            flights = self._waiting_flights()
+            submissions = self._waiting_submissions()
             try:
-                for flight in flights:
-                    self._advance(flight, _WAIT_S if len(flights) == 1 else 0.1)
+                for submission in submissions:
+                    self._advance(submission, _WAIT_S if len(submissions) == 1 else 0.1)
                 pause = _FIRST_PAUSE_S
                 self.down.clear()
             except UnreachableError as error:
@@ -244,23 +244,25 @@ class Link:
                 self._break(error)
                 return
 
-    def _waiting_flights(self) -> list[Flight]:
+    def _waiting_submissions(self) -> list[PendingSubmission]:
         with self._work:
-            self._flights = [flight for flight in self._flights if not flight.over.is_set()]
-            while not self._flights and not self._end.is_set():
+            self._submissions = [
+                submission for submission in self._submissions if not submission.over.is_set()
+            ]
+            while not self._submissions and not self._end.is_set():
                 self._work.wait()
-            return list(self._flights)
+            return list(self._submissions)
 
-    def _advance(self, flight: Flight, wait_s: float) -> None:
+    def _advance(self, submission: PendingSubmission, wait_s: float) -> None:
         with self._known():
-            if not flight.is_sent:
-                self._send(flight)
-            if flight.refused is None:
-                flight.arrived = self._ask_news(
-                    flight.fragment, flight.base, flight.identity, wait_s
+            if not submission.is_sent:
+                self._send(submission)
+            if submission.refused is None:
+                submission.update = self._ask_update(
+                    submission.fragment, submission.base, submission.identity, wait_s
                 )
-        if flight.refused is not None or flight.arrived is not None:
-            flight.over.set()
+        if submission.refused is not None or submission.update is not None:
+            submission.over.set()
 
     @contextmanager
     def _known(self) -> Iterator[None]:
@@ -274,30 +276,30 @@ class Link:
     def _send_again(self) -> None:
         """The server may have lost what it had; what it has not lost it knows by its number."""
         with self._work:
-            for flight in self._flights:
-                flight.is_sent = False
+            for submission in self._submissions:
+                submission.is_sent = False
 
-    def _send(self, flight: Flight) -> None:
+    def _send(self, submission: PendingSubmission) -> None:
         ticket = {
             **self._who(),
-            "fragment": flight.fragment,
-            "base": flight.base,
-            "number": flight.number,
-            "steps": flight.steps,
-            "tokens": flight.tokens,
+            "fragment": submission.fragment,
+            "base": submission.base,
+            "number": submission.number,
+            "steps": submission.steps,
+            "tokens": submission.tokens,
             "fingerprint": self.shape.fingerprint,
         }
         try:
             reply = self._client.post("/v1/tickets", ticket)
             if not reply["done"]:
                 have = reply["have"]
-                left = flight.chunks[have:]
+                left = submission.chunks[have:]
                 path, nbytes = f"/v1/uploads/{reply['upload']}", sum(map(len, left))
                 reply = self._put(path, left, nbytes, have)
         except Unfit as error:
-            flight.refused = str(error)
+            submission.refused = str(error)
             return
-        flight.is_sent = bool(reply["done"])
+        submission.is_sent = bool(reply["done"])
 
     def _put(
         self, path: str, data: Iterable[memoryview], nbytes: int, have: int, **query: object
@@ -307,21 +309,21 @@ class Link:
         self.bytes_sent += nbytes
         return reply
 
-    def _ask_news(
+    def _ask_update(
         self, fragment: int, base: int, identity: str, wait_s: float = 0.0
-    ) -> Arrived | None:
+    ) -> DownloadedUpdate | None:
         question = {"fragment": fragment, "base": base, "identity": identity, "wait_s": wait_s}
         reply = self._client.post("/v1/news", question)
         if "files" not in reply:
             return None
-        kind = Kind(reply["kind"])
+        kind = UpdateKind(reply["kind"])
         files = tuple((kind, self._download(fragment, kind, name)) for name in reply["files"])
-        return Arrived(reply["version"], reply["identity"], files, self._inbox)
+        return DownloadedUpdate(reply["version"], reply["identity"], files, self._cache)
 
-    def _download(self, fragment: int, kind: Kind, name: str) -> Path:
-        codec = Identity() if kind is Kind.WHOLE else codec_of(self.agreed.codec)
+    def _download(self, fragment: int, kind: UpdateKind, name: str) -> Path:
+        codec = Identity() if kind is UpdateKind.FULL else codec_of(self.agreed.codec)
         chunks = Chunks(self.shape.size(fragment), codec)
-        path = self._inbox.fetch(name, chunks, partial(self._client.reading, name))
+        path = self._cache.fetch(name, chunks, partial(self._client.reading, name))
         self.bytes_received += chunks.nbytes
         return path
 
@@ -343,7 +345,7 @@ class Link:
     def _return(self) -> None:
         """The flights' thread registers when it has one; with none in flight nobody else does."""
         with self._work:
-            busy = any(not flight.over.is_set() for flight in self._flights)
+            busy = any(not submission.over.is_set() for submission in self._submissions)
         if busy or self._left.is_set():
             return
         try:
@@ -361,5 +363,5 @@ class Link:
     def _break(self, error: Exception) -> None:
         self.fault = error
         with self._work:
-            for flight in self._flights:
-                flight.over.set()
+            for submission in self._submissions:
+                submission.over.set()

@@ -9,21 +9,21 @@ from pathlib import Path
 
 from torchft.errors import UnreachableError
 from torchft.parameter_server.core.chunks import ChunkError, Chunks
-from torchft.parameter_server.file_pool import Spool
+from torchft.parameter_server.file_pool import FilePool
 
-__all__ = ["Inbox"]
+__all__ = ["DownloadCache"]
 
 _FREE_FILES = 4
 
 Fill = Callable[[memoryview], None]
 
 
-class Inbox:
+class DownloadCache:
     """A worker's, in a folder of its own until `close`."""
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="diloco-")
-        self._spool = Spool(Path(self._folder.name), _FREE_FILES)
+        self._pool = FilePool(Path(self._folder.name), _FREE_FILES)
         self._have: dict[str, int] = {}
         """File → whole chunks that are here and good."""
 
@@ -37,7 +37,7 @@ class Inbox:
         """
         path = Path(self._folder.name) / Path(name).name
         if name not in self._have:
-            chunks.room(self._spool.create(path))
+            chunks.room(self._pool.create(path))
             self._have[name] = 0
         have = self._have[name]
         if have < chunks.count:
@@ -62,7 +62,7 @@ class Inbox:
     def drop(self, path: Path) -> None:
         """It has been read."""
         self._have.pop(path.name, None)
-        self._spool.retire(path)
+        self._pool.retire(path)
 
     def close(self) -> None:
         """Delete all."""

@@ -6,29 +6,29 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torchft.parameter_server.core.kind import Kind
-from torchft.parameter_server.worker.download_cache import Inbox
+from torchft.parameter_server.core.weight_update import UpdateKind
+from torchft.parameter_server.worker.download_cache import DownloadCache
 
-__all__ = ["Arrived", "Flight"]
+__all__ = ["DownloadedUpdate", "PendingSubmission"]
 
 
 @dataclass(frozen=True)
-class Arrived:
+class DownloadedUpdate:
     """News that are here, whole."""
 
     version: int
     identity: str
-    files: tuple[tuple[Kind, Path], ...]
-    inbox: Inbox
+    files: tuple[tuple[UpdateKind, Path], ...]
+    cache: DownloadCache
 
     def drop(self) -> None:
         """They have been read."""
         for _, path in self.files:
-            self.inbox.drop(path)
+            self.cache.drop(path)
 
 
 @dataclass
-class Flight:
+class PendingSubmission:
     """One fragment's submission. Its fields change in the link's thread until `over` is set."""
 
     fragment: int
@@ -42,7 +42,7 @@ class Flight:
     is_sent: bool = False
     refused: str | None = None
     """The server does not want it, and why."""
-    arrived: Arrived | None = None
+    update: DownloadedUpdate | None = None
     over: threading.Event = field(default_factory=threading.Event)
 
     @property

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from torchft.checkpointing.memory import fresh_memory
 from torchft.parameter_server.core.chunks import Chunks, RowIdentity, identity_of
-from torchft.parameter_server.core.kind import Kind
-from torchft.parameter_server.core.pieces import Gathered, Pieces
 from torchft.parameter_server.core.shape import ModelShape
+from torchft.parameter_server.core.weight_update import UpdateKind
 from torchft.parameter_server.worker.ranks import ALONE, Ranks
+from torchft.parameter_server.worker.row_view import GatheredRowView, RowView
 from torchft.parameter_server.worker.sharded import is_sharded, named_parameters, put, whole
 from torchft.quantization import Codec, Identity
 
@@ -105,7 +105,7 @@ class WorkerWeights:
         self,
         fragment: int,
         sent: Sequence[memoryview] | None,
-        news: Sequence[tuple[Kind, Path]],
+        update: Sequence[tuple[UpdateKind, Path]],
         codec: Codec,
         mix: float = 0.0,
     ) -> str:
@@ -115,7 +115,7 @@ class WorkerWeights:
         """
         pieces, base = self._pieces(fragment), self._bases[fragment]
         chunks, identity = Chunks(base.shape[1], codec), RowIdentity()
-        read, room = _reader(chunks, news), _room(chunks)
+        read, room = _reader(chunks, update), _room(chunks)
         for index, span in chunks.spans():
             part = base[:, span]
             kept = pieces.read(span, room[:, : part.shape[1]])
@@ -136,12 +136,12 @@ class WorkerWeights:
         pieces.close()
         return str(identity)
 
-    def load(self, fragment: int, news: Sequence[tuple[Kind, Path]], codec: Codec) -> None:
+    def load(self, fragment: int, update: Sequence[tuple[UpdateKind, Path]], codec: Codec) -> None:
         """The base from nothing; the weights stay."""
         n = self.shape.size(fragment)
         base = self._bases[fragment] = torch.empty(1, n, dtype=torch.float32, device="cpu")
         chunks = Chunks(n, codec)
-        read = _reader(chunks, news)
+        read = _reader(chunks, update)
         for index, span in chunks.spans():
             read(index, base[:, span])
 
@@ -169,7 +169,7 @@ class WorkerWeights:
     # ------------------------------------------------------------------ how
 
     def _write_rounded(
-        self, fragment: int, pieces: Pieces | Gathered, span: slice, kept: Tensor
+        self, fragment: int, pieces: RowView | GatheredRowView, span: slice, kept: Tensor
     ) -> None:
         """The base and `kept` become the weights, rounded once; what that hides is remembered."""
         base = self._bases[fragment][:, span]
@@ -189,13 +189,13 @@ class WorkerWeights:
             self._outboxes[fragment] = fresh_memory(nbytes)
         return self._outboxes[fragment]
 
-    def _pieces(self, fragment: int) -> Pieces | Gathered:
+    def _pieces(self, fragment: int) -> RowView | GatheredRowView:
         parameters = [
             self._parameters[one.name].detach() for one in self.shape.of_fragment(fragment)
         ]
         if self._ranks.alone and not self._sharded:
-            return Pieces(parameters)
-        return Gathered(
+            return RowView(parameters)
+        return GatheredRowView(
             [(parameter.numel(), parameter.dtype) for parameter in parameters],
             partial(self.row, fragment),
             partial(self._write, fragment),
@@ -213,16 +213,18 @@ def _room(chunks: Chunks) -> Tensor:
     return torch.empty(1, chunks.span(0).stop, dtype=torch.float32, device="cpu")
 
 
-def _reader(chunks: Chunks, news: Sequence[tuple[Kind, Path]]) -> Callable[[int, Tensor], None]:
+def _reader(
+    chunks: Chunks, update: Sequence[tuple[UpdateKind, Path]]
+) -> Callable[[int, Tensor], None]:
     """Reads chunk by chunk: each file of news changes the numbers that it is given."""
     whole = Chunks(chunks.n, Identity())
-    kinds = [(kind, whole if kind is Kind.WHOLE else chunks, path) for kind, path in news]
+    kinds = [(kind, whole if kind is UpdateKind.FULL else chunks, path) for kind, path in update]
     memory = whole.memory()
 
     def read(index: int, part: Tensor) -> None:
         for kind, of_kind, path in kinds:
             data = of_kind.read_one(path, index, memory)
-            change = of_kind.decode if kind is Kind.WHOLE else of_kind.add
+            change = of_kind.decode if kind is UpdateKind.FULL else of_kind.add
             change(index, data, part)
 
     return read

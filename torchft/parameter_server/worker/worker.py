@@ -29,12 +29,12 @@ from torch import Tensor, nn
 
 from torchft.errors import PhaseError
 from torchft.parameter_server.core.chunks import Chunks
-from torchft.parameter_server.core.options import Agreed
+from torchft.parameter_server.core.options import SharedSettings
 from torchft.parameter_server.core.shape import ModelShape
 from torchft.parameter_server.worker.client import DiLoCoClient
-from torchft.parameter_server.worker.connection import Link
+from torchft.parameter_server.worker.connection import ServerConnection
 from torchft.parameter_server.worker.options import WorkerOptions
-from torchft.parameter_server.worker.pending_submission import Arrived, Flight
+from torchft.parameter_server.worker.pending_submission import DownloadedUpdate, PendingSubmission
 from torchft.parameter_server.worker.ranks import Ranks
 from torchft.parameter_server.worker.sharded import check_optimizer, unwrapped
 from torchft.parameter_server.worker.weights import WorkerWeights, named_parameters
@@ -102,7 +102,7 @@ class DiLoCoWorker(Uncopied):
         check_optimizer(parameters, optimizer)
         shape = ModelShape.of(parameters.items(), 1)
         self._weights = WorkerWeights(parameters, shape, self._ranks)
-        self._flights: dict[int, Flight] = {}
+        self._submissions: dict[int, PendingSubmission] = {}
         self._versions: dict[int, int] = {}
         self._numbers: dict[int, int] = {}
         self._steps: dict[int, int] = {}
@@ -110,7 +110,7 @@ class DiLoCoWorker(Uncopied):
         self._fresh = 0
         self._began: float | None = None
         self._rate = 0.0
-        self._together(lambda: self._make_link(shape))
+        self._together(lambda: self._make_connection(shape))
         self._model = TrainedModel([unwrapped(model)], optimizer, front="DiLoCoWorker")
         # From now on, so that training before `start` is noticed.
         self._optimizer = optimizer
@@ -155,7 +155,7 @@ class DiLoCoWorker(Uncopied):
                 self._ranks.close()
         finally:
             if self._ranks.leads:
-                self._link.stop()
+                self._connection.stop()
 
     def force_sync(self) -> None:
         """A slot now, and wait for its round."""
@@ -194,8 +194,8 @@ class DiLoCoWorker(Uncopied):
             "diloco/last_recv_mb": self.last_receive_bytes / 1e6,
             "diloco/steps_per_second": self._rate,
             "diloco/sync_every": self.sync_every,
-            "diloco/reconnections": self._link.reconnections if self._ranks.leads else 0,
-            "diloco/in_flight": len(self._flights),
+            "diloco/reconnections": self._connection.reconnections if self._ranks.leads else 0,
+            "diloco/in_flight": len(self._submissions),
         }
 
     def _before_step(self) -> None:
@@ -223,20 +223,20 @@ class DiLoCoWorker(Uncopied):
         self._began = time.monotonic()
 
     def _slot(self, *, wait: bool) -> None:
-        if self._link.fault is not None:
-            raise self._link.fault
+        if self._connection.fault is not None:
+            raise self._connection.fault
         began = time.monotonic()
         self._count_tokens()
-        if self.options.dylu and self._link.recommended:
-            self._ranks.say("every", self._link.recommended)
-            self._schedule.change(self._link.recommended)
-        if len(self._flights) >= max(1, self._in_flight):
-            self._wait_for(next(iter(self._flights.values())))
+        if self.options.dylu and self._connection.recommended:
+            self._ranks.say("every", self._connection.recommended)
+            self._schedule.change(self._connection.recommended)
+        if len(self._submissions) >= max(1, self._in_flight):
+            self._wait_for(next(iter(self._submissions.values())))
         self._land()
-        if len(self._flights) < max(1, self._in_flight):
-            flight = self._submit()
-            if wait and flight is not None:
-                self._wait_for(flight)
+        if len(self._submissions) < max(1, self._in_flight):
+            submission = self._submit()
+            if wait and submission is not None:
+                self._wait_for(submission)
                 self._land()
         self.last_sync_time_s = time.monotonic() - began
         self.sync_time_s += self.last_sync_time_s
@@ -260,7 +260,7 @@ class DiLoCoWorker(Uncopied):
 
     def _agree(self, agreed: dict[str, Any], fragments: list[list[int]]) -> None:
         """What the server says holds at every rank."""
-        settings = Agreed(**agreed)
+        settings = SharedSettings(**agreed)
         self._weights.shape = self._weights.shape.in_fragments(fragments)
         self._codec = codec_of(settings.codec)
         self._schedule = Schedule(settings.sync_every, settings.fragments)
@@ -280,7 +280,7 @@ class DiLoCoWorker(Uncopied):
             self._trained[fragment] += self._fresh
         self._fresh = 0
 
-    def _make_link(self, shape: ModelShape) -> None:
+    def _make_connection(self, shape: ModelShape) -> None:
         options = self.options
 
         def client() -> DiLoCoClient:
@@ -293,7 +293,7 @@ class DiLoCoWorker(Uncopied):
             "codec": options.codec,
             "fragments": options.num_fragments,
         }
-        self._link = Link(
+        self._connection = ServerConnection(
             *(client, self.worker_id, _hostname(), wished, shape, self._row),
             beat_s=options.heartbeat_interval_s,
             speed=lambda: self._rate,
@@ -308,38 +308,38 @@ class DiLoCoWorker(Uncopied):
         return base
 
     def _hear_agreed(self) -> None:
-        agreed = self._link.agreed.to_json()
-        fragments = self._link.shape.to_json()["fragments"]
+        agreed = self._connection.agreed.to_json()
+        fragments = self._connection.shape.to_json()["fragments"]
         self._ranks.say("agreed", agreed, fragments)
         self._agree(agreed, fragments)
 
     def _begin(self) -> None:
         try:
-            self._link.connect(self.options.timeout_s)
+            self._connection.connect(self.options.timeout_s)
             self._hear_agreed()
             self._take_over()
         except BaseException:
-            self._link.stop()
+            self._connection.stop()
             raise
-        self._link.start()
+        self._connection.start()
 
     def _take_over(self) -> None:
         for fragment in self._weights.shape.fragments:
             at = fragment.index
-            news = self._link.fetch(at, self.options.timeout_s)
-            self._weights.load(at, news.files, self._codec)
-            news.drop()
+            update = self._connection.fetch(at, self.options.timeout_s)
+            self._weights.load(at, update.files, self._codec)
+            update.drop()
             self._weights.settle(at)
-            self._versions[at] = news.version
+            self._versions[at] = update.version
             self._numbers[at] = self._steps[at] = self._trained[at] = 0
 
-    def _submit(self) -> Flight | None:
-        fragment = due(self._versions, self._flights.keys())
+    def _submit(self) -> PendingSubmission | None:
+        fragment = due(self._versions, self._submissions.keys())
         if fragment is None or not self._steps[fragment]:
             return None
         chunks = Chunks(self._weights.shape.size(fragment), self._codec)
         self._numbers[fragment] += 1
-        flight = Flight(
+        submission = PendingSubmission(
             fragment,
             self._versions[fragment],
             self._weights.identity(fragment),
@@ -349,64 +349,64 @@ class DiLoCoWorker(Uncopied):
             self._weights.encode(fragment, chunks),
         )
         self._steps[fragment] = self._trained[fragment] = 0
-        self._flights[fragment] = flight
-        self.last_send_bytes = flight.nbytes
-        self._link.launch(flight)
-        return flight
+        self._submissions[fragment] = submission
+        self.last_send_bytes = submission.nbytes
+        self._connection.launch(submission)
+        return submission
 
-    def _wait_for(self, flight: Flight) -> None:
+    def _wait_for(self, submission: PendingSubmission) -> None:
         """Until its news are here, the server is away, or the time is over."""
         end = time.monotonic() + self.options.timeout_s
-        while not flight.over.wait(_SLICE_S):
-            if self._link.down.is_set():
+        while not submission.over.wait(_SLICE_S):
+            if self._connection.down.is_set():
                 return
             if time.monotonic() > end:
                 logger.warning(
                     "the round of fragment %d is still open after %g s: training goes on and the "
                     "work stays in flight; see `diloco status` for what it waits for",
-                    flight.fragment,
+                    submission.fragment,
                     self.options.timeout_s,
                 )
                 return
 
     def _land(self) -> None:
-        for fragment, flight in list(self._flights.items()):
-            if not flight.over.is_set() or self._link.fault is not None:
+        for fragment, submission in list(self._submissions.items()):
+            if not submission.over.is_set() or self._connection.fault is not None:
                 continue
-            del self._flights[fragment]
-            if flight.refused is not None:
-                self._give_up(flight)
-            elif flight.arrived is not None:
-                self._adopt(flight, flight.arrived)
+            del self._submissions[fragment]
+            if submission.refused is not None:
+                self._give_up(submission)
+            elif submission.update is not None:
+                self._adopt(submission, submission.update)
 
-    def _adopt(self, flight: Flight, news: Arrived) -> None:
+    def _adopt(self, submission: PendingSubmission, update: DownloadedUpdate) -> None:
         identity = self._weights.adopt(
-            flight.fragment, flight.chunks, news.files, self._codec, self.options.mix
+            submission.fragment, submission.chunks, update.files, self._codec, self.options.mix
         )
-        if identity != news.identity:
-            kept = self._weights.beyond_base(flight.fragment)
+        if identity != update.identity:
+            kept = self._weights.beyond_base(submission.fragment)
             logger.warning(
-                "the base of fragment %d was damaged: fetching all of it", flight.fragment
+                "the base of fragment %d was damaged: fetching all of it", submission.fragment
             )
-            news.drop()
-            news = self._link.fetch(flight.fragment, self.options.timeout_s)
-            self._weights.load(flight.fragment, news.files, self._codec)
-            self._weights.settle(flight.fragment, kept)
-        self.last_receive_bytes = sum(path.stat().st_size for _, path in news.files)
-        news.drop()
-        self._versions[flight.fragment] = news.version
+            update.drop()
+            update = self._connection.fetch(submission.fragment, self.options.timeout_s)
+            self._weights.load(submission.fragment, update.files, self._codec)
+            self._weights.settle(submission.fragment, kept)
+        self.last_receive_bytes = sum(path.stat().st_size for _, path in update.files)
+        update.drop()
+        self._versions[submission.fragment] = update.version
         self.sync_count += 1
 
-    def _give_up(self, flight: Flight) -> None:
+    def _give_up(self, submission: PendingSubmission) -> None:
         """What the server refused would spoil the weights here too: back to the common ones."""
         logger.error(
             "the server refused the work of %d steps: %s. The weights go back to the last common "
             "ones",
-            flight.steps,
-            flight.refused,
+            submission.steps,
+            submission.refused,
         )
         self.refused += 1
-        self._weights.settle(flight.fragment)
+        self._weights.settle(submission.fragment)
         self._ranks.say("anew")
         self._begin_anew()
 
@@ -416,32 +416,32 @@ class DiLoCoWorker(Uncopied):
 
     def _finish(self) -> None:
         """Nothing that was trained is left behind, if the server can be reached."""
-        if self._link.fault is not None:
+        if self._connection.fault is not None:
             return
         self._count_tokens()
         end = time.monotonic() + _END_S
-        self._until(lambda: all(f.over.is_set() for f in self._flights.values()), end, True)
+        self._until(lambda: all(f.over.is_set() for f in self._submissions.values()), end, True)
         self._land()
         while self._submit() is not None:
             pass
-        last = list(self._flights.values())
+        last = list(self._submissions.values())
         sent = self._until(lambda: all(f.is_sent or f.over.is_set() for f in last), end, True)
         if not sent:
             logger.warning("the last steps did not reach the server within %g s", _END_S)
-        self._link.leave()
+        self._connection.leave()
         self._until(lambda: all(f.over.is_set() for f in last), time.monotonic() + _END_S)
         self._land()
-        for fragment in self._versions.keys() - self._flights.keys():
+        for fragment in self._versions.keys() - self._submissions.keys():
             self._weights.settle(fragment)
         self._ranks.say("counts", self.sync_count, self.refused)
 
     def _until(self, done: Callable[[], bool], end: float, through_outages: bool = False) -> bool:
         """Wait in slices; gives up when the time is over, or the server away, which may end."""
         while not done():
-            away = self._link.down.is_set() and not through_outages
-            if self._link.fault is not None or time.monotonic() > end or away:
+            away = self._connection.down.is_set() and not through_outages
+            if self._connection.fault is not None or time.monotonic() > end or away:
                 return False
-            self._link.pause(_SLICE_S)
+            self._connection.pause(_SLICE_S)
         return True
 
 

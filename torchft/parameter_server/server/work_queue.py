@@ -11,12 +11,12 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-__all__ = ["Jobs"]
+__all__ = ["WorkQueue"]
 
 T = TypeVar("T")
 
 
-class Jobs:
+class WorkQueue:
     """Of one event loop; all but the work itself runs on it."""
 
     def __init__(self) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-__all__ = ["Kind"]
+__all__ = ["UpdateKind"]
 
 
-class Kind(StrEnum):
+class UpdateKind(StrEnum):
     """How news are to be read."""
 
-    WHOLE = "whole"
+    FULL = "whole"
     """fp32 weights that replace the old ones."""
     DELTAS = "deltas"
     """Encoded differences, to be added one after the other."""

@@ -14,11 +14,11 @@ from torchft.ordered import ordered_mean
 from torchft.parameter_server.core import chunks as module
 from torchft.parameter_server.core.delayed_nesterov import DelayedNesterov
 from torchft.parameter_server.core.refused import Refused, Unfit
-from torchft.parameter_server.core.rounds import Close
+from torchft.parameter_server.core.rounds import RoundClosed
 from torchft.parameter_server.core.shape import ModelShape
 from torchft.parameter_server.core.submission import Share, Submission
-from torchft.parameter_server.server.shared import Kind, News, SharedState
-from torchft.parameter_server.server.upload import Intake, norm_limit
+from torchft.parameter_server.server.upload import Upload, norm_limit
+from torchft.parameter_server.server.weights import ServerWeights, UpdateKind, WeightUpdate
 from torchft.quantization import codec_of
 from torchft.strategies.parts.outer import FlatOuter
 
@@ -43,7 +43,7 @@ class World:
     ) -> None:
         self.folder = folder
         shape = ModelShape.of([("w", torch.empty(N))], 1)
-        self.state = SharedState(
+        self.state = ServerWeights(
             shape, codec_of(codec), outer or FlatOuter(SGD), [row(0)], folder / "news"
         )
         self.base = row(0)
@@ -58,18 +58,18 @@ class World:
             one = Submission(f"w{index}", "1", 0, 0, 1, 1, 1, str(index))
             terms.append(Share(one, weights[index] if weights else 1.0, 0))
         version = self.state.published(0).version + 1
-        self.state.apply(Close(0, version, tuple(terms)), lambda name: self.folder / name)
+        self.state.apply(RoundClosed(0, version, tuple(terms)), lambda name: self.folder / name)
 
-    def follow(self) -> News:
+    def follow(self) -> WeightUpdate:
         """As a worker does."""
-        news = self.state.news_for(0, self.at.version, self.at.identity)
-        codec = codec_of("fp32") if news.kind is Kind.WHOLE else None
+        news = self.state.update_for(0, self.at.version, self.at.identity)
+        codec = codec_of("fp32") if news.kind is UpdateKind.FULL else None
         chunks = self.state.chunks(0, codec)
         for name in news.files:
             for index, piece in enumerate(chunks.read(self.folder / "news" / name)):
                 part = self.base[:, chunks.span(index)]
                 numbers = chunks.decode(index, piece, torch.empty_like(part))
-                part.copy_(numbers) if news.kind is Kind.WHOLE else part.add_(numbers)
+                part.copy_(numbers) if news.kind is UpdateKind.FULL else part.add_(numbers)
         assert module.identity_of(self.base) == news.identity
         self.at = self.state.published(0)
         return news
@@ -90,7 +90,7 @@ def test_a_round_has_the_bits_of_the_strategies_outer_step(tmp_path: Path) -> No
     rounds = [[row(10 * r + i) * 0.1 for i in range(3)] for r in range(3)]
     for deltas in rounds:
         world.round(deltas)
-        assert world.follow().kind is Kind.WHOLE
+        assert world.follow().kind is UpdateKind.FULL
     assert torch.equal(world.base, reference(rounds))
 
 
@@ -108,8 +108,8 @@ def test_what_an_encoding_loses_is_sent_later(tmp_path: Path, codec: str) -> Non
     world = World(tmp_path, codec, FlatOuter(partial(torch.optim.SGD, lr=1.0)))
     for turn in range(12):
         world.round([row(turn) if turn < 4 else torch.zeros(1, N)])
-        assert world.follow().kind is Kind.DELTAS
-    true = world.state.weights()["w"]
+        assert world.follow().kind is UpdateKind.DELTAS
+    true = world.state.by_name()["w"]
     left = (world.base[0] - true).norm() / true.norm()
     assert left < 1e-6
 
@@ -125,10 +125,10 @@ def test_a_worker_far_behind_or_from_elsewhere_gets_all(tmp_path: Path) -> None:
     world = World(tmp_path, "int8")
     for turn in range(6):
         world.round([row(turn)])
-    assert world.follow().kind is Kind.WHOLE
+    assert world.follow().kind is UpdateKind.FULL
     world.round([row(9)])
-    assert world.state.news_for(0, 6, "another").kind is Kind.WHOLE
-    assert world.state.news_for(0, 99, world.at.identity).kind is Kind.WHOLE
+    assert world.state.update_for(0, 6, "another").kind is UpdateKind.FULL
+    assert world.state.update_for(0, 99, world.at.identity).kind is UpdateKind.FULL
 
 
 def test_old_news_give_their_files_to_newer_ones(tmp_path: Path) -> None:
@@ -168,16 +168,16 @@ def test_weights_that_a_failed_step_left_half_stepped_are_not_stepped_saved_or_t
     with pytest.raises(OSError, match="an outer step failed"):
         world.state.state_dict()
     with pytest.raises(OSError, match="an outer step failed"):
-        world.state.news_for(0, 9, "another")
+        world.state.update_for(0, 9, "another")
 
 
 # An old failing that must not come back: each of the first N - 1 submissions counted twice.
 def test_delayed_nesterov_counts_each_submission_once(tmp_path: Path) -> None:
     world = World(tmp_path, outer=DelayedNesterov(lr=0.7, momentum=0.9, buffer=4))
-    before = world.state.weights()["w"].clone()
+    before = world.state.by_name()["w"].clone()
     for _ in range(4):
         world.round([torch.ones(1, N)])
-    moved = before - world.state.weights()["w"]
+    moved = before - world.state.by_name()["w"]
     assert torch.allclose(moved, torch.full((N,), 1.33), atol=1e-5)
 
 
@@ -189,7 +189,7 @@ def test_delayed_nesterov_continues_in_the_middle_of_a_turn(tmp_path: Path) -> N
         halves.round([row(turn)])
         saved = halves.state.state_dict()["rows"][0]
         again = DelayedNesterov(lr=0.7, momentum=0.9, buffer=4)
-        halves.state = SharedState(
+        halves.state = ServerWeights(
             halves.state.shape,
             codec_of("fp32"),
             again,
@@ -198,14 +198,14 @@ def test_delayed_nesterov_continues_in_the_middle_of_a_turn(tmp_path: Path) -> N
             [turn + 1],
         )
         halves.state.load_outer({"rows": [saved]})
-    assert torch.equal(through.state.weights()["w"], halves.state.weights()["w"])
+    assert torch.equal(through.state.by_name()["w"], halves.state.by_name()["w"])
 
 
-def intake(path: Path, limit: float = 1e9, codec: str = "bf16") -> Intake:
-    return Intake(path / "upload", module.Chunks(N, codec_of(codec)), limit)
+def intake(path: Path, limit: float = 1e9, codec: str = "bf16") -> Upload:
+    return Upload(path / "upload", module.Chunks(N, codec_of(codec)), limit)
 
 
-def feed(one: Intake, numbers: Tensor) -> None:
+def feed(one: Upload, numbers: Tensor) -> None:
     for index in range(one.have, one.chunks.count):
         data = one.chunks.encode(index, numbers[:, one.chunks.span(index)])
         one.take(index, memoryview(data))

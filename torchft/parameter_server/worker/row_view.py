@@ -10,10 +10,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-__all__ = ["Gathered", "Pieces"]
+__all__ = ["GatheredRowView", "RowView"]
 
 
-class Pieces:
+class RowView:
     """Of parameters in the row's order, of any device and float dtype. `close` after writing."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
@@ -62,7 +62,7 @@ class Pieces:
             index += 1
 
 
-class Gathered:
+class GatheredRowView:
     """The same for a worker of several ranks, over the whole row `[1, n]`. `read_all` gathers it
     from them, when it is read first; `write_all` gives it back, with the share that stays. `parts`
     are the parameters' numbers and dtypes in the row's order."""

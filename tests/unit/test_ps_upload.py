@@ -12,7 +12,7 @@ import torch
 from torchft.parameter_server.core import chunks as module
 from torchft.parameter_server.core.chunks import Chunks
 from torchft.parameter_server.core.refused import NotFound
-from torchft.parameter_server.server.upload import Intake
+from torchft.parameter_server.server.upload import Upload
 from torchft.quantization import Identity
 
 N = 30
@@ -33,7 +33,7 @@ def encoded(chunks: Chunks) -> list[memoryview]:
 def test_a_chunk_that_two_connections_bring_at_once_counts_once(
     tmp_path: Path, chunks: Chunks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    intake, data = Intake(tmp_path / "row", chunks, 1e9), encoded(chunks)
+    intake, data = Upload(tmp_path / "row", chunks, 1e9), encoded(chunks)
     both = threading.Barrier(2)
     norm = Chunks.norm
 
@@ -56,7 +56,7 @@ def test_a_chunk_that_two_connections_bring_at_once_counts_once(
 
 
 def test_a_chunk_of_an_upload_that_was_given_up_is_refused(tmp_path: Path, chunks: Chunks) -> None:
-    intake, data = Intake(tmp_path / "row", chunks, 1e9), encoded(chunks)
+    intake, data = Upload(tmp_path / "row", chunks, 1e9), encoded(chunks)
     intake.take(0, data[0])
     intake.drop()
     with pytest.raises(NotFound, match="ask for a ticket again"):

@@ -33,16 +33,16 @@ from torch import Tensor
 from torchft.errors import SettingsError
 from torchft.parameter_server.core.chunks import Chunks, identity_of
 from torchft.parameter_server.core.delayed_nesterov import DelayedNesterov
-from torchft.parameter_server.core.kind import Kind
 from torchft.parameter_server.core.outer_step import OuterStep
-from torchft.parameter_server.core.rounds import Close
+from torchft.parameter_server.core.rounds import RoundClosed
 from torchft.parameter_server.core.shape import ModelShape
-from torchft.parameter_server.file_pool import Spool
+from torchft.parameter_server.core.weight_update import UpdateKind
+from torchft.parameter_server.file_pool import FilePool
 from torchft.quantization import Codec, Identity
 from torchft.strategies.local import Fragment
 from torchft.strategies.parts.outer import FlatOuter
 
-__all__ = ["FlatRow", "Kind", "News", "Published", "SharedState"]
+__all__ = ["FlatRow", "Published", "ServerWeights", "UpdateKind", "WeightUpdate"]
 
 _FREE_FILES = 4
 _KEPT = 4
@@ -58,12 +58,12 @@ class Published:
 
 
 @dataclass(frozen=True)
-class News:
+class WeightUpdate:
     """What makes `version` of a base."""
 
     version: int
     identity: str
-    kind: Kind
+    kind: UpdateKind
     files: tuple[str, ...]
 
 
@@ -87,7 +87,7 @@ class _Row:
         self.identities = {version: self.published.identity}
 
 
-class SharedState:
+class ServerWeights:
     """`weights` are one fp32 row `[1, n]` a fragment, and belong to it from now on."""
 
     def __init__(
@@ -102,7 +102,7 @@ class SharedState:
         self.shape, self.codec, self.outer, self.folder = shape, codec, outer, folder
         self.lossy = not isinstance(codec, Identity)
         folder.mkdir(parents=True, exist_ok=True)
-        self._spool = Spool(folder, _FREE_FILES)
+        self._pool = FilePool(folder, _FREE_FILES)
         at = versions or [0] * len(weights)
         counts = [self.chunks(fragment).count for fragment in range(len(weights))]
         firsts = [0, *accumulate(counts)]
@@ -130,7 +130,7 @@ class SharedState:
         """L2 norm of the weights."""
         return self._rows[fragment].norm
 
-    def deltas_for(self, fragment: int, base: int, identity: str) -> News | None:
+    def deltas_for(self, fragment: int, base: int, identity: str) -> WeightUpdate | None:
         """The differences since `base`; None: they are not here, or longer than the weights."""
         row = self._rows[fragment]
         newest = row.published
@@ -139,17 +139,17 @@ class SharedState:
         if not known or len(steps) * self.chunks(fragment).nbytes > self._whole(fragment).nbytes:
             return None
         files = tuple(row.deltas[version] for version in steps)
-        return News(newest.version, newest.identity, Kind.DELTAS, files)
+        return WeightUpdate(newest.version, newest.identity, UpdateKind.DELTAS, files)
 
     # ------------------------------------------------------------------ for its own thread
 
-    def news_for(self, fragment: int, base: int, identity: str) -> News:
+    def update_for(self, fragment: int, base: int, identity: str) -> WeightUpdate:
         """The shortest way from `base` to the newest version. Raises OSError: a step failed, or
         they cannot be written."""
         self._check_whole()
         return self.deltas_for(fragment, base, identity) or self._all_of(fragment)
 
-    def apply(self, close: Close, upload: Callable[[str], Path]) -> Published:
+    def apply(self, close: RoundClosed, upload: Callable[[str], Path]) -> Published:
         """Take the outer step of a closed round, and publish the version it makes.
 
         Raises:
@@ -159,7 +159,7 @@ class SharedState:
         self._stepping = True
         row, chunks = self._rows[close.fragment], self.chunks(close.fragment)
         paths = [(upload(share.submission.upload), share.weight) for share in close.shares]
-        path = self._spool.create(self.folder / "next")
+        path = self._pool.create(self.folder / "next")
         step = OuterStep(chunks, paths, partial(self._step_chunk, row), row.weights, row.sent, path)
         row.norm, identity = step.take()
         self._publish(close, row, path, identity)
@@ -168,7 +168,7 @@ class SharedState:
 
     def reading(self, name: str) -> AbstractContextManager[Path]:
         """A file of news, which stays as it is within the block. For every thread."""
-        return self._spool.reading(self.folder / name)
+        return self._pool.reading(self.folder / name)
 
     def state_dict(self) -> dict[str, Any]:
         """Of a fragment each: what a restart needs. Shows the tensors, copies none. Raises OSError:
@@ -221,7 +221,7 @@ class SharedState:
                 row.sent = saved["sent"]
                 row.hold(row.published.version)
 
-    def weights(self) -> dict[str, Tensor]:
+    def by_name(self) -> dict[str, Tensor]:
         """Name → fp32 weights, sharing storage."""
         found: dict[str, Tensor] = {}
         for fragment, row in enumerate(self._rows):
@@ -246,7 +246,7 @@ class SharedState:
     def _step_chunk(self, row: _Row, index: int, mean: Tensor) -> None:
         self.outer.step(self._steps[row.first + index], [mean])
 
-    def _publish(self, close: Close, row: _Row, news: Path, identity: str) -> None:
+    def _publish(self, close: RoundClosed, row: _Row, news: Path, identity: str) -> None:
         if self.lossy:
             name = f"f{close.fragment}-v{close.version}.delta"
             row.deltas[close.version] = name
@@ -261,10 +261,10 @@ class SharedState:
     def _whole(self, fragment: int) -> Chunks:
         return self.chunks(fragment, Identity())
 
-    def _all_of(self, fragment: int) -> News:
+    def _all_of(self, fragment: int) -> WeightUpdate:
         at = self._rows[fragment].published
         name = self._write_whole(fragment, at.version, at.identity)
-        return News(at.version, at.identity, Kind.WHOLE, (name,))
+        return WeightUpdate(at.version, at.identity, UpdateKind.FULL, (name,))
 
     def _write_whole(self, fragment: int, version: int, identity: str) -> str:
         row, chunks = self._rows[fragment], self._whole(fragment)
@@ -283,7 +283,7 @@ class SharedState:
             del row.identities[old]
         for kept, names in ((_KEPT, row.deltas), (2, row.wholes)):
             for old in [v for v in names if v <= version - kept]:
-                self._spool.retire(self.folder / names.pop(old))
+                self._pool.retire(self.folder / names.pop(old))
 
 
 @dataclass(frozen=True)
