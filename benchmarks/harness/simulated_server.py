@@ -9,6 +9,7 @@ a run depends on nothing but its seed.
 from __future__ import annotations
 
 import heapq
+import itertools
 import random
 import tempfile
 from collections.abc import Callable, Sequence
@@ -18,9 +19,10 @@ from pathlib import Path
 from torch import nn
 
 from torchft.parameter_server.core.chunks import Chunks
+from torchft.parameter_server.core.events import Event, RoundClosed
 from torchft.parameter_server.core.options import OuterOptions
-from torchft.parameter_server.core.rounds import RoundClosed, RoundEvent, Rounds
-from torchft.parameter_server.core.rules import Rules
+from torchft.parameter_server.core.rounds import Rounds
+from torchft.parameter_server.core.rules import Refusal, Rules
 from torchft.parameter_server.core.shape import ModelShape
 from torchft.parameter_server.core.submission import Submission
 from torchft.parameter_server.server.weights import ServerWeights
@@ -88,7 +90,9 @@ class Simulated:
         for node in nodes:
             node.weights = WorkerWeights(named_parameters(node.model), shape)
             self._fetch(node)
-            self._rounds.join(0.0, node.name, "1")
+            joined = self._rounds.join(0.0, node.name, "1", 0.0)
+            assert not isinstance(joined, Refusal)
+            self._carry_out(joined)
 
     def run(self) -> None:
         """Until all steps are taken and all of them count."""
@@ -116,7 +120,7 @@ class Simulated:
         """H more steps; or the node leaves, when the run has been given all of them."""
         node, plan = self.nodes[place], self.plan
         if self._begun + plan.every > plan.steps:
-            self._carry_out(self._rounds.leave(self.now, node.name))
+            self._carry_out(self._rounds.leave(node.name))
             return
         for _ in range(plan.every):
             node.train(node.steps, self._begun / plan.steps)
@@ -134,18 +138,17 @@ class Simulated:
         self._upload(name).write_bytes(b"".join(node.sent))
         node.waits = True
         of = (node.name, "1", 0, node.version, node.number, self.plan.every, self.plan.every)
-        _, events = self._rounds.submit(self.now, Submission(*of, name))
-        self._carry_out(events)
-        self._go_on()
+        self._carry_out([Submission(*of, name)])
 
-    def _carry_out(self, events: Sequence[RoundEvent]) -> None:
-        for event in events:
+    def _carry_out(self, events: Sequence[Event]) -> None:
+        closes = iter(lambda: self._rounds.next_close(self.now), None)
+        for event in itertools.chain(events, closes):
+            self._rounds.apply(self.now, event)
             if isinstance(event, RoundClosed):
                 self._state.apply(event, self._upload)
                 for share in event.shares:
                     self._upload(share.submission.upload).unlink()
-        if events:
-            self._go_on()
+        self._go_on()
 
     def _go_on(self) -> None:
         for place, node in enumerate(self.nodes):

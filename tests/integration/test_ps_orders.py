@@ -20,6 +20,7 @@ from torchft.parameter_server.core.options import OuterOptions, ServerOptions
 from torchft.parameter_server.core.refused import Forbidden, Refused
 from torchft.parameter_server.core.requests import Registration, SubmissionOffer
 from torchft.parameter_server.core.rules import Mode
+from torchft.parameter_server.core.submission import Submission
 from torchft.parameter_server.server import checkpoints
 from torchft.parameter_server.server.page import headers, page
 from torchft.parameter_server.server.state import ServerState
@@ -140,7 +141,10 @@ async def _close_and_save(opts: ServerOptions) -> None:
     data = memoryview(bytearray(chunks.encode(0, row)))
     await state.take_chunk(state.initial(one.who, 0), 0, data)
     await state.finish_initial()
-    offer = SubmissionOffer(one.who, 0, 0, 1, 5, 5, voice.shape.fingerprint)
+    offer = SubmissionOffer(
+        Submission(one.who.worker, one.who.session, 0, 0, 1, 5, 5, "upload"),
+        voice.shape.fingerprint,
+    )
     upload = state.offer(offer)["upload"]
     await state.take_chunk(state.upload(upload), 0, data)
     state.finish(upload)

@@ -7,7 +7,6 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from helpers.voices import TOKENS, Voice
 from torchft.errors import SettingsError
 from torchft.parameter_server.auth import Scope
 from torchft.parameter_server.core import chunks
+from torchft.parameter_server.core.events import Event
 from torchft.parameter_server.core.options import ServerOptions
 from torchft.parameter_server.core.outer_step import OuterStep
 from torchft.parameter_server.server import checkpoints
@@ -295,11 +295,11 @@ def test_workers_train_on_while_the_servers_disk_is_full(
     full, said = threading.Event(), threading.Event()
     write = Journal.write
 
-    def write_where_room_is(self: Journal, kind: str, event: dict[str, Any]) -> None:
-        if full.is_set() and kind == what:
+    def write_where_room_is(self: Journal, event: Event) -> None:
+        if full.is_set() and event.kind == what:
             said.set()
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(self, kind, event)
+        write(self, event)
 
     monkeypatch.setattr(Journal, "write", write_where_room_is)
     with server_at(opts) as server:

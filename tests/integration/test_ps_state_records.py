@@ -23,7 +23,7 @@ from integration.test_ps_restarts import (
 
 from torchft.parameter_server.auth import Scope
 from torchft.parameter_server.core import chunks
-from torchft.parameter_server.core.rounds import RoundClosed
+from torchft.parameter_server.core.events import RoundClosed
 from torchft.parameter_server.core.rules import Mode
 from torchft.parameter_server.server import state_records
 

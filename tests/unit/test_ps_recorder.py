@@ -8,8 +8,8 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from torchft.parameter_server.core.rounds import RoundClosed
-from torchft.parameter_server.server.recorder import StateRecorder
+from torchft.parameter_server.core.events import RoundClosed
+from torchft.parameter_server.server.state_records import StateRecorder
 from torchft.parameter_server.server.work_queue import WorkQueue
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchft.parameter_server.core.rounds import RoundClosed, RoundEvent, Rounds
+from torchft.parameter_server.core.events import Event, RoundClosed
+from torchft.parameter_server.core.rounds import Rounds
 from torchft.parameter_server.core.rules import Departure, Mode, Refusal, Rules
 from torchft.parameter_server.core.submission import Submission
 
@@ -62,13 +66,17 @@ class World:
         self.counted: set[str] = set()
         self.taken: set[str] = set()
         self.dropped: set[str] = set()
+        self.journal: list[Event] = []
 
     @property
     def versions(self) -> list[int]:
         return [one.version for one in self.machine.rounds]
 
-    def see(self, events: list[RoundEvent]) -> None:
-        for event in events:
+    def see(self, events: Iterable[Event] = ()) -> None:
+        closes = iter(lambda: self.machine.next_close(self.now), None)
+        for event in itertools.chain(events, closes):
+            self.machine.apply(self.now, event)
+            self.journal.append(event)
             if isinstance(event, RoundClosed):
                 self._check_close(event)
         for worker in self.workers.values():
@@ -101,9 +109,9 @@ class World:
     def join(self, worker: Worker) -> None:
         if not worker.alive:
             worker.restart(self.versions)
-        refusal, events = self.machine.join(self.now, worker.name, worker.session, 1.0)
-        worker.alive = refusal is None
-        self.see(events)
+        events = self.machine.join(self.now, worker.name, worker.session, 1.0)
+        worker.alive = not isinstance(events, Refusal)
+        self.see([] if isinstance(events, Refusal) else events)
 
     def submit(self, worker: Worker) -> None:
         one = worker.next() if worker.alive else None
@@ -116,27 +124,28 @@ class World:
             self._send(worker, worker.last)
 
     def _send(self, worker: Worker, one: Submission) -> None:
-        verdict, events = self.machine.submit(self.now, one)
+        verdict = self.machine.ask(one)
         if verdict is Refusal.NOT_REGISTERED:
             return
         assert not isinstance(verdict, Refusal)
+        self.machine.members[worker.name].hear(self.now)
         if not verdict.repeat:
             assert one.upload not in self.taken, "taken twice"
             self.taken.add(one.upload)
-        self.see(events)
+        self.see([] if verdict.repeat else [one])
 
     def die(self, worker: Worker) -> None:
         worker.alive = False
 
     def leave(self, worker: Worker) -> None:
         worker.alive = False
-        self.see(self.machine.leave(self.now, worker.name, worker.session))
+        self.see(self.machine.leave(worker.name, worker.session))
 
     def kick(self, worker: Worker) -> None:
         mine = {
             s.upload for one in self.machine.rounds for s in one.pending if s.worker == worker.name
         }
-        events = self.machine.leave(self.now, worker.name, None, Departure.KICKED)
+        events = self.machine.leave(worker.name, None, Departure.KICKED)
         if events:
             self.dropped |= mine
             worker.alive = False
@@ -146,8 +155,8 @@ class World:
         self.now += 1.0
         for one in self.workers.values():
             if one.alive:
-                refusal, events = self.machine.beat(self.now, one.name, one.session)
-                self.see(events)
+                refusal = self.machine.beat(self.now, one.name, one.session)
+                self.see()
                 if refusal is not None:
                     self.join(one)
         self.see(self.machine.tick(self.now))
@@ -161,6 +170,13 @@ class World:
         again.load_state_dict(self.machine.state_dict(), self.now)
         self.machine = again
         self.see(again.tick(self.now))
+
+    def check_replay(self) -> None:
+        """What a journal says again makes the same state."""
+        again = Rounds(self.rules, len(self.versions))
+        for event in self.journal:
+            again.apply(self.now, event)
+        assert again.state_dict() == self.machine.state_dict()
 
     def settle(self) -> None:
         """All live and behave from here on: everybody gets through whole cycles."""
@@ -203,3 +219,4 @@ def test_whatever_happens(
     for event, who in events:
         world.do(event, who)
     world.settle()
+    world.check_replay()

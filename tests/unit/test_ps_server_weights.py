@@ -13,12 +13,13 @@ from torch import Tensor
 from torchft.ordered import ordered_mean
 from torchft.parameter_server.core import chunks as module
 from torchft.parameter_server.core.delayed_nesterov import DelayedNesterov
+from torchft.parameter_server.core.events import RoundClosed
 from torchft.parameter_server.core.refused import Refused, Unfit
-from torchft.parameter_server.core.rounds import RoundClosed
 from torchft.parameter_server.core.shape import ModelShape
 from torchft.parameter_server.core.submission import Share, Submission
+from torchft.parameter_server.core.weight_update import UpdateKind, WeightUpdate
 from torchft.parameter_server.server.upload import Upload, norm_limit
-from torchft.parameter_server.server.weights import ServerWeights, UpdateKind, WeightUpdate
+from torchft.parameter_server.server.weights import ServerWeights
 from torchft.quantization import codec_of
 from torchft.strategies.parts.outer import FlatOuter
 
@@ -214,10 +215,10 @@ def feed(one: Upload, numbers: Tensor) -> None:
 def test_an_upload_goes_on_where_it_broke(tmp_path: Path) -> None:
     one = intake(tmp_path)
     one.take(0, memoryview(one.chunks.encode(0, row(1)[:, :512])))
-    assert (one.have, one.is_whole) == (1, False)
+    assert (one.have, one.is_complete) == (1, False)
     feed(one, row(1))
     one.take(0, memoryview(b"again"))
-    assert one.is_whole
+    assert one.is_complete
     assert one.path.stat().st_size == one.chunks.nbytes
 
 

@@ -51,7 +51,7 @@ def test_a_chunk_that_two_connections_bring_at_once_counts_once(
     assert intake.have == 1
     for index in (1, 2):
         intake.take(index, data[index])
-    assert intake.is_whole
+    assert intake.is_complete
     assert [bytes(piece) for piece in chunks.read(intake.path)] == [bytes(one) for one in data]
 
 
@@ -59,6 +59,6 @@ def test_a_chunk_of_an_upload_that_was_given_up_is_refused(tmp_path: Path, chunk
     intake, data = Upload(tmp_path / "row", chunks, 1e9), encoded(chunks)
     intake.take(0, data[0])
     intake.drop()
-    with pytest.raises(NotFound, match="ask for a ticket again"):
+    with pytest.raises(NotFound, match="offer the submission again"):
         intake.take(1, data[1])
     assert not intake.path.exists()

@@ -150,8 +150,8 @@ class Chunks:
                 raise ChunkError(f"{path} ends within chunk {index}")
         return piece
 
-    def are_whole(self, path: Path) -> bool:
-        """All of a row is in the file, and good."""
+    def are_complete(self, path: Path) -> bool:
+        """Whether all chunks of a row are in the file and good."""
         try:
             for index, data in enumerate(self.read(path)):
                 self.check(index, data)

@@ -30,19 +30,21 @@ class Member:
     """Fragment → running mean of the time between two submissions."""
 
     def hear(self, now: float) -> None:
-        """Any word from it is a sign of life."""
+        """Note that the worker was heard at `now`; any word from it is a sign of life."""
         self.heard_at = max(self.heard_at, now)
 
     def is_silent(self, now: float, rules: Rules) -> bool:
-        """Long enough that nobody waits for it."""
+        """Whether it has been silent for so long that nobody waits for it."""
         return self.beat_s > 0 and now - self.heard_at > self.patience_s(rules)
 
     def patience_s(self, rules: Rules) -> float:
-        """The grace window, or three beats of one that beats slowly."""
+        """Seconds of silence that are patiently waited: the grace window, or three of its beats."""
         return max(rules.grace_s, 3 * self.beat_s)
 
-    def arrive(self, fragment: int, now: float) -> None:
-        """Learn its pace."""
+    def take(self, now: float, fragment: int, number: int) -> None:
+        """Note that a submission counts, and learn from its time how often this worker submits."""
+        self.hear(now)
+        self.taken[fragment] = number
         before = self.arrived_at.get(fragment)
         self.arrived_at[fragment] = now
         if before is not None:
@@ -50,8 +52,12 @@ class Member:
             mean = self.interval_s.get(fragment, seen)
             self.interval_s[fragment] = mean + _NEWEST * (seen - mean)
 
+    def forget_pace(self) -> None:
+        """Unlearn how often it submits: a replayed journal does not say when things happened."""
+        self.arrived_at, self.interval_s = {}, {}
+
     def due_at(self, fragment: int) -> float | None:
-        """When its next submission is to be expected; None: nobody knows."""
+        """When its next submission of a fragment is to be expected; None where nobody knows."""
         if fragment not in self.interval_s:
             return None
         return self.arrived_at[fragment] + self.interval_s[fragment]
@@ -63,6 +69,6 @@ class Member:
 
     @classmethod
     def from_state(cls, state: dict[str, Any], now: float) -> Member:
-        """As if it had just been heard: it has the grace window to come back."""
+        """A member of a checkpoint, as if it had just been heard: it has time to come back."""
         taken = {int(fragment): number for fragment, number in state["taken"].items()}
         return cls(state["session"], now, state["beat_s"], taken=taken)

@@ -51,15 +51,11 @@ class SharedSettings:
                 "a step of its own"
             )
 
-    def to_json(self) -> dict[str, Any]:
-        """As JSON."""
-        return asdict(self)
-
     def differences(self, wished: Mapping[str, Any]) -> list[str]:
         """In words, what a worker asked for and does not get."""
         return [
             f"{name} is {value} at the server, not {wished[name]}"
-            for name, value in self.to_json().items()
+            for name, value in asdict(self).items()
             if wished.get(name) not in (None, value)
         ]
 
@@ -149,7 +145,7 @@ class ServerOptions:
         """In words, what is said here and does not hold in a run that has begun."""
         return [
             f"{name} {value}, not {self._own[name]}"
-            for name, value in agreed.to_json().items()
+            for name, value in asdict(agreed).items()
             if self._own[name] not in (None, value)
         ]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torchft.parameter_server.core.refused import Refused
 from torchft.parameter_server.core.shape import ModelShape
+from torchft.parameter_server.core.submission import Submission
 
 __all__ = ["Registration", "SubmissionOffer", "WorkerSession"]
 
@@ -19,7 +20,11 @@ _LARGEST = 1 << 53
 
 
 def text(data: Mapping[str, Any], name: str) -> str:
-    """A name without surprises."""
+    """The field `name` of a request: a name without surprises.
+
+    Raises:
+        Refused: it is none.
+    """
     value = data.get(name)
     if not isinstance(value, str) or not _NAME.fullmatch(value):
         raise Refused(
@@ -28,8 +33,12 @@ def text(data: Mapping[str, Any], name: str) -> str:
     return value
 
 
-def whole(data: Mapping[str, Any], name: str, least: int = 0) -> int:
-    """A whole number."""
+def whole_number(data: Mapping[str, Any], name: str, least: int = 0) -> int:
+    """The field `name` of a request: a whole number, `least` or more.
+
+    Raises:
+        Refused: it is none.
+    """
     value = data.get(name)
     if type(value) is not int or not least <= value <= _LARGEST:
         raise Refused(f"{name}: give a whole number from {least} to 2**53, not {str(value)[:40]}")
@@ -37,7 +46,11 @@ def whole(data: Mapping[str, Any], name: str, least: int = 0) -> int:
 
 
 def real(data: Mapping[str, Any], name: str) -> float:
-    """A number that is not negative; absent: 0."""
+    """The field `name` of a request: a number that is not negative, 0 where it is absent.
+
+    Raises:
+        Refused: it is none.
+    """
     value = data.get(name, 0.0)
     if type(value) not in (int, float) or not 0 <= value < 1e12:
         raise Refused(f"{name}: give a number from 0 on, not {str(value)[:40]}")
@@ -53,7 +66,11 @@ class WorkerSession:
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> WorkerSession:
-        """Raises Refused."""
+        """The sender of a request.
+
+        Raises:
+            Refused: it does not say who it is.
+        """
         return cls(text(data, "worker"), text(data, "session"))
 
 
@@ -70,7 +87,12 @@ class Registration:
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Registration:
-        """Raises Refused or MismatchError."""
+        """The registration of a request.
+
+        Raises:
+            Refused: a field is missing or cannot be.
+            MismatchError: it describes no model.
+        """
         wished = data.get("wished", {})
         model = data.get("model")
         if not isinstance(wished, dict) or not isinstance(model, dict):
@@ -82,31 +104,22 @@ class Registration:
 
 @dataclass(frozen=True)
 class SubmissionOffer:
-    """A submission that a worker wants to send."""
+    """A submission whose numbers a worker wants to send, and the model that they are of."""
 
-    who: WorkerSession
-    fragment: int
-    base: int
-    number: int
-    steps: int
-    tokens: int
+    submission: Submission
     fingerprint: str
-
-    @property
-    def upload(self) -> str:
-        """The name of its numbers."""
-        parts = (self.who.worker, self.who.session, self.fragment, self.number)
-        return hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()[:32]
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> SubmissionOffer:
-        """Raises Refused."""
-        return cls(
-            WorkerSession.of(data),
-            whole(data, "fragment"),
-            whole(data, "base"),
-            whole(data, "number", 1),
-            whole(data, "steps"),
-            whole(data, "tokens", 1),
-            text(data, "fingerprint"),
-        )
+        """The offer of a request.
+
+        Raises:
+            Refused: a field is missing or cannot be.
+        """
+        who = WorkerSession.of(data)
+        least = {"fragment": 0, "base": 0, "number": 1, "steps": 0, "tokens": 1}
+        numbers = {name: whole_number(data, name, low) for name, low in least.items()}
+        parts = (who.worker, who.session, numbers["fragment"], numbers["number"])
+        upload = hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()[:32]
+        submission = Submission(who.worker, who.session, **numbers, upload=upload)
+        return cls(submission, text(data, "fingerprint"))

@@ -1,7 +1,13 @@
-"""When does a round close, and with whose work? Events and the time go in, decisions come out.
+"""When does a round close, and with whose work? Requests and the time go in, events come out.
 
 There is no clock, socket, lock or tensor here. Each fragment has a version and one open round;
-closing it takes the pending submissions and makes the next version.
+closing it takes the pending submissions and makes the next version. What is decided is an event,
+and nothing changes before `apply` gets it, which is also what a journal is replayed through:
+
+    for event in rounds.tick(now):          # or join, leave, a submission that `ask` accepts
+        apply(event)
+    while event := rounds.next_close(now):
+        apply(event)
 
     synchronous    every member that is heard and has not passed this round by has submitted
     decoupled      the same, or a quorum has and its grace window is over
@@ -21,42 +27,24 @@ What holds whatever happens, and is tested by random schedules:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from torchft.parameter_server.core.events import (
+    Event,
+    MemberJoined,
+    MemberLeft,
+    RoundClosed,
+    WorkersExpected,
+)
 from torchft.parameter_server.core.member import Member
 from torchft.parameter_server.core.rules import Departure, Mode, Refusal, Rules, Waiting
-from torchft.parameter_server.core.submission import Share, Submission, shares
+from torchft.parameter_server.core.submission import Submission, shares
 
-__all__ = ["MemberLeft", "OpenRound", "RoundClosed", "RoundEvent", "Rounds", "Taken", "Verdict"]
+__all__ = ["OpenRound", "Rounds", "Taken", "Verdict"]
 
 _REMEMBERED = 4096
 """Former sessions whose last numbers are kept, so that a late repeat is not counted again."""
-
-
-@dataclass(frozen=True)
-class RoundClosed:
-    """Take the step that makes `version` of `fragment`: Σ weight · delta / divisor."""
-
-    fragment: int
-    version: int
-    shares: tuple[Share, ...]
-
-    @property
-    def divisor(self) -> int:
-        """How many submissions there are."""
-        return len(self.shares)
-
-
-@dataclass(frozen=True)
-class MemberLeft:
-    """`worker` is a member no more."""
-
-    worker: str
-    why: Departure
-
-
-RoundEvent = RoundClosed | MemberLeft
 
 
 @dataclass(frozen=True)
@@ -82,17 +70,17 @@ class OpenRound:
 
     @property
     def submitters(self) -> set[str]:
-        """Whose work it has, late work included."""
+        """The workers whose submissions it holds, late work included."""
         return {submission.worker for submission in self.pending}
 
     @property
     def arrived(self) -> set[str]:
-        """Who need not be waited for."""
+        """The workers that have submitted work of this round and need not be waited for."""
         return {s.worker for s in self.pending if s.base >= self.version}
 
 
 class Rounds:
-    """The machine. `now` is in seconds of any clock that does not go back."""
+    """The state machine of all rounds. `now` is in seconds of any clock that does not go back."""
 
     def __init__(self, rules: Rules, fragments: int) -> None:
         self.rules = rules
@@ -102,101 +90,142 @@ class Rounds:
         """As many workers as the run begins with were members once."""
         self._former: dict[tuple[str, str], dict[int, int]] = {}
 
-    # ------------------------------------------------------------------ events
+    # ------------------------------------------------------------------ requests
 
-    def join(
-        self, now: float, worker: str, session: str, beat_s: float = 0.0
-    ) -> tuple[Refusal | None, list[RoundEvent]]:
-        """A process registers. The same process may do so again."""
-        events: list[RoundEvent] = []
+    def join(self, now: float, worker: str, session: str, beat_s: float) -> list[Event] | Refusal:
+        """Decide on a process that registers. The same process may do so again."""
         known = self.members.get(worker)
+        if known is None and len(self.members) >= self.rules.max_members:
+            return Refusal.FULL
+        events: list[Event] = []
         if known is not None and known.session != session:
             if not known.is_silent(now, self.rules):
-                return Refusal.NAME_TAKEN, []
-            events.append(self._remove(worker, Departure.REPLACED))
-            known = None
-        if known is None:
-            if len(self.members) >= self.rules.max_members:
-                return Refusal.FULL, events
-            taken = self._former.pop((worker, session), {})
-            known = self.members[worker] = Member(session, now, taken=taken)
-        known.beat_s = beat_s
-        known.hear(now)
-        self._start()
-        return None, events + self._closes(now)
+                return Refusal.NAME_TAKEN
+            events.append(MemberLeft(worker, Departure.REPLACED))
+        return [*events, MemberJoined(worker, session, beat_s)]
 
     def beat(
         self, now: float, worker: str, session: str, steps_per_s: float = 0.0
-    ) -> tuple[Refusal | None, list[RoundEvent]]:
-        """A sign of life."""
-        member = self._member(worker, session)
-        if member is None:
-            return Refusal.NOT_REGISTERED, []
-        member.hear(now)
-        member.steps_per_s = steps_per_s
-        return None, self._closes(now)
-
-    def leave(
-        self, now: float, worker: str, session: str | None = None, why: Departure = Departure.LEFT
-    ) -> list[RoundEvent]:
-        """It goes, by itself or not (then without a session). What it submitted still counts,
-        unless it was sent away."""
-        member = self.members.get(worker)
-        if member is None or session not in (None, member.session):
-            return []
-        if why is Departure.KICKED:
-            self._drop_pending(worker, member)
-        events: list[RoundEvent] = [self._remove(worker, why)]
-        return events + self._closes(now)
-
-    def ask(self, worker: str, session: str, fragment: int, base: int, number: int) -> Verdict:
-        """What `submit` would say: whether it is worth to send the numbers."""
-        if not 0 <= fragment < len(self.rounds):
-            return Refusal.NO_FRAGMENT
+    ) -> Refusal | None:
+        """Note a member's sign of life and its speed; refused where it is no member."""
         member = self._member(worker, session)
         if member is None:
             return Refusal.NOT_REGISTERED
-        if number <= member.taken.get(fragment, 0):
+        member.hear(now)
+        member.steps_per_s = steps_per_s
+        return None
+
+    def leave(
+        self, worker: str, session: str | None = None, why: Departure = Departure.LEFT
+    ) -> list[Event]:
+        """Decide that a worker is a member no more, with `session` None whichever process it is.
+
+        What it submitted still counts, unless it was sent away.
+        """
+        member = self.members.get(worker)
+        there = member is not None and session in (None, member.session)
+        return [MemberLeft(worker, why)] if there else []
+
+    def ask(self, submission: Submission) -> Verdict:
+        """Decide whether a submission is wanted, before its numbers are sent and again after."""
+        if not 0 <= submission.fragment < len(self.rounds):
+            return Refusal.NO_FRAGMENT
+        member = self._member(submission.worker, submission.session)
+        if member is None:
+            return Refusal.NOT_REGISTERED
+        if submission.number <= member.taken.get(submission.fragment, 0):
             return Taken(0, repeat=True)
-        staleness = self._staleness(fragment, base)
+        staleness = self._staleness(submission)
         bound = self.rules.max_staleness
         if bound is not None and staleness > bound:
             return Refusal.TOO_STALE
         return Taken(staleness)
 
-    def submit(self, now: float, submission: Submission) -> tuple[Verdict, list[RoundEvent]]:
-        """A whole, checked delta is here."""
-        s = submission
-        verdict = self.ask(s.worker, s.session, s.fragment, s.base, s.number)
-        if isinstance(verdict, Refusal):
-            return verdict, []
-        member = self.members[s.worker]
-        member.hear(now)
-        if verdict.repeat:
-            return verdict, []
-        self._take(member, s)
-        member.arrive(s.fragment, now)
-        return verdict, self._closes(now)
-
-    def tick(self, now: float) -> list[RoundEvent]:
-        """Time has passed."""
+    def tick(self, now: float) -> list[Event]:
+        """Decide which members have been silent for so long that they are members no more."""
         limit = self.rules.heartbeat_timeout_s
-        events: list[RoundEvent] = [
-            self._remove(worker, Departure.SILENT)
-            for worker, member in list(self.members.items())
+        return [
+            MemberLeft(worker, Departure.SILENT)
+            for worker, member in self.members.items()
             if limit and member.beat_s and now - member.heard_at > max(limit, 3 * member.beat_s)
         ]
-        return events + self._closes(now)
 
-    def expect(self, now: float, workers: int, min_workers: int) -> list[RoundEvent]:
-        """The run is to have so many workers from now on."""
-        self.redo_expect(workers, min_workers)
-        return self._closes(now)
+    def next_close(self, now: float) -> RoundClosed | None:
+        """Decide which round closes next; None where every open round has to wait."""
+        for fragment, one in enumerate(self.rounds):
+            if len(one.arrived) < self.rules.min_workers:
+                one.quorum_at = None
+            elif one.quorum_at is None:
+                one.quorum_at = now
+            if self.waiting(now, fragment)[0] is None:
+                stale = [self._staleness(s) for s in one.pending]
+                terms = shares(self.rules.mode, one.pending, stale)
+                return RoundClosed(fragment, one.version + 1, terms)
+        return None
+
+    # ------------------------------------------------------------------ the one transition
+
+    def apply(self, now: float, event: Event) -> None:
+        """Change the state as `event` says, when it happens and when a journal is replayed."""
+        match event:
+            case MemberJoined(worker, session, beat_s):
+                self._join(now, worker, session, beat_s)
+            case MemberLeft(worker, why):
+                self._leave(worker, why)
+            case Submission():
+                self._take(now, event)
+            case RoundClosed(fragment, version, terms):
+                counted = {share.submission for share in terms}
+                left = [s for s in self.rounds[fragment].pending if s not in counted]
+                self.rounds[fragment] = OpenRound(version, set(self.members), left)
+            case WorkersExpected():
+                workers, min_workers = event.order
+                self.rules = replace(self.rules, workers=workers, min_workers=min_workers)
+                self._start()
+
+    def _join(self, now: float, worker: str, session: str, beat_s: float) -> None:
+        if worker in self.members and self.members[worker].session != session:
+            self._leave(worker, Departure.REPLACED)
+        if worker not in self.members:
+            taken = self._former.pop((worker, session), {})
+            self.members[worker] = Member(session, now, taken=taken)
+        self.members[worker].beat_s = beat_s
+        self.members[worker].hear(now)
+        self._start()
+
+    def _start(self) -> None:
+        if not self.started and len(self.members) >= self.rules.workers:
+            self.started = True
+            for one in self.rounds:
+                one.expected = set(self.members)
+
+    def _leave(self, worker: str, why: Departure) -> None:
+        member = self.members.pop(worker, None)
+        if member is None:
+            return
+        if why is Departure.KICKED:
+            self._drop_pending(worker, member)
+        self._former[worker, member.session] = member.taken
+        while len(self._former) > _REMEMBERED:
+            del self._former[next(iter(self._former))]
+
+    def _drop_pending(self, worker: str, member: Member) -> None:
+        for fragment, one in enumerate(self.rounds):
+            dropped = {s.number for s in one.pending if s.worker == worker}
+            one.pending = [s for s in one.pending if s.worker != worker]
+            if dropped:
+                member.taken[fragment] = min(dropped) - 1
+
+    def _take(self, now: float, submission: Submission) -> None:
+        member = self._member(submission.worker, submission.session)
+        if member is not None:
+            member.take(now, submission.fragment, submission.number)
+            self.rounds[submission.fragment].pending.append(submission)
 
     # ------------------------------------------------------------------ what is going on
 
     def waiting(self, now: float, fragment: int) -> tuple[Waiting | None, list[str]]:
-        """Why the round is open and for whom it waits; None: it can close."""
+        """Why the round of a fragment is open and for whom it waits; None where it can close."""
         one, rules = self.rounds[fragment], self.rules
         if not one.pending:
             return Waiting.NOTHING, []
@@ -218,7 +247,7 @@ class Rounds:
         return Waiting.GRACE, missing
 
     def next_at(self, now: float) -> float | None:
-        """When the next `tick` can change something, as far as is known; None: never by itself."""
+        """When time alone can next decide something, as far as is known; None where it cannot."""
         rules = self.rules
         times = [m.heard_at + m.patience_s(rules) for m in self.members.values() if m.beat_s]
         times += [m.heard_at + rules.heartbeat_timeout_s for m in self.members.values() if m.beat_s]
@@ -231,18 +260,18 @@ class Rounds:
     # ------------------------------------------------------------------ what outlives a restart
 
     def state_dict(self) -> dict[str, Any]:
-        """As JSON."""
+        """Members, numbers and open rounds as JSON values, for a checkpoint."""
         former = [[*key, {str(f): n for f, n in t.items()}] for key, t in self._former.items()]
         return {
             "started": self.started,
             "members": {worker: member.state_dict() for worker, member in self.members.items()},
             "former": former,
             "versions": [one.version for one in self.rounds],
-            "pending": [[s.state_dict() for s in one.pending] for one in self.rounds],
+            "pending": [[asdict(s) for s in one.pending] for one in self.rounds],
         }
 
     def load_state_dict(self, state: Mapping[str, Any], now: float) -> None:
-        """The inverse. Members have the grace window to be heard again."""
+        """Take over what `state_dict` gave. Members have the grace window to be heard again."""
         self.started = state["started"]
         self.members = {w: Member.from_state(m, now) for w, m in state["members"].items()}
         self._former = {
@@ -254,47 +283,13 @@ class Rounds:
             for version, pending in zip(state["versions"], state["pending"], strict=True)
         ]
 
-    def redo_join(self, now: float, worker: str, session: str, beat_s: float) -> None:
-        """A registration after the checkpoint, from the journal."""
-        if worker in self.members and self.members[worker].session != session:
-            self._remove(worker, Departure.REPLACED)
-        taken = self._former.pop((worker, session), {})
-        self.members.setdefault(worker, Member(session, now, beat_s, taken=taken))
-        self._start()
-
-    def redo_leave(self, worker: str, why: Departure) -> None:
-        """A departure after the checkpoint, from the journal."""
-        member = self.members.get(worker)
-        if member is not None:
-            if why is Departure.KICKED:
-                self._drop_pending(worker, member)
-            self._remove(worker, why)
-
-    def redo_expect(self, workers: int, min_workers: int) -> None:
-        """Another number of workers, of a checkpoint or the journal."""
-        self.rules = replace(self.rules, workers=workers, min_workers=min_workers)
-        self._start()
-
     def lose(self, submission: Submission) -> None:
-        """The numbers of a pending one are not there any more: its worker may send them again."""
+        """Forget a pending submission whose numbers are lost: its worker may send them again."""
         self.rounds[submission.fragment].pending.remove(submission)
         member = self._member(submission.worker, submission.session)
         # Where later work of the same fragment counts, it cannot go back without counting twice.
         if member is not None and member.taken.get(submission.fragment) == submission.number:
             member.taken[submission.fragment] = submission.number - 1
-
-    def redo_take(self, submission: Submission) -> None:
-        """A submission after the checkpoint, from the journal."""
-        member = self._member(submission.worker, submission.session)
-        if member is not None:
-            self._take(member, submission)
-
-    def redo_close(self, close: RoundClosed) -> None:
-        """A close after the checkpoint, from the journal."""
-        gone = {share.submission for share in close.shares}
-        one = self.rounds[close.fragment]
-        left = [s for s in one.pending if s not in gone]
-        self.rounds[close.fragment] = OpenRound(close.version, set(self.members), left)
 
     # ------------------------------------------------------------------ how
 
@@ -302,32 +297,8 @@ class Rounds:
         member = self.members.get(worker)
         return member if member is not None and member.session == session else None
 
-    def _take(self, member: Member, submission: Submission) -> None:
-        member.taken[submission.fragment] = submission.number
-        self.rounds[submission.fragment].pending.append(submission)
-
-    def _drop_pending(self, worker: str, member: Member) -> None:
-        for fragment, one in enumerate(self.rounds):
-            dropped = {s.number for s in one.pending if s.worker == worker}
-            one.pending = [s for s in one.pending if s.worker != worker]
-            if dropped:
-                member.taken[fragment] = min(dropped) - 1
-
-    def _remove(self, worker: str, why: Departure) -> MemberLeft:
-        member = self.members.pop(worker)
-        self._former[worker, member.session] = member.taken
-        while len(self._former) > _REMEMBERED:
-            del self._former[next(iter(self._former))]
-        return MemberLeft(worker, why)
-
-    def _start(self) -> None:
-        if not self.started and len(self.members) >= self.rules.workers:
-            self.started = True
-            for one in self.rounds:
-                one.expected = set(self.members)
-
-    def _staleness(self, fragment: int, base: int) -> int:
-        behind = max(0, self.rounds[fragment].version - base)
+    def _staleness(self, submission: Submission) -> int:
+        behind = max(0, self.rounds[submission.fragment].version - submission.base)
         if self.rules.mode is Mode.ASYNCHRONOUS:
             return behind // max(1, len(self.members))
         return behind
@@ -362,26 +333,3 @@ class Rounds:
         if due > since + longest:
             return 0.0
         return min(longest, max(0.0, due - since) + longest / 4)
-
-    def _closes(self, now: float) -> list[RoundEvent]:
-        events: list[RoundEvent] = []
-        for fragment, one in enumerate(self.rounds):
-            self._note_quorum(now, one)
-            why, _ = self.waiting(now, fragment)
-            if why is None:
-                events.append(self._close(fragment))
-        return events
-
-    def _note_quorum(self, now: float, one: OpenRound) -> None:
-        there = len(one.arrived) >= self.rules.min_workers
-        if not there:
-            one.quorum_at = None
-        elif one.quorum_at is None:
-            one.quorum_at = now
-
-    def _close(self, fragment: int) -> RoundClosed:
-        one = self.rounds[fragment]
-        stale = [self._staleness(fragment, s.base) for s in one.pending]
-        close = RoundClosed(fragment, one.version + 1, shares(self.rules.mode, one.pending, stale))
-        self.rounds[fragment] = OpenRound(close.version, set(self.members))
-        return close

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 from torchft.errors import SettingsError
 
@@ -93,12 +92,7 @@ class Rules:
         if self.max_staleness is not None and self.max_staleness < 0:
             raise SettingsError(f"max_staleness={self.max_staleness}: it must be at least 0")
 
-    def order(self, workers: int, min_workers: int) -> dict[str, Any]:
-        """Other numbers than these of the flags, as JSON. Raises SettingsError."""
-        replace(self, workers=workers, min_workers=min_workers)
-        return {"flags": [self.workers, self.min_workers], "order": [workers, min_workers]}
-
     @property
     def beat_s(self) -> float:
-        """How often members should be heard, so that silence is told from a slow network."""
+        """Seconds between two signs of life, so that silence is told from a slow network."""
         return self.grace_s / 4

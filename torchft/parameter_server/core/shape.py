@@ -37,8 +37,20 @@ class Parameter:
 
     @property
     def numel(self) -> int:
-        """How many numbers."""
+        """How many numbers it has."""
         return math.prod(self.shape)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch's object.
+
+        Raises:
+            ValueError: there is no floating-point dtype of that name.
+        """
+        found = vars(torch).get(self.dtype)
+        if not isinstance(found, torch.dtype) or not found.is_floating_point:
+            raise ValueError(f"{self.name} is {self.dtype[:40]}, which cannot be averaged")
+        return found
 
 
 @dataclass(frozen=True)
@@ -162,11 +174,9 @@ def _parameter(described: object) -> Parameter:
         case [str(name), list(shape), str(dtype)] if len(shape) <= _MAX_DIMENSIONS:
             if not name.isprintable():
                 raise ValueError(f"the name {name[:40]!a} has characters that do not print")
-            kind = getattr(torch, dtype, None)
-            if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
-                raise ValueError(f"{name} is {dtype[:40]}, which cannot be averaged")
-            if all(type(size) is int and 0 <= size < 1 << 40 for size in shape):
-                return Parameter(name, tuple(shape), dtype)
+            found = Parameter(name, tuple(shape), dtype)
+            if found.torch_dtype and all(type(n) is int and 0 <= n < 1 << 40 for n in shape):
+                return found
     raise ValueError(f"a parameter is described as {str(described)[:80]}")
 
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torchft.parameter_server.core.rules import Mode
 
@@ -25,7 +25,7 @@ __all__ = ["Share", "Submission", "shares", "staleness_weight"]
 
 @dataclass(frozen=True)
 class Submission:
-    """`number` counts a session's submissions of this fragment, from 1.
+    """A delta that was handed in. `number` counts a session's submissions of a fragment, from 1.
 
     With the session it makes repeats harmless. The base version alone would not: after a restart
     from an older checkpoint versions come again.
@@ -41,15 +41,12 @@ class Submission:
     tokens: int
     upload: str
     """Where the encoded numbers lie."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """As JSON."""
-        return asdict(self)
+    kind: ClassVar[str] = "take"
 
 
 @dataclass(frozen=True)
 class Share:
-    """One term of the mean."""
+    """One term of the mean: a submission and what it counts for."""
 
     submission: Submission
     weight: float
@@ -57,14 +54,17 @@ class Share:
 
 
 def staleness_weight(staleness: int) -> float:
-    """1 for fresh work."""
+    """The factor 1 / √(1 + staleness) that damps late work; 1 for fresh work."""
     return 1 / math.sqrt(1 + staleness)
 
 
 def shares(
     mode: Mode, submissions: Sequence[Submission], staleness: Sequence[int]
 ) -> tuple[Share, ...]:
-    """In an order that does not depend on the network: by worker and number."""
+    """The terms of a round's mean: each submission with its weight.
+
+    They come in an order that does not depend on the network: by worker, session and number.
+    """
     tokens = [submission.tokens for submission in submissions]
     by_tokens = mode is Mode.DECOUPLED and min(tokens) != max(tokens)
     mean = sum(tokens) / len(tokens) if by_tokens else 1.0
@@ -72,8 +72,8 @@ def shares(
         Share(s, (s.tokens / mean if by_tokens else 1.0) * staleness_weight(stale), stale)
         for s, stale in zip(submissions, staleness, strict=True)
     ]
-    return tuple(sorted(found, key=lambda share: _order(share.submission)))
+    return tuple(sorted(found, key=_order))
 
 
-def _order(submission: Submission) -> tuple[str, str, int]:
-    return submission.worker, submission.session, submission.number
+def _order(share: Share) -> tuple[str, str, int]:
+    return share.submission.worker, share.submission.session, share.submission.number

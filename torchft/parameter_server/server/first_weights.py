@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,85 +12,79 @@ from torch import Tensor
 from torchft.parameter_server.core.chunks import Chunks
 from torchft.parameter_server.core.refused import NotFound, NotReady
 from torchft.parameter_server.core.requests import WorkerSession
-from torchft.parameter_server.core.shape import ModelShape
-from torchft.parameter_server.server.run import TrainingRun
+from torchft.parameter_server.server.training_run import TrainingRun
 from torchft.parameter_server.server.upload import Upload
 from torchft.quantization import Identity
 
-__all__ = ["FirstWeights", "InitialWeights"]
+__all__ = ["FirstWeights"]
 
 
 class FirstWeights:
-    """Who sends them: one worker, until it is silent or gone; then another, from the start."""
+    """fp32 rows from one worker, until it is silent or gone; then from another, from the start."""
 
     def __init__(self, folder: Path, clock: Callable[[], float]) -> None:
-        self.sent: InitialWeights | None = None
         self._folder, self._clock = folder, clock
+        self._sender: WorkerSession | None = None
+        self._uploads: list[Upload] = []
+        """One a fragment, of the sender."""
 
     def are_wanted_of(self, who: WorkerSession, run: TrainingRun) -> bool:
-        """If nobody else sends them, `who` is the one from now on."""
-        if run.weights is not None:
+        """Whether `who` should send the first weights; if nobody else does, it is the sender."""
+        if run.weights_or_none is not None:
             return False
-        if self.sent is not None and self.sent.who != who:
-            if self._is_heard(self.sent.who, run):
-                return False
+        if self._sender not in (None, who) and self._sender_is_heard(run):
+            return False
+        if self._sender != who:
             self.drop()
-        if self.sent is None:
-            self.sent = InitialWeights(who, run.shape, self._folder)
+            self._sender = who
+            self._uploads = [
+                Upload(
+                    self._folder / f"initial-{fragment.index}.row",
+                    Chunks(run.shape.size(fragment.index), Identity()),
+                    math.inf,
+                )
+                for fragment in run.shape.fragments
+            ]
         return True
 
     def upload(self, who: WorkerSession, fragment: int, run: TrainingRun) -> Upload:
-        """Where a fragment of them goes. Raises NotReady, NotFound."""
-        if run.weights is not None:
+        """The upload that takes a fragment of them.
+
+        Raises:
+            NotFound: the run has weights, or no such fragment.
+            NotReady: another worker sends them.
+        """
+        if run.weights_or_none is not None:
             raise NotFound("the run has weights already")
-        if self.sent is None or not self.are_wanted_of(who, run):
+        if self._sender is None or not self.are_wanted_of(who, run):
             raise NotReady("another worker sends the first weights")
         if not 0 <= fragment < len(run.shape.fragments):
             raise NotFound(f"there is no fragment {fragment}")
-        return self.sent.uploads[fragment]
-
-    def drop(self) -> None:
-        """They are taken, or will not be."""
-        if self.sent is not None:
-            self.sent.drop()
-            self.sent = None
-
-    def _is_heard(self, who: WorkerSession, run: TrainingRun) -> bool:
-        member = run.rounds.members.get(who.worker)
-        return (
-            member is not None
-            and member.session == who.session
-            and not member.is_silent(self._clock(), run.rounds.rules)
-        )
-
-
-class InitialWeights:
-    """fp32 rows on their way in, of the one worker that sends them."""
-
-    def __init__(self, who: WorkerSession, shape: ModelShape, folder: Path) -> None:
-        self.who = who
-        self.uploads = [
-            Upload(
-                folder / f"initial-{fragment.index}.row",
-                Chunks(shape.size(fragment.index), Identity()),
-                float("inf"),
-            )
-            for fragment in shape.fragments
-        ]
+        return self._uploads[fragment]
 
     @property
-    def is_whole(self) -> bool:
-        """All fragments are here."""
-        return all(upload.is_whole for upload in self.uploads)
+    def are_complete(self) -> bool:
+        """Whether all fragments of them are here."""
+        return bool(self._uploads) and all(upload.is_complete for upload in self._uploads)
 
     def rows(self) -> list[Tensor]:
-        """One `[1, n]` a fragment."""
-        return [_row(upload) for upload in self.uploads]
+        """The weights, fp32 `[1, n]` a fragment."""
+        return [_row(upload) for upload in self._uploads]
 
     def drop(self) -> None:
-        """Delete the files."""
-        for upload in self.uploads:
+        """Delete what was sent: it is taken, or will not be."""
+        for upload in self._uploads:
             upload.drop()
+        self._sender, self._uploads = None, []
+
+    def _sender_is_heard(self, run: TrainingRun) -> bool:
+        assert self._sender is not None
+        member = run.rounds.members.get(self._sender.worker)
+        return (
+            member is not None
+            and member.session == self._sender.session
+            and not member.is_silent(self._clock(), run.rounds.rules)
+        )
 
 
 def _row(upload: Upload) -> Tensor:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
-from torchft.parameter_server.core.rounds import RoundClosed
+from torchft.parameter_server.core.events import RoundClosed
 
 __all__ = ["Counts", "History"]
 
@@ -16,7 +16,7 @@ _ROUNDS, _EVENTS = 200, 50
 
 @dataclass
 class Counts:
-    """What has happened since the start."""
+    """Totals since the start; bytes are those of encoded numbers."""
 
     rounds: int = 0
     submissions: int = 0
@@ -25,61 +25,38 @@ class Counts:
     departures: dict[str, int] = field(default_factory=dict)
     bytes_in: int = 0
     bytes_out: int = 0
-    apply_s: float = 0.0
+    outer_step_s: float = 0.0
     checkpoints: int = 0
 
 
-@dataclass(frozen=True)
-class _Round:
-    """One that has closed."""
-
-    at: float
-    fragment: int
-    version: int
-    submissions: int
-    steps: int
-    """Of all its submissions."""
-    staleness: int
-    """The most."""
-    apply_s: float
-    """Waiting for the round before included."""
-
-
 class History:
-    """`now` is of the server's clock, in seconds."""
+    """The last rounds and events. `now` is of the server's clock, in seconds; what is read says how
+    long ago it was, since nobody else has that clock."""
 
     def __init__(self) -> None:
-        self._rounds: deque[_Round] = deque(maxlen=_ROUNDS)
+        self._rounds: deque[tuple[float, dict[str, Any]]] = deque(maxlen=_ROUNDS)
         self._events: deque[tuple[float, str]] = deque(maxlen=_EVENTS)
 
     def note(self, now: float, what: str) -> None:
-        """Something that a person may want to know."""
+        """Keep a line that a person may want to read."""
         self._events.append((now, what))
 
     def closed(self, now: float, close: RoundClosed, apply_s: float) -> None:
-        """A round's step was taken."""
-        self._rounds.append(
-            _Round(
-                now,
-                close.fragment,
-                close.version,
-                close.divisor,
-                sum(share.submission.steps for share in close.shares),
-                max(share.staleness for share in close.shares),
-                apply_s,
-            )
-        )
+        """Keep a round whose step was taken, `apply_s` after it was decided."""
+        about = {
+            "fragment": close.fragment,
+            "version": close.version,
+            "submissions": len(close.shares),
+            "steps": sum(share.submission.steps for share in close.shares),
+            "staleness": max(share.staleness for share in close.shares),
+            "apply_s": apply_s,
+        }
+        self._rounds.append((now, about))
 
     def rounds(self, now: float) -> list[dict[str, Any]]:
-        """As JSON, oldest first; `s_ago` instead of a time of a clock that nobody else has."""
-        return [{"s_ago": now - one.at, **_without_time(one)} for one in self._rounds]
+        """The last rounds as JSON values, oldest first."""
+        return [{"s_ago": now - at, **about} for at, about in self._rounds]
 
     def events(self, now: float) -> list[dict[str, Any]]:
-        """As JSON, newest first."""
+        """The last events as JSON values, newest first."""
         return [{"s_ago": now - at, "what": what} for at, what in reversed(self._events)]
-
-
-def _without_time(one: _Round) -> dict[str, Any]:
-    fields = asdict(one)
-    del fields["at"]
-    return fields

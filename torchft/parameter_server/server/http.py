@@ -1,9 +1,9 @@
-"""The server's HTTP face: convert, ask the server's state, answer.
+"""The server's HTTP face: convert, ask the state, answer.
 
     POST /v1/register /v1/heartbeat /v1/deregister /v1/tickets                 worker   JSON
     PUT  /v1/uploads/{upload}?from=k    PUT /v1/weights/{fragment}?from=k      worker   chunks
-    POST /v1/news                    what changed since a base, or waits       worker   JSON
-    GET  /v1/files/{name}            news, with ranges                         worker   chunks
+    POST /v1/news                    the update since a base, or waits         worker   JSON
+    GET  /v1/files/{name}            files of updates, with ranges             worker   chunks
     GET  /v1/status  /metrics                                                  read
     POST /v1/control/{order}                                                   admin    JSON
     GET  /healthz  /  /dashboard               the page has no numbers itself  anybody
@@ -20,6 +20,7 @@ import logging
 import re
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ from torchft.parameter_server.core.requests import (
     WorkerSession,
     real,
     text,
-    whole,
+    whole_number,
 )
 from torchft.parameter_server.server.page import headers, page
 from torchft.parameter_server.server.state import ServerState
@@ -56,9 +57,10 @@ __all__ = ["LONGEST_WAIT_S", "HttpService"]
 logger = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Answer = Callable[[dict[str, Any]], Awaitable[dict[str, Any]] | dict[str, Any]]
 
 LONGEST_WAIT_S = 5.0
-"""A request for news is answered after this time at the latest."""
+"""A request for an update is answered after this time at the latest."""
 MAX_JSON_BYTES = 8 << 20
 """About a hundred thousand parameters."""
 _NO_ROOM = 507
@@ -80,71 +82,91 @@ class HttpService:
         self.state, self.tokens, self._clock, self._stop = state, tokens, clock, stop
         self._read_timeout_s = read_timeout_s
         self._began, self._page = clock(), page()
+        self._scopes: dict[Handler, Scope | None] = {}
 
     def app(self) -> web.Application:
-        """The routes."""
-        app = web.Application(client_max_size=MAX_JSON_BYTES)
+        """The routes, behind one layer for errors and one for tokens."""
+        app = web.Application(
+            client_max_size=MAX_JSON_BYTES,
+            middlewares=[self._refuse, self._admit],
+        )
+        state = self.state
         routes: list[tuple[str, str, Scope | None, Handler]] = [
             ("GET", "/healthz", None, self._health),
             ("GET", "/", None, self._dashboard),
             ("GET", "/dashboard", None, self._dashboard),
             ("GET", "/v1/status", Scope.READ, self._status),
             ("GET", "/metrics", Scope.READ, self._metrics),
-            ("POST", "/v1/register", Scope.WORKER, self._register),
-            ("POST", "/v1/heartbeat", Scope.WORKER, self._heartbeat),
-            ("POST", "/v1/deregister", Scope.WORKER, self._deregister),
-            ("POST", "/v1/tickets", Scope.WORKER, self._offer),
             ("PUT", "/v1/uploads/{upload}", Scope.WORKER, self._upload),
             ("PUT", "/v1/weights/{fragment}", Scope.WORKER, self._weights),
-            ("POST", "/v1/news", Scope.WORKER, self._update),
             ("GET", "/v1/files/{name}", Scope.WORKER, self._file),
             ("POST", "/v1/control/{order}", Scope.ADMIN, self._control),
         ]
+        answers: dict[str, Answer] = {
+            "/v1/register": lambda data: state.register(Registration.of(data)),
+            "/v1/heartbeat": lambda data: state.beat(
+                WorkerSession.of(data), real(data, "steps_per_second")
+            ),
+            "/v1/deregister": lambda data: state.leave(WorkerSession.of(data)),
+            "/v1/tickets": lambda data: state.offer(SubmissionOffer.of(data)),
+            "/v1/news": self._update,
+        }
+        routes += [("POST", p, Scope.WORKER, self._json_of(a)) for p, a in answers.items()]
         for method, path, scope, handler in routes:
-            app.router.add_route(method, path, self._guarded(scope, handler))
+            app.router.add_route(method, path, handler)
+            self._scopes[handler] = scope
         return app
 
     # ------------------------------------------------------------------ who, and what went wrong
 
-    def _guarded(self, scope: Scope | None, handler: Handler) -> Handler:
-        async def answer(request: web.Request) -> web.StreamResponse:
-            try:
-                self._admit(request, scope)
-                return await handler(request)
-            except Refused as error:
-                return _refusal(request, error.status, str(error))
-            except MismatchError as error:
-                return _refusal(request, Unfit.status, str(error))
-            except SettingsError as error:
-                return _refusal(request, Refused.status, str(error))
-            except web.HTTPRequestEntityTooLarge:
-                return _refusal(request, 413, f"more than {MAX_JSON_BYTES} bytes of JSON")
-            except TimeoutError:
-                reason = f"nothing came for {self._read_timeout_s:g} s: go on from there"
-                return _refusal(request, Interrupted.status, reason)
-            except (ConnectionError, asyncio.IncompleteReadError, web.RequestPayloadError):
-                reason = "the body ended early: go on from there"
-                return _refusal(request, Interrupted.status, reason)
-            except OSError as error:
-                # Workers train on and ask again: there may be room by then.
-                return _refusal(request, _NO_ROOM, f"the server cannot write: {error.strerror}")
+    @web.middleware
+    async def _refuse(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except Refused as error:
+            return _refusal(request, error.status, str(error))
+        except MismatchError as error:
+            return _refusal(request, Unfit.status, str(error))
+        except SettingsError as error:
+            return _refusal(request, Refused.status, str(error))
+        except web.HTTPRequestEntityTooLarge:
+            return _refusal(request, 413, f"more than {MAX_JSON_BYTES} bytes of JSON")
+        except TimeoutError:
+            reason = f"nothing came for {self._read_timeout_s:g} s: go on from there"
+            return _refusal(request, Interrupted.status, reason)
+        except (ConnectionError, asyncio.IncompleteReadError, web.RequestPayloadError):
+            reason = "the body ended early: go on from there"
+            return _refusal(request, Interrupted.status, reason)
+        except OSError as error:
+            # Workers train on and ask again: there may be room by then.
+            return _refusal(request, _NO_ROOM, f"the server cannot write: {error.strerror}")
 
-        return answer
+    @web.middleware
+    async def _admit(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        route = request.match_info
+        scope = self._scopes[route.handler] if route.http_exception is None else None
+        if scope is not None and self.tokens is not None:
+            kind, _, token = request.headers.get("Authorization", "").partition(" ")
+            found = self.tokens.scope_of(token.strip()) if kind.lower() == "bearer" else None
+            if found is None:
+                raise Unauthorized(
+                    "no valid token: give the one that the server printed when it was first "
+                    "started, with --auth-token-file or DILOCO_AUTH_TOKEN"
+                )
+            if found < scope:
+                raise Forbidden(
+                    f"this needs a token for {scope.name.lower()}, not {found.name.lower()}"
+                )
+        return await handler(request)
 
-    def _admit(self, request: web.Request, scope: Scope | None) -> None:
-        if scope is None or self.tokens is None:
-            return
-        kind, _, token = request.headers.get("Authorization", "").partition(" ")
-        found = self.tokens.scope_of(token.strip()) if kind.lower() == "bearer" else None
-        if found is None:
-            raise Unauthorized(
-                "no valid token: give the one that the server printed when it was first started, "
-                "with --auth-token-file or DILOCO_AUTH_TOKEN"
-            )
-        if found < scope:
-            raise Forbidden(
-                f"this needs a token for {scope.name.lower()}, not {found.name.lower()}"
-            )
+    def _json_of(self, answer: Answer) -> Handler:
+        """A handler that answers a JSON object with another one."""
+
+        async def handler(request: web.Request) -> web.StreamResponse:
+            found = answer(await self._json(request))
+            return web.json_response(await found if isinstance(found, Awaitable) else found)
+
+        return handler
 
     async def _json(self, request: web.Request) -> dict[str, Any]:
         # A form of another site cannot send this type without the browser asking first.
@@ -178,32 +200,11 @@ class HttpService:
     async def _metrics(self, request: web.Request) -> web.Response:
         return web.Response(text=metrics_of(self._report()))
 
-    async def _register(self, request: web.Request) -> web.Response:
-        registration = Registration.of(await self._json(request))
-        return web.json_response(await self.state.register(registration))
-
-    async def _heartbeat(self, request: web.Request) -> web.Response:
-        data = await self._json(request)
-        return web.json_response(
-            self.state.beat(WorkerSession.of(data), real(data, "steps_per_second"))
-        )
-
-    async def _deregister(self, request: web.Request) -> web.Response:
-        self.state.leave(WorkerSession.of(await self._json(request)))
-        return web.json_response({})
-
-    async def _offer(self, request: web.Request) -> web.Response:
-        return web.json_response(self.state.offer(SubmissionOffer.of(await self._json(request))))
-
-    async def _update(self, request: web.Request) -> web.Response:
-        data = await self._json(request)
-        fragment, base = whole(data, "fragment"), whole(data, "base")
+    async def _update(self, data: dict[str, Any]) -> dict[str, Any]:
+        fragment, base = whole_number(data, "fragment"), whole_number(data, "base")
         wait_s = min(real(data, "wait_s"), LONGEST_WAIT_S)
         update = await self.state.update(fragment, base, text(data, "identity"), wait_s)
-        if update is None:
-            return web.json_response({"waiting": self.state.why_open(fragment)})
-        fields = {"version": update.version, "identity": update.identity}
-        return web.json_response({**fields, "kind": update.kind, "files": update.files})
+        return asdict(update) if update else {"waiting": self.state.why_open(fragment)}
 
     # ------------------------------------------------------------------ bytes
 
@@ -249,9 +250,9 @@ class HttpService:
 
     async def _file(self, request: web.Request) -> web.StreamResponse:
         name = request.match_info["name"]
-        path = self.state.updates_folder / name
-        if not _FILE.fullmatch(name) or not path.is_file():
-            raise NotFound("these news are old: ask for news again")
+        path = self.state.update_file(name) if _FILE.fullmatch(name) else None
+        if path is None:
+            raise NotFound("this update is old: ask for a newer one")
         self.state.counts.bytes_out += path.stat().st_size
         return _UpdateFile(self.state, path)
 
@@ -267,9 +268,9 @@ class HttpService:
                 if not self.state.kick(text(data, "worker")):
                     raise NotFound("there is no such worker")
             case "update_num_workers":
-                workers = whole(data, "num_workers", 1)
+                workers = whole_number(data, "num_workers", 1)
                 given = "min_workers" in data
-                self.state.expect(workers, whole(data, "min_workers", 1) if given else None)
+                self.state.expect(workers, whole_number(data, "min_workers", 1) if given else None)
             case "update_optimizer":
                 return web.json_response(self._update_optimizer(data))
             case "shutdown":
@@ -306,7 +307,7 @@ class _Body:
 
 
 class _UpdateFile(web.FileResponse):
-    """A file of news, which stays as it is until all of it is sent."""
+    """A file of an update, which stays as it is until all of it is sent."""
 
     def __init__(self, state: ServerState, path: Path) -> None:
         super().__init__(path, chunk_size=1 << 20)

@@ -2,8 +2,8 @@
 
     journal/00000003.jsonl     after checkpoint 3: ["join", …] ["take", …] ["close", …]
 
-["gone", …] is a member that is one no more, ["optimizer", …] and ["expect", …] are orders. A line
-is written before its event has any effect that a worker can see. A server that was killed loads its
+A line has an event's kind and its fields (`core/events.py`). It is written before its event has any
+effect that a worker can see. A server that was killed loads its
 newest checkpoint and does again what the lines say, from the same uploads and with the same bits.
 Lines and uploads are handed to the system but not forced to disk: they survive the process, while
 checkpoints survive the machine. Where an upload is lost, its fragment goes on from a state record
@@ -18,28 +18,12 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from torchft.parameter_server.core.rounds import RoundClosed
-from torchft.parameter_server.core.submission import Share, Submission
+from torchft.parameter_server.core.events import Event, event_from_json, event_to_json
 
-__all__ = ["Journal", "closed_of", "line_of"]
+__all__ = ["Journal"]
 
 logger = logging.getLogger(__name__)
-
-
-def line_of(close: RoundClosed) -> dict[str, Any]:
-    """A close as JSON."""
-    shares = [
-        [share.submission.state_dict(), share.weight, share.staleness] for share in close.shares
-    ]
-    return {"fragment": close.fragment, "version": close.version, "shares": shares}
-
-
-def closed_of(line: dict[str, Any]) -> RoundClosed:
-    """The inverse."""
-    shares = tuple(Share(Submission(**s), weight, stale) for s, weight, stale in line["shares"])
-    return RoundClosed(line["fragment"], line["version"], shares)
 
 
 class Journal:
@@ -51,9 +35,13 @@ class Journal:
         self._newest = self._path(0), 0
         """The event that was read last: its file, and where in it."""
 
-    def write(self, kind: str, event: dict[str, Any]) -> None:
-        """Add one event. Raises OSError: it was not, and nothing of it is there."""
-        line = (json.dumps([kind, event]) + "\n").encode()
+    def write(self, event: Event) -> None:
+        """Add one event to the newest file.
+
+        Raises:
+            OSError: there is no room, and nothing of it is there.
+        """
+        line = (json.dumps([event.kind, event_to_json(event)]) + "\n").encode()
         with self._path(self._at).open("ab", buffering=0) as file:
             end = file.tell()
             try:
@@ -64,27 +52,27 @@ class Journal:
                 raise
 
     def begin(self, number: int) -> None:
-        """From here on events are of the time after checkpoint `number`."""
+        """Write events from here on to the file of what comes after checkpoint `number`."""
         self._at = number
 
     def forget(self, number: int) -> None:
-        """Checkpoint `number` is safe: what was before it is not needed."""
+        """Delete the files of what came before checkpoint `number`, which is safe."""
         for path in (p for p in self._files() if int(p.stem) < number):
             path.unlink(missing_ok=True)
 
     def has(self, number: int) -> bool:
-        """What happened right after checkpoint `number` is here."""
+        """Whether there is a file of what happened right after checkpoint `number`."""
         return self._path(number).exists()
 
     def clear(self) -> int:
-        """Forget all events; the highest number that there was."""
+        """Delete all files; returns the highest checkpoint number that one was of, or 0."""
         found = self._files()
         for path in found:
             path.unlink()
         return max((int(path.stem) for path in found), default=0)
 
-    def after(self, number: int) -> Iterator[tuple[str, dict[str, Any]]]:
-        """All events since checkpoint `number`. A line that was cut is no event, and the last."""
+    def after(self, number: int) -> Iterator[Event]:
+        """All events since checkpoint `number`. A line that was cut short ends them."""
         for path in (p for p in self._files() if int(p.stem) >= number):
             self._at = int(path.stem)
             end = 0
@@ -92,17 +80,17 @@ class Journal:
                 self._newest = path, end
                 end += len(line)
                 try:
-                    kind, event = json.loads(line)
+                    kind, fields = json.loads(line)
                     if not line.endswith(b"\n"):
                         raise ValueError("it has no end")
                 except ValueError:
                     logger.warning("%s: line %d is cut; what follows is lost", path, index + 1)
                     self.cut()
                     return
-                yield kind, event
+                yield event_from_json(kind, fields)
 
     def cut(self) -> None:
-        """Forget the event that was read last and all that follow, so that new ones can."""
+        """Delete the event that was read last and all that follow, so that new ones can follow."""
         path, at = self._newest
         os.truncate(path, at)
         for later in (p for p in self._files() if int(p.stem) > int(path.stem)):

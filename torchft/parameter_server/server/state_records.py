@@ -11,7 +11,10 @@ has the same close. Records are not forced to disk.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +22,14 @@ from typing import Any
 
 from torchft.checkpointing.layout import LayoutError
 from torchft.checkpointing.state_file import read_state_from, write_state
-from torchft.parameter_server.core.rounds import RoundClosed
-from torchft.parameter_server.server.journal import closed_of, line_of
+from torchft.parameter_server.core.events import RoundClosed, event_from_json, event_to_json
+from torchft.parameter_server.server.weights import ServerWeights
+from torchft.parameter_server.server.work_queue import WorkQueue
 
-__all__ = ["Replay", "StateRecords", "replay_of"]
+__all__ = ["Replay", "StateRecorder", "StateRecords", "replay_of"]
+
+_QUIET = 4.0
+"""A record begins so many times later than the outer step took, in which workers fetch it."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ class StateRecords:
                 for piece in pieces:
                     if give_way():
                         return False
-                    write_state(file, {"close": line_of(close), **piece}, close.version)
+                    write_state(file, {"close": event_to_json(close), **piece}, close.version)
                 file.truncate()
         except OSError:
             next_.unlink(missing_ok=True)
@@ -125,7 +132,9 @@ def _pieces(path: Path) -> Iterator[tuple[RoundClosed, dict[str, Any]]]:
     with path.open("rb") as file:
         while file.peek(1):
             _, piece = read_state_from(file, path.name)
-            yield closed_of(piece.pop("close")), piece
+            close = event_from_json(RoundClosed.kind, piece.pop("close"))
+            assert isinstance(close, RoundClosed)
+            yield close, piece
 
 
 def _close_in(path: Path, chunks: int) -> RoundClosed | None:
@@ -136,3 +145,48 @@ def _close_in(path: Path, chunks: int) -> RoundClosed | None:
         return None
     same = len(closes) == chunks and all(a == b for a, b in itertools.pairwise(closes))
     return closes[0] if closes and same else None
+
+
+class StateRecorder:
+    """Of one event loop."""
+
+    def __init__(
+        self, records: StateRecords, work_queue: WorkQueue, note: Callable[[str, int], None]
+    ) -> None:
+        self._records, self._work, self._note = records, work_queue, note
+        self._ending = asyncio.Event()
+        self._writing = asyncio.Lock()
+        """One at a time: two that gave way to each other would do so for ever."""
+        self._is_full = False
+        """The last record could not be written, and that was said."""
+
+    def end(self) -> None:
+        """Wait for no more quiet."""
+        self._ending.set()
+
+    async def record(self, state: ServerWeights, close: RoundClosed, step_s: float) -> None:
+        """Record what `close` made, unless its next version is made first.
+
+        Begins when four times as long as the step took (`step_s`) has passed, in which workers
+        fetch the news, and gives way to all that is to be done in turn. A disk without room costs
+        the record, and is said once until one is written again.
+        """
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._ending.wait(), _QUIET * step_s)
+        try:
+            async with self._writing:
+                while state.published(close.fragment).version == close.version:
+                    if await self._work.in_turn(self._write, state, close):
+                        self._is_full = False
+                        break
+        except OSError as error:
+            if not self._is_full and self._work.failure is None:
+                what = f"the state of fragment {close.fragment}, version {close.version}"
+                self._note(f"{what}, was not recorded, the run goes on: {error}", logging.WARNING)
+            self._is_full = True
+
+    def _write(self, state: ServerWeights, close: RoundClosed) -> bool:
+        if state.published(close.fragment).version != close.version:
+            return False  # a step was before it in the queue
+        pieces = state.pieces(close.fragment)
+        return self._records.write(close, pieces, self._work.others_wait)

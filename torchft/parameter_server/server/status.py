@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from torchft.parameter_server.server.state import ServerState
@@ -10,22 +10,26 @@ from torchft.parameter_server.server.state import ServerState
 __all__ = ["metrics_of", "status_of"]
 
 _METRICS = (
-    ("rounds_total", "counter", "outer steps taken"),
-    ("submissions_total", "counter", "submissions taken"),
-    ("late_total", "counter", "submissions that came after their round had closed"),
-    ("refused_total", "counter", "uploads refused for what was in them"),
-    ("received_bytes_total", "counter", "encoded numbers received"),
-    ("sent_bytes_total", "counter", "news sent"),
-    ("outer_step_seconds_total", "counter", "time spent in outer steps, waiting included"),
-    ("checkpoints_total", "counter", "checkpoints written"),
-    ("workers", "gauge", "workers registered"),
-    ("worker_deaths_total", "counter", "workers that fell silent or were replaced"),
-    ("uptime_seconds", "gauge", "time since the start"),
+    ("rounds_total", "rounds", "counter", "outer steps taken"),
+    ("submissions_total", "submissions", "counter", "submissions taken"),
+    ("late_total", "late", "counter", "submissions that came after their round had closed"),
+    ("refused_total", "refused", "counter", "uploads refused for what was in them"),
+    ("received_bytes_total", "bytes_in", "counter", "encoded numbers received"),
+    ("sent_bytes_total", "bytes_out", "counter", "weight updates sent"),
+    ("outer_step_seconds_total", "outer_step_s", "counter", "time of outer steps, with waiting"),
+    ("checkpoints_total", "checkpoints", "counter", "checkpoints written"),
+    ("workers", "workers", "gauge", "workers registered"),
+    (
+        *("worker_deaths_total", "total_worker_deaths"),
+        *("counter", "workers that fell silent or were replaced"),
+    ),
+    ("uptime_seconds", "uptime_s", "gauge", "time since the start"),
 )
+"""Name, key in the status (of a table: how many there are), Prometheus' type and help."""
 
 
 def status_of(state: ServerState, now: float, uptime_s: float) -> dict[str, Any]:
-    """For `diloco status` and the page."""
+    """The whole status as JSON values, for `diloco status` and the page."""
     counts, run = state.counts, state.run
     rules = state.options.rules if run is None else run.rounds.rules  # orders change them
     outer = state.options.outer if run is None else run.outer
@@ -39,25 +43,17 @@ def status_of(state: ServerState, now: float, uptime_s: float) -> dict[str, Any]
         "uptime_s": uptime_s,
         "outer_lr": outer.lr,
         "outer_momentum": outer.momentum,
-        "rounds": counts.rounds,
-        "submissions": counts.submissions,
-        "late": counts.late,
-        "refused": counts.refused,
-        "departures": counts.departures,
+        **asdict(counts),
         "total_worker_deaths": evicted,
-        "bytes_in": counts.bytes_in,
-        "bytes_out": counts.bytes_out,
-        "outer_step_s": counts.apply_s,
-        "checkpoints": counts.checkpoints,
         "workers": {},
         "fragments": [],
         "recent_rounds": state.history.rounds(now),
         "events": state.history.events(now),
-        "ready": run is not None and run.weights is not None,
+        "ready": run is not None and run.weights_or_none is not None,
     }
     if run is None:
         return common
-    common["agreed"] = run.agreed.to_json()
+    common["agreed"] = asdict(run.agreed)
     common["model_params"] = run.shape.numel
     common["workers"] = {
         name: {
@@ -80,26 +76,11 @@ def status_of(state: ServerState, now: float, uptime_s: float) -> dict[str, Any]
 
 
 def metrics_of(status: dict[str, Any]) -> str:
-    """Prometheus' text format."""
-    values = (
-        status["rounds"],
-        status["submissions"],
-        status["late"],
-        status["refused"],
-        status["bytes_in"],
-        status["bytes_out"],
-        status["outer_step_s"],
-        status["checkpoints"],
-        len(status["workers"]),
-        status["total_worker_deaths"],
-        status["uptime_s"],
-    )
-    return "\n".join(_lines(values)) + "\n"
-
-
-def _lines(values: tuple[float, ...]) -> Iterator[str]:
-    for (name, kind, what), value in zip(_METRICS, values, strict=True):
-        full = f"diloco_{name}"
-        yield f"# HELP {full} {what}"
-        yield f"# TYPE {full} {kind}"
-        yield f"{full} {value}"
+    """The counters and gauges of a status in Prometheus' text format."""
+    lines: list[str] = []
+    for name, key, kind, what in _METRICS:
+        value = status[key]
+        value = len(value) if isinstance(value, dict) else value
+        lines += [f"# HELP diloco_{name} {what}", f"# TYPE diloco_{name} {kind}"]
+        lines += [f"diloco_{name} {value}"]
+    return "\n".join(lines) + "\n"

@@ -8,19 +8,19 @@ An upload stays until a checkpoint has what it was used for. With `save_every` 0
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from torchft.errors import TorchftError
+from torchft.parameter_server.core.events import Event, RoundClosed
 from torchft.parameter_server.core.options import ServerOptions
-from torchft.parameter_server.core.rounds import RoundClosed, RoundEvent
-from torchft.parameter_server.core.rules import Departure
 from torchft.parameter_server.file_pool import FilePool
 from torchft.parameter_server.server.checkpoints import Checkpoints, load
-from torchft.parameter_server.server.journal import Journal, line_of
+from torchft.parameter_server.server.journal import Journal
 from torchft.parameter_server.server.state_records import StateRecords
 
 __all__ = ["Storage", "StorageError"]
@@ -39,7 +39,7 @@ class StorageError(TorchftError):
 
 
 class Storage:
-    """The files of one output folder."""
+    """The files of one output folder, and the rules of what is kept how long."""
 
     def __init__(self, options: ServerOptions) -> None:
         folder = options.output_dir
@@ -56,12 +56,12 @@ class Storage:
 
     @property
     def has_unsaved(self) -> bool:
-        """A round has closed since the last checkpoint."""
+        """Whether a round has closed since the last checkpoint."""
         return self._rounds > 0
 
     def open(self) -> tuple[int, Any, bool] | None:
-        """Number and state of the checkpoint to go on from, and whether its journal holds; None:
-        a new run.
+        """Number and state of the checkpoint to go on from, and whether its journal follows it;
+        None for a new run.
 
         Raises:
             SettingsError: there is no good one.
@@ -97,20 +97,17 @@ class Storage:
         )
         return False
 
-    def record(self, kind: str, event: dict[str, Any]) -> None:
-        """Before an event has an effect."""
-        if self._options.save_every:
-            self.journal.write(kind, event)
+    def record(self, event: Event) -> None:
+        """Write an event to the journal, before it has an effect.
 
-    def record_effect(self, event: RoundEvent) -> None:
-        """The same, of what the rounds decided."""
-        if isinstance(event, RoundClosed):
-            self.record("close", line_of(event))
-        elif event.why is not Departure.REPLACED:  # that is what its new join says
-            self.record("gone", {"worker": event.worker, "why": event.why.name})
+        Raises:
+            OSError: there is no room.
+        """
+        if self._options.save_every:
+            self.journal.write(event)
 
     def ended(self, what: str, why: Exception) -> StorageError:
-        """`what` could not be done, and the server cannot go on without it."""
+        """The error of a server that could not do `what` and cannot go on without it."""
         kept = (
             "checkpoints and journal have all that is needed to go on"
             if self._options.save_every
@@ -123,15 +120,15 @@ class Storage:
         )
 
     def upload(self, name: str) -> Path:
-        """Where it lies."""
+        """The path of the upload of that name."""
         return self.uploads / f"{name}.row"
 
     def create_upload(self, name: str) -> Path:
-        """A file for it."""
+        """A file for the upload of that name; it may hold old numbers, to be written over."""
         return self._pool.create(self.upload(name))
 
     def spend(self, close: RoundClosed) -> None:
-        """The step was taken."""
+        """Note that the step of a round was taken: a later checkpoint makes its uploads useless."""
         done = [self.upload(share.submission.upload) for share in close.shares]
         self._rounds += 1
         if self._options.save_every:
@@ -140,36 +137,44 @@ class Storage:
             self._retire(done)
 
     def is_due(self, fragments: int, numel: int) -> bool:
-        """A checkpoint is."""
+        """Whether so many rounds have closed, or so many bytes of uploads are kept, that a
+        checkpoint should be written."""
         if not self._options.save_every:
             return False
         kept = sum(path.stat().st_size for path in self._spent if path.exists())
         many = self._rounds >= self._options.save_every * fragments
         return many or kept > _JOURNAL_SIZES * _CHECKPOINT_BYTES * numel
 
-    def begin(self) -> tuple[int, list[Path]]:
-        """What happens from here on is not in the next checkpoint: its number, and the uploads
-        that are not needed once it is safe."""
+    @contextmanager
+    def checkpoint(self) -> Iterator[int]:
+        """Number the next checkpoint, which the block writes: what happens from here on is not in
+        it. Where the block raises, the older one and both journals still hold."""
         self.number += 1
-        spent, self._spent, self._rounds = self._spent, [], 0
-        self.journal.begin(self.number)
-        return self.number, spent
-
-    def write(self, number: int, state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Path:
-        """Raises OSError; nothing that was there has changed then."""
-        return self._checkpoints.save(number, state, weights)
-
-    def end(self, number: int, spent: list[Path]) -> None:
-        """It is safe."""
+        number, spent, self._spent, self._rounds = self.number, self._spent, [], 0
+        self.journal.begin(number)
+        try:
+            yield number
+        except OSError:
+            self._spent = spent + self._spent
+            raise
         self.journal.forget(number)
         self._retire(spent)
 
-    def give_up(self, spent: list[Path]) -> None:
-        """It was not written: the older one and both journals still hold."""
-        self._spent = spent + self._spent
+    def write(self, number: int, state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Path:
+        """Write the checkpoint `number`.
+
+        Raises:
+            OSError: there is no room, and nothing that was there has changed.
+        """
+        return self._checkpoints.save(number, state, weights)
+
+    def save(self, state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Path:
+        """Number a checkpoint and write it at once. Raises OSError as `write` does."""
+        with self.checkpoint() as number:
+            return self.write(number, state, weights)
 
     def delete_all_but(self, pending: Iterable[str]) -> None:
-        """Uploads that no event names."""
+        """Delete the uploads that no event needs; `pending` names those of open rounds."""
         needed = {*self._spent, *map(self.upload, pending)}
         for path in self.uploads.iterdir():
             if path not in needed and not self._pool.is_free(path):

@@ -1,7 +1,7 @@
-"""An upload on its way in: each chunk is checked when it comes, the whole before it counts.
+"""Uploads on their way in: each chunk is checked when it comes, and all of them before they count.
 
-    have = 0 … count        whole chunks that are here and good; a broken transfer goes on there
-    ok                      all are here, all numbers are finite, and the norm is within the bound
+    have = 0 … count        chunks that are here and good; a broken transfer goes on there
+    complete                all are here, all numbers are finite, and the norm is within the bound
 
 Nothing here touches the shared weights: a bad upload is its sender's trouble alone. Two connections
 may bring the same chunk at once, when a worker that was cut off comes back sooner than its old
@@ -14,12 +14,14 @@ import errno
 import math
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from torchft.parameter_server.core.chunks import ChunkError, Chunks
 from torchft.parameter_server.core.refused import Interrupted, NotFound, Unfit
+from torchft.parameter_server.core.submission import Submission
 
-__all__ = ["Upload", "norm_limit"]
+__all__ = ["Upload", "UploadTable", "norm_limit"]
 
 
 def norm_limit(weights_norm: float, n: int, factor: float) -> float:
@@ -32,7 +34,7 @@ def norm_limit(weights_norm: float, n: int, factor: float) -> float:
 
 
 class Upload:
-    """One upload, written to `path` as it comes, over what is there."""
+    """One upload, written to `path` as it comes, over what is there; `limit` bounds its L2 norm."""
 
     def __init__(self, path: Path, chunks: Chunks, limit: float) -> None:
         self.path, self.chunks, self.limit = path, chunks, limit
@@ -43,12 +45,12 @@ class Upload:
         chunks.room(path)
 
     @property
-    def is_whole(self) -> bool:
-        """All of it is here, and good."""
+    def is_complete(self) -> bool:
+        """Whether all of it is here and good."""
         return self.have == self.chunks.count
 
     def take(self, index: int, data: memoryview) -> None:
-        """The next chunk. One that is here already is ignored.
+        """Check and write the next chunk. One that is here already is ignored.
 
         Raises:
             Interrupted: it is damaged, or another was to come.
@@ -57,7 +59,7 @@ class Upload:
         """
         with self._lock:
             if self._dropped:
-                raise NotFound("this upload was given up: ask for a ticket again")
+                raise NotFound("this upload was given up: offer the submission again")
             if index >= self.have:
                 self._take_next(index, data)
 
@@ -91,6 +93,51 @@ class Upload:
             )
 
     def drop(self) -> None:
-        """It will not be needed."""
+        """Give it up: delete the file and take no more chunks."""
         self._dropped = True
         self.path.unlink(missing_ok=True)
+
+
+class UploadTable:
+    """The submissions on their way in, one a worker and fragment, by the names of their uploads."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[Submission, Upload]] = {}
+
+    def of(self, submission: Submission, make: Callable[[], Upload]) -> Upload:
+        """The upload of a submission, made where it is new. An older one of the same worker and
+        fragment is given up then."""
+        name = submission.upload
+        if name not in self._found:
+            mine = (submission.worker, submission.fragment)
+            self._drop(lambda other, _: (other.worker, other.fragment) == mine)
+            self._found[name] = submission, make()
+        return self._found[name][1]
+
+    def named(self, name: str) -> tuple[Submission, Upload]:
+        """The submission and the upload of that name.
+
+        Raises:
+            NotFound: there is none.
+        """
+        if name not in self._found:
+            raise NotFound("there is no such upload: offer the submission again")
+        return self._found[name]
+
+    def done(self, name: str) -> None:
+        """Take one out that is complete; its file is kept."""
+        del self._found[name]
+
+    def drop(self, upload: Upload) -> None:
+        """Give one upload up and delete its file."""
+        self._drop(lambda _, other: other is upload)
+
+    def drop_all_of(self, worker: str) -> None:
+        """Give up the uploads of a worker that is a member no more: nobody will send the rest."""
+        self._drop(lambda submission, _: submission.worker == worker)
+
+    def _drop(self, unwanted: Callable[[Submission, Upload], bool]) -> None:
+        for name, (submission, upload) in list(self._found.items()):
+            if unwanted(submission, upload):
+                upload.drop()
+                del self._found[name]

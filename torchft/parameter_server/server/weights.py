@@ -33,16 +33,16 @@ from torch import Tensor
 from torchft.errors import SettingsError
 from torchft.parameter_server.core.chunks import Chunks, identity_of
 from torchft.parameter_server.core.delayed_nesterov import DelayedNesterov
+from torchft.parameter_server.core.events import RoundClosed
 from torchft.parameter_server.core.outer_step import OuterStep
-from torchft.parameter_server.core.rounds import RoundClosed
 from torchft.parameter_server.core.shape import ModelShape
-from torchft.parameter_server.core.weight_update import UpdateKind
+from torchft.parameter_server.core.weight_update import UpdateKind, WeightUpdate
 from torchft.parameter_server.file_pool import FilePool
 from torchft.quantization import Codec, Identity
 from torchft.strategies.local import Fragment
 from torchft.strategies.parts.outer import FlatOuter
 
-__all__ = ["FlatRow", "Published", "ServerWeights", "UpdateKind", "WeightUpdate"]
+__all__ = ["FlatRow", "Published", "ServerWeights"]
 
 _FREE_FILES = 4
 _KEPT = 4
@@ -55,16 +55,6 @@ class Published:
 
     version: int
     identity: str
-
-
-@dataclass(frozen=True)
-class WeightUpdate:
-    """What makes `version` of a base."""
-
-    version: int
-    identity: str
-    kind: UpdateKind
-    files: tuple[str, ...]
 
 
 class _Row:
@@ -146,7 +136,7 @@ class ServerWeights:
     def update_for(self, fragment: int, base: int, identity: str) -> WeightUpdate:
         """The shortest way from `base` to the newest version. Raises OSError: a step failed, or
         they cannot be written."""
-        self._check_whole()
+        self._check_usable()
         return self.deltas_for(fragment, base, identity) or self._all_of(fragment)
 
     def apply(self, close: RoundClosed, upload: Callable[[str], Path]) -> Published:
@@ -155,7 +145,7 @@ class ServerWeights:
         Raises:
             ChunkError, OSError: an upload cannot be read again, or news cannot be written.
         """
-        self._check_whole()
+        self._check_usable()
         self._stepping = True
         row, chunks = self._rows[close.fragment], self.chunks(close.fragment)
         paths = [(upload(share.submission.upload), share.weight) for share in close.shares]
@@ -173,7 +163,7 @@ class ServerWeights:
     def state_dict(self) -> dict[str, Any]:
         """Of a fragment each: what a restart needs. Shows the tensors, copies none. Raises OSError:
         a step failed."""
-        self._check_whole()
+        self._check_usable()
         return {
             "rows": [
                 {
@@ -189,7 +179,7 @@ class ServerWeights:
     def pieces(self, fragment: int) -> Iterator[dict[str, Any]]:
         """What a restart needs of one fragment, chunk by chunk. Shows the tensors, copies none.
         Raises OSError: a step failed."""
-        self._check_whole()
+        self._check_usable()
         row = self._rows[fragment]
         for step, (_, span) in zip(
             self._steps_of(fragment), self.chunks(fragment).spans(), strict=True
@@ -230,7 +220,7 @@ class ServerWeights:
 
     # ------------------------------------------------------------------ how
 
-    def _check_whole(self) -> None:
+    def _check_usable(self) -> None:
         if self._stepping:
             raise OSError(errno.EIO, "an outer step failed, and the server ends")
 

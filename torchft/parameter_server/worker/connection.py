@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -189,7 +190,7 @@ class ServerConnection:
         if SharedSettings(**reply["agreed"]) != self.agreed:
             raise MismatchError(
                 f"the server at this address has other settings than before: {reply['agreed']}, "
-                f"not {self.agreed.to_json()}"
+                f"not {asdict(self.agreed)}"
             )
         if reply["send_weights"]:
             self._send_weights()

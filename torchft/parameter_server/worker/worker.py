@@ -22,6 +22,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -308,7 +309,7 @@ class DiLoCoWorker(Uncopied):
         return base
 
     def _hear_agreed(self) -> None:
-        agreed = self._connection.agreed.to_json()
+        agreed = asdict(self._connection.agreed)
         fragments = self._connection.shape.to_json()["fragments"]
         self._ranks.say("agreed", agreed, fragments)
         self._agree(agreed, fragments)
