@@ -1,10 +1,10 @@
-//! `torchft_lighthouse`: what was typed, what it means, do it.
+//! The command `torchft_lighthouse`.
 
 use clap::Parser;
 use pyo3::{exceptions::PyKeyboardInterrupt, prelude::*};
 use torchft_server::{
     lighthouse, log,
-    options::{LighthouseOptions, Typed},
+    options::{Cli, LighthouseOptions},
 };
 
 use crate::{host, runtime};
@@ -23,14 +23,14 @@ pub fn lighthouse_main(py: Python<'_>, argv: Option<Vec<String>>) -> PyResult<i3
         Some(argv) => argv,
         None => py.import("sys")?.getattr("argv")?.extract()?,
     };
-    let typed = match Typed::try_parse_from(argv) {
-        Ok(typed) => typed,
+    let cli = match Cli::try_parse_from(argv) {
+        Ok(cli) => cli,
         Err(message) => return Ok(explain(&message)),
     };
     log::install("info");
     let host_name = host::name(py)?;
     let runtime = runtime::handle()?;
-    let options = LighthouseOptions::from(typed);
+    let options = LighthouseOptions::from(cli);
     match py.detach(|| runtime.block_on(lighthouse::run(options, &host_name))) {
         Ok(()) => forget_interrupt(py).map(|()| 0),
         Err(error) => {

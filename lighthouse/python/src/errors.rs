@@ -1,4 +1,4 @@
-//! How a failed call looks from Python: `TimeoutError` for a deadline, else a class of
+//! The Python exception of a failed call: `TimeoutError` for a deadline, else a class of
 //! `torchft.errors`, which are all `RuntimeError`s.
 
 use pyo3::{

@@ -15,7 +15,7 @@ pub struct OneProcess<T> {
 }
 
 impl<T> OneProcess<T> {
-    /// `name` is what a person calls it.
+    /// Wraps `inner`; `name` is its name in error messages.
     pub fn new(name: &'static str, inner: T) -> Self {
         let inner = ManuallyDrop::new(inner);
         let pid = process::id();

@@ -2,7 +2,7 @@
 
 use pyo3::{prelude::*, types::PyDict};
 
-/// Nothing is the empty text.
+/// The JSON text of `data`; `None` is the empty text.
 pub fn write(py: Python<'_>, data: Option<&Bound<'_, PyDict>>) -> PyResult<String> {
     match data {
         Some(data) => py.import("json")?.call_method1("dumps", (data,))?.extract(),
@@ -10,7 +10,7 @@ pub fn write(py: Python<'_>, data: Option<&Bound<'_, PyDict>>) -> PyResult<Strin
     }
 }
 
-/// The empty text is None.
+/// The Python value of a JSON text; the empty text is `None`.
 pub fn read(py: Python<'_>, text: &str) -> PyResult<Py<PyAny>> {
     if text.is_empty() {
         return Ok(py.None());

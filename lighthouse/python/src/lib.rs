@@ -1,4 +1,4 @@
-//! `torchft._torchft`: the servers and clients as Python classes. Conversion only.
+//! The Python module `torchft._torchft`: the servers and clients as Python classes. It only converts.
 
 mod command;
 mod errors;
@@ -8,7 +8,6 @@ mod json;
 mod lighthouse;
 mod manager;
 mod quorum;
-mod result;
 mod runtime;
 
 use std::time::Duration;
@@ -38,7 +37,7 @@ fn _end(py: Python<'_>) {
     py.detach(runtime::end);
 }
 
-/// The Rust part of torchft.
+/// The servers and clients of torchft that are written in Rust.
 #[pymodule]
 mod _torchft {
     #[pymodule_export]
@@ -46,9 +45,8 @@ mod _torchft {
         _end,
         command::lighthouse_main,
         lighthouse::{LighthouseClient, LighthouseServer},
-        manager::{ManagerClient, ManagerServer},
+        manager::{ManagerClient, ManagerServer, QuorumResult},
         quorum::{Quorum, QuorumMember, Timestamp},
-        result::QuorumResult,
         watch_parent,
     };
     use pyo3::{prelude::*, wrap_pyfunction};

@@ -11,14 +11,14 @@ use torchft_server::{
 
 use crate::{errors, forked::OneProcess, host, json, quorum::Quorum, runtime};
 
-/// The lighthouse, inside this process.
+/// Runs a lighthouse inside this process.
 ///
 /// Args:
 ///     bind: address to listen on, `host:port`; port 0 takes a free one.
 ///     min_replicas: fewest replica groups that may form a quorum, at least 1.
 ///     join_timeout_ms: how long a quorum waits for groups that are alive but have not asked.
 ///     quorum_tick_ms: accepted for existing callers, without effect: decisions are taken at once.
-///     heartbeat_timeout_ms: a group that has been silent for this long counts as dead.
+///     heartbeat_timeout_ms: a group that has sent no heartbeat for this long counts as dead.
 ///
 /// Raises:
 ///     SettingsError: a value that cannot be used, or a port that is taken.
@@ -60,13 +60,13 @@ impl LighthouseServer {
     /// The address that managers and clients dial.
     ///
     /// Returns:
-    ///     `http://host:port`. The host is the one that was bound, or this machine's name if that
+    ///     `http://host:port`. The host is the one that was bound, or the name of this host if that
     ///     is a wildcard.
     fn address(&self) -> PyResult<&str> {
         Ok(self.0.get()?.0.address())
     }
 
-    /// Sends everybody away and closes the port. A second call does nothing.
+    /// Fails all pending calls and closes the port. A second call does nothing.
     fn shutdown(&self, py: Python<'_>) -> PyResult<()> {
         let lighthouse = self.0.get()?.0.clone();
         runtime::wait(py, async move { lighthouse.stop().await })
@@ -110,15 +110,15 @@ impl LighthouseClient {
     ///     store_address: the group's rendezvous store, `host:port`.
     ///     step: the last step that the group committed.
     ///     world_size: ranks in the group.
-    ///     shrink_only: take nobody in who was not in the last quorum.
+    ///     shrink_only: admit no group that was not in the last quorum.
     ///     data: anything that JSON can hold; every member receives it.
     ///
     /// Returns:
     ///     The quorum, with this group in it.
     ///
     /// Raises:
-    ///     TimeoutError: no quorum in time; says what was waited for.
-    ///     StateLostError: those who held the state that this group was to heal to are gone.
+    ///     TimeoutError: no quorum in time; the message says what it waited for.
+    ///     StateLostError: all groups that held the state this group was to heal to are gone.
     ///     TorchftError: anything else, a `RuntimeError`.
     #[pyo3(signature = (replica_id, timeout, address="".to_owned(), store_address="".to_owned(),
                         step=0, world_size=0, shrink_only=false, data=None))]
@@ -153,7 +153,7 @@ impl LighthouseClient {
         Ok(quorum.into())
     }
 
-    /// Says that the replica group `replica_id` is alive.
+    /// Sends a heartbeat: the replica group `replica_id` is alive.
     ///
     /// Args:
     ///     replica_id: the group's name.

@@ -1,15 +1,15 @@
-//! `ManagerServer`, `ManagerClient` and what the latter returns.
+//! `ManagerServer`, `ManagerClient`, and the `QuorumResult` that a client returns.
 
 use std::{sync::Arc, time::Duration};
 
 use pyo3::prelude::*;
-use torchft_quorum::vote::Ballot;
+use torchft_quorum::vote::RankVote;
 use torchft_server::{
     manager::{Manager, ManagerClient as Client, ManagerOptions, StartError},
     process, wire,
 };
 
-use crate::{errors, forked::OneProcess, result::QuorumResult, runtime};
+use crate::{errors, forked::OneProcess, runtime};
 
 /// The manager server of a replica group, inside the process of its rank 0.
 ///
@@ -18,11 +18,11 @@ use crate::{errors, forked::OneProcess, result::QuorumResult, runtime};
 /// Args:
 ///     replica_id: the group's name in the quorum.
 ///     lighthouse_addr: the lighthouse, `http://host:port`.
-///     hostname: the name of this machine for others.
+///     hostname: the name under which other hosts reach this one.
 ///     bind: address to listen on, `host:port`; port 0 takes a free one.
 ///     store_addr: the group's rendezvous store, `host:port`.
 ///     world_size: ranks in the group, at least 1.
-///     heartbeat_interval: how often the group says that it is alive, above 0.
+///     heartbeat_interval: how often the group sends a heartbeat, above 0.
 ///     connect_timeout: how long the first connection to the lighthouse may take.
 ///     quorum_retries: how often a request that the lighthouse failed is sent again. One that did
 ///         not reach it is sent again until its callers' deadline, whatever this says.
@@ -80,12 +80,12 @@ impl ManagerServer {
         )))
     }
 
-    /// The address that ranks and peers dial, `http://host:port`.
+    /// The address that ranks and other groups dial, `http://host:port`.
     fn address(&self) -> PyResult<&str> {
         Ok(self.0.get()?.0.address())
     }
 
-    /// Sends everybody away, stops the heartbeat and closes the port. A second call does nothing.
+    /// Fails all pending calls, stops the heartbeats and closes the port. A second call does nothing.
     fn shutdown(&self, py: Python<'_>) -> PyResult<()> {
         let manager = self.0.get()?.0.clone();
         runtime::wait(py, async move { manager.stop().await })
@@ -126,17 +126,17 @@ impl ManagerClient {
     ///     group_rank: which rank asks.
     ///     step: the last step it committed.
     ///     checkpoint_metadata: where its state can be fetched; opaque.
-    ///     shrink_only: take nobody in who was not in the last quorum.
-    ///     init_sync: this process has not been in a quorum yet and wants the primary's state.
+    ///     shrink_only: admit no group that was not in the last quorum.
+    ///     init_sync: this process has not been in a quorum yet and needs initial weights.
     ///     commit_failures: steps it discarded in a row; above 0 asks for new process groups.
     ///     timeout: how long to wait.
-    ///     settling: this group ends its run, and asks only for those that are behind.
+    ///     settling: the final sync: this group ends its run, and asks only for groups that are behind.
     ///
     /// Raises:
     ///     UnreachableError: the lighthouse has not answered in time; also a `TimeoutError`.
-    ///     TimeoutError: no quorum in time; says which rank or replica was waited for.
-    ///     StateLostError: those who held the state that this group was to heal to are gone.
-    ///     QuorumError: refused for another reason, such as a rank of the group that left.
+    ///     TimeoutError: no quorum in time; the message names the rank or replica it waited for.
+    ///     StateLostError: all groups that held the state this group was to heal to are gone.
+    ///     QuorumError: refused for another reason, such as a rank of the group that stopped waiting.
     #[pyo3(signature = (group_rank, step, checkpoint_metadata, shrink_only, init_sync, commit_failures, timeout, settling=false))]
     #[allow(clippy::too_many_arguments)] // the signature that existing callers know
     fn _quorum(
@@ -160,12 +160,12 @@ impl ManagerClient {
             commit_failures,
             settling,
         };
-        let told = runtime::wait(py, self.0.get()?.quorum(message, timeout))?;
-        let told = told.map_err(|error| errors::raise(py, &error))?;
-        Ok(told.into())
+        let response = runtime::wait(py, self.0.get()?.quorum(message, timeout))?;
+        let response = response.map_err(|error| errors::raise(py, &error))?;
+        Ok(response.into())
     }
 
-    /// Where the state of `rank` of that group can be fetched, as that rank said.
+    /// Returns where the state of `rank` of that group can be fetched, as that rank said.
     ///
     /// Args:
     ///     rank: the group rank.
@@ -206,12 +206,12 @@ impl ManagerClient {
         should_commit: bool,
         timeout: Duration,
     ) -> PyResult<bool> {
-        let ballot = Ballot {
+        let vote = RankVote {
             group_rank,
             step,
             commit: should_commit,
         };
-        let outcome = runtime::wait(py, self.0.get()?.should_commit(ballot, timeout))?;
+        let outcome = runtime::wait(py, self.0.get()?.should_commit(vote, timeout))?;
         outcome.map_err(|error| errors::raise(py, &error))
     }
 
@@ -232,7 +232,92 @@ impl ManagerClient {
         why: &str,
         timeout: Duration,
     ) -> PyResult<()> {
-        let told = runtime::wait(py, self.0.get()?.end_group(group_rank, why, timeout))?;
-        told.map_err(|error| errors::raise(py, &error))
+        let response = runtime::wait(py, self.0.get()?.end_group(group_rank, why, timeout))?;
+        response.map_err(|error| errors::raise(py, &error))
+    }
+}
+
+/// What one rank is told about a quorum. Replica ranks are positions in the quorum.
+///
+/// Args:
+///     None: it starts as a quorum of one, and every field can be set (tests do).
+#[pyclass(get_all, set_all, module = "torchft._torchft")]
+#[derive(Default)]
+pub struct QuorumResult {
+    quorum_id: i64,
+    replica_rank: i64,
+    replica_world_size: i64,
+    /// The donor's manager server; empty if this rank does not heal.
+    recover_src_manager_address: String,
+    recover_src_replica_rank: Option<i64>,
+    recover_dst_replica_ranks: Vec<i64>,
+    /// The store at which the ranks with this group rank meet, `host:port`.
+    store_address: String,
+    max_step: i64,
+    /// This group's position among those at `max_step`; None if it is behind.
+    max_replica_rank: Option<i64>,
+    max_world_size: i64,
+    heal: bool,
+    /// The most discarded steps in a row of any member.
+    commit_failures: i64,
+    /// All members' names, by replica rank.
+    replica_ids: Vec<String>,
+    /// Those that heal in this quorum: the same list for all groups.
+    recovering_replica_ranks: Vec<i64>,
+    /// Those that asked with `init_sync`.
+    fresh_replica_ranks: Vec<i64>,
+    /// Those that end their run: the final sync.
+    settling_replica_ranks: Vec<i64>,
+    /// Ranks in each group, by replica rank.
+    world_sizes: Vec<u64>,
+}
+
+#[pymethods]
+impl QuorumResult {
+    #[new]
+    fn new() -> Self {
+        Self {
+            replica_world_size: 1,
+            max_world_size: 1,
+            ..Self::default()
+        }
+    }
+
+    fn __repr__(&self) -> String {
+        format!(
+            "QuorumResult(quorum_id={}, replica_rank={}, replica_world_size={}, max_step={}, \
+             heal={}, replica_ids={:?}, recovering_replica_ranks={:?})",
+            self.quorum_id,
+            self.replica_rank,
+            self.replica_world_size,
+            self.max_step,
+            if self.heal { "True" } else { "False" },
+            self.replica_ids,
+            self.recovering_replica_ranks,
+        )
+    }
+}
+
+impl From<wire::ManagerQuorumResponse> for QuorumResult {
+    fn from(response: wire::ManagerQuorumResponse) -> Self {
+        Self {
+            quorum_id: response.quorum_id,
+            replica_rank: response.replica_rank,
+            replica_world_size: response.replica_world_size,
+            recover_src_manager_address: response.recover_src_manager_address,
+            recover_src_replica_rank: response.recover_src_replica_rank,
+            recover_dst_replica_ranks: response.recover_dst_replica_ranks,
+            store_address: response.store_address,
+            max_step: response.max_step,
+            max_replica_rank: response.max_replica_rank,
+            max_world_size: response.max_world_size,
+            heal: response.heal,
+            commit_failures: response.commit_failures,
+            replica_ids: response.replica_ids,
+            recovering_replica_ranks: response.recovering_replica_ranks,
+            fresh_replica_ranks: response.fresh_replica_ranks,
+            settling_replica_ranks: response.settling_replica_ranks,
+            world_sizes: response.world_sizes,
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! `Quorum` and its parts, as plain values. Members become Python objects when they are looked at.
+//! `Quorum` and its parts, as plain values. A member becomes a Python object when it is read.
 
 use std::sync::Arc;
 
@@ -96,7 +96,7 @@ impl QuorumMember {
         self.0.world_size
     }
 
-    /// Whether it asked that nobody new is taken in.
+    /// Whether it asked for a quorum without new members.
     #[getter]
     fn shrink_only(&self) -> bool {
         self.0.shrink_only
@@ -108,7 +108,7 @@ impl QuorumMember {
         self.0.commit_failures
     }
 
-    /// What it sent along, or None.
+    /// The user's data that it sent, or `None`.
     #[getter]
     fn data(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         json::read(py, &self.0.data)
@@ -122,7 +122,7 @@ impl QuorumMember {
     }
 }
 
-/// A moment, since 1970.
+/// A moment, as the time since 1970.
 ///
 /// Args:
 ///     Not constructible: it comes from `Quorum.created`.

@@ -10,7 +10,7 @@ use std::{
     process,
     ptr::null_mut,
     sync::{
-        Mutex, PoisonError,
+        Mutex,
         atomic::{AtomicPtr, AtomicUsize, Ordering},
     },
     thread,
@@ -23,6 +23,7 @@ use tokio::{
     sync::watch,
     time::sleep,
 };
+use torchft_server::lock::lock;
 
 /// How often a blocked call looks for signals.
 const SIGNALS: Duration = Duration::from_millis(100);
@@ -37,7 +38,7 @@ struct Entry {
     runtime: Mutex<Option<Runtime>>,
     /// True from the interpreter's exit on.
     ended: watch::Sender<bool>,
-    /// Calls under way in [`wait`].
+    /// Calls that are inside [`wait`] now.
     waiting: AtomicUsize,
 }
 
@@ -109,11 +110,7 @@ pub fn end() {
     while entry.waiting.load(Ordering::Acquire) > 0 && begun.elapsed() < END {
         thread::sleep(Duration::from_millis(1));
     }
-    let runtime = entry
-        .runtime
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .take();
+    let runtime = lock(&entry.runtime).take();
     if let Some(runtime) = runtime {
         runtime.shutdown_timeout(END);
     }
@@ -159,13 +156,9 @@ fn make() -> PyResult<&'static Entry> {
     }));
     let swap = CURRENT.compare_exchange(before, entry, Ordering::AcqRel, Ordering::Acquire);
     match (swap, current()) {
-        // Another thread was faster: its runtime is everybody's, ours ends unused.
+        // Another thread was faster: its runtime is used, and this one ends.
         (Err(_), Some(theirs)) => {
-            let ours = entry
-                .runtime
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .take();
+            let ours = lock(&entry.runtime).take();
             ours.into_iter().for_each(Runtime::shutdown_background);
             Ok(theirs)
         }
@@ -180,7 +173,7 @@ fn threads() -> PyResult<usize> {
     match given.parse() {
         Ok(n) if n > 0 => Ok(n),
         _ => Err(PyRuntimeError::new_err(format!(
-            "TOKIO_WORKER_THREADS is {given:?}, but must be a whole number from 1"
+            "TOKIO_WORKER_THREADS is {given:?}, but must be an integer of at least 1"
         ))),
     }
 }

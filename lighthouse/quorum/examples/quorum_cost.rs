@@ -3,8 +3,8 @@
 
 use std::time::{Duration, Instant};
 
-use torchft_quorum::machine::Machine;
-use torchft_quorum::member::{Member, ReplicaId, Ticket};
+use torchft_quorum::coordinator::Coordinator;
+use torchft_quorum::member::{CallId, Member, ReplicaId};
 use torchft_quorum::rules::{BadRules, Rules};
 
 const ROUNDS: u64 = 200;
@@ -23,25 +23,25 @@ fn measure(groups: u64) -> Result<(), BadRules> {
         join_timeout: Duration::from_secs(60),
         heartbeat_timeout: Duration::from_secs(5),
     };
-    let mut machine = Machine::new(rules, 0)?;
+    let mut coordinator = Coordinator::new(rules, 0)?;
     let ids: Vec<ReplicaId> = (0..groups)
         .map(|i| format!("group_{i:04}:0").into())
         .collect();
     let begun = Instant::now();
     for round in 0..ROUNDS {
         for (i, id) in ids.iter().enumerate() {
-            let ticket = Ticket(round * groups + i as u64);
+            let call_id = CallId(round * groups + i as u64);
             let member = Member::new(id.clone(), round as i64);
-            machine.join(ticket, member, 0, begun.elapsed());
+            coordinator.join(call_id, member, 0, begun.elapsed());
         }
     }
     let quorums = begun.elapsed().as_secs_f64() * 1e6 / ROUNDS as f64;
-    let looks = machine.looks() as f64 / (ROUNDS * groups) as f64;
+    let visits = coordinator.visits() as f64 / (ROUNDS * groups) as f64;
     let begun_beating = Instant::now();
     for id in ids.iter().cycle().take((ROUNDS * groups) as usize) {
-        machine.heartbeat(id.as_str(), begun.elapsed());
+        coordinator.heartbeat(id.as_str(), begun.elapsed());
     }
     let beats = begun_beating.elapsed().as_secs_f64() * 1e6 / (ROUNDS * groups) as f64;
-    println!("{groups:6}  {quorums:11.1}  {beats:14.3}  {looks:20.2}");
+    println!("{groups:6}  {quorums:11.1}  {beats:14.3}  {visits:20.2}");
     Ok(())
 }

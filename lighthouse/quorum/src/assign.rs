@@ -1,14 +1,13 @@
 //! Which rank a group has in a quorum, which store its ranks meet at, and who heals from whom.
 //!
-//! Every group computes this alone from the same quorum, so that all of them agree without talking:
+//! Every group computes this from the same quorum, so that all agree without further messages:
 //!
 //! - A replica's rank is its position in the quorum.
 //! - Those at the highest step are *ahead*; all others heal.
-//! - At step 0 nobody is ahead of anybody, but initial weights may differ: there the *fresh*, which
-//!   ask for the initial synchronisation, heal too, all but the primary. The primary is a member
-//!   that is not fresh, if there is one: a newcomer never overwrites the weights of those who have
-//!   trained.
-//! - The `i`-th that heals gets it from the `(i + group_rank + f)`-th that does not, where `f` is how
+//! - At step 0 nobody is ahead, but initial weights may differ: there the *fresh* groups, which ask
+//!   with `init_sync`, heal too, all but the primary. The primary is a member that is not fresh, if
+//!   there is one: a new group never overwrites the weights of groups that have trained.
+//! - The `i`-th that heals gets its state from the `(i + group_rank + f)`-th that does not, where `f` is how
 //!   many steps it has discarded in a row: the ranks of a group load different donors, and a group
 //!   whose heal failed asks another one.
 //! - Ranks of equal group rank meet at the store of the `group_rank`-th that is ahead.
@@ -17,7 +16,7 @@ use thiserror::Error;
 
 use crate::member::{Member, Quorum, ReplicaId};
 
-/// What one rank of one group is told of a quorum. Replica ranks are positions in the quorum.
+/// What one rank of one group has to do in a quorum. Replica ranks are positions in the quorum.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Assignment {
     /// The quorum's id.
@@ -36,7 +35,7 @@ pub struct Assignment {
     pub max_world_size: i64,
     /// The rendezvous store at which all groups' ranks with this group rank meet.
     pub store_address: String,
-    /// Where this group heals from; `None`: it does not.
+    /// The donor from which this group heals; `None` if it does not heal.
     pub source: Option<Source>,
     /// Replica ranks that heal from this group.
     pub recover_dst_replica_ranks: Vec<i64>,
@@ -44,8 +43,8 @@ pub struct Assignment {
     pub recovering_replica_ranks: Vec<i64>,
     /// Replica ranks that asked with `init_sync`.
     pub fresh_replica_ranks: Vec<i64>,
-    /// Replica ranks that end their run.
-    pub settling_replica_ranks: Vec<i64>,
+    /// Replica ranks that end their run: the final sync.
+    pub final_sync_replica_ranks: Vec<i64>,
     /// Ranks in each group, in rank order.
     pub world_sizes: Vec<u64>,
     /// The most discarded steps in a row of any member.
@@ -61,18 +60,18 @@ pub struct Source {
     pub manager_address: String,
 }
 
-/// The replica is no member.
+/// The replica is not a member of the quorum.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error("replica {replica_id} is not in quorum {quorum_id}: ask for the next one")]
 pub struct NotInQuorum {
-    /// Who asked.
+    /// The replica that asked.
     pub replica_id: ReplicaId,
-    /// For which quorum.
+    /// The quorum.
     pub quorum_id: i64,
 }
 
-/// Tells the rank `group_rank` of `replica_id` what it has to do in `quorum`. `init_sync` is that
-/// rank's own wish: it stands in for members that do not say.
+/// Returns what the rank `group_rank` of `replica_id` has to do in `quorum`. `init_sync` is what that
+/// rank asked for; it is used for members that do not say.
 pub fn assign(
     quorum: &Quorum,
     replica_id: &str,
@@ -98,7 +97,7 @@ pub fn assign(
     let pairs = pairs.map(|pair| (*pair.1, donor(pair)));
     let source = pairs.clone().find(|(to, _)| *to == own);
     let fresh = indices(quorum, |_, m| m.is_fresh());
-    let settling = indices(quorum, |_, m| m.settling);
+    let final_sync = indices(quorum, |_, m| m.final_sync);
     let failures = quorum.members.iter().map(|m| m.commit_failures);
     let first = *around(&roles.ahead, group_rank);
     Ok(Assignment {
@@ -117,13 +116,13 @@ pub fn assign(
         recover_dst_replica_ranks: ranks(pairs.filter(|(_, from)| *from == own).map(|(to, _)| to)),
         recovering_replica_ranks: ranks(roles.healing.iter().copied()),
         fresh_replica_ranks: ranks(fresh.into_iter()),
-        settling_replica_ranks: ranks(settling.into_iter()),
+        final_sync_replica_ranks: ranks(final_sync.into_iter()),
         world_sizes: quorum.members.iter().map(|m| m.world_size).collect(),
         commit_failures: failures.max().unwrap_or(0),
     })
 }
 
-/// Who is where in a quorum, as indices into its members; all lists are sorted.
+/// The roles in a quorum, as sorted indices into its members.
 struct Roles {
     /// At the highest step. Never empty.
     ahead: Vec<usize>,
@@ -138,8 +137,12 @@ impl Roles {
         let max_step = quorum.max_step();
         let ahead = indices(quorum, |_, m| m.step == max_step);
         let is_forced = |m: &Member| max_step == 0 && m.init_sync.unwrap_or(init_sync);
-        let settled = indices(quorum, |_, m| m.step == max_step && !is_forced(m));
-        let pool = if settled.is_empty() { &ahead } else { &settled };
+        let initialized = indices(quorum, |_, m| m.step == max_step && !is_forced(m));
+        let pool = if initialized.is_empty() {
+            &ahead
+        } else {
+            &initialized
+        };
         let primary = *around(pool, group_rank);
         let heals = |i: usize, m: &Member| m.step < max_step || (is_forced(m) && i != primary);
         let healing = indices(quorum, heals);
@@ -157,7 +160,7 @@ fn indices(quorum: &Quorum, is: impl Fn(usize, &Member) -> bool) -> Vec<usize> {
     all.filter(|(i, m)| is(*i, m)).map(|(i, _)| i).collect()
 }
 
-/// The `i`-th of a list that is not empty, counting around it.
+/// The `i`-th item of a list that is not empty; counting goes on at its start.
 fn around(list: &[usize], i: i64) -> &usize {
     &list[i.rem_euclid(list.len() as i64) as usize]
 }

@@ -1,18 +1,18 @@
-//! One quorum decision, taken from counts alone, so that it costs the same for 2 groups and 512.
+//! One quorum decision, made from counts alone, so that it costs the same for 2 groups and 512.
 //!
-//! Only ids that heartbeat count, and of these only those that ask are candidates. If any of them
-//! asks `shrink_only`, all counts are over members of the last quorum. Then, in this order:
+//! Only replicas that send heartbeats are counted, and of these only those that ask are candidates.
+//! If any of them asks `shrink_only`, all counts are over members of the last quorum. Then, in order:
 //!
 //! 1. Nobody is a candidate: wait. An empty quorum never forms. And while this lighthouse is new,
 //!    and a candidate was in a quorum of an earlier one: wait for a heartbeat timeout from the first
-//!    that was heard, so that all of those can be heard.
+//!    one that was heard, so that heartbeats of all of those can arrive.
 //! 2. **The donor rule.** The *floor* is the highest step of the last quorum. If no candidate has
 //!    reached it:
-//!    - while another member of the last quorum heartbeats, wait for it: it may have the floor;
+//!    - while another member of the last quorum sends heartbeats, wait for it: it may have the floor;
 //!    - else, if a candidate was up to date in the last quorum, it went back on purpose: go on;
 //!    - else, if a candidate was to heal in the last quorum, its donors are gone: it is refused,
-//!      after the stragglers of rule 6 had their time;
-//!    - else everybody of the last quorum is gone and new processes start afresh: go on.
+//!      after the time that rule 6 gives to the others;
+//!    - else all members of the last quorum are gone and new processes start again: go on.
 //! 3. All members of the last quorum are candidates: a quorum forms at once, newcomers included.
 //! 4. Fewer candidates than `min_replicas`: wait.
 //! 5. Candidates are not more than half of all healthy ids: wait.
@@ -24,10 +24,10 @@ use std::time::Duration;
 
 use crate::rules::Rules;
 
-/// How many ids there are of a kind.
+/// Numbers of replicas.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Count {
-    /// Ids that heartbeat.
+    /// Replicas that send heartbeats.
     pub healthy: usize,
     /// Of the healthy: those that ask for a quorum.
     pub asking: usize,
@@ -35,31 +35,31 @@ pub struct Count {
     pub at_floor: usize,
 }
 
-/// All that a decision depends on.
+/// The counts and times on which a decision depends.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Census {
-    /// Over all ids.
+pub struct Counts {
+    /// Over all replicas.
     pub all: Count,
     /// Over the members of the last quorum.
-    pub old: Count,
+    pub last: Count,
     /// Members of the last quorum, healthy or not; 0 if there was none.
-    pub old_total: usize,
+    pub last_total: usize,
     /// Members of the last quorum that were up to date in it, heartbeat and ask.
-    pub old_donors_asking: usize,
-    /// Healthy ids that ask `shrink_only`.
+    pub last_donors_asking: usize,
+    /// Healthy replicas that ask `shrink_only`.
     pub shrink_only: usize,
     /// The highest step of the last quorum.
     pub floor: i64,
     /// When the first of those that ask did so.
     pub first_asked: Option<Duration>,
-    /// Until then a lighthouse that has just taken over from an earlier one listens who is there.
+    /// Until then a lighthouse that was restarted during a job only collects heartbeats.
     pub listens_until: Option<Duration>,
 }
 
-/// What follows from a census.
+/// A decision.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decision {
-    /// Not yet.
+    /// No quorum forms yet.
     Wait(Wait),
     /// Refuse those who were to heal in the last quorum and ask below its floor; then decide again.
     StateLost,
@@ -77,10 +77,9 @@ pub enum Decision {
 pub enum Wait {
     /// Nobody healthy asks.
     NobodyAsks,
-    /// Somebody asks `shrink_only`, and no member of the last quorum asks.
-    ShrunkToNobody,
-    /// The lighthouse is new in a job that has had a quorum: those that it has not heard yet are
-    /// given until then.
+    /// A replica asks `shrink_only`, and no member of the last quorum asks.
+    NoMemberAsks,
+    /// The lighthouse was restarted during a job: it waits for heartbeats of the job's replicas.
     Listening {
         /// When their time is up.
         until: Duration,
@@ -92,22 +91,22 @@ pub enum Wait {
         /// `min_replicas`.
         need: usize,
     },
-    /// Not more than half of the healthy ids ask.
+    /// At most half of the healthy replicas ask.
     NoMajority {
         /// Candidates.
         have: usize,
-        /// Healthy ids.
+        /// Healthy replicas.
         healthy: usize,
     },
-    /// Healthy ids that have not asked are given until then.
+    /// Healthy replicas that have not asked are waited for.
     Stragglers {
         /// How many.
         missing: usize,
         /// When their time is up.
         until: Duration,
     },
-    /// No candidate has reached the floor, and members of the last quorum that heartbeat but do
-    /// not ask may have: waited for as long as they heartbeat.
+    /// No candidate has reached the floor. Members of the last quorum that send heartbeats but do not
+    /// ask may have: they are waited for as long as they send heartbeats.
     UpToDate {
         /// How many.
         missing: usize,
@@ -121,11 +120,11 @@ pub enum Wait {
 pub enum Formed {
     /// All members of the last quorum asked.
     Fast,
-    /// Every healthy id asked.
+    /// Every healthy replica asked.
     AllJoined,
     /// The join timeout passed.
     JoinTimeout {
-        /// Healthy ids that were not waited for any longer.
+        /// Healthy replicas that did not ask in time.
         absent: usize,
     },
 }
@@ -142,35 +141,35 @@ impl fmt::Display for Formed {
     }
 }
 
-/// Decides.
-pub fn decide(rules: &Rules, census: &Census, now: Duration) -> Decision {
-    let count = census.electorate();
+/// Decides whether a quorum forms now, by the rules in the head of this file.
+pub fn decide(rules: &Rules, counts: &Counts, now: Duration) -> Decision {
+    let count = counts.eligible();
     if count.asking == 0 {
-        return Decision::Wait(census.nobody());
+        return Decision::Wait(counts.nobody());
     }
-    if let Some(until) = census.listens_until.filter(|until| now < *until) {
+    if let Some(until) = counts.listens_until.filter(|until| now < *until) {
         return Decision::Wait(Wait::Listening { until });
     }
-    let state = census.state();
-    if let State::MayBeWith { missing } = state {
-        let floor = census.floor;
+    let state = counts.floor_state();
+    if let FloorState::WithAbsent { missing } = state {
+        let floor = counts.floor;
         return Decision::Wait(Wait::UpToDate { missing, floor });
     }
-    let below_floor = state == State::GivenUp;
-    if census.old_total > 0 && census.old.asking == census.old_total {
+    let below_floor = state == FloorState::GivenUp;
+    if counts.last_total > 0 && counts.last.asking == counts.last_total {
         let why = Formed::Fast;
         return Decision::Form { why, below_floor };
     }
     let absent = count.healthy - count.asking;
-    let until = census.first_asked.unwrap_or(now) + rules.join_timeout;
-    let patient = absent > 0 && now < until;
-    if state == State::Lost && !patient {
+    let until = counts.first_asked.unwrap_or(now) + rules.join_timeout;
+    let still_waits = absent > 0 && now < until;
+    if state == FloorState::Lost && !still_waits {
         return Decision::StateLost;
     }
     if let Some(wait) = too_small(rules, &count) {
         return Decision::Wait(wait);
     }
-    if patient {
+    if still_waits {
         let missing = absent;
         return Decision::Wait(Wait::Stragglers { missing, until });
     }
@@ -193,28 +192,28 @@ fn too_small(rules: &Rules, count: &Count) -> Option<Wait> {
     None
 }
 
-/// Where the state of the floor is.
+/// Where the training state of the floor is.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum State {
-    /// With a candidate, or there is no floor.
-    Here,
-    /// With none of them, but healthy members of the last quorum have not asked.
-    MayBeWith { missing: usize },
-    /// Nowhere, and a candidate was to heal to it.
+enum FloorState {
+    /// A candidate has it, or there is no floor.
+    Present,
+    /// No candidate has it, but healthy members of the last quorum have not asked.
+    WithAbsent { missing: usize },
+    /// Nobody has it, and a candidate was told to heal to it.
     Lost,
-    /// Nowhere, and nobody who asks depends on it.
+    /// Nobody has it, and no candidate depends on it.
     GivenUp,
 }
 
-impl Census {
-    /// Whether only members of the last quorum are let in.
+impl Counts {
+    /// Whether only members of the last quorum are admitted.
     pub fn is_shrinking(&self) -> bool {
-        self.shrink_only > 0 && self.old_total > 0
+        self.shrink_only > 0 && self.last_total > 0
     }
 
-    fn electorate(&self) -> Count {
+    fn eligible(&self) -> Count {
         if self.is_shrinking() {
-            self.old
+            self.last
         } else {
             self.all
         }
@@ -222,23 +221,23 @@ impl Census {
 
     fn nobody(&self) -> Wait {
         if self.is_shrinking() {
-            Wait::ShrunkToNobody
+            Wait::NoMemberAsks
         } else {
             Wait::NobodyAsks
         }
     }
 
-    fn state(&self) -> State {
-        if self.old_total == 0 || self.electorate().at_floor > 0 {
-            return State::Here;
+    fn floor_state(&self) -> FloorState {
+        if self.last_total == 0 || self.eligible().at_floor > 0 {
+            return FloorState::Present;
         }
-        let missing = self.old.healthy - self.old.asking;
+        let missing = self.last.healthy - self.last.asking;
         if missing > 0 {
-            return State::MayBeWith { missing };
+            return FloorState::WithAbsent { missing };
         }
-        if self.old.asking > 0 && self.old_donors_asking == 0 {
-            return State::Lost;
+        if self.last.asking > 0 && self.last_donors_asking == 0 {
+            return FloorState::Lost;
         }
-        State::GivenUp
+        FloorState::GivenUp
     }
 }

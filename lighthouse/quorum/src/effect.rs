@@ -1,4 +1,4 @@
-//! What the machine asks its shell to do: answer callers, and tell people.
+//! What the coordinator asks the server to do: answer callers, and log events.
 
 use std::fmt;
 use std::sync::Arc;
@@ -7,19 +7,19 @@ use std::time::Duration;
 use thiserror::Error;
 
 use crate::decide::Formed;
-use crate::member::{BadMember, Quorum, ReplicaId, Ticket};
+use crate::member::{BadMember, CallId, Quorum, ReplicaId};
 use crate::waiting::{Names, Waiting};
 
-/// One thing for the shell to carry out, in the order given.
+/// One thing for the server to do, in the order given.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Effect {
     /// Answer these callers with the quorum; each of them is a member.
     Publish {
-        /// What all of them get.
+        /// The quorum for all of them.
         quorum: Arc<Quorum>,
-        /// One a member.
-        tickets: Vec<Ticket>,
-        /// Why now.
+        /// The call of each member.
+        call_ids: Vec<CallId>,
+        /// Why it formed now.
         why: Formed,
         /// Why the quorum id is a new one; `None`: it is that of the last quorum.
         renewed: Option<Renewal>,
@@ -27,11 +27,11 @@ pub enum Effect {
     /// Answer this caller with an error.
     Refuse {
         /// Whom.
-        ticket: Ticket,
+        call_id: CallId,
         /// Why.
         refusal: Refusal,
     },
-    /// Tell people.
+    /// Log an event.
     Notice(Notice),
 }
 
@@ -42,7 +42,7 @@ pub enum Renewal {
     First,
     /// The members differ from those of the last quorum.
     Members {
-        /// New ones.
+        /// New members.
         joined: Vec<ReplicaId>,
         /// Members of the last quorum that are not in this one.
         left: Vec<ReplicaId>,
@@ -58,7 +58,7 @@ pub enum Renewal {
 /// Why a caller gets an error instead of a quorum.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum Refusal {
-    /// The request makes no sense.
+    /// The request has impossible values.
     #[error(transparent)]
     BadMember(#[from] BadMember),
     /// The same replica asked again while this request waited.
@@ -67,7 +67,7 @@ pub enum Refusal {
         /// Who.
         replica_id: ReplicaId,
     },
-    /// The state that this replica was to heal to is gone.
+    /// The state to which this replica was told to heal is gone.
     #[error(transparent)]
     StateLost(#[from] StateLost),
     /// The caller's deadline passed. Who asked, and at which step, its own words say already.
@@ -78,52 +78,53 @@ pub enum Refusal {
     Deadline {
         /// Who.
         replica_id: ReplicaId,
-        /// Where it is.
+        /// Its step.
         step: i64,
-        /// How long it was not heard itself, if that was too long for it to count.
+        /// How long this replica itself sent no heartbeat, if that was too long for it to count.
         silent_for: Option<Duration>,
         /// What it waited for.
         waiting: Waiting,
-        /// The lighthouse itself was away or stood still for a part of that time.
+        /// The lighthouse itself was away or did not run for a part of that time.
         absent: bool,
     },
 }
 
-/// A replica was told to heal to a step, has not, and nobody who had that step is left.
+/// A replica was told to heal to a step and has not, and no replica that had that step is left.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error(
-    "the state of step {lost_step} is lost: replica {replica_id} is at step {step} and was to heal \
+    "the state of step {lost_step} is lost: replica {replica_id} is at step {step} and had to heal \
      from {}, of which none is left; either restart every replica group from a checkpoint of step \
      {lost_step} or later, or stop this process, so that new processes start afresh from the step \
      that they load",
     Names(donors)
 )]
 pub struct StateLost {
-    /// Who was to heal.
+    /// The replica that had to heal.
     pub replica_id: ReplicaId,
-    /// Where it is.
+    /// Its step.
     pub step: i64,
     /// The step that is lost.
     pub lost_step: i64,
-    /// Those who had it.
+    /// The replicas that had it.
     pub donors: Vec<ReplicaId>,
 }
 
-/// What people should know, though nobody waits for it.
+/// An event for the log: no caller waits for it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Notice {
-    /// The lighthouse itself did not run, so it could hear nobody: silences are counted anew.
+    /// The lighthouse itself did not run, so it received no heartbeats: every heartbeat timeout starts
+    /// again.
     Paused {
         /// For how long.
         gap: Duration,
     },
-    /// Groups of a name are members of one quorum: several processes were started under it.
+    /// Several members of one quorum have the same group name.
     SameName {
-        /// Whose names are equal up to the suffix of their start, sorted.
+        /// Their ids, which differ only in the suffix of their start, sorted.
         replica_ids: Vec<ReplicaId>,
     },
-    /// A member of the last quorum was silent for the heartbeat timeout.
-    FellSilent {
+    /// A member of the last quorum sent no heartbeat for the heartbeat timeout.
+    Died {
         /// Who.
         replica_id: ReplicaId,
     },
@@ -143,8 +144,8 @@ impl fmt::Display for Notice {
         match self {
             Self::Paused { gap } => write!(
                 f,
-                "this lighthouse did not run for {} ms and heard nobody: everybody is given a new \
-                 heartbeat timeout",
+                "this lighthouse did not run for {} ms and received no heartbeats: the heartbeat timeout \
+                 of every replica starts again",
                 gap.as_millis()
             ),
             Self::SameName { replica_ids } => write!(
@@ -152,10 +153,11 @@ impl fmt::Display for Notice {
                 "several processes train under one group name: {}",
                 Names(replica_ids)
             ),
-            Self::FellSilent { replica_id } => {
+            Self::Died { replica_id } => {
                 write!(
                     f,
-                    "replica {replica_id} of the last quorum has fallen silent"
+                    "replica {replica_id} of the last quorum sends no heartbeats: the next quorum does not \
+                     wait for it"
                 )
             }
             Self::Restarted {
@@ -164,8 +166,8 @@ impl fmt::Display for Notice {
                 quorum_id,
             } => write!(
                 f,
-                "quorum {quorum_id} goes on from step {to}, though the last one had reached step \
-                 {from}: nobody is left who has that step, or its owners went back on purpose"
+                "quorum {quorum_id} goes on from step {to}, but the last quorum had reached step {from}: \
+                 no replica with that step is left, or they loaded an older checkpoint on purpose"
             ),
         }
     }
@@ -194,7 +196,7 @@ fn own_silence(replica_id: &ReplicaId, silent_for: &Option<Duration>) -> String 
     match silent_for {
         None => String::new(),
         Some(age) => format!(
-            "replica {replica_id} does not count, since it has sent no heartbeat for {} ms; besides, ",
+            "replica {replica_id} is not counted, since it has sent no heartbeat for {} ms; also, ",
             age.as_millis()
         ),
     }

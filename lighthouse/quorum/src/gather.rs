@@ -1,13 +1,14 @@
-//! A group asks as one: when all its local ranks have asked, one request goes to the lighthouse.
+//! Gathers the quorum requests of a group's ranks: when all have asked, one request goes to the
+//! lighthouse.
 //!
-//! - The group is as far as its slowest rank: the request has the *lowest* step. It asks
-//!   `shrink_only`, `init_sync` and with as many discarded steps as any rank does.
-//! - Its deadline is that of the least patient caller, and so is that of every retry.
-//! - Ranks at different steps become equal by healing; if nobody is ahead of the slowest, all are
-//!   refused.
-//! - A caller that leaves breaks the round: the request is cancelled, all other callers are refused
+//! - The request has the *lowest* step of the ranks and the highest number of discarded steps. It
+//!   asks `shrink_only` and `init_sync` if any rank does.
+//! - Its deadline is the earliest of its callers', also for every retry.
+//! - Ranks at different steps become equal by healing. If no other group is ahead of the slowest
+//!   rank, all are refused.
+//! - A caller that leaves ends the round: the request is cancelled, all other callers are refused
 //!   at once, and a late answer is dropped.
-//! - A request that failed for good is answered to all callers at once, with its reason.
+//! - When a request has failed for good, all callers are refused at once, with its reason.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,20 +16,19 @@ use std::time::Duration;
 
 use crate::assign::{Assignment, assign};
 pub use crate::gather_error::{Failure, FailureKind, GatherRefusal};
-use crate::member::{Member, Quorum, ReplicaId, Ticket};
+use crate::member::{CallId, Member, Quorum, ReplicaId};
 
 /// The first pause before a request is sent again; each is half as long again as the one before.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// No pause is longer.
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
-/// How much sooner than its callers give up the lighthouse must answer: a tenth of their time, at
-/// most this.
+/// The lighthouse must answer before the callers give up: by a tenth of their time, at most this.
 const LONGEST_MARGIN: Duration = Duration::from_millis(100);
 
-/// The group that is gathered.
+/// The group whose ranks are gathered.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Group {
-    /// Its name in the quorum.
+    /// The group's name in the quorum.
     pub replica_id: ReplicaId,
     /// Its manager server, `http://host:port`.
     pub address: String,
@@ -41,24 +41,24 @@ pub struct Group {
     pub quorum_retries: u32,
 }
 
-/// What one local rank asks for.
+/// The request of one local rank.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RankAsk {
-    /// Which rank.
+    /// The rank that asks.
     pub group_rank: i64,
     /// The last step it committed.
     pub step: i64,
-    /// Where its state can be fetched; opaque.
+    /// Where its state can be fetched; passed on unread.
     pub checkpoint_metadata: String,
-    /// Asks that no new member is taken in.
+    /// Asks for a quorum without new members.
     pub shrink_only: bool,
-    /// Has not been in a quorum yet and wants the initial synchronisation.
+    /// This process has not been in a quorum yet and needs initial weights.
     pub init_sync: bool,
-    /// Ends its run.
-    pub settling: bool,
+    /// The final sync: the group ends its run.
+    pub final_sync: bool,
     /// Steps it discarded in a row.
     pub commit_failures: i64,
-    /// When it will no longer wait.
+    /// When its caller stops waiting.
     pub deadline: Duration,
 }
 
@@ -66,11 +66,11 @@ pub struct RankAsk {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Round(pub u64);
 
-/// One thing for the shell to carry out, in the order given.
+/// One thing for the server to do, in the order given.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum GatherEffect {
     /// All local ranks have asked, so none of them still votes on an earlier step: call
-    /// [`crate::vote::Vote::begin`].
+    /// [`crate::vote::CommitBarrier::begin`].
     RoundBegins(Round),
     /// Ask the lighthouse, and report what comes of it to [`Gather::answered`].
     Send {
@@ -78,7 +78,7 @@ pub enum GatherEffect {
         round: Round,
         /// 1 for the first try of this round.
         attempt: u32,
-        /// The group, speaking for all its ranks.
+        /// The group's request, for all its ranks.
         member: Member,
         /// The highest quorum id this group has seen.
         last_quorum_id: i64,
@@ -86,56 +86,56 @@ pub enum GatherEffect {
         /// that its reason still reaches them.
         deadline: Duration,
     },
-    /// Abandon the request of this round: nobody waits for it.
+    /// Cancel the request of this round: no caller waits for it.
     Cancel(Round),
     /// Answer this caller.
     Answer {
         /// Whom.
-        ticket: Ticket,
-        /// What its rank is told.
+        call_id: CallId,
+        /// What that rank has to do in the quorum.
         assignment: Assignment,
     },
     /// Answer this caller with an error.
     Refuse {
         /// Whom.
-        ticket: Ticket,
+        call_id: CallId,
         /// Why.
         refusal: GatherRefusal,
     },
 }
 
-/// The local ranks of one group, on their way to one quorum after another.
+/// The quorum requests of one group's local ranks, for one quorum after another.
 #[derive(Debug)]
 pub struct Gather {
     group: Group,
-    /// Requests of this round, by rank.
+    /// The ranks' requests in this round, by rank.
     asks: BTreeMap<i64, Asked>,
     round: Round,
     /// The request to the lighthouse, once all ranks have asked.
-    flight: Option<Flight>,
+    request: Option<LighthouseRequest>,
     last_quorum_id: i64,
-    /// What each rank said when it last asked.
+    /// The checkpoint metadata in each rank's latest request.
     metadata: BTreeMap<i64, String>,
 }
 
 #[derive(Debug)]
 struct Asked {
-    ticket: Ticket,
+    call_id: CallId,
     ask: RankAsk,
 }
 
 #[derive(Debug)]
-struct Flight {
+struct LighthouseRequest {
     /// Requests sent in this round.
     attempts: u32,
-    /// Of these, those that the lighthouse failed.
+    /// Of these, those that the lighthouse answered with an error.
     failed: u32,
-    /// When the next is sent; `None`: one is on its way.
+    /// When the next is sent; `None` while one waits for its answer.
     resend_at: Option<Duration>,
     /// By when the lighthouse must have answered.
     deadline: Duration,
     last_failure: Option<Failure>,
-    /// The lighthouse was not reached for a part of the time.
+    /// The lighthouse could not be reached for a part of the time.
     was_away: bool,
 }
 
@@ -146,15 +146,15 @@ impl Gather {
             group,
             asks: BTreeMap::new(),
             round: Round(0),
-            flight: None,
+            request: None,
             last_quorum_id: 0,
             metadata: BTreeMap::new(),
         }
     }
 
-    /// A local rank asks. It is answered by exactly one `Answer` or `Refuse` that names `ticket`,
+    /// A local rank asks. It is answered by exactly one `Answer` or `Refuse` that names `call_id`,
     /// unless it leaves before.
-    pub fn ask(&mut self, ticket: Ticket, ask: RankAsk, now: Duration) -> Vec<GatherEffect> {
+    pub fn ask(&mut self, call_id: CallId, ask: RankAsk, now: Duration) -> Vec<GatherEffect> {
         let group_rank = ask.group_rank;
         let world_size = self.group.world_size;
         if group_rank < 0 || group_rank.unsigned_abs() >= world_size {
@@ -164,41 +164,41 @@ impl Gather {
                 group_rank,
                 world_size,
             };
-            return vec![GatherEffect::Refuse { ticket, refusal }];
+            return vec![GatherEffect::Refuse { call_id, refusal }];
         }
         let mut effects = self.supersede(group_rank);
         self.metadata
             .insert(group_rank, ask.checkpoint_metadata.clone());
-        self.asks.insert(group_rank, Asked { ticket, ask });
+        self.asks.insert(group_rank, Asked { call_id, ask });
         if self.asks.len() as u64 == world_size {
             effects.extend(self.begin(now));
         }
         effects
     }
 
-    /// The caller hung up: the round is broken, its other callers are refused at once.
-    pub fn leave(&mut self, ticket: Ticket) -> Vec<GatherEffect> {
-        match self.rank_of(ticket) {
-            Some(group_rank) => self.walk_out(group_rank),
+    /// The caller hung up: the round ends, its other callers are refused at once.
+    pub fn leave(&mut self, call_id: CallId) -> Vec<GatherEffect> {
+        match self.rank_of(call_id) {
+            Some(group_rank) => self.end_round(group_rank),
             None => Vec::new(),
         }
     }
 
-    /// The caller's deadline has passed: it is refused with what it waited for, and the round is
-    /// broken as by [`Gather::leave`].
-    pub fn give_up(&mut self, ticket: Ticket) -> Vec<GatherEffect> {
-        let Some(group_rank) = self.rank_of(ticket) else {
+    /// The caller's deadline has passed: it is refused with what it waited for, and the round ends as
+    /// by [`Gather::leave`].
+    pub fn give_up(&mut self, call_id: CallId) -> Vec<GatherEffect> {
+        let Some(group_rank) = self.rank_of(call_id) else {
             return Vec::new();
         };
-        let flight = self.flight.as_ref();
+        let request = self.request.as_ref();
         let refusal = GatherRefusal::Deadline {
             replica_id: self.group.replica_id.clone(),
             step: self.asks[&group_rank].ask.step,
             missing: self.missing(),
-            last_failure: flight.and_then(|flight| flight.last_failure.clone()),
+            last_failure: request.and_then(|request| request.last_failure.clone()),
         };
-        let mut effects = vec![GatherEffect::Refuse { ticket, refusal }];
-        effects.extend(self.walk_out(group_rank));
+        let mut effects = vec![GatherEffect::Refuse { call_id, refusal }];
+        effects.extend(self.end_round(group_rank));
         effects
     }
 
@@ -209,12 +209,12 @@ impl Gather {
         answer: Result<Arc<Quorum>, Failure>,
         now: Duration,
     ) -> Vec<GatherEffect> {
-        let in_flight = |flight: &Flight| flight.resend_at.is_none();
-        if round != self.round || !self.flight.as_ref().is_some_and(in_flight) {
+        let in_flight = |request: &LighthouseRequest| request.resend_at.is_none();
+        if round != self.round || !self.request.as_ref().is_some_and(in_flight) {
             return Vec::new();
         }
         match answer {
-            Ok(quorum) => self.deal(&quorum),
+            Ok(quorum) => self.assign_all(&quorum),
             Err(failure) => self.retry_or_refuse(failure, now),
         }
     }
@@ -228,19 +228,19 @@ impl Gather {
         }
     }
 
-    /// When [`Gather::tick`] has something to do.
+    /// When to call [`Gather::tick`].
     pub fn next_wake(&self) -> Option<Duration> {
-        self.flight.as_ref()?.resend_at
+        self.request.as_ref()?.resend_at
     }
 
-    /// Where the state of this rank can be fetched, as it said when it last asked.
+    /// Where the state of this rank can be fetched, as its latest request said.
     pub fn checkpoint_metadata(&self, group_rank: i64) -> Option<&str> {
         self.metadata.get(&group_rank).map(String::as_str)
     }
 
-    fn rank_of(&self, ticket: Ticket) -> Option<i64> {
+    fn rank_of(&self, call_id: CallId) -> Option<i64> {
         let mut asks = self.asks.iter();
-        asks.find(|(_, asked)| asked.ticket == ticket)
+        asks.find(|(_, asked)| asked.call_id == call_id)
             .map(|(rank, _)| *rank)
     }
 
@@ -249,31 +249,31 @@ impl Gather {
         ranks.filter(|rank| !self.asks.contains_key(rank)).collect()
     }
 
-    /// The rank asks again: its older request makes room, and breaks the round if that was sent.
+    /// The rank asks again: its older request is refused, and ends the round if that was sent.
     fn supersede(&mut self, group_rank: i64) -> Vec<GatherEffect> {
         let Some(older) = self.asks.get(&group_rank) else {
             return Vec::new();
         };
         let mut effects = vec![GatherEffect::Refuse {
-            ticket: older.ticket,
+            call_id: older.call_id,
             refusal: GatherRefusal::Superseded { group_rank },
         }];
-        if self.flight.is_some() {
-            effects.extend(self.walk_out(group_rank));
+        if self.request.is_some() {
+            effects.extend(self.end_round(group_rank));
         }
         self.asks.remove(&group_rank);
         effects
     }
 
-    /// A rank is gone: nobody else gets a quorum in this round.
-    fn walk_out(&mut self, group_rank: i64) -> Vec<GatherEffect> {
+    /// A rank stopped waiting: no rank gets a quorum in this round.
+    fn end_round(&mut self, group_rank: i64) -> Vec<GatherEffect> {
         let Some(gone) = self.asks.remove(&group_rank) else {
             return Vec::new();
         };
         let replica_id = self.group.replica_id.clone();
         let step = gone.ask.step;
         let cancelled = self
-            .flight
+            .request
             .is_some()
             .then_some(GatherEffect::Cancel(self.round));
         let refused = self.refuse_all(&GatherRefusal::RankLeft {
@@ -289,7 +289,7 @@ impl Gather {
         self.round.0 += 1;
         let deadlines = self.asks.values().map(|asked| asked.ask.deadline);
         let patience = deadlines.min().unwrap_or(now).saturating_sub(now);
-        self.flight = Some(Flight {
+        self.request = Some(LighthouseRequest {
             attempts: 0,
             failed: 0,
             resend_at: None,
@@ -304,21 +304,21 @@ impl Gather {
 
     fn send(&mut self) -> Vec<GatherEffect> {
         let member = self.member();
-        let Some(flight) = &mut self.flight else {
+        let Some(request) = &mut self.request else {
             return Vec::new();
         };
-        flight.attempts += 1;
-        flight.resend_at = None;
+        request.attempts += 1;
+        request.resend_at = None;
         vec![GatherEffect::Send {
             round: self.round,
-            attempt: flight.attempts,
+            attempt: request.attempts,
             member,
             last_quorum_id: self.last_quorum_id,
-            deadline: flight.deadline,
+            deadline: request.deadline,
         }]
     }
 
-    /// The group, speaking for all its ranks.
+    /// The group's request, for all its ranks.
     fn member(&self) -> Member {
         let asks = || self.asks.values().map(|asked| &asked.ask);
         Member {
@@ -331,25 +331,28 @@ impl Gather {
             data: String::new(),
             commit_failures: asks().map(|ask| ask.commit_failures).max().unwrap_or(0),
             init_sync: Some(asks().any(|ask| ask.init_sync)),
-            settling: asks().any(|ask| ask.settling),
+            final_sync: asks().any(|ask| ask.final_sync),
         }
     }
 
-    /// Tells every rank its part in the quorum.
-    fn deal(&mut self, quorum: &Quorum) -> Vec<GatherEffect> {
-        self.flight = None;
+    /// Answers every rank with its assignment in the quorum.
+    fn assign_all(&mut self, quorum: &Quorum) -> Vec<GatherEffect> {
+        self.request = None;
         self.last_quorum_id = self.last_quorum_id.max(quorum.id);
-        if let Some(apart) = self.ranks_apart(quorum) {
+        if let Some(apart) = self.steps_differ(quorum) {
             return self.refuse_all(&apart);
         }
         let replica_id = self.group.replica_id.as_str();
         let asks = std::mem::take(&mut self.asks).into_iter();
-        asks.map(|(rank, Asked { ticket, ask })| {
+        asks.map(|(rank, Asked { call_id, ask })| {
             match assign(quorum, replica_id, rank, ask.init_sync) {
-                Ok(assignment) => GatherEffect::Answer { ticket, assignment },
-                Err(stranger) => GatherEffect::Refuse {
-                    ticket,
-                    refusal: stranger.into(),
+                Ok(assignment) => GatherEffect::Answer {
+                    call_id,
+                    assignment,
+                },
+                Err(error) => GatherEffect::Refuse {
+                    call_id,
+                    refusal: error.into(),
                 },
             }
         })
@@ -357,8 +360,8 @@ impl Gather {
     }
 
     /// Ranks at different steps hold different states. A heal makes them equal; without one, the
-    /// faster would give its state away as that of the slower.
-    fn ranks_apart(&self, quorum: &Quorum) -> Option<GatherRefusal> {
+    /// rank that is ahead would offer its state as that of the rank behind.
+    fn steps_differ(&self, quorum: &Quorum) -> Option<GatherRefusal> {
         let step = quorum.max_step();
         let own = quorum.member(self.group.replica_id.as_str())?;
         let steps = self
@@ -366,31 +369,31 @@ impl Gather {
             .iter()
             .map(|(rank, asked)| (*rank, asked.ask.step));
         let apart = own.step == step && steps.clone().any(|(_, at)| at != step);
-        apart.then(|| GatherRefusal::RanksApart {
+        apart.then(|| GatherRefusal::StepsDiffer {
             replica_id: self.group.replica_id.clone(),
             ranks: steps.collect(),
         })
     }
 
     fn retry_or_refuse(&mut self, failure: Failure, now: Duration) -> Vec<GatherEffect> {
-        let Some(flight) = &mut self.flight else {
+        let Some(request) = &mut self.request else {
             return Vec::new();
         };
-        let failure = failure.after_absence(flight.was_away);
-        flight.was_away |= failure.kind == FailureKind::Unreachable;
-        flight.failed += u32::from(failure.kind == FailureKind::Failed);
-        let resend_at = now + pause_after(flight.attempts);
+        let failure = failure.after_absence(request.was_away);
+        request.was_away |= failure.kind == FailureKind::Unreachable;
+        request.failed += u32::from(failure.kind == FailureKind::Failed);
+        let resend_at = now + pause_after(request.attempts);
         let again = match failure.kind {
             FailureKind::Unreachable => true,
-            FailureKind::Failed => flight.failed <= self.group.quorum_retries,
+            FailureKind::Failed => request.failed <= self.group.quorum_retries,
             FailureKind::Refused | FailureKind::StateLost | FailureKind::Deadline => false,
         };
-        if again && resend_at < flight.deadline {
-            flight.resend_at = Some(resend_at);
-            flight.last_failure = Some(failure);
+        if again && resend_at < request.deadline {
+            request.resend_at = Some(resend_at);
+            request.last_failure = Some(failure);
             return Vec::new();
         }
-        let attempts = flight.attempts;
+        let attempts = request.attempts;
         let step = self.member().step;
         self.refuse_all(&GatherRefusal::Lighthouse {
             replica_id: self.group.replica_id.clone(),
@@ -400,19 +403,19 @@ impl Gather {
         })
     }
 
-    /// Ends the round with the same error for all who are still in it.
+    /// Ends the round with the same error for all ranks that still wait.
     fn refuse_all(&mut self, refusal: &GatherRefusal) -> Vec<GatherEffect> {
-        self.flight = None;
+        self.request = None;
         let asks = std::mem::take(&mut self.asks).into_values();
         asks.map(|asked| GatherEffect::Refuse {
-            ticket: asked.ticket,
+            call_id: asked.call_id,
             refusal: refusal.clone(),
         })
         .collect()
     }
 }
 
-/// How long to wait after so many attempts.
+/// The pause after this many attempts.
 fn pause_after(attempts: u32) -> Duration {
     let growth = 1.5_f64.powi(attempts.saturating_sub(1).min(16) as i32);
     FIRST_PAUSE.mul_f64(growth).min(LONGEST_PAUSE)

@@ -1,4 +1,4 @@
-//! Why a rank that asks for a quorum gets an error instead, and what came of asking the lighthouse.
+//! Errors that a rank gets instead of a quorum, and errors of requests to the lighthouse.
 
 use thiserror::Error;
 
@@ -8,12 +8,12 @@ use crate::member::{RankSteps, ReplicaId};
 /// Why a rank gets an error instead of a quorum.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum GatherRefusal {
-    /// There is no such rank.
+    /// The group has no such rank.
     #[error("group rank {group_rank} of replica {replica_id} is not one of its {world_size} ranks")]
     UnknownRank {
         /// The group.
         replica_id: ReplicaId,
-        /// What was asked for.
+        /// The rank in the request.
         group_rank: i64,
         /// How many ranks there are.
         world_size: u64,
@@ -21,20 +21,20 @@ pub enum GatherRefusal {
     /// The same rank asked again.
     #[error("group rank {group_rank} has asked again: this older request is superseded")]
     Superseded {
-        /// Which.
+        /// The rank that asked twice.
         group_rank: i64,
     },
-    /// Another rank of the group stopped waiting, so the group cannot ask as one.
+    /// Another rank of the group stopped waiting, and the group needs the requests of all.
     #[error(
         "group rank {group_rank} of replica {replica_id} stopped waiting for a quorum at step {step}, \
-         so the group cannot ask as one: look at that rank's log, and ask again"
+         and the group needs the requests of all its ranks: look at that rank's log, and ask again"
     )]
     RankLeft {
         /// The group.
         replica_id: ReplicaId,
-        /// Which rank left.
+        /// The rank that stopped waiting.
         group_rank: i64,
-        /// Where it was.
+        /// The step of that rank.
         step: i64,
     },
     /// The caller's deadline passed.
@@ -45,7 +45,7 @@ pub enum GatherRefusal {
     Deadline {
         /// The group.
         replica_id: ReplicaId,
-        /// Where the caller is.
+        /// The step of the caller.
         step: i64,
         /// Local ranks that have not asked; empty: the lighthouse has not answered.
         missing: Vec<i64>,
@@ -59,21 +59,21 @@ pub enum GatherRefusal {
     Lighthouse {
         /// The group.
         replica_id: ReplicaId,
-        /// Where the group is.
+        /// The step of the group.
         step: i64,
-        /// How often it was asked.
+        /// The number of requests.
         attempts: u32,
-        /// What it said last.
+        /// Its last answer.
         failure: Failure,
     },
     /// Ranks of the group are at different steps, and no other group is ahead of the slowest: there
-    /// is nobody to heal from.
+    /// is no donor to heal from.
     #[error(
         "the ranks of replica {replica_id} are at different steps ({}), and no other group is \
          ahead of the slowest: restart the group from a checkpoint",
         RankSteps(ranks)
     )]
-    RanksApart {
+    StepsDiffer {
         /// The group.
         replica_id: ReplicaId,
         /// Rank and step of each, by rank.
@@ -88,20 +88,23 @@ pub enum GatherRefusal {
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error("{message}")]
 pub struct Failure {
-    /// What kind of failure.
+    /// The kind of failure.
     pub kind: FailureKind,
-    /// What the lighthouse or the network said.
+    /// The text from the lighthouse or the network.
     pub message: String,
 }
 
 impl Failure {
-    /// A deadline that a lighthouse kept which `was_away` before says nothing of those that are
-    /// missing: they had no time to reach it again.
+    /// After an absence of the lighthouse, a missed deadline says nothing about the missing replicas:
+    /// they had no time to reach it again. So the request counts as one that did not reach it.
     pub(crate) fn after_absence(self, was_away: bool) -> Self {
         match self.kind {
             FailureKind::Deadline if was_away => Self {
                 kind: FailureKind::Unreachable,
-                message: format!("it was away until just now; {}", self.message),
+                message: format!(
+                    "the lighthouse could not be reached until just now; {}",
+                    self.message
+                ),
             },
             _ => self,
         }
@@ -126,7 +129,9 @@ pub enum FailureKind {
 fn hung_on(missing: &[i64], last_failure: &Option<Failure>) -> String {
     match (missing, last_failure) {
         ([], None) => "the lighthouse has not answered".into(),
-        ([], Some(failure)) => format!("the lighthouse failed last with: {failure}"),
-        (ranks, _) => format!("its group ranks {ranks:?} have not asked; look at their logs"),
+        ([], Some(failure)) => format!("the last request to the lighthouse failed: {failure}"),
+        (ranks, _) => {
+            format!("its group ranks {ranks:?} have not asked for a quorum; look at their logs")
+        }
     }
 }

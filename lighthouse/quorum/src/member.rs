@@ -1,5 +1,5 @@
 //! A member is one replica group as it asks for a quorum; a quorum is the list of those that take
-//! part in a step, sorted by replica id, under an id that never comes again.
+//! part in a step, sorted by replica id, under an id that is never used again.
 
 use std::borrow::Borrow;
 use std::fmt;
@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-/// Above this a quorum id is taken for garbage: ids are milliseconds since 1970 and count up.
-const HIGHEST_BELIEVABLE_ID: i64 = i64::MAX / 2;
+/// No quorum id is above this: ids start at the milliseconds since 1970 and count up.
+const HIGHEST_ID: i64 = i64::MAX / 2;
 
 /// The name of one start of a replica group: the group's name, `:`, and a suffix fresh for each
 /// start. Ordered as text, which is the order of ranks in a quorum.
@@ -58,14 +58,14 @@ impl fmt::Debug for ReplicaId {
     }
 }
 
-/// The shell's handle of one caller that waits for an answer. The shell gives each call a new one.
+/// Identifies one call that waits for an answer. The server gives each call a new one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Ticket(pub u64);
+pub struct CallId(pub u64);
 
 /// One replica group, as it asks for a quorum.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Member {
-    /// Who asks.
+    /// The replica that asks.
     pub replica_id: ReplicaId,
     /// Its manager server, `http://host:port`.
     pub address: String,
@@ -75,21 +75,21 @@ pub struct Member {
     pub step: i64,
     /// Ranks in the group.
     pub world_size: u64,
-    /// Asks that nobody is taken in who was not in the last quorum.
+    /// Asks for a quorum without groups that were not in the last one.
     pub shrink_only: bool,
-    /// JSON, the user's; passed on unread.
+    /// The user's data as JSON; passed on unread.
     pub data: String,
-    /// Steps it discarded in a row; above 0 it asks for new communicators everywhere.
+    /// Steps it discarded in a row; above 0 it asks all groups for new process groups.
     pub commit_failures: i64,
-    /// `Some(true)`: this process has not been in a quorum yet and wants the initial
-    /// synchronisation. `None`: a manager that does not say.
+    /// `Some(true)`: this process has not been in a quorum yet and needs initial weights. `None`: its
+    /// manager does not say.
     pub init_sync: Option<bool>,
-    /// It ends its run, and is in this quorum only for those that are behind.
-    pub settling: bool,
+    /// The final sync: it ends its run, and is in this quorum only for groups that are behind.
+    pub final_sync: bool,
 }
 
 impl Member {
-    /// A member with this name and step, one rank, no addresses and no wishes.
+    /// A member with this name and step and one rank; all else is empty.
     pub fn new(replica_id: impl Into<ReplicaId>, step: i64) -> Self {
         Self {
             replica_id: replica_id.into(),
@@ -101,7 +101,7 @@ impl Member {
             data: String::new(),
             commit_failures: 0,
             init_sync: None,
-            settling: false,
+            final_sync: false,
         }
     }
 
@@ -110,7 +110,7 @@ impl Member {
         self.init_sync == Some(true)
     }
 
-    /// Refuses what no group can mean.
+    /// Refuses impossible values.
     pub(crate) fn check(&self, last_quorum_id: i64) -> Result<(), BadMember> {
         if self.replica_id.as_str().is_empty() {
             return Err(BadMember::NoName);
@@ -120,7 +120,7 @@ impl Member {
             let step = self.step;
             return Err(BadMember::NegativeStep { replica_id, step });
         }
-        if last_quorum_id > HIGHEST_BELIEVABLE_ID {
+        if last_quorum_id > HIGHEST_ID {
             return Err(BadMember::QuorumId {
                 replica_id,
                 last_quorum_id,
@@ -130,7 +130,7 @@ impl Member {
     }
 }
 
-/// Why a member cannot be listened to.
+/// Why a request is refused at once.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum BadMember {
     /// The replica id is empty.
@@ -139,41 +139,41 @@ pub enum BadMember {
     /// The step is below 0.
     #[error("replica {replica_id} asks at step {step}: steps start at 0")]
     NegativeStep {
-        /// Who asks.
+        /// The replica that asks.
         replica_id: ReplicaId,
-        /// What it said.
+        /// The value in the request.
         step: i64,
     },
-    /// The last quorum id that it claims to have seen cannot have come from a lighthouse.
+    /// No lighthouse can have given out the last quorum id in the request.
     #[error(
-        "replica {replica_id} says that it has seen quorum id {last_quorum_id}, which no lighthouse gave out"
+        "replica {replica_id} has seen quorum id {last_quorum_id}, which no lighthouse can have given out"
     )]
     QuorumId {
-        /// Who asks.
+        /// The replica that asks.
         replica_id: ReplicaId,
-        /// What it said.
+        /// The value in the request.
         last_quorum_id: i64,
     },
 }
 
-/// The replica groups that take part in a step. Decided once, shared by all who are told of it.
+/// The replica groups that take part in a step.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Quorum {
     /// Rises whenever the process groups must be rebuilt; never repeats.
     pub id: i64,
     /// At least one, sorted by replica id; the index is the replica rank.
     pub members: Vec<Arc<Member>>,
-    /// When it was decided, on the machine's clock.
+    /// When it was decided, on the coordinator's clock.
     pub formed_at: Duration,
 }
 
 impl Quorum {
-    /// The highest step among the members: where all of them are when they have healed.
+    /// The highest step among the members, which all of them have after healing.
     pub fn max_step(&self) -> i64 {
         self.members.iter().map(|m| m.step).max().unwrap_or(0)
     }
 
-    /// The member of this name.
+    /// The member with this replica id.
     pub fn member(&self, replica_id: &str) -> Option<&Arc<Member>> {
         let found = self
             .members
@@ -181,7 +181,7 @@ impl Quorum {
         found.ok().map(|rank| &self.members[rank])
     }
 
-    /// All names in rank order.
+    /// All replica ids in rank order.
     pub fn replica_ids(&self) -> impl Iterator<Item = &ReplicaId> {
         self.members.iter().map(|m| &m.replica_id)
     }

@@ -1,4 +1,4 @@
-//! What a lighthouse shows of itself.
+//! The state of a lighthouse for the status page.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -6,23 +6,23 @@ use std::time::Duration;
 use crate::member::{Quorum, ReplicaId};
 use crate::waiting::Waiting;
 
-/// A picture of the machine at one moment.
+/// The state of the coordinator at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Status {
     /// The last quorum, if there was one.
     pub quorum: Option<Arc<Quorum>>,
-    /// Why the next quorum waits; `NobodyAsks` when idle.
+    /// Why the next quorum waits; `NobodyAsks` when no replica asks.
     pub waiting: Waiting,
-    /// All ids that are remembered, sorted.
+    /// All replicas that are remembered, sorted by id.
     pub replicas: Vec<ReplicaStatus>,
 }
 
-/// One remembered id.
+/// One replica that is remembered.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ReplicaStatus {
-    /// Who.
+    /// The replica.
     pub replica_id: ReplicaId,
-    /// Since its last heartbeat or request.
+    /// Time since its last heartbeat or request.
     pub heartbeat_age: Duration,
     /// Whether that is less than the heartbeat timeout.
     pub healthy: bool,

@@ -1,24 +1,24 @@
-//! The commit barrier of one group: a step is committed only if every local rank says so.
+//! The commit barrier of one group: a step is committed only if every local rank votes for it.
 //!
-//! The votes of a barrier are answered together and alike, once all ranks have voted: yes if all
-//! said yes. A barrier is about one step; it is *spoiled*, and answers at once, when
-//! - a caller leaves: its vote is withdrawn, and nobody commits the step (it may be gone);
-//! - votes of different steps meet: all get an error, since such ranks hold different states.
+//! Once all ranks have voted, all get the same answer: yes if all voted yes. A barrier is about one
+//! step. It is *aborted*, and answers at once, when
+//! - a caller leaves: its vote is withdrawn, and no rank commits the step, since that rank may be dead;
+//! - votes for different steps meet: all get an error, since such ranks hold different states.
 //!
-//! A spoiled barrier answers ranks that vote later on that step alike, until the group's next
-//! quorum round begins or a later step is voted on. So no vote outlives its caller or its step.
+//! A rank that votes later on an aborted step gets the same answer, until the group's next quorum
+//! round begins or a later step is voted on. So no vote outlives its caller or its step.
 
 use std::collections::BTreeMap;
 use std::fmt;
 
 use thiserror::Error;
 
-use crate::member::{RankSteps, Ticket};
+use crate::member::{CallId, RankSteps};
 
-/// What one rank votes.
+/// The vote of one rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Ballot {
-    /// Which rank.
+pub struct RankVote {
+    /// The rank that votes.
     pub group_rank: i64,
     /// The step that it wants to commit.
     pub step: i64,
@@ -26,52 +26,52 @@ pub struct Ballot {
     pub commit: bool,
 }
 
-/// One thing for the shell to carry out.
+/// One thing for the server to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum VoteEffect {
     /// Answer this caller: [`Outcome::commits`].
     Answer {
         /// Whom.
-        ticket: Ticket,
-        /// What was decided and why.
+        call_id: CallId,
+        /// The decision and its reason.
         outcome: Outcome,
     },
     /// Answer this caller with an error.
     Refuse {
         /// Whom.
-        ticket: Ticket,
+        call_id: CallId,
         /// Why.
         refusal: VoteRefusal,
     },
 }
 
-/// How a step ended for the group.
+/// How a vote on a step ended for the group.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// Every rank voted yes.
     Committed,
-    /// These ranks voted no.
+    /// These ranks voted against the step.
     VotedDown(Vec<i64>),
     /// This rank stopped waiting for the others.
     RankLeft(i64),
-    /// All ranks asked for the next quorum: this vote came too late.
+    /// All ranks have asked for the next quorum: the vote came too late.
     RoundOver,
 }
 
 impl Outcome {
-    /// The answer on the wire.
+    /// Whether the step is committed: the answer on the wire.
     pub fn commits(&self) -> bool {
         *self == Outcome::Committed
     }
 }
 
-/// Why a vote cannot count.
+/// Why a vote is not counted.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum VoteRefusal {
-    /// There is no such rank.
+    /// The group has no such rank.
     #[error("group rank {group_rank} is not one of the {world_size} ranks of this group")]
     UnknownRank {
-        /// What was said.
+        /// The rank in the request.
         group_rank: i64,
         /// How many ranks there are.
         world_size: u64,
@@ -79,7 +79,7 @@ pub enum VoteRefusal {
     /// The same rank voted again.
     #[error("group rank {group_rank} has voted again: this older vote is superseded")]
     Superseded {
-        /// Which.
+        /// The rank that voted twice.
         group_rank: i64,
     },
     /// Ranks of one group are at different steps.
@@ -107,146 +107,146 @@ pub enum VoteRefusal {
     },
 }
 
-/// The barrier.
+/// The commit barrier of one group.
 #[derive(Debug)]
-pub struct Vote {
+pub struct CommitBarrier {
     world_size: u64,
-    /// Votes that wait for the others, by rank; all on the same step.
-    cast: BTreeMap<i64, Cast>,
-    /// Set when this step can no longer be committed, for ranks that have not voted yet.
-    spoiled: Option<Spoiled>,
+    /// Votes that wait for those of the other ranks, by rank; all on the same step.
+    votes: BTreeMap<i64, PendingVote>,
+    /// Set when a step can no longer be committed: the answer for ranks that vote on it later.
+    aborted: Option<AbortedStep>,
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Cast {
-    ticket: Ticket,
+struct PendingVote {
+    call_id: CallId,
     step: i64,
     commit: bool,
 }
 
 #[derive(Clone, Debug)]
-struct Spoiled {
-    /// Votes on a later step begin a new barrier.
+struct AbortedStep {
+    /// Votes on a later step start a new barrier.
     step: i64,
     answer: Answer,
 }
 
-/// What all votes of a barrier are answered with.
+/// The answer to all votes of a barrier.
 type Answer = Result<Outcome, VoteRefusal>;
 
-impl Vote {
-    /// A barrier over `world_size` ranks.
+impl CommitBarrier {
+    /// A barrier for a group of `world_size` ranks.
     pub fn new(world_size: u64) -> Self {
         Self {
             world_size,
-            cast: BTreeMap::new(),
-            spoiled: None,
+            votes: BTreeMap::new(),
+            aborted: None,
         }
     }
 
-    /// The next quorum round of the group begins: what is left of the last barrier is void.
+    /// The next quorum round of the group begins: votes that still wait are answered with no.
     pub fn begin(&mut self) -> Vec<VoteEffect> {
-        self.spoiled = None;
+        self.aborted = None;
         self.end(&Ok(Outcome::RoundOver))
     }
 
-    /// A rank votes. It is answered by exactly one effect that names `ticket`, unless it leaves before.
-    pub fn vote(&mut self, ticket: Ticket, ballot: Ballot) -> Vec<VoteEffect> {
-        let Ballot {
+    /// A rank votes. It is answered by exactly one effect that names `call_id`, unless it leaves before.
+    pub fn vote(&mut self, call_id: CallId, vote: RankVote) -> Vec<VoteEffect> {
+        let RankVote {
             group_rank,
             step,
             commit,
-        } = ballot;
+        } = vote;
         let world_size = self.world_size;
         if group_rank < 0 || group_rank.unsigned_abs() >= world_size {
             let unknown = VoteRefusal::UnknownRank {
                 group_rank,
                 world_size,
             };
-            return vec![effect(ticket, Err(unknown))];
+            return vec![effect(call_id, Err(unknown))];
         }
         let mut effects = self.supersede(group_rank);
-        if self
-            .spoiled
-            .as_ref()
-            .is_some_and(|spoiled| spoiled.step < step)
-        {
-            self.spoiled = None;
-        }
-        if let Some(spoiled) = &self.spoiled {
-            effects.push(effect(ticket, spoiled.answer.clone()));
+        self.aborted.take_if(|aborted| aborted.step < step);
+        if let Some(aborted) = &self.aborted {
+            effects.push(effect(call_id, aborted.answer.clone()));
             return effects;
         }
-        let cast = Cast {
-            ticket,
+        let vote = PendingVote {
+            call_id,
             step,
             commit,
         };
-        self.cast.insert(group_rank, cast);
+        self.votes.insert(group_rank, vote);
         effects.extend(self.close());
         effects
     }
 
-    /// The caller hung up: its vote is withdrawn, and nobody commits this step.
-    pub fn leave(&mut self, ticket: Ticket) -> Vec<VoteEffect> {
-        match self.rank_of(ticket) {
-            Some(rank) => self.walk_out(rank),
+    /// The caller hung up: its vote is withdrawn, and no rank commits this step.
+    pub fn leave(&mut self, call_id: CallId) -> Vec<VoteEffect> {
+        match self.rank_of(call_id) {
+            Some(rank) => self.withdraw(rank),
             None => Vec::new(),
         }
     }
 
-    /// The caller's deadline has passed: as [`Vote::leave`], and it is told who was missing.
-    pub fn give_up(&mut self, ticket: Ticket) -> Vec<VoteEffect> {
-        let Some(group_rank) = self.rank_of(ticket) else {
+    /// The caller's deadline has passed: as [`CommitBarrier::leave`], and its error names the missing ranks.
+    pub fn give_up(&mut self, call_id: CallId) -> Vec<VoteEffect> {
+        let Some(group_rank) = self.rank_of(call_id) else {
             return Vec::new();
         };
         let deadline = VoteRefusal::Deadline {
             group_rank,
-            step: self.cast[&group_rank].step,
+            step: self.votes[&group_rank].step,
             missing: self.missing(),
         };
-        let mut effects = vec![effect(ticket, Err(deadline))];
-        effects.extend(self.walk_out(group_rank));
+        let mut effects = vec![effect(call_id, Err(deadline))];
+        effects.extend(self.withdraw(group_rank));
         effects
     }
 
-    fn rank_of(&self, ticket: Ticket) -> Option<i64> {
-        let mut cast = self.cast.iter();
-        cast.find(|(_, cast)| cast.ticket == ticket)
+    fn rank_of(&self, call_id: CallId) -> Option<i64> {
+        let mut votes = self.votes.iter();
+        votes
+            .find(|(_, vote)| vote.call_id == call_id)
             .map(|(rank, _)| *rank)
     }
 
     fn missing(&self) -> Vec<i64> {
         let ranks = 0..self.world_size as i64;
-        ranks.filter(|rank| !self.cast.contains_key(rank)).collect()
-    }
-
-    fn supersede(&mut self, group_rank: i64) -> Vec<VoteEffect> {
-        let older = self.cast.remove(&group_rank).into_iter();
-        older
-            .map(|cast| effect(cast.ticket, Err(VoteRefusal::Superseded { group_rank })))
+        ranks
+            .filter(|rank| !self.votes.contains_key(rank))
             .collect()
     }
 
-    fn walk_out(&mut self, rank: i64) -> Vec<VoteEffect> {
-        let step = self.cast.remove(&rank).map_or(0, |cast| cast.step);
-        self.spoil(step, Ok(Outcome::RankLeft(rank)))
+    fn supersede(&mut self, group_rank: i64) -> Vec<VoteEffect> {
+        let older = self.votes.remove(&group_rank).into_iter();
+        older
+            .map(|vote| effect(vote.call_id, Err(VoteRefusal::Superseded { group_rank })))
+            .collect()
     }
 
-    /// Ends the barrier, if it is full or can never be right.
+    fn withdraw(&mut self, rank: i64) -> Vec<VoteEffect> {
+        let step = self.votes.remove(&rank).map_or(0, |vote| vote.step);
+        self.abort(step, Ok(Outcome::RankLeft(rank)))
+    }
+
+    /// Answers all votes if every rank has voted, or if their steps differ.
     fn close(&mut self) -> Vec<VoteEffect> {
-        let steps = || self.cast.values().map(|cast| cast.step);
+        let steps = || self.votes.values().map(|vote| vote.step);
         if let (Some(first), Some(last)) = (steps().min(), steps().max())
             && first != last
         {
-            let votes = self.cast.iter().map(|(rank, cast)| (*rank, cast.step));
-            let votes = votes.collect();
-            return self.spoil(last, Err(VoteRefusal::StepsDiffer { votes }));
+            let votes = self
+                .votes
+                .iter()
+                .map(|(rank, vote)| (*rank, vote.step))
+                .collect();
+            return self.abort(last, Err(VoteRefusal::StepsDiffer { votes }));
         }
-        if (self.cast.len() as u64) < self.world_size {
+        if (self.votes.len() as u64) < self.world_size {
             return Vec::new();
         }
-        let no = self.cast.iter().filter(|(_, cast)| !cast.commit);
+        let no = self.votes.iter().filter(|(_, vote)| !vote.commit);
         let no: Vec<i64> = no.map(|(rank, _)| *rank).collect();
         self.end(&Ok(if no.is_empty() {
             Outcome::Committed
@@ -255,24 +255,25 @@ impl Vote {
         }))
     }
 
-    fn spoil(&mut self, step: i64, answer: Answer) -> Vec<VoteEffect> {
+    fn abort(&mut self, step: i64, answer: Answer) -> Vec<VoteEffect> {
         let effects = self.end(&answer);
-        self.spoiled = Some(Spoiled { step, answer });
+        self.aborted = Some(AbortedStep { step, answer });
         effects
     }
 
-    /// Gives all votes that wait the same answer.
+    /// Gives all waiting votes the same answer.
     fn end(&mut self, answer: &Answer) -> Vec<VoteEffect> {
-        let cast = std::mem::take(&mut self.cast).into_values();
-        cast.map(|cast| effect(cast.ticket, answer.clone()))
+        let votes = std::mem::take(&mut self.votes).into_values();
+        votes
+            .map(|vote| effect(vote.call_id, answer.clone()))
             .collect()
     }
 }
 
-fn effect(ticket: Ticket, answer: Answer) -> VoteEffect {
+fn effect(call_id: CallId, answer: Answer) -> VoteEffect {
     match answer {
-        Ok(outcome) => VoteEffect::Answer { ticket, outcome },
-        Err(refusal) => VoteEffect::Refuse { ticket, refusal },
+        Ok(outcome) => VoteEffect::Answer { call_id, outcome },
+        Err(refusal) => VoteEffect::Refuse { call_id, refusal },
     }
 }
 
@@ -282,7 +283,10 @@ impl fmt::Display for Outcome {
             Self::Committed => f.write_str("committed: every rank voted yes"),
             Self::VotedDown(ranks) => write!(f, "discarded: group ranks {ranks:?} voted no"),
             Self::RankLeft(rank) => {
-                write!(f, "discarded: group rank {rank} left before all had voted")
+                write!(
+                    f,
+                    "discarded: group rank {rank} stopped waiting before all had voted"
+                )
             }
             Self::RoundOver => f.write_str("discarded: the next quorum round has begun"),
         }

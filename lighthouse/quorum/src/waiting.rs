@@ -1,5 +1,5 @@
-//! Why no quorum forms yet, as a person reads it: the number that is short, who is missing, and for
-//! how long that may go on.
+//! Why no quorum forms yet, as a sentence: which number is too low, which replicas are missing, and
+//! for how long.
 
 use std::fmt;
 use std::time::Duration;
@@ -7,17 +7,17 @@ use std::time::Duration;
 use crate::decide::Wait;
 use crate::member::ReplicaId;
 
-/// A list of ids in a sentence stops after this many.
+/// How many ids a sentence lists.
 const NAMED: usize = 8;
 
-/// A reason to wait, with the names of those it hangs on.
+/// A reason to wait, with the replicas that could end it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Waiting {
     /// The reason.
     pub why: Wait,
-    /// Healthy ids that could change it by asking, sorted.
+    /// Healthy replicas that could end it by asking, sorted.
     pub missing: Vec<ReplicaId>,
-    /// When this was true, on the machine's clock.
+    /// When this was true, on the coordinator's clock.
     pub now: Duration,
 }
 
@@ -27,7 +27,7 @@ impl fmt::Display for Waiting {
         match (self.missing.is_empty(), self.why) {
             (_, Wait::NobodyAsks) => Ok(()),
             (true, _) => f.write_str("; no other healthy replica is known"),
-            (false, _) => write!(f, "; healthy, not asking: {}", Names(&self.missing)),
+            (false, _) => write!(f, "; healthy, but not asking: {}", Names(&self.missing)),
         }
     }
 }
@@ -36,16 +36,16 @@ impl Waiting {
     fn reason(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.why {
             Wait::NobodyAsks => f.write_str("no healthy replica asks for a quorum"),
-            Wait::ShrunkToNobody => f.write_str(
-                "shrink_only is asked for, and no member of the last quorum asks: \
-                 ask without shrink_only to begin a new one",
+            Wait::NoMemberAsks => f.write_str(
+                "a replica asks with shrink_only, but no member of the last quorum asks: \
+                 ask without shrink_only to form a quorum of new members",
             ),
             Wait::Listening { until } => {
                 let left = until.saturating_sub(self.now).as_millis();
                 write!(
                     f,
-                    "this lighthouse has just started, in a job that was there before: for {left} \
-                     ms it listens who else is there"
+                    "this lighthouse was restarted during a job: for {left} ms it waits for heartbeats of \
+                     the job's other replicas"
                 )
             }
             Wait::TooFew { have, need } => {
@@ -54,26 +54,26 @@ impl Waiting {
             Wait::NoMajority { have, healthy } => {
                 write!(
                     f,
-                    "{have} of {healthy} healthy replicas ask, not more than half"
+                    "{have} of {healthy} healthy replicas ask, and more than half are needed"
                 )
             }
             Wait::Stragglers { until, .. } => {
                 let left = until.saturating_sub(self.now).as_millis();
                 write!(
                     f,
-                    "the healthy who do not ask have {left} ms left (join_timeout)"
+                    "healthy replicas that do not ask have {left} ms left (join_timeout)"
                 )
             }
             Wait::UpToDate { floor, .. } => write!(
                 f,
-                "nobody who asks has reached step {floor} of the last quorum; its members that \
-                 heartbeat may have, so they are waited for"
+                "no replica that asks has reached step {floor} of the last quorum: waiting for its other \
+                 members that still send heartbeats, since they may have it"
             ),
         }
     }
 }
 
-/// Ids in a sentence.
+/// A list of ids in a sentence.
 pub(crate) struct Names<'a>(pub(crate) &'a [ReplicaId]);
 
 impl fmt::Display for Names<'_> {

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use torchft_quorum::gather::{Failure, FailureKind, Gather, GatherEffect, Group, RankAsk, Round};
-use torchft_quorum::member::{Member, Quorum, Ticket};
-use torchft_quorum::vote::{Ballot, Outcome, Vote, VoteEffect};
+use torchft_quorum::member::{CallId, Member, Quorum};
+use torchft_quorum::vote::{CommitBarrier, Outcome, RankVote, VoteEffect};
 
 /// One rank does something, or time passes.
 #[derive(Clone, Debug)]
@@ -27,7 +27,7 @@ enum Event {
         ahead: i64,
     },
     Pass(u64),
-    Vote(Ballot),
+    Vote(RankVote),
     LeaveVote(usize),
     GiveUpVote(usize),
 }
@@ -54,7 +54,7 @@ fn event(world_size: i64) -> impl Strategy<Value = Event> {
             .prop_map(|(late, kind, ahead)| Event::Answer { late, kind, ahead }),
         2 => (0u64..300).prop_map(Event::Pass),
         10 => (rank, step, prop::bool::weighted(0.8)).prop_map(|(group_rank, step, commit)| {
-            Event::Vote(Ballot { group_rank, step, commit })
+            Event::Vote(RankVote { group_rank, step, commit })
         }),
         1 => any::<usize>().prop_map(Event::LeaveVote),
         1 => any::<usize>().prop_map(Event::GiveUpVote),
@@ -65,11 +65,11 @@ fn event(world_size: i64) -> impl Strategy<Value = Event> {
 struct Schedule {
     world_size: i64,
     gather: Gather,
-    vote: Vote,
+    vote: CommitBarrier,
     now: Duration,
-    tickets: u64,
-    asking: BTreeMap<Ticket, RankAsk>,
-    voting: BTreeMap<Ticket, Ballot>,
+    call_ids: u64,
+    asking: BTreeMap<CallId, RankAsk>,
+    voting: BTreeMap<CallId, RankVote>,
     /// The request to the lighthouse that is on its way.
     in_flight: Option<(Round, Member)>,
     round: Round,
@@ -86,9 +86,9 @@ impl Schedule {
                 world_size: world_size as u64,
                 quorum_retries: 1,
             }),
-            vote: Vote::new(world_size as u64),
+            vote: CommitBarrier::new(world_size as u64),
             now: Duration::ZERO,
-            tickets: 0,
+            call_ids: 0,
             asking: BTreeMap::new(),
             voting: BTreeMap::new(),
             in_flight: None,
@@ -104,34 +104,34 @@ impl Schedule {
                 patience_ms,
             } => self.ask(rank, step, patience_ms),
             Event::Leave(i) => {
-                if let Some(ticket) = nth(&self.asking, i) {
-                    self.asking.remove(&ticket);
-                    let effects = self.gather.leave(ticket);
+                if let Some(call_id) = nth(&self.asking, i) {
+                    self.asking.remove(&call_id);
+                    let effects = self.gather.leave(call_id);
                     self.carry_out(effects);
                     assert!(self.asking.is_empty(), "a broken round has callers");
                 }
             }
             Event::GiveUp(i) => {
-                if let Some(ticket) = nth(&self.asking, i) {
-                    let effects = self.gather.give_up(ticket);
+                if let Some(call_id) = nth(&self.asking, i) {
+                    let effects = self.gather.give_up(call_id);
                     self.carry_out(effects);
                     assert!(self.asking.is_empty(), "a broken round has callers");
                 }
             }
             Event::Answer { late, kind, ahead } => self.answer(late, kind, ahead),
             Event::Pass(ms) => self.pass(Duration::from_millis(ms)),
-            Event::Vote(ballot) => self.cast(ballot),
+            Event::Vote(rank_vote) => self.cast(rank_vote),
             Event::LeaveVote(i) => {
-                if let Some(ticket) = nth(&self.voting, i) {
-                    self.voting.remove(&ticket);
-                    let effects = self.vote.leave(ticket);
+                if let Some(call_id) = nth(&self.voting, i) {
+                    self.voting.remove(&call_id);
+                    let effects = self.vote.leave(call_id);
                     self.count(&effects);
                     assert!(self.voting.is_empty(), "somebody waits for one who left");
                 }
             }
             Event::GiveUpVote(i) => {
-                if let Some(ticket) = nth(&self.voting, i) {
-                    let effects = self.vote.give_up(ticket);
+                if let Some(call_id) = nth(&self.voting, i) {
+                    let effects = self.vote.give_up(call_id);
                     self.count(&effects);
                     assert!(self.voting.is_empty(), "somebody waits for one who left");
                 }
@@ -146,13 +146,13 @@ impl Schedule {
             checkpoint_metadata: String::new(),
             shrink_only: false,
             init_sync: false,
-            settling: false,
+            final_sync: false,
             commit_failures: 0,
             deadline: self.now + Duration::from_millis(patience_ms),
         };
-        let ticket = self.ticket();
-        self.asking.insert(ticket, ask.clone());
-        let effects = self.gather.ask(ticket, ask, self.now);
+        let call_id = self.call_id();
+        self.asking.insert(call_id, ask.clone());
+        let effects = self.gather.ask(call_id, ask, self.now);
         self.carry_out(effects);
         let all_ask = self.asking.len() as i64 == self.world_size;
         assert_eq!(
@@ -208,7 +208,7 @@ impl Schedule {
         let end = self.now + time;
         loop {
             let first = self.asking.iter().min_by_key(|(_, ask)| ask.deadline);
-            let (deadline, ticket) = first.map(|(ticket, ask)| (ask.deadline, *ticket)).unzip();
+            let (deadline, call_id) = first.map(|(call_id, ask)| (ask.deadline, *call_id)).unzip();
             let wake = self.gather.next_wake();
             let Some(at) = wake
                 .into_iter()
@@ -219,8 +219,8 @@ impl Schedule {
                 break;
             };
             self.now = at;
-            let effects = match ticket {
-                Some(ticket) if deadline == Some(at) => self.gather.give_up(ticket),
+            let effects = match call_id {
+                Some(call_id) if deadline == Some(at) => self.gather.give_up(call_id),
                 _ => self.gather.tick(at),
             };
             self.carry_out(effects);
@@ -228,16 +228,16 @@ impl Schedule {
         self.now = end;
     }
 
-    fn cast(&mut self, ballot: Ballot) {
-        let ticket = self.ticket();
-        self.voting.insert(ticket, ballot);
-        let effects = self.vote.vote(ticket, ballot);
+    fn cast(&mut self, rank_vote: RankVote) {
+        let call_id = self.call_id();
+        self.voting.insert(call_id, rank_vote);
+        let effects = self.vote.vote(call_id, rank_vote);
         self.count(&effects);
     }
 
-    fn ticket(&mut self) -> Ticket {
-        self.tickets += 1;
-        Ticket(self.tickets)
+    fn call_id(&mut self) -> CallId {
+        self.call_ids += 1;
+        CallId(self.call_ids)
     }
 
     fn carry_out(&mut self, effects: Vec<GatherEffect>) {
@@ -263,10 +263,10 @@ impl Schedule {
                     assert_eq!(round, self.round);
                     self.in_flight = None;
                 }
-                GatherEffect::Answer { ticket, .. } | GatherEffect::Refuse { ticket, .. } => {
+                GatherEffect::Answer { call_id, .. } | GatherEffect::Refuse { call_id, .. } => {
                     assert!(
-                        self.asking.remove(&ticket).is_some(),
-                        "nobody waits on {ticket:?}"
+                        self.asking.remove(&call_id).is_some(),
+                        "nobody waits on {call_id:?}"
                     );
                 }
             }
@@ -295,21 +295,25 @@ impl Schedule {
             outcomes.windows(2).all(|pair| pair[0] == pair[1]),
             "callers disagree"
         );
-        let ballots: Vec<_> = effects.iter().map(|effect| self.answered(effect)).collect();
+        let votes: Vec<_> = effects.iter().map(|effect| self.answered(effect)).collect();
         if outcomes.first().is_some_and(|outcome| outcome.commits()) {
             let yes = effects
                 .iter()
-                .zip(&ballots)
+                .zip(&votes)
                 .filter(|(e, _)| outcome(e).is_some());
-            let yes: Vec<_> = yes.map(|(_, ballot)| ballot).collect();
-            let ranks: BTreeSet<i64> = yes.iter().map(|ballot| ballot.group_rank).collect();
+            let yes: Vec<_> = yes.map(|(_, rank_vote)| rank_vote).collect();
+            let ranks: BTreeSet<i64> = yes.iter().map(|rank_vote| rank_vote.group_rank).collect();
             assert_eq!(ranks.len() as i64, self.world_size);
             assert!(
                 yes.iter()
-                    .all(|ballot| ballot.commit && ballot.step == yes[0].step)
+                    .all(|rank_vote| rank_vote.commit && rank_vote.step == yes[0].step)
             );
         }
-        let steps: BTreeSet<i64> = self.voting.values().map(|ballot| ballot.step).collect();
+        let steps: BTreeSet<i64> = self
+            .voting
+            .values()
+            .map(|rank_vote| rank_vote.step)
+            .collect();
         assert!(steps.len() <= 1, "votes of different steps meet");
         assert!(
             (self.voting.len() as i64) < self.world_size,
@@ -317,9 +321,9 @@ impl Schedule {
         );
     }
 
-    fn answered(&mut self, effect: &VoteEffect) -> Ballot {
-        let (VoteEffect::Answer { ticket, .. } | VoteEffect::Refuse { ticket, .. }) = effect;
-        self.voting.remove(ticket).expect("somebody waits on it")
+    fn answered(&mut self, effect: &VoteEffect) -> RankVote {
+        let (VoteEffect::Answer { call_id, .. } | VoteEffect::Refuse { call_id, .. }) = effect;
+        self.voting.remove(call_id).expect("somebody waits on it")
     }
 }
 
@@ -330,7 +334,7 @@ fn outcome(effect: &VoteEffect) -> Option<&Outcome> {
     }
 }
 
-fn nth<T>(waiting: &BTreeMap<Ticket, T>, i: usize) -> Option<Ticket> {
+fn nth<T>(waiting: &BTreeMap<CallId, T>, i: usize) -> Option<CallId> {
     waiting.keys().nth(i % waiting.len().max(1)).copied()
 }
 
@@ -354,15 +358,14 @@ proptest! {
     fn a_quiet_run_commits_what_all_want(
         steps in prop::collection::vec(prop::collection::vec(any::<bool>(), 3), 1..20),
     ) {
-        let mut vote = Vote::new(3);
+        let mut vote = CommitBarrier::new(3);
         for (step, votes) in steps.iter().enumerate() {
-            let ballots = votes.iter().enumerate().map(|(rank, commit)| Ballot {
+            let cast = votes.iter().enumerate().map(|(rank, commit)| RankVote {
                 group_rank: rank as i64, step: step as i64, commit: *commit,
             });
-            let ballots: Vec<_> = ballots.collect();
             let mut told = Vec::new();
-            for (i, ballot) in ballots.into_iter().enumerate() {
-                told.extend(vote.vote(Ticket(step as u64 * 3 + i as u64), ballot));
+            for (i, rank_vote) in cast.enumerate() {
+                told.extend(vote.vote(CallId(step as u64 * 3 + i as u64), rank_vote));
             }
             let told: Vec<_> = told.iter().filter_map(outcome).map(Outcome::commits).collect();
             prop_assert_eq!(told, vec![votes.iter().all(|yes| *yes); 3]);

@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use audit::Audit;
 use proptest::prelude::*;
+use torchft_quorum::coordinator::Coordinator;
 use torchft_quorum::effect::Effect;
-use torchft_quorum::machine::Machine;
-use torchft_quorum::member::{Member, ReplicaId, Ticket};
+use torchft_quorum::member::{CallId, Member, ReplicaId};
 use torchft_quorum::rules::Rules;
 
 mod audit;
@@ -77,28 +77,28 @@ fn rules() -> impl Strategy<Value = Rules> {
     })
 }
 
-/// The machine, the groups that call it, and the audit that looks on.
+/// The coordinator, the groups that call it, and the audit that checks it.
 struct Schedule {
-    machine: Machine,
+    coordinator: Coordinator,
     audit: Audit,
     now: Duration,
     ids: Vec<ReplicaId>,
     addresses: Vec<String>,
     steps: Vec<i64>,
-    tickets: u64,
+    call_ids: u64,
     starts: u64,
 }
 
 impl Schedule {
     fn new(rules: Rules) -> Self {
         Self {
-            machine: Machine::new(rules, 0).expect("good rules"),
+            coordinator: Coordinator::new(rules, 0).expect("good rules"),
             audit: Audit::new(rules, 0),
             now: Duration::ZERO,
             ids: (0..GROUPS).map(|i| format!("g{i}:0").into()).collect(),
             addresses: vec![String::new(); GROUPS],
             steps: vec![0; GROUPS],
-            tickets: 0,
+            call_ids: 0,
             starts: 0,
         }
     }
@@ -125,9 +125,9 @@ impl Schedule {
                 }
             }
             Event::Restart => {
-                let rules = *self.machine.rules();
+                let rules = *self.coordinator.rules();
                 let epoch = self.audit.highest_id() + 1000;
-                self.machine = Machine::new(rules, epoch).expect("good rules");
+                self.coordinator = Coordinator::new(rules, epoch).expect("good rules");
                 self.audit.restart(epoch);
             }
         }
@@ -136,7 +136,7 @@ impl Schedule {
     fn heartbeat(&mut self, group: usize) {
         let id = self.ids[group].clone();
         self.audit.heartbeat(&id, self.now);
-        let effects = self.machine.heartbeat(id.as_str(), self.now);
+        let effects = self.coordinator.heartbeat(id.as_str(), self.now);
         self.check(&effects);
     }
 
@@ -169,51 +169,51 @@ impl Schedule {
             ..Member::new(id, step.max(0))
         };
         self.steps[group] = member.step;
-        self.tickets += 1;
-        let ticket = Ticket(self.tickets);
+        self.call_ids += 1;
+        let call_id = CallId(self.call_ids);
         let seen = if knows_last {
             self.audit.highest_id()
         } else {
             0
         };
-        self.audit.join(ticket, &member, seen, self.now);
-        let effects = self.machine.join(ticket, member, seen, self.now);
+        self.audit.join(call_id, &member, seen, self.now);
+        let effects = self.coordinator.join(call_id, member, seen, self.now);
         self.check(&effects);
     }
 
     /// One who hangs up gets no answer.
     fn leave(&mut self, i: usize) {
-        if let Some(ticket) = self.audit.any_ticket(i) {
-            self.audit.leave(ticket);
-            let effects = self.machine.leave(ticket, self.now);
+        if let Some(call_id) = self.audit.any_call(i) {
+            self.audit.leave(call_id);
+            let effects = self.coordinator.leave(call_id, self.now);
             self.check(&effects);
         }
     }
 
     /// One whose deadline has passed gets one, of whatever kind.
     fn give_up(&mut self, i: usize) {
-        if let Some(ticket) = self.audit.any_ticket(i) {
-            let effects = self.machine.give_up(ticket, self.now);
+        if let Some(call_id) = self.audit.any_call(i) {
+            let effects = self.coordinator.give_up(call_id, self.now);
             self.check(&effects);
-            assert!(!self.audit.waits(ticket));
+            assert!(!self.audit.waits(call_id));
         }
     }
 
-    /// Time passes; the machine has nothing to do before it asks to be woken.
+    /// Time passes; the coordinator has nothing to do before it asks to be woken.
     fn pass(&mut self, time: Duration) {
         let end = self.now + time;
-        while let Some(at) = self.machine.next_wake().filter(|at| *at <= end) {
+        while let Some(at) = self.coordinator.next_wake().filter(|at| *at <= end) {
             let before = at.saturating_sub(Duration::from_nanos(1)).max(self.now);
             if before < at {
-                let early = self.machine.tick(before);
-                assert_eq!(early, [], "had something to do before its alarm");
+                let early = self.coordinator.tick(before);
+                assert_eq!(early, [], "had something to do before its time");
             }
             self.now = at;
-            let effects = self.machine.tick(at);
+            let effects = self.coordinator.tick(at);
             self.check(&effects);
         }
         self.now = end;
-        let effects = self.machine.tick(end);
+        let effects = self.coordinator.tick(end);
         self.check(&effects);
     }
 
@@ -228,7 +228,7 @@ impl Schedule {
     fn pause(&mut self, gap: Duration) {
         self.audit.pause(gap, self.now);
         self.now += gap;
-        let effects = self.machine.tick(self.now);
+        let effects = self.coordinator.tick(self.now);
         self.check(&effects);
     }
 
@@ -238,14 +238,17 @@ impl Schedule {
 
     /// Everybody goes: requests first, then heartbeats.
     fn drain(&mut self) {
-        while self.audit.any_ticket(0).is_some() {
+        while self.audit.any_call(0).is_some() {
             self.leave(0);
         }
         for _ in 0..3 {
             self.pass(HEARTBEAT_TIMEOUT * 11);
         }
-        let last = self.machine.last_quorum().map_or(0, |q| q.members.len());
-        assert!(self.machine.status(self.now).replicas.len() <= last);
+        let last = self
+            .coordinator
+            .last_quorum()
+            .map_or(0, |q| q.members.len());
+        assert!(self.coordinator.status(self.now).replicas.len() <= last);
     }
 }
 
@@ -288,6 +291,6 @@ proptest! {
             }
         }
         prop_assert_eq!(schedule.audit.quorums, rounds);
-        prop_assert_eq!(schedule.machine.last_quorum().map(|q| q.id), Some(1));
+        prop_assert_eq!(schedule.coordinator.last_quorum().map(|q| q.id), Some(1));
     }
 }

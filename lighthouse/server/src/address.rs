@@ -1,4 +1,4 @@
-//! Addresses: what a user may write, and what a server tells others to dial.
+//! Addresses: the forms that a user may write, and the one that a server advertises.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -76,8 +76,8 @@ pub fn bindable(given: &str) -> Result<(String, u16), AddressError> {
     Ok((host.to_owned(), port))
 }
 
-/// The URL that others dial: the host that was bound; for a wildcard this machine's name; if even
-/// that does not resolve, the loopback address, said in the log.
+/// The URL that others dial: the host that was bound; for a wildcard the name of this host; if
+/// that does not resolve, the loopback address, with a warning in the log.
 pub async fn advertised(bind_host: &str, host_name: &str, port: u16) -> String {
     if !is_wildcard(bind_host) {
         return url(bind_host, port);
@@ -87,8 +87,8 @@ pub async fn advertised(bind_host: &str, host_name: &str, port: u16) -> String {
     }
     tracing::warn!(
         host_name,
-        "this machine's name does not resolve: advertising 127.0.0.1, which reaches only this \
-         machine; bind to the address that others are to dial"
+        "the name of this host does not resolve: advertising 127.0.0.1, which only this host can \
+         reach; bind to the address that other hosts dial"
     );
     url("127.0.0.1", port)
 }
@@ -106,7 +106,7 @@ pub fn url(host: &str, port: u16) -> String {
     }
 }
 
-/// Whether this machine can turn `host` into an address, within a second.
+/// Whether `host` resolves to an address on this host, within a second.
 pub async fn resolves(host: &str) -> bool {
     match timeout(LOOK_UP, lookup_host((host, 0))).await {
         Ok(Ok(mut found)) => found.next().is_some(),

@@ -1,4 +1,4 @@
-//! The time that the pure core is given: how long ago this clock was made.
+//! The time that the pure core is given: how long ago this clock was started.
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 

@@ -1,4 +1,4 @@
-//! Deadlines as they travel: the `grpc-timeout` header, and the time kept back to say why.
+//! Deadlines on the wire: the `grpc-timeout` header, and the time kept back to answer with a reason.
 //!
 //! A server answers a little before its caller's deadline, so that the caller learns what it waited
 //! for and not only that it waited.

@@ -2,7 +2,7 @@
 //!
 //! The kind of a refusal travels in the metadata key `torchft-refusal`, so that a manager can hand
 //! the lighthouse's refusal on to its ranks unchanged; a peer that does not know the key still has
-//! the code and the words.
+//! the code and the text.
 
 use std::error::Error as _;
 
@@ -22,25 +22,25 @@ pub enum CallError {
     /// The deadline passed without any answer, from a peer that may be stopped or gone.
     #[error("status: Cancelled, message: \"Timeout expired: {0}\"")]
     Silent(String),
-    /// A manager's lighthouse was not reached until the deadline: the group may go on waiting.
+    /// A manager server could not reach its lighthouse before the deadline: the group may ask again.
     #[error("status: Cancelled, message: \"Timeout expired: {0}\"")]
     LighthouseAway(String),
     /// No connection could be made within the connect timeout.
     #[error("{0}")]
     Unreachable(String),
-    /// The connection failed, or the server is on its way down: trying again may help.
+    /// The connection failed, or the server is shutting down: trying again may help.
     #[error("status: Unavailable, message: \"{0}\"")]
     Unavailable(String),
-    /// The only holders of a committed step are gone.
+    /// All groups that held a committed step are gone.
     #[error("{0}")]
     StateLost(String),
-    /// The two sides, or the ranks of a group, do not fit together.
+    /// The versions of the two sides, or the steps of a group's ranks, differ.
     #[error("{0}")]
     Mismatch(String),
     /// The quorum or the vote was refused for a reason other than time.
     #[error("{0}")]
     Refused(String),
-    /// An address that cannot be dialled.
+    /// An address of the wrong form.
     #[error("{0}")]
     Address(#[from] AddressError),
     /// Anything else that the server answered.
@@ -48,40 +48,43 @@ pub enum CallError {
     Failed {
         /// The gRPC code.
         code: Code,
-        /// The server's words.
+        /// The server's message.
         message: String,
     },
 }
 
 impl CallError {
-    /// Reads a status that a call to `peer` ended in.
+    /// [`CallError::Failed`] with this code and message.
+    #[must_use]
+    pub fn failed(code: Code, message: String) -> Self {
+        Self::Failed { code, message }
+    }
+
+    /// The error for a gRPC status in which a call to `peer` ended.
     #[must_use]
     pub fn from_status(status: &Status, peer: &str) -> Self {
-        let words = status.message().to_owned();
+        let message = status.message().to_owned();
         if status.source().is_some() {
             return Self::Unavailable(format!("{peer}: {}", innermost(status)));
         }
-        if let Some(refusal) = refusal(status, &words) {
+        if let Some(refusal) = refusal(status, &message) {
             return refusal;
         }
         match status.code() {
-            Code::DeadlineExceeded | Code::Cancelled => Self::Deadline(words),
-            Code::Unavailable => Self::Unavailable(format!("{peer}: {words}")),
-            code => Self::Failed {
-                code,
-                message: words,
-            },
+            Code::DeadlineExceeded | Code::Cancelled => Self::Deadline(message),
+            Code::Unavailable => Self::Unavailable(format!("{peer}: {message}")),
+            code => Self::failed(code, message),
         }
     }
 
-    /// The words without the decoration of [`std::fmt::Display`], to be handed on.
+    /// The message without the prefix of [`std::fmt::Display`], to be handed on.
     #[must_use]
-    pub fn words(&self) -> String {
+    pub fn message(&self) -> String {
         match self {
-            Self::Deadline(words)
-            | Self::Silent(words)
-            | Self::LighthouseAway(words)
-            | Self::Unavailable(words) => words.clone(),
+            Self::Deadline(message)
+            | Self::Silent(message)
+            | Self::LighthouseAway(message)
+            | Self::Unavailable(message) => message.clone(),
             Self::Failed { message, .. } => message.clone(),
             other => other.to_string(),
         }
@@ -105,7 +108,7 @@ impl CallError {
 impl From<CallError> for Status {
     fn from(error: CallError) -> Self {
         let (code, kind) = error.code_and_kind();
-        let mut status = Status::new(code, error.words());
+        let mut status = Status::new(code, error.message());
         if let Some(kind) = kind {
             let value = MetadataValue::from_static(kind);
             status.metadata_mut().insert(KIND, value);
@@ -114,18 +117,18 @@ impl From<CallError> for Status {
     }
 }
 
-fn refusal(status: &Status, words: &str) -> Option<CallError> {
-    let words = words.to_owned();
+fn refusal(status: &Status, message: &str) -> Option<CallError> {
+    let message = message.to_owned();
     match status.metadata().get(KIND)?.to_str().ok()? {
-        "state-lost" => Some(CallError::StateLost(words)),
-        "mismatch" => Some(CallError::Mismatch(words)),
-        "silent" => Some(CallError::Silent(words)),
-        "lighthouse-away" => Some(CallError::LighthouseAway(words)),
-        _ => Some(CallError::Refused(words)),
+        "state-lost" => Some(CallError::StateLost(message)),
+        "mismatch" => Some(CallError::Mismatch(message)),
+        "silent" => Some(CallError::Silent(message)),
+        "lighthouse-away" => Some(CallError::LighthouseAway(message)),
+        _ => Some(CallError::Refused(message)),
     }
 }
 
-/// The words of the cause at the bottom, e.g. `Connection refused (os error 111)`.
+/// The text of the innermost cause, e.g. `Connection refused (os error 111)`.
 pub(crate) fn innermost(error: &dyn std::error::Error) -> String {
     let mut cause = error;
     while let Some(deeper) = cause.source() {
@@ -147,10 +150,7 @@ mod tests {
             CallError::StateLost("b".into()),
             CallError::Mismatch("c".into()),
             CallError::Refused("d".into()),
-            CallError::Failed {
-                code: Code::NotFound,
-                message: "e".into(),
-            },
+            CallError::failed(Code::NotFound, "e".into()),
         ] {
             let status = Status::from(error.clone());
             assert_eq!(CallError::from_status(&status, ""), error);

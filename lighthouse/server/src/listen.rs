@@ -1,6 +1,5 @@
-//! A bound port.
-//!
-//! Binding happens before anything is spawned, so a taken port is an error of the constructor.
+//! A bound port. It is bound before any task is spawned, so that a taken port is an error of the
+//! constructor.
 
 use std::{io, net::TcpListener as StdListener};
 
@@ -28,14 +27,14 @@ pub enum ListenError {
     Io {
         /// The address.
         bind: String,
-        /// The system's words.
+        /// The system's error.
         cause: io::Error,
     },
 }
 
 /// A bound, listening port that nobody serves yet.
 #[derive(Debug)]
-pub struct Bound {
+pub struct BoundPort {
     listener: StdListener,
     /// The host as it was written, without brackets.
     pub host: String,
@@ -43,8 +42,8 @@ pub struct Bound {
     pub port: u16,
 }
 
-impl Bound {
-    /// Binds `host:port`. `[::]` on a machine without IPv6 becomes `0.0.0.0`, said in the log.
+impl BoundPort {
+    /// Binds `host:port`. `[::]` on a host without IPv6 becomes `0.0.0.0`, with a warning in the log.
     ///
     /// # Errors
     /// [`ListenError`].
@@ -55,7 +54,7 @@ impl Bound {
             Err(cause) if host == "::" && has_no_ipv6(&cause) => {
                 tracing::warn!(
                     bind,
-                    "this machine has no IPv6 ({cause}): listening on 0.0.0.0"
+                    "this host has no IPv6 ({cause}): listening on 0.0.0.0"
                 );
                 let any = "0.0.0.0".to_owned();
                 (
@@ -73,10 +72,10 @@ impl Bound {
         })
     }
 
-    /// Makes it a listener of the running runtime.
+    /// Turns it into a listener of the running tokio runtime.
     ///
     /// # Errors
-    /// The system's.
+    /// The system's error.
     pub fn into_listener(self) -> io::Result<TcpListener> {
         self.listener.set_nonblocking(true)?;
         TcpListener::from_std(self.listener)

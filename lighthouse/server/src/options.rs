@@ -1,13 +1,13 @@
-//! What the lighthouse can be told: as typed on a command line, and as it is meant.
+//! The lighthouse's options: as typed on a command line, and as checked values.
 
 use std::time::Duration;
 
 use clap::Parser;
 
-/// The lighthouse: decides which replica groups take part in each step.
+/// Runs the lighthouse, which decides which replica groups take part in each step.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "torchft_lighthouse", version)]
-pub struct Typed {
+pub struct Cli {
     /// Address to listen on, host:port; [::] takes IPv4 as well, port 0 takes a free port.
     #[arg(long, default_value = "[::]:29510", value_name = "HOST:PORT")]
     pub bind: String,
@@ -27,7 +27,7 @@ pub struct Typed {
           value_name = "MS", value_parser = clap::value_parser!(u64).range(1..=MOST_MS))]
     pub quorum_tick_ms: u64,
 
-    /// A replica group that has been silent for this long counts as dead; at least 1.
+    /// A replica group that has sent no heartbeat for this long counts as dead; at least 1.
     #[arg(long = "heartbeat_timeout_ms", alias = "heartbeat-timeout-ms", default_value_t = 5_000,
           value_name = "MS", value_parser = clap::value_parser!(u64).range(1..=MOST_MS))]
     pub heartbeat_timeout_ms: u64,
@@ -37,7 +37,7 @@ const MOST_REPLICAS: u64 = 1 << 20;
 /// One week.
 const MOST_MS: u64 = 7 * 24 * 3600 * 1000;
 
-/// What a lighthouse needs to know.
+/// The options of a lighthouse.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LighthouseOptions {
     /// Address to listen on, `host:port`.
@@ -46,11 +46,11 @@ pub struct LighthouseOptions {
     pub min_replicas: u64,
     /// How long a quorum waits for groups that are alive but have not asked yet.
     pub join_timeout: Duration,
-    /// A group that has been silent for this long counts as dead.
+    /// A group that has sent no heartbeat for this long counts as dead.
     pub heartbeat_timeout: Duration,
 }
 
-/// A value out of its range, from Python (clap has checked a command line).
+/// A number outside its range, given from Python (clap checks those on a command line).
 #[derive(Debug, thiserror::Error)]
 #[error("{name} is {given}, but must be from {least} to {most}")]
 pub struct OutOfRange {
@@ -87,13 +87,13 @@ impl LighthouseOptions {
     }
 }
 
-impl From<Typed> for LighthouseOptions {
-    fn from(typed: Typed) -> Self {
+impl From<Cli> for LighthouseOptions {
+    fn from(cli: Cli) -> Self {
         Self {
-            bind: typed.bind,
-            min_replicas: typed.min_replicas,
-            join_timeout: ms(typed.join_timeout_ms),
-            heartbeat_timeout: ms(typed.heartbeat_timeout_ms),
+            bind: cli.bind,
+            min_replicas: cli.min_replicas,
+            join_timeout: ms(cli.join_timeout_ms),
+            heartbeat_timeout: ms(cli.heartbeat_timeout_ms),
         }
     }
 }
@@ -120,16 +120,16 @@ mod tests {
 
     #[test]
     fn defaults_are_those_of_existing_scripts() {
-        let typed = Typed::parse_from(["x", "--min_replicas", "2"]);
-        assert_eq!(typed.bind, "[::]:29510");
-        assert_eq!((typed.join_timeout_ms, typed.quorum_tick_ms), (60_000, 100));
-        assert_eq!(typed.heartbeat_timeout_ms, 5_000);
+        let cli = Cli::parse_from(["x", "--min_replicas", "2"]);
+        assert_eq!(cli.bind, "[::]:29510");
+        assert_eq!((cli.join_timeout_ms, cli.quorum_tick_ms), (60_000, 100));
+        assert_eq!(cli.heartbeat_timeout_ms, 5_000);
     }
 
     #[test]
     fn out_of_range_names_the_flag_and_the_range() {
         for args in [["x", "--min_replicas", "0"], ["x", "--min_replicas", "-1"]] {
-            let error = Typed::try_parse_from(args)
+            let error = Cli::try_parse_from(args)
                 .expect_err("out of range")
                 .to_string();
             assert!(error.contains("--min_replicas"), "{error}");

@@ -1,4 +1,4 @@
-//! The end of this process: on request of an operator, or because its parent is gone.
+//! Ends this process: when an operator asks for it, or when its parent is gone.
 
 use std::{
     os::unix::process::parent_id,
@@ -12,7 +12,8 @@ unsafe extern "C" {
     fn _exit(code: i32) -> !;
 }
 
-/// The process whose parent is already watched; 0 before. After a fork it is not ours.
+/// The process whose parent is already watched, 0 if there is none. A forked child inherits the
+/// parent's value, which differs from its own id.
 static WATCHED_IN: AtomicU32 = AtomicU32::new(0);
 
 /// Ends the process at once. Exit handlers do not run: with threads inside collectives they may
@@ -26,7 +27,7 @@ pub fn end_process(code: i32, why: &str) -> ! {
     }
 }
 
-/// Starts the thread that ends this process when its parent ends. Once a process; later calls do
+/// Starts a thread that ends this process when its parent ends. Later calls in the same process do
 /// nothing.
 ///
 /// A killed torchrun agent cannot stop its workers, which would train on as orphans.
@@ -44,6 +45,8 @@ pub fn watch_parent(poll: Duration) {
         end_process(1, &format!("its parent process {parent} is gone"));
     });
     if let Err(error) = started {
-        tracing::error!("the parent process is not watched: {error}");
+        tracing::error!(
+            "no thread could be started to watch the parent process: if it ends, this process goes on: {error}"
+        );
     }
 }

@@ -1,4 +1,4 @@
-//! One port: gRPC and HTTP side by side, from bound to gone.
+//! A server on one port: gRPC and HTTP side by side, from its start to its stop.
 
 use std::time::Duration;
 
@@ -13,24 +13,24 @@ use axum::{
 use tokio::{runtime::Handle, sync::watch, task::JoinHandle, time::timeout};
 use tonic::Status;
 
-use crate::{listen::Bound, version};
+use crate::{listen::BoundPort, version};
 
-/// How long replies under way may take once the port is closed.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+/// How long pending replies may take once the port is closed.
+const DRAIN_TIME: Duration = Duration::from_secs(1);
 
-/// A served port. Dropping it without [`Served::stop`] leaves it served.
+/// A running server. Dropping the handle without [`ServerHandle::stop`] leaves it running.
 #[derive(Debug)]
-pub struct Served {
+pub struct ServerHandle {
     stop: watch::Sender<bool>,
     task: JoinHandle<()>,
 }
 
-impl Served {
+impl ServerHandle {
     /// Serves `router` on `bound`, in `runtime`.
     ///
     /// # Errors
     /// The system's, when the listener cannot be handed to the runtime.
-    pub fn start(bound: Bound, router: Router, runtime: &Handle) -> std::io::Result<Self> {
+    pub fn start(bound: BoundPort, router: Router, runtime: &Handle) -> std::io::Result<Self> {
         let _entered = runtime.enter();
         let listener = bound.into_listener()?.tap_io(|stream| {
             if let Err(error) = stream.set_nodelay(true) {
@@ -47,25 +47,27 @@ impl Served {
                 .into_future();
             tokio::select! {
                 ended = serving => if let Err(error) = ended {
-                    tracing::error!("the server ended: {error}");
+                    tracing::error!("the server failed and answers no more: {error}");
                 },
-                () = async { until_set(stopped).await; tokio::time::sleep(LAST_WORDS).await } => {}
+                () = async { until_set(stopped).await; tokio::time::sleep(DRAIN_TIME).await } => {}
             }
         });
         Ok(Self { stop, task })
     }
 
-    /// Closes the port, then waits for the replies under way, for one second at most.
+    /// Closes the port, then waits for pending replies, for one second at most.
     pub async fn stop(self) {
         self.stop.send_replace(true);
-        let patience = LAST_WORDS + Duration::from_millis(100);
+        let patience = DRAIN_TIME + Duration::from_millis(100);
         if timeout(patience, self.task).await.is_err() {
-            tracing::warn!("connections were still open {patience:?} after the end");
+            tracing::warn!(
+                "connections were still open {patience:?} after the server stopped: they are dropped"
+            );
         }
     }
 }
 
-/// A call that no service has is told so in gRPC's way, anything else in HTTP's.
+/// Answers a request for an unknown method: as gRPC does if it came by gRPC, else with 404.
 async fn unknown(request: Request) -> Response {
     let kind = request.headers().get(header::CONTENT_TYPE);
     if kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc")) {

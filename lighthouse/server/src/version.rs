@@ -1,7 +1,7 @@
 //! The version of our additions to the wire, as the metadata key `torchft-wire`.
 //!
 //! Absent means a peer of an existing torchft, which we accept. A higher major version is refused
-//! by both sides, in words, before any message is interpreted.
+//! by both sides, with a sentence that says why, before any message is interpreted.
 
 use axum::{
     body::Body,
@@ -12,7 +12,7 @@ use axum::{
 };
 use tonic::Status;
 
-/// The metadata key.
+/// The metadata key of the wire version.
 pub const KEY: &str = "torchft-wire";
 /// Our version, `major` or `major.minor`.
 pub const OURS: &str = "1";
@@ -32,7 +32,7 @@ pub fn check(theirs: Option<&str>) -> Result<(), String> {
     }
 }
 
-/// The version that a set of headers states, if it states one.
+/// The wire version in a set of headers, if there is one.
 #[must_use]
 pub fn stated(headers: &HeaderMap) -> Option<&str> {
     headers.get(KEY).map(|v| v.to_str().unwrap_or("unreadable"))

@@ -8,7 +8,7 @@ use std::time::Duration;
 use torchft_quorum::assign::assign;
 use torchft_quorum::decide::Formed;
 use torchft_quorum::effect::{Effect, Notice, Refusal, StateLost};
-use torchft_quorum::member::{Member, Quorum, ReplicaId, Ticket};
+use torchft_quorum::member::{CallId, Member, Quorum, ReplicaId};
 use torchft_quorum::rules::Rules;
 
 /// What the lighthouse should know.
@@ -19,10 +19,10 @@ pub struct Audit {
     first_heard: Option<Duration>,
     /// Somebody has seen a quorum of an earlier lighthouse.
     takes_over: bool,
-    asking: BTreeMap<Ticket, Member>,
+    asking: BTreeMap<CallId, Member>,
     /// When the first of those that ask did so, or the last quorum left them waiting.
-    since: BTreeMap<Ticket, Duration>,
-    answered: BTreeSet<Ticket>,
+    since: BTreeMap<CallId, Duration>,
+    answered: BTreeSet<CallId>,
     last: Option<Arc<Quorum>>,
     /// Names of the last quorum behind which another process has asked since.
     replaced: BTreeSet<ReplicaId>,
@@ -80,7 +80,7 @@ impl Audit {
         self.first_heard = self.first_heard.map(|at| at + gap);
     }
 
-    pub fn join(&mut self, ticket: Ticket, member: &Member, seen: i64, now: Duration) {
+    pub fn join(&mut self, call_id: CallId, member: &Member, seen: i64, now: Duration) {
         self.heartbeat(&member.replica_id, now);
         self.takes_over |= seen > 0 && self.last.is_none();
         let last = self.last.as_ref();
@@ -88,24 +88,24 @@ impl Audit {
         if was.is_some_and(|was| was.address != member.address) {
             self.replaced.insert(member.replica_id.clone());
         }
-        self.asking.insert(ticket, member.clone());
-        self.since.insert(ticket, now);
+        self.asking.insert(call_id, member.clone());
+        self.since.insert(call_id, now);
     }
 
-    pub fn leave(&mut self, ticket: Ticket) {
-        self.asking.remove(&ticket);
-        self.since.remove(&ticket);
+    pub fn leave(&mut self, call_id: CallId) {
+        self.asking.remove(&call_id);
+        self.since.remove(&call_id);
     }
 
     /// A request that waits, if any: the `i`-th of them.
-    pub fn any_ticket(&self, i: usize) -> Option<Ticket> {
+    pub fn any_call(&self, i: usize) -> Option<CallId> {
         let waiting = self.asking.len().max(1);
         self.asking.keys().nth(i % waiting).copied()
     }
 
     /// Whether nobody has answered this request yet.
-    pub fn waits(&self, ticket: Ticket) -> bool {
-        self.asking.contains_key(&ticket)
+    pub fn waits(&self, call_id: CallId) -> bool {
+        self.asking.contains_key(&call_id)
     }
 
     /// The highest quorum id that anybody has seen.
@@ -126,14 +126,14 @@ impl Audit {
             match effect {
                 Effect::Publish {
                     quorum,
-                    tickets,
+                    call_ids,
                     why,
                     ..
                 } => {
                     self.check_reason(quorum, *why, now);
-                    self.check_quorum(quorum, tickets, now);
+                    self.check_quorum(quorum, call_ids, now);
                 }
-                Effect::Refuse { ticket, refusal } => self.check_refusal(*ticket, refusal, now),
+                Effect::Refuse { call_id, refusal } => self.check_refusal(*call_id, refusal, now),
                 Effect::Notice(Notice::Restarted {
                     from,
                     to,
@@ -149,7 +149,7 @@ impl Audit {
                 Effect::Notice(Notice::SameName { replica_ids }) => {
                     assert!(replica_ids.len() > 1);
                 }
-                Effect::Notice(Notice::FellSilent { replica_id }) => {
+                Effect::Notice(Notice::Died { replica_id }) => {
                     assert!(!self.is_healthy(replica_id, now));
                 }
             }
@@ -157,7 +157,7 @@ impl Audit {
         self.check_nothing_is_overdue(now);
     }
 
-    fn check_quorum(&mut self, quorum: &Arc<Quorum>, tickets: &[Ticket], now: Duration) {
+    fn check_quorum(&mut self, quorum: &Arc<Quorum>, call_ids: &[CallId], now: Duration) {
         let members = &quorum.members;
         assert!(!self.listens(now), "did not listen who else is there");
         assert!(members.is_sorted_by(|a, b| a.replica_id < b.replica_id));
@@ -165,16 +165,13 @@ impl Audit {
             members.len() >= self.rules.min_replicas,
             "below min_replicas"
         );
-        assert_eq!(members.len(), tickets.len());
+        assert_eq!(members.len(), call_ids.len());
         self.check_shrink_only(quorum, now);
-        for (ticket, member) in tickets.iter().zip(members) {
+        for (call_id, member) in call_ids.iter().zip(members) {
             assert!(self.is_healthy(&member.replica_id, now), "not healthy");
-            let asked = self
-                .asking
-                .get(ticket)
-                .expect("nobody waits on this ticket");
+            let asked = self.asking.get(call_id).expect("nobody waits on this call");
             assert_eq!(asked, &**member);
-            self.answer(*ticket);
+            self.answer(*call_id);
         }
         self.check_id(quorum);
         self.check_floor(quorum, now);
@@ -205,7 +202,7 @@ impl Audit {
                 assert!(quorum.members.len() > absent, "no majority");
                 let asking = self.asking.iter();
                 let asking = asking.filter(|(_, m)| self.is_healthy(&m.replica_id, now));
-                let first = asking.map(|(ticket, _)| self.since[ticket]).min();
+                let first = asking.map(|(call_id, _)| self.since[call_id]).min();
                 let patience_ends = first.expect("somebody asks") + self.rules.join_timeout;
                 assert!(now >= patience_ends, "did not wait for the join timeout");
             }
@@ -260,16 +257,16 @@ impl Audit {
         }
     }
 
-    fn check_refusal(&mut self, ticket: Ticket, refusal: &Refusal, now: Duration) {
+    fn check_refusal(&mut self, call_id: CallId, refusal: &Refusal, now: Duration) {
         match refusal {
             Refusal::BadMember(_) => {
-                assert!(!self.asking.contains_key(&ticket));
+                assert!(!self.asking.contains_key(&call_id));
                 return;
             }
             Refusal::StateLost(lost) => self.check_lost(lost, now),
             Refusal::Superseded { .. } | Refusal::Deadline { .. } => {}
         }
-        self.answer(ticket);
+        self.answer(call_id);
     }
 
     fn check_lost(&self, lost: &StateLost, now: Duration) {
@@ -291,14 +288,17 @@ impl Audit {
         assert!(donors.all(|id| !self.is_healthy(id, now)));
     }
 
-    /// One answer a ticket.
-    fn answer(&mut self, ticket: Ticket) {
+    /// Every call gets one answer.
+    fn answer(&mut self, call_id: CallId) {
         assert!(
-            self.asking.contains_key(&ticket),
-            "nobody waits on {ticket:?}"
+            self.asking.contains_key(&call_id),
+            "nobody waits on {call_id:?}"
         );
-        assert!(self.answered.insert(ticket), "{ticket:?} is answered twice");
-        self.leave(ticket);
+        assert!(
+            self.answered.insert(call_id),
+            "{call_id:?} is answered twice"
+        );
+        self.leave(call_id);
     }
 
     /// When all healthy ids ask, or the join timeout has passed for a majority, and neither
@@ -320,7 +320,7 @@ impl Audit {
         let best = candidates().map(|(_, m)| m.step).max();
         let floor = self.last.as_ref().map_or(0, |last| last.max_step());
         let blocked = candidates().any(|(_, m)| m.shrink_only) || best < Some(floor);
-        let first = candidates().map(|(ticket, _)| self.since[ticket]).min();
+        let first = candidates().map(|(call_id, _)| self.since[call_id]).min();
         let patient = first.is_some_and(|first| now < first + self.rules.join_timeout);
         let due = count == healthy || (count > healthy / 2 && !patient);
         let overdue = count >= self.rules.min_replicas && due && !blocked;

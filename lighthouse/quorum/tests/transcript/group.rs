@@ -5,17 +5,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use torchft_quorum::gather::{Failure, FailureKind, Gather, GatherEffect, Group, RankAsk, Round};
-use torchft_quorum::member::{Member, Quorum, Ticket};
-use torchft_quorum::vote::{Ballot, Vote, VoteEffect};
+use torchft_quorum::member::{CallId, Member, Quorum};
+use torchft_quorum::vote::{CommitBarrier, RankVote, VoteEffect};
 
 use super::Command;
 
 pub struct GroupWorld {
     gather: Gather,
-    vote: Vote,
+    vote: CommitBarrier,
     now: Duration,
     /// Rank and kind of each request.
-    names: BTreeMap<Ticket, String>,
+    names: BTreeMap<CallId, String>,
 }
 
 impl GroupWorld {
@@ -29,7 +29,7 @@ impl GroupWorld {
                 world_size,
                 quorum_retries: command.number("quorum_retries").unwrap_or(0) as u32,
             }),
-            vote: Vote::new(world_size),
+            vote: CommitBarrier::new(world_size),
             now: Duration::ZERO,
             names: BTreeMap::new(),
         }
@@ -73,12 +73,12 @@ impl GroupWorld {
             checkpoint_metadata: command.text("metadata").unwrap_or_default().into(),
             shrink_only: command.says("shrink_only"),
             init_sync: command.says("init_sync"),
-            settling: false,
+            final_sync: false,
             commit_failures: command.number("failures").unwrap_or(0),
             deadline: self.now + command.ms("timeout_ms").unwrap_or(Duration::from_secs(60)),
         };
-        let ticket = self.named(format!("ask {group_rank}"));
-        let effects = self.gather.ask(ticket, ask, self.now);
+        let call_id = self.named(format!("ask {group_rank}"));
+        let effects = self.gather.ask(call_id, ask, self.now);
         self.tell(effects)
     }
 
@@ -125,23 +125,23 @@ impl GroupWorld {
 
     fn cast(&mut self, command: &Command) -> Vec<String> {
         let group_rank = command.name().parse().unwrap();
-        let ballot = Ballot {
+        let rank_vote = RankVote {
             group_rank,
             step: command.number("step").unwrap_or(0),
             commit: command.says("yes"),
         };
-        let ticket = self.named(format!("vote {group_rank}"));
-        let effects = self.vote.vote(ticket, ballot);
+        let call_id = self.named(format!("vote {group_rank}"));
+        let effects = self.vote.vote(call_id, rank_vote);
         self.count(effects)
     }
 
-    fn named(&mut self, name: String) -> Ticket {
-        let ticket = Ticket(self.names.len() as u64);
-        self.names.insert(ticket, name);
-        ticket
+    fn named(&mut self, name: String) -> CallId {
+        let call_id = CallId(self.names.len() as u64);
+        self.names.insert(call_id, name);
+        call_id
     }
 
-    fn latest(&self, kind: &str, command: &Command) -> Ticket {
+    fn latest(&self, kind: &str, command: &Command) -> CallId {
         let name = format!("{kind} {}", command.name());
         let mut names = self.names.iter().rev();
         *names
@@ -185,31 +185,34 @@ impl GroupWorld {
                 member.commit_failures,
                 deadline.as_millis()
             ),
-            GatherEffect::Answer { ticket, assignment } => format!(
+            GatherEffect::Answer {
+                call_id,
+                assignment,
+            } => format!(
                 "{} -> quorum {}, rank {} of {}, heals: {}",
-                self.names[&ticket],
+                self.names[&call_id],
                 assignment.quorum_id,
                 assignment.replica_rank,
                 assignment.replica_world_size,
                 assignment.source.is_some()
             ),
-            GatherEffect::Refuse { ticket, refusal } => {
-                format!("refuse {}: {refusal}", self.names[&ticket])
+            GatherEffect::Refuse { call_id, refusal } => {
+                format!("refuse {}: {refusal}", self.names[&call_id])
             }
         }
     }
 
     fn count(&self, effects: Vec<VoteEffect>) -> Vec<String> {
         let lines = effects.into_iter().map(|effect| match effect {
-            VoteEffect::Answer { ticket, outcome } => {
+            VoteEffect::Answer { call_id, outcome } => {
                 format!(
                     "{} -> {}: {outcome}",
-                    self.names[&ticket],
+                    self.names[&call_id],
                     outcome.commits()
                 )
             }
-            VoteEffect::Refuse { ticket, refusal } => {
-                format!("refuse {}: {refusal}", self.names[&ticket])
+            VoteEffect::Refuse { call_id, refusal } => {
+                format!("refuse {}: {refusal}", self.names[&call_id])
             }
         });
         lines.collect()

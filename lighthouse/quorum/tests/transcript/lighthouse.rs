@@ -4,17 +4,17 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use torchft_quorum::assign::assign;
+use torchft_quorum::coordinator::Coordinator;
 use torchft_quorum::effect::{Effect, Refusal};
-use torchft_quorum::machine::Machine;
-use torchft_quorum::member::{Member, Ticket};
+use torchft_quorum::member::{CallId, Member};
 use torchft_quorum::rules::{BadRules, Rules};
 
 use super::Command;
 
 pub struct LighthouseWorld {
-    machine: Machine,
+    coordinator: Coordinator,
     now: Duration,
-    names: BTreeMap<Ticket, String>,
+    names: BTreeMap<CallId, String>,
     asked: BTreeMap<String, u32>,
 }
 
@@ -30,7 +30,7 @@ impl LighthouseWorld {
                 .unwrap_or(Duration::from_secs(5)),
         };
         Ok(Self {
-            machine: Machine::new(rules, command.number("epoch").unwrap_or(0))?,
+            coordinator: Coordinator::new(rules, command.number("epoch").unwrap_or(0))?,
             now: Duration::ZERO,
             names: BTreeMap::new(),
             asked: BTreeMap::new(),
@@ -43,13 +43,13 @@ impl LighthouseWorld {
             "heartbeat" => self.heartbeat(command),
             "join" => self.join(command),
             "leave" => {
-                let ticket = self.ticket(command.name());
-                let effects = self.machine.leave(ticket, now);
+                let call_id = self.call_id(command.name());
+                let effects = self.coordinator.leave(call_id, now);
                 self.tell(effects)
             }
             "give_up" => {
-                let ticket = self.ticket(command.name());
-                let effects = self.machine.give_up(ticket, now);
+                let call_id = self.call_id(command.name());
+                let effects = self.coordinator.give_up(call_id, now);
                 self.tell(effects)
             }
             "wait" => self.wait(command),
@@ -57,7 +57,7 @@ impl LighthouseWorld {
                 self.now += Duration::from_millis(command.name().parse().unwrap());
                 Vec::new()
             }
-            "why" => vec![self.machine.waiting(now).to_string()],
+            "why" => vec![self.coordinator.waiting(now).to_string()],
             "status" => self.status(),
             "restart" => self.restart(command),
             "assign" => self.assign(command),
@@ -68,7 +68,7 @@ impl LighthouseWorld {
     fn heartbeat(&mut self, command: &Command) -> Vec<String> {
         let mut lines = Vec::new();
         for id in command.names() {
-            let effects = self.machine.heartbeat(id, self.now);
+            let effects = self.coordinator.heartbeat(id, self.now);
             lines.extend(self.tell(effects));
         }
         lines
@@ -88,37 +88,37 @@ impl LighthouseWorld {
             },
             ..Member::new(id, command.number("step").unwrap_or(0))
         };
-        let ticket = Ticket(self.names.len() as u64);
+        let call_id = CallId(self.names.len() as u64);
         let times = self.asked.entry(id.into()).or_default();
         *times += 1;
-        self.names.insert(ticket, format!("{id}#{times}"));
+        self.names.insert(call_id, format!("{id}#{times}"));
         let seen = command.number("seen").unwrap_or(0);
-        let effects = self.machine.join(ticket, member, seen, self.now);
+        let effects = self.coordinator.join(call_id, member, seen, self.now);
         let lines = self.tell(effects);
         if lines.is_empty() {
-            return vec![format!("waits: {}", self.machine.waiting(self.now))];
+            return vec![format!("waits: {}", self.coordinator.waiting(self.now))];
         }
         lines
     }
 
-    /// Moves the clock, waking the machine exactly when it asks for it. The `beating` are heard
+    /// Moves the clock, waking the coordinator exactly when it asks for it. The `beating` are heard
     /// twice in each heartbeat timeout.
     fn wait(&mut self, command: &Command) -> Vec<String> {
         let end = self.now + Duration::from_millis(command.name().parse().unwrap());
         let beating = command.text("beating").unwrap_or_default();
-        let pause = self.machine.rules().heartbeat_timeout / 2;
+        let pause = self.coordinator.rules().heartbeat_timeout / 2;
         let mut beat_at = self.now;
         let mut lines = Vec::new();
         loop {
-            let wake_at = self.machine.next_wake().unwrap_or(end);
+            let wake_at = self.coordinator.next_wake().unwrap_or(end);
             self.now = wake_at.min(beat_at).min(end).max(self.now); // late after a pause
             let mut effects = Vec::new();
             if beat_at == self.now {
                 let ids = beating.split(',').filter(|id| !id.is_empty());
-                effects.extend(ids.flat_map(|id| self.machine.heartbeat(id, self.now)));
+                effects.extend(ids.flat_map(|id| self.coordinator.heartbeat(id, self.now)));
                 beat_at += pause;
             }
-            effects.extend(self.machine.tick(self.now));
+            effects.extend(self.coordinator.tick(self.now));
             let at = self.now.as_millis();
             let told = self.tell(effects).into_iter();
             lines.extend(told.map(|line| format!("at {at} ms: {line}")));
@@ -129,7 +129,7 @@ impl LighthouseWorld {
     }
 
     fn status(&self) -> Vec<String> {
-        let status = self.machine.status(self.now);
+        let status = self.coordinator.status(self.now);
         let quorum = status.quorum.as_ref().map(|q| q.id);
         let mut lines = vec![format!("quorum {quorum:?}; next: {}", status.waiting)];
         lines.extend(status.replicas.iter().map(|replica| {
@@ -152,13 +152,13 @@ impl LighthouseWorld {
 
     fn restart(&mut self, command: &Command) -> Vec<String> {
         let epoch = command.number("epoch").unwrap_or(0);
-        self.machine = Machine::new(*self.machine.rules(), epoch).unwrap();
+        self.coordinator = Coordinator::new(*self.coordinator.rules(), epoch).unwrap();
         Vec::new()
     }
 
     /// What every member is told of the last quorum, for one group rank.
     fn assign(&self, command: &Command) -> Vec<String> {
-        let quorum = self.machine.last_quorum().expect("a quorum");
+        let quorum = self.coordinator.last_quorum().expect("a quorum");
         let rank = command.number("group_rank").unwrap_or(0);
         let wish = command.says("init_sync");
         let told = quorum.replica_ids().map(|id| {
@@ -184,7 +184,7 @@ impl LighthouseWorld {
     }
 
     /// The latest request of an id, or the one named.
-    fn ticket(&self, name: &str) -> Ticket {
+    fn call_id(&self, name: &str) -> CallId {
         let latest = match self.asked.get(name) {
             Some(times) => format!("{name}#{times}"),
             None => name.into(),
@@ -207,7 +207,7 @@ impl LighthouseWorld {
         match effect {
             Effect::Publish {
                 quorum,
-                tickets,
+                call_ids,
                 why,
                 renewed,
             } => {
@@ -215,7 +215,7 @@ impl LighthouseWorld {
                 let members: Vec<_> = members
                     .map(|m| format!("{}@{}", m.replica_id, m.step))
                     .collect();
-                let told: Vec<_> = tickets.iter().map(|t| self.names[t].as_str()).collect();
+                let told: Vec<_> = call_ids.iter().map(|t| self.names[t].as_str()).collect();
                 let renewed = renewed.map_or("the id stays".into(), |r| r.to_string());
                 format!(
                     "quorum {} of {} for {}: {why}; {renewed}",
@@ -224,10 +224,10 @@ impl LighthouseWorld {
                     told.join(" ")
                 )
             }
-            Effect::Refuse { ticket, refusal } => {
+            Effect::Refuse { call_id, refusal } => {
                 let absent = matches!(refusal, Refusal::Deadline { absent: true, .. });
                 let again = if absent { " (it may ask again)" } else { "" };
-                format!("refuse {}{again}: {refusal}", self.names[&ticket])
+                format!("refuse {}{again}: {refusal}", self.names[&call_id])
             }
             Effect::Notice(notice) => format!("notice: {notice}"),
         }

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use crate::{
+    connection::Connection,
     error::CallError,
-    link::Link,
     wire::{
         LighthouseHeartbeatRequest, LighthouseQuorumRequest, Quorum, QuorumMember,
         lighthouse_service_client::LighthouseServiceClient,
@@ -17,7 +17,7 @@ const LARGEST_REPLY: usize = 1 << 30;
 /// A connection to a lighthouse.
 #[derive(Debug)]
 pub struct LighthouseClient {
-    link: Link,
+    connection: Connection,
 }
 
 impl LighthouseClient {
@@ -26,14 +26,14 @@ impl LighthouseClient {
     /// # Errors
     /// The address has the wrong form, or the time is up.
     pub async fn connect(address: &str, within: Duration) -> Result<Self, CallError> {
-        let link = Link::connect("lighthouse", address, within).await?;
-        Ok(Self { link })
+        let connection = Connection::connect("lighthouse", address, within).await?;
+        Ok(Self { connection })
     }
 
-    /// Asks for a quorum. `last_quorum_id` is the highest one seen, 0 for none.
+    /// Asks for a quorum. `last_quorum_id` is the highest one seen, 0 if there was none.
     ///
     /// # Errors
-    /// The lighthouse's refusal; a deadline with what was waited for.
+    /// The lighthouse's refusal; at a deadline it says what it waited for.
     pub async fn quorum(
         &self,
         requester: QuorumMember,
@@ -52,16 +52,16 @@ impl LighthouseClient {
                 .await
         };
         let reply = self
-            .link
+            .connection
             .call("a quorum request", message, within, rpc)
             .await?;
-        reply.decode_quorum().map_err(|error| CallError::Failed {
-            code: tonic::Code::Internal,
-            message: format!("{} sent no readable quorum: {error}", self.link.name()),
+        reply.decode_quorum().map_err(|error| {
+            let message = format!("{} sent no readable quorum: {error}", self.name());
+            CallError::failed(tonic::Code::Internal, message)
         })
     }
 
-    /// Says that `replica_id` is alive.
+    /// Sends a heartbeat: `replica_id` is alive.
     ///
     /// # Errors
     /// The lighthouse did not answer in time, or not at all.
@@ -74,13 +74,16 @@ impl LighthouseClient {
                 .heartbeat(request)
                 .await
         };
-        let reply = self.link.call("a heartbeat", message, within, rpc).await;
+        let reply = self
+            .connection
+            .call("a heartbeat", message, within, rpc)
+            .await;
         reply.map(drop)
     }
 
-    /// What it is and where, for messages.
+    /// The word lighthouse and its address, for messages.
     #[must_use]
     pub fn name(&self) -> &str {
-        self.link.name()
+        self.connection.name()
     }
 }

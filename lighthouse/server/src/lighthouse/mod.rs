@@ -1,19 +1,18 @@
-//! The lighthouse: one port, a desk behind it, a client for it.
+//! The lighthouse: one port, its state, the page and the client.
 
 mod client;
 mod command;
-mod desk;
 mod pages;
 mod report;
-mod service;
+mod state;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use thiserror::Error;
 use tokio::{runtime::Handle, task::AbortHandle};
 use tonic::service::Routes;
 use torchft_quorum::{
-    machine::Machine,
+    coordinator::Coordinator,
     rules::{BadRules, Rules},
 };
 
@@ -22,24 +21,24 @@ pub use command::run;
 
 use crate::{
     address, clock,
-    listen::{Bound, ListenError},
+    listen::{BoundPort, ListenError},
+    lock::lock,
     options::LighthouseOptions,
-    serve::Served,
+    serve::ServerHandle,
     wire::lighthouse_service_server::LighthouseServiceServer,
 };
-use desk::Desk;
-use service::Service;
+use state::LighthouseState;
 
 /// Why a lighthouse did not start.
 #[derive(Debug, Error)]
 pub enum StartError {
-    /// The rules make no sense.
+    /// The options contradict themselves.
     #[error(transparent)]
     Rules(#[from] BadRules),
     /// The port cannot be listened on.
     #[error(transparent)]
     Listen(#[from] ListenError),
-    /// The runtime would not take the port.
+    /// The system did not let the runtime serve the port.
     #[error("cannot serve: {0}")]
     Serve(#[from] std::io::Error),
 }
@@ -48,55 +47,51 @@ pub enum StartError {
 #[derive(Debug)]
 pub struct Lighthouse {
     address: String,
-    desk: Arc<Desk>,
-    clockwork: AbortHandle,
-    served: Mutex<Option<Served>>,
+    state: Arc<LighthouseState>,
+    timer_task: AbortHandle,
+    server: Mutex<Option<ServerHandle>>,
 }
 
 impl Lighthouse {
-    /// Binds the port and serves it in the running runtime. `host_name` is this machine's, which
-    /// is advertised when the port is bound on a wildcard.
+    /// Binds the port and serves it in the running runtime. `host_name` is the name of this host,
+    /// which is advertised when the port is bound on a wildcard address.
     ///
     /// # Errors
     /// [`StartError`].
     pub async fn start(options: LighthouseOptions, host_name: &str) -> Result<Self, StartError> {
-        let machine = Machine::new(rules(&options), clock::wall_ms())?;
-        let bound = Bound::bind(&options.bind)?;
+        let coordinator = Coordinator::new(rules(&options), clock::wall_ms())?;
+        let bound = BoundPort::bind(&options.bind)?;
         let address = address::advertised(&bound.host, host_name, bound.port).await;
-        let desk = Arc::new(Desk::new(machine));
-        let grpc = LighthouseServiceServer::new(Service(desk.clone()));
+        let state = Arc::new(LighthouseState::new(coordinator));
+        let grpc = LighthouseServiceServer::from_arc(state.clone());
         let router = Routes::new(grpc).prepare().into_axum_router();
-        let router = pages::router(desk.clone()).merge(router);
-        let served = Served::start(bound, router, &Handle::current())?;
-        let clockwork = tokio::spawn(desk.clone().watch_the_clock()).abort_handle();
+        let router = pages::router(state.clone()).merge(router);
+        let server = ServerHandle::start(bound, router, &Handle::current())?;
+        let timer_task = tokio::spawn(state.clone().timer_task()).abort_handle();
         tracing::info!(%address, min_replicas = options.min_replicas,
             join_timeout = ?options.join_timeout, heartbeat_timeout = ?options.heartbeat_timeout,
             "the lighthouse listens");
         Ok(Self {
             address,
-            desk,
-            clockwork,
-            served: Mutex::new(Some(served)),
+            state,
+            timer_task,
+            server: Mutex::new(Some(server)),
         })
     }
 
-    /// `http://host:port`, to be dialled by others.
+    /// The address that clients dial, `http://host:port`.
     #[must_use]
     pub fn address(&self) -> &str {
         &self.address
     }
 
-    /// Sends everybody away and closes the port; a second call does nothing.
+    /// Fails all pending calls and closes the port; a second call does nothing.
     pub async fn stop(&self) {
-        self.desk.close();
-        self.clockwork.abort();
-        let served = self
-            .served
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        if let Some(served) = served {
-            served.stop().await;
+        self.state.close();
+        self.timer_task.abort();
+        let server = lock(&self.server).take();
+        if let Some(server) = server {
+            server.stop().await;
             tracing::info!(address = %self.address, "the lighthouse is closed");
         }
     }

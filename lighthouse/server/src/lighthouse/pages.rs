@@ -1,6 +1,6 @@
-//! What a person and a health check see of the lighthouse, on the gRPC port.
+//! The web page, the status and the health check of the lighthouse, on the gRPC port.
 //!
-//! The page loads nothing from elsewhere and changes nothing: there is no route that kills.
+//! The page loads nothing from elsewhere and changes nothing: no request to it ends a process.
 
 use std::sync::Arc;
 
@@ -17,7 +17,7 @@ use torchft_quorum::{
     status::{ReplicaStatus, Status},
 };
 
-use super::desk::Desk;
+use super::state::LighthouseState;
 
 const PAGE: &str = include_str!("page.html");
 /// Only what the page itself contains may run, and nobody may frame it.
@@ -25,20 +25,20 @@ const POLICY: &str = "default-src 'none'; script-src 'unsafe-inline'; style-src 
                       connect-src 'self'; frame-ancestors 'none'";
 
 /// `GET /`, `GET /healthz` and `GET /status.json`.
-pub fn router(desk: Arc<Desk>) -> Router {
+pub fn router(state: Arc<LighthouseState>) -> Router {
     Router::new()
         .route("/", get(page))
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/status.json", get(status))
-        .with_state(desk)
+        .with_state(state)
 }
 
 async fn page() -> impl IntoResponse {
     ([(header::CONTENT_SECURITY_POLICY, POLICY)], Html(PAGE))
 }
 
-async fn status(State(desk): State<Arc<Desk>>) -> Json<StatusJson> {
-    Json(desk.status().into())
+async fn status(State(state): State<Arc<LighthouseState>>) -> Json<StatusJson> {
+    Json(state.status().into())
 }
 
 #[derive(Serialize)]

@@ -1,4 +1,4 @@
-//! What the lighthouse tells people: one line an event.
+//! The lighthouse's log lines, one for each event.
 
 use torchft_quorum::{
     decide::Formed,
@@ -6,7 +6,7 @@ use torchft_quorum::{
     member::Quorum,
 };
 
-/// A quorum was formed. A new id is news; the same members again are not.
+/// Logs that a quorum formed: as info if its id is new, else as debug.
 pub fn formed(quorum: &Quorum, why: Formed, renewed: Option<&Renewal>) {
     let (id, members, step) = (quorum.id, quorum.members.len(), quorum.max_step());
     match renewed {
@@ -17,7 +17,7 @@ pub fn formed(quorum: &Quorum, why: Formed, renewed: Option<&Renewal>) {
     }
 }
 
-/// A caller was sent away.
+/// Logs that a request was refused.
 pub fn refused(refusal: &Refusal) {
     match refusal {
         Refusal::StateLost(_) => tracing::error!("{refusal}"),
@@ -29,26 +29,21 @@ pub fn refused(refusal: &Refusal) {
     }
 }
 
-/// Something that nobody waits for.
+/// Logs an event for which nobody waits.
 pub fn notice(notice: &Notice) {
     match notice {
         Notice::Paused { gap } => tracing::warn!(?gap, "{notice}"),
         Notice::SameName { .. } => tracing::warn!(
-            "{notice}: they compute the same share of the data twice; give each group a name of \
-             its own, or stop the one that should not be there"
+            "{notice}: they compute the same share of the data twice; give each group its own name, \
+             or stop the one that should not run"
         ),
-        Notice::FellSilent { replica_id } => {
-            tracing::info!(replica = %replica_id, "a member of the last quorum fell silent");
+        Notice::Died { replica_id } => {
+            tracing::info!(replica = %replica_id, "{notice}");
         }
         Notice::Restarted {
             from,
             to,
             quorum_id,
-        } => tracing::warn!(
-            from_step = from,
-            to_step = to,
-            quorum_id,
-            "training goes on from an earlier step than the last quorum had reached"
-        ),
+        } => tracing::warn!(from_step = from, to_step = to, quorum_id, "{notice}"),
     }
 }

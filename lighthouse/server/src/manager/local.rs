@@ -1,38 +1,35 @@
-//! The manager servers of this process, by address: a client in the same process calls them
-//! directly, and saves two trips through the kernel a call.
+//! The groups whose manager server runs in this process, by address: a client in the same process
+//! calls them directly, and saves two trips through the kernel for each call.
 
 use std::{
     collections::HashMap,
     process,
-    sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{Arc, LazyLock, Mutex, Weak},
 };
 
-use super::desk::Desk;
+use super::state::GroupState;
+use crate::lock::lock;
 
-/// The process is part of the key: after a fork the parent's servers are not ours.
+/// The process is part of the key: after a fork the parent's servers do not run in the child.
 type Key = (u32, String);
 
-static DESKS: LazyLock<Mutex<HashMap<Key, Weak<Desk>>>> = LazyLock::new(Mutex::default);
+static GROUPS: LazyLock<Mutex<HashMap<Key, Weak<GroupState>>>> = LazyLock::new(Mutex::default);
 
-/// Makes `desk` known.
-pub fn announce(address: &str, desk: &Arc<Desk>) {
-    desks().insert(key(address), Arc::downgrade(desk));
+/// Registers the group that is served at `address`.
+pub fn register(address: &str, state: &Arc<GroupState>) {
+    lock(&GROUPS).insert(key(address), Arc::downgrade(state));
 }
 
-/// Forgets the desk at `address`.
-pub fn withdraw(address: &str) {
-    desks().remove(&key(address));
+/// Removes the group that was served at `address`.
+pub fn remove(address: &str) {
+    lock(&GROUPS).remove(&key(address));
 }
 
-/// The desk of this process that serves `address`.
-pub fn find(address: &str) -> Option<Arc<Desk>> {
-    desks().get(&key(address))?.upgrade()
+/// The group that this process serves at `address`.
+pub fn find(address: &str) -> Option<Arc<GroupState>> {
+    lock(&GROUPS).get(&key(address))?.upgrade()
 }
 
 fn key(address: &str) -> Key {
     (process::id(), address.to_owned())
-}
-
-fn desks() -> MutexGuard<'static, HashMap<Key, Weak<Desk>>> {
-    DESKS.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,14 +1,14 @@
-//! The manager server: one a replica group, in the process of its first rank.
+//! The manager server of a replica group, in the process of its rank 0.
 
 mod client;
-mod desk;
-mod heart;
+mod heartbeat;
 mod local;
 mod refusal;
 mod service;
+mod state;
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
@@ -25,21 +25,22 @@ use crate::{
     address,
     error::CallError,
     lighthouse::LighthouseClient,
-    listen::{Bound, ListenError},
-    serve::Served,
+    listen::{BoundPort, ListenError},
+    lock::lock,
+    serve::ServerHandle,
     wire::manager_service_server::ManagerServiceServer,
 };
-use desk::Desk;
 use service::Service;
+use state::GroupState;
 
-/// What a manager server needs to know.
+/// The options of a manager server.
 #[derive(Clone, Debug)]
 pub struct ManagerOptions {
     /// The group's name in the quorum.
     pub replica_id: String,
-    /// `http://host:port`.
+    /// The lighthouse, `http://host:port`.
     pub lighthouse_address: String,
-    /// The name of this machine for others.
+    /// The name under which other hosts reach this one.
     pub host_name: String,
     /// Address to listen on, `host:port`.
     pub bind: String,
@@ -47,29 +48,29 @@ pub struct ManagerOptions {
     pub store_address: String,
     /// Ranks in the group; at least 1.
     pub world_size: u64,
-    /// How often the group says that it is alive; above 0.
+    /// The time between two heartbeats; above 0.
     pub heartbeat_interval: Duration,
     /// How long the first connection to the lighthouse may take.
     pub connect_timeout: Duration,
     /// How often a request that the lighthouse failed is sent again.
     pub quorum_retries: u32,
-    /// What a kill does.
+    /// Ends the process when an operator asks for it.
     pub kill: Kill,
 }
 
 /// Why a manager server did not start.
 #[derive(Debug, Error)]
 pub enum StartError {
-    /// The lighthouse.
+    /// The lighthouse cannot be reached.
     #[error(transparent)]
     Lighthouse(#[from] CallError),
     /// The port cannot be listened on.
     #[error(transparent)]
     Listen(#[from] ListenError),
-    /// The runtime would not take the port.
+    /// The system did not let the runtime serve the port.
     #[error("cannot serve: {0}")]
     Serve(#[from] std::io::Error),
-    /// A value that makes no sense.
+    /// An option has a value that cannot be used.
     #[error("{0}")]
     Value(&'static str),
 }
@@ -78,9 +79,9 @@ pub enum StartError {
 #[derive(Debug)]
 pub struct Manager {
     address: String,
-    desk: Arc<Desk>,
+    state: Arc<GroupState>,
     tasks: [AbortHandle; 2],
-    served: Mutex<Option<Served>>,
+    server: Mutex<Option<ServerHandle>>,
 }
 
 impl Manager {
@@ -91,44 +92,43 @@ impl Manager {
     pub async fn start(options: ManagerOptions) -> Result<Self, StartError> {
         check(&options)?;
         check_name(&options.host_name).await;
-        let bound = Bound::bind(&options.bind)?;
+        let bound = BoundPort::bind(&options.bind)?;
         let address = address::url(&options.host_name, bound.port);
         let within = options.connect_timeout;
         let lighthouse = LighthouseClient::connect(&options.lighthouse_address, within).await?;
         let lighthouse = Arc::new(lighthouse);
-        let desk = Arc::new(Desk::new(group(&options, &address), lighthouse.clone()));
-        let served = Served::start(bound, router(&desk, options.kill), &Handle::current())?;
-        let clockwork = tokio::spawn(desk.clone().watch_the_clock());
-        let beating = heart::beat(lighthouse, options.replica_id, options.heartbeat_interval);
-        let heart = tokio::spawn(beating).abort_handle();
-        desk.give_heart(heart.clone());
-        local::announce(&address, &desk);
+        let state = Arc::new(GroupState::new(
+            group(&options, &address),
+            lighthouse.clone(),
+        ));
+        let server = ServerHandle::start(bound, router(&state, options.kill), &Handle::current())?;
+        let timer_task = tokio::spawn(state.clone().timer_task());
+        let sending = heartbeat::send(lighthouse, options.replica_id, options.heartbeat_interval);
+        let heartbeat = tokio::spawn(sending).abort_handle();
+        state.set_heartbeat_task(heartbeat.clone());
+        local::register(&address, &state);
         Ok(Self {
             address,
-            desk,
-            tasks: [clockwork.abort_handle(), heart],
-            served: Mutex::new(Some(served)),
+            state,
+            tasks: [timer_task.abort_handle(), heartbeat],
+            server: Mutex::new(Some(server)),
         })
     }
 
-    /// `http://host:port`, to be dialled by others.
+    /// The address that clients dial, `http://host:port`.
     #[must_use]
     pub fn address(&self) -> &str {
         &self.address
     }
 
-    /// Sends everybody away, stops the heartbeat and closes the port; a second call does nothing.
+    /// Fails all pending calls, stops the heartbeats and closes the port; a second call does nothing.
     pub async fn stop(&self) {
-        local::withdraw(&self.address);
+        local::remove(&self.address);
         self.tasks.iter().for_each(AbortHandle::abort);
-        self.desk.close();
-        let served = self
-            .served
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        if let Some(served) = served {
-            served.stop().await;
+        self.state.close();
+        let server = lock(&self.server).take();
+        if let Some(server) = server {
+            server.stop().await;
         }
     }
 }
@@ -152,7 +152,7 @@ fn check(options: &ManagerOptions) -> Result<(), StartError> {
     Ok(())
 }
 
-/// Says so when peers will probably not find this machine.
+/// Warns when other groups will probably not find this host.
 async fn check_name(host_name: &str) {
     if !address::resolves(host_name).await {
         tracing::warn!(
@@ -173,9 +173,9 @@ fn group(options: &ManagerOptions, address: &str) -> Group {
     }
 }
 
-fn router(desk: &Arc<Desk>, kill: Kill) -> Router {
-    let desk = desk.clone();
-    let grpc = ManagerServiceServer::new(Service { desk, kill });
+fn router(state: &Arc<GroupState>, kill: Kill) -> Router {
+    let state = state.clone();
+    let grpc = ManagerServiceServer::new(Service { state, kill });
     let router = Routes::new(grpc).prepare().into_axum_router();
     Router::new()
         .route("/healthz", get(|| async { "ok\n" }))

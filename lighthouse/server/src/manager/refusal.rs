@@ -1,4 +1,5 @@
-//! How the core's refusals look to a caller, and a failed call at the lighthouse to the core.
+//! Errors between the core and callers: its refusals as call errors, and a failed call to the
+//! lighthouse as the core's [`Failure`].
 
 use tonic::Code;
 use torchft_quorum::{
@@ -8,42 +9,42 @@ use torchft_quorum::{
 
 use crate::error::CallError;
 
-/// What a rank is answered that gets no quorum.
+/// The error for a rank that gets no quorum.
 pub fn of_gather(refusal: &GatherRefusal) -> CallError {
-    let words = refusal.to_string();
+    let message = refusal.to_string();
     match refusal {
         // All ranks have asked, and the lighthouse has not answered.
         GatherRefusal::Deadline { missing, .. } if missing.is_empty() => {
-            CallError::LighthouseAway(words)
+            CallError::LighthouseAway(message)
         }
-        GatherRefusal::Deadline { .. } => CallError::Deadline(words),
-        GatherRefusal::UnknownRank { .. } => failed(Code::InvalidArgument, words),
-        GatherRefusal::Superseded { .. } => failed(Code::Aborted, words),
-        GatherRefusal::NotInQuorum(_) => failed(Code::NotFound, words),
-        GatherRefusal::RankLeft { .. } => CallError::Refused(words),
-        GatherRefusal::RanksApart { .. } => CallError::Mismatch(words),
+        GatherRefusal::Deadline { .. } => CallError::Deadline(message),
+        GatherRefusal::UnknownRank { .. } => CallError::failed(Code::InvalidArgument, message),
+        GatherRefusal::Superseded { .. } => CallError::failed(Code::Aborted, message),
+        GatherRefusal::NotInQuorum(_) => CallError::failed(Code::NotFound, message),
+        GatherRefusal::RankLeft { .. } => CallError::Refused(message),
+        GatherRefusal::StepsDiffer { .. } => CallError::Mismatch(message),
         GatherRefusal::Lighthouse { failure, .. } => match failure.kind {
-            FailureKind::Deadline => CallError::Deadline(words),
+            FailureKind::Deadline => CallError::Deadline(message),
             // It is tried again until the deadline, so only that ends the wait.
-            FailureKind::Unreachable => CallError::LighthouseAway(words),
-            FailureKind::StateLost => CallError::StateLost(words),
-            _ => CallError::Refused(words),
+            FailureKind::Unreachable => CallError::LighthouseAway(message),
+            FailureKind::StateLost => CallError::StateLost(message),
+            _ => CallError::Refused(message),
         },
     }
 }
 
-/// What a rank is answered whose vote cannot count.
+/// The error for a rank whose vote cannot count.
 pub fn of_vote(refusal: &VoteRefusal) -> CallError {
-    let words = refusal.to_string();
+    let message = refusal.to_string();
     match refusal {
-        VoteRefusal::Deadline { .. } => CallError::Deadline(words),
-        VoteRefusal::UnknownRank { .. } => failed(Code::InvalidArgument, words),
-        VoteRefusal::Superseded { .. } => failed(Code::Aborted, words),
-        VoteRefusal::StepsDiffer { .. } => CallError::Mismatch(words),
+        VoteRefusal::Deadline { .. } => CallError::Deadline(message),
+        VoteRefusal::UnknownRank { .. } => CallError::failed(Code::InvalidArgument, message),
+        VoteRefusal::Superseded { .. } => CallError::failed(Code::Aborted, message),
+        VoteRefusal::StepsDiffer { .. } => CallError::Mismatch(message),
     }
 }
 
-/// What came of a request to the lighthouse, by what may help.
+/// The core's name for a failed request to the lighthouse, by what may help.
 pub fn failure(error: &CallError) -> Failure {
     let kind = match error {
         CallError::Deadline(_) => FailureKind::Deadline,
@@ -62,10 +63,6 @@ pub fn failure(error: &CallError) -> Failure {
             _ => FailureKind::Failed,
         },
     };
-    let message = error.words();
+    let message = error.message();
     Failure { kind, message }
-}
-
-fn failed(code: Code, message: String) -> CallError {
-    CallError::Failed { code, message }
 }

@@ -1,11 +1,11 @@
-//! The manager's gRPC service: convert, call the desk, answer.
+//! The gRPC service of a manager server: convert, call the group's state, answer.
 
 use std::{sync::Arc, time::Duration};
 
 use tonic::{Request, Response, Status, async_trait};
-use torchft_quorum::vote::Ballot;
+use torchft_quorum::vote::RankVote;
 
-use super::desk::Desk;
+use super::state::GroupState;
 use crate::{
     deadline,
     wire::{
@@ -15,17 +15,17 @@ use crate::{
     },
 };
 
-/// What happens to the process when an operator asks for its end.
+/// Ends the process, when an operator asks for it.
 pub type Kill = fn(why: &str);
 
-/// Time for the reply to a kill to leave.
+/// How long the reply to a kill may take to leave.
 const REPLY: Duration = Duration::from_millis(100);
 
-/// The service over a desk.
+/// The gRPC service of one group.
 #[derive(Debug)]
 pub struct Service {
-    /// Where the ranks wait.
-    pub desk: Arc<Desk>,
+    /// Where the ranks wait for answers.
+    pub state: Arc<GroupState>,
     /// Carries out [`ManagerService::kill`].
     pub kill: Kill,
 }
@@ -42,15 +42,15 @@ impl ManagerService for Service {
             ));
         };
         let within = deadline::answer_within(within);
-        let told = self.desk.quorum(request.into_inner(), within).await?;
-        Ok(Response::new(told))
+        let response = self.state.quorum(request.into_inner(), within).await?;
+        Ok(Response::new(response))
     }
 
     async fn checkpoint_metadata(
         &self,
         request: Request<CheckpointMetadataRequest>,
     ) -> Result<Response<CheckpointMetadataResponse>, Status> {
-        let checkpoint_metadata = self.desk.checkpoint_metadata(request.get_ref().rank)?;
+        let checkpoint_metadata = self.state.checkpoint_metadata(request.get_ref().rank)?;
         let response = CheckpointMetadataResponse {
             checkpoint_metadata,
         };
@@ -64,16 +64,16 @@ impl ManagerService for Service {
         let within = deadline::timeout_of(request.metadata())?.map(deadline::answer_within);
         let message = request.into_inner();
         if !message.ends.is_empty() {
-            self.desk.rank_ends(message.group_rank, &message.ends);
+            self.state.rank_ends(message.group_rank, &message.ends);
             let should_commit = false;
             return Ok(Response::new(ShouldCommitResponse { should_commit }));
         }
-        let ballot = Ballot {
+        let vote = RankVote {
             group_rank: message.group_rank,
             step: message.step,
             commit: message.should_commit,
         };
-        let should_commit = self.desk.vote(ballot, within).await?;
+        let should_commit = self.state.vote(vote, within).await?;
         Ok(Response::new(ShouldCommitResponse { should_commit }))
     }
 

@@ -1,10 +1,7 @@
-//! A connection to one server: made within a deadline, kept alive, made anew when it falls silent.
+//! A connection to one server: made within a deadline, kept alive, replaced when a call gets no answer.
 
 use std::{
-    collections::hash_map::RandomState,
-    future::Future,
-    hash::BuildHasher,
-    sync::{Mutex, PoisonError},
+    collections::hash_map::RandomState, future::Future, hash::BuildHasher, sync::Mutex,
     time::Duration,
 };
 
@@ -15,7 +12,7 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-use crate::{address, error::CallError, error::innermost, version};
+use crate::{address, error::CallError, error::innermost, lock::lock, version};
 
 const KEEPALIVE: Duration = Duration::from_secs(60);
 const KEEPALIVE_ACK: Duration = Duration::from_secs(20);
@@ -26,18 +23,18 @@ const JITTER_MS: u64 = 100;
 const WINDOW: u32 = 4 << 20;
 const FRAME: u32 = 1 << 20;
 
-/// One server that calls are made to.
+/// A connection to one server.
 #[derive(Debug)]
-pub struct Link {
+pub struct Connection {
     /// What it is and where, for messages: `lighthouse http://host:port`.
     name: String,
     endpoint: Endpoint,
-    /// Replaced when the server did not answer at all: a connection to a host that vanished would
-    /// stay silent until TCP gives up.
+    /// Replaced when the server did not answer at all: a connection to a host that vanished gives
+    /// no error until TCP gives up.
     channel: Mutex<Channel>,
 }
 
-impl Link {
+impl Connection {
     /// Connects, trying again with growing pauses until `within` has passed.
     ///
     /// # Errors
@@ -58,7 +55,7 @@ impl Link {
         })
     }
 
-    /// What it is and where, for messages.
+    /// The server's kind and address, for messages.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
@@ -86,10 +83,10 @@ impl Link {
                 return Err(CallError::from_status(&status, &self.name));
             }
             Ok(Err(_)) | Err(_) => {
-                self.make_anew();
+                self.reconnect();
                 let name = &self.name;
-                let words = format!("no answer to {what} from {name} within {within:?}");
-                return Err(CallError::Silent(words));
+                let message = format!("no answer to {what} from {name} within {within:?}");
+                return Err(CallError::Silent(message));
             }
         };
         self.check_version(&response)?;
@@ -103,15 +100,12 @@ impl Link {
     }
 
     fn channel(&self) -> Channel {
-        self.channel
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        lock(&self.channel).clone()
     }
 
-    fn make_anew(&self) {
+    fn reconnect(&self) {
         let fresh = self.endpoint.connect_lazy();
-        *self.channel.lock().unwrap_or_else(PoisonError::into_inner) = fresh;
+        *lock(&self.channel) = fresh;
     }
 }
 
@@ -169,7 +163,7 @@ fn request<Q>(message: Q, within: Duration) -> Request<Q> {
     request
 }
 
-/// Keeps groups that lost the same server from returning to it in one instant.
+/// A random delay, so that groups that lost the same server do not return to it all at once.
 fn jitter() -> Duration {
     Duration::from_millis(RandomState::new().hash_one(0) % JITTER_MS)
 }

@@ -14,16 +14,16 @@ use crate::clock::Clock;
 
 const NEVER: u64 = u64::MAX;
 
-/// Rings at the earliest moment it was set to; it may ring early, never late.
+/// Expires at the earliest moment it was set to; it may expire early, never late.
 #[derive(Debug)]
-pub struct Alarm {
+pub struct Timer {
     /// Microseconds on the clock.
     at: AtomicU64,
     moved: Notify,
 }
 
-impl Alarm {
-    /// An alarm that is not set.
+impl Timer {
+    /// A timer that is not set.
     #[must_use]
     pub fn new() -> Self {
         let at = AtomicU64::new(NEVER);
@@ -31,7 +31,7 @@ impl Alarm {
         Self { at, moved }
     }
 
-    /// Rings at `moment`, or before, if it was set so.
+    /// Makes it expire at `moment` at the latest.
     pub fn set(&self, moment: Option<Duration>) {
         let at = moment.map_or(NEVER, |m| u64::try_from(m.as_micros()).unwrap_or(NEVER));
         if self.at.fetch_min(at, Ordering::AcqRel) > at {
@@ -39,13 +39,13 @@ impl Alarm {
         }
     }
 
-    /// Waits until it rings, and unsets it.
-    pub async fn ring(&self, clock: Clock) {
+    /// Waits until it expires, and unsets it.
+    pub async fn expired(&self, clock: Clock) {
         loop {
             match self.at.load(Ordering::Acquire) {
                 NEVER => self.moved.notified().await,
                 at => {
-                    // Rounded up, so that the moment has come when it rings.
+                    // Rounded up, so that the moment has come when it expires.
                     let moment = Duration::from_micros(at.saturating_add(1));
                     let wake = sleep_until(Instant::from_std(clock.instant(moment)));
                     tokio::select! {
@@ -59,7 +59,7 @@ impl Alarm {
     }
 }
 
-impl Default for Alarm {
+impl Default for Timer {
     fn default() -> Self {
         Self::new()
     }

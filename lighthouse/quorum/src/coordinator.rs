@@ -9,49 +9,50 @@
 //!
 //! Those who asked and are not in it keep waiting.
 //!
-//! A lighthouse that did not run for a while (stopped, or its machine was) heard nobody, which says
-//! nothing of them. So while it counts silences it wants to be woken several times in a heartbeat
-//! timeout; when an event comes much later than that, the gap is its own, and is not counted.
+//! A lighthouse whose process or host was stopped for a while received no heartbeats, though they
+//! were sent. So while it watches for missing heartbeats it asks to be woken several times in a
+//! heartbeat timeout. When an event comes much later than that, the lighthouse itself did not run,
+//! and the gap is not counted as anybody's silence.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::decide::{Census, Decision, Formed, Wait, decide};
+use crate::decide::{Counts, Decision, Formed, Wait, decide};
 use crate::effect::{Effect, Notice, Refusal, Renewal, StateLost};
-use crate::member::{Member, Quorum, ReplicaId, Ticket};
-use crate::roster::{Peer, Roster};
+use crate::member::{CallId, Member, Quorum, ReplicaId};
+use crate::replicas::{Replica, Replicas};
 use crate::rules::{BadRules, Rules};
 use crate::status::{ReplicaStatus, Status};
 use crate::waiting::Waiting;
 
-/// The lighthouse: who heartbeats, who asks, and the last quorum.
+/// The lighthouse's state machine: who is alive, who asks, and the last quorum.
 ///
-/// Every event returns the effects that follow from it. The shell calls [`Machine::tick`] when
-/// [`Machine::next_wake`] has come, and holds the callers' deadlines: when one passes it calls
-/// [`Machine::give_up`].
+/// Every event returns the effects that follow from it. The server calls [`Coordinator::tick`] when
+/// [`Coordinator::next_wake`] has come, and holds the callers' deadlines: when one passes it calls
+/// [`Coordinator::give_up`].
 #[derive(Debug)]
-pub struct Machine {
+pub struct Coordinator {
     rules: Rules,
-    roster: Roster,
+    replicas: Replicas,
     last: Option<Arc<Quorum>>,
-    /// When it heard anybody for the first time.
+    /// When the first heartbeat or request arrived.
     first_heard: Option<Duration>,
-    /// Somebody who asked was in a quorum of an earlier lighthouse.
+    /// A replica that asked was in a quorum of an earlier lighthouse.
     takes_over: bool,
-    /// No id up to this one is given out again.
+    /// Every new quorum id is above this one.
     highest_id: i64,
     /// The time of the last event.
     now: Duration,
 }
 
-impl Machine {
-    /// A lighthouse without memory. `epoch_ms` is the wall clock in milliseconds: the first quorum
+impl Coordinator {
+    /// A lighthouse that knows nobody yet. `epoch_ms` is the wall clock in milliseconds: the first quorum
     /// id lies above it, so that ids do not repeat when the lighthouse restarts.
     pub fn new(rules: Rules, epoch_ms: i64) -> Result<Self, BadRules> {
         let rules = rules.check()?;
         Ok(Self {
             rules,
-            roster: Roster::new(rules),
+            replicas: Replicas::new(rules),
             last: None,
             first_heard: None,
             takes_over: false,
@@ -60,28 +61,28 @@ impl Machine {
         })
     }
 
-    /// `replica_id` is alive. An empty id is ignored.
+    /// A heartbeat: `replica_id` is alive. An empty id is ignored.
     pub fn heartbeat(&mut self, replica_id: &str, now: Duration) -> Vec<Effect> {
         let mut effects = self.pass_time(now);
         if !replica_id.is_empty() {
             self.hear(replica_id);
         }
-        self.settle(&mut effects);
+        self.run_decisions(&mut effects);
         effects
     }
 
     /// `member` asks for a quorum. It is answered by exactly one `Publish` or `Refuse` that names
-    /// `ticket`, unless it leaves before. `last_quorum_id` is the highest id it has seen, 0 if none.
+    /// `call_id`, unless it leaves before. `last_quorum_id` is the highest id it has seen, 0 if none.
     pub fn join(
         &mut self,
-        ticket: Ticket,
+        call_id: CallId,
         member: Member,
         last_quorum_id: i64,
         now: Duration,
     ) -> Vec<Effect> {
         let mut effects = self.pass_time(now);
         if let Err(bad) = member.check(last_quorum_id) {
-            effects.push(refuse(ticket, bad));
+            effects.push(refuse(call_id, bad));
             return effects;
         }
         self.highest_id = self.highest_id.max(last_quorum_id);
@@ -92,80 +93,80 @@ impl Machine {
             .last
             .as_ref()
             .and_then(|q| q.member(replica_id.as_str()));
-        if was.is_some_and(|was| member.lives_elsewhere(was)) {
-            self.roster.replace(&replica_id);
+        if was.is_some_and(|was| member.has_other_addresses(was)) {
+            self.replicas.replace(&replica_id);
         }
-        if let Some(older) = self.roster.ask(ticket, member, self.now) {
+        if let Some(older) = self.replicas.ask(call_id, member, self.now) {
             effects.push(refuse(older, Refusal::Superseded { replica_id }));
         }
-        self.settle(&mut effects);
+        self.run_decisions(&mut effects);
         effects
     }
 
-    /// The caller hung up: its request is withdrawn, without an answer. Unknown tickets are ignored.
-    pub fn leave(&mut self, ticket: Ticket, now: Duration) -> Vec<Effect> {
+    /// The caller hung up: its request is withdrawn, without an answer. Unknown ids are ignored.
+    pub fn leave(&mut self, call_id: CallId, now: Duration) -> Vec<Effect> {
         let mut effects = self.pass_time(now);
-        self.roster.withdraw(ticket);
-        self.settle(&mut effects);
+        self.replicas.withdraw(call_id);
+        self.run_decisions(&mut effects);
         effects
     }
 
     /// The caller's deadline has passed: its request is withdrawn and refused with
-    /// [`Refusal::Deadline`], which says what it waited for. Unknown tickets are ignored. The last
+    /// [`Refusal::Deadline`], which says what it waited for. Unknown ids are ignored. The last
     /// moment may still bring it a quorum.
-    pub fn give_up(&mut self, ticket: Ticket, now: Duration) -> Vec<Effect> {
+    pub fn give_up(&mut self, call_id: CallId, now: Duration) -> Vec<Effect> {
         let mut effects = self.tick(now);
-        if let Some(refusal) = self.deadline(ticket) {
-            self.roster.withdraw(ticket);
-            effects.push(refuse(ticket, refusal));
-            self.settle(&mut effects);
+        if let Some(refusal) = self.deadline(call_id) {
+            self.replicas.withdraw(call_id);
+            effects.push(refuse(call_id, refusal));
+            self.run_decisions(&mut effects);
         }
         effects
     }
 
-    /// Time has passed.
+    /// Time has passed: decides what follows from that alone.
     pub fn tick(&mut self, now: Duration) -> Vec<Effect> {
         let mut effects = self.pass_time(now);
-        self.settle(&mut effects);
+        self.run_decisions(&mut effects);
         effects
     }
 
-    /// When time alone may change a decision, or the machine wants to see that it still runs;
-    /// `None` while nobody is there. It may come early (a tick then does nothing and the next one is
+    /// When to call [`Coordinator::tick`], because time alone may change a decision or to prove that
+    /// this lighthouse still runs; `None` while nobody is known. It may come early (a tick then does nothing and the next one is
     /// asked for), never late.
     pub fn next_wake(&self) -> Option<Duration> {
-        if !self.roster.is_watched() {
+        if !self.replicas.is_watched() {
             return None;
         }
-        let census = self.census();
-        let patience_ends = census.first_asked.map(|at| at + self.rules.join_timeout);
-        let ends = patience_ends.into_iter().chain(census.listens_until);
-        let pulse = self.now + self.rules.pulse();
-        self.roster
-            .next_alarm()
+        let counts = self.counts();
+        let patience_ends = counts.first_asked.map(|at| at + self.rules.join_timeout);
+        let ends = patience_ends.into_iter().chain(counts.listens_until);
+        let wake_interval = self.now + self.rules.wake_interval();
+        self.replicas
+            .next_check()
             .into_iter()
             .chain(ends.filter(|at| *at > self.now))
-            .chain([pulse])
+            .chain([wake_interval])
             .min()
     }
 
-    /// The last quorum.
+    /// The last quorum, if there was one.
     pub fn last_quorum(&self) -> Option<&Arc<Quorum>> {
         self.last.as_ref()
     }
 
-    /// Why no quorum forms.
+    /// Why no quorum forms now.
     pub fn waiting(&self, now: Duration) -> Waiting {
-        let census = self.census();
-        let why = match decide(&self.rules, &census, self.now) {
+        let counts = self.counts();
+        let why = match decide(&self.rules, &counts, self.now) {
             Decision::Wait(wait) => wait,
-            // Every event is settled, so this is not reached.
+            // Every event runs its decisions at once, so this is not reached.
             Decision::StateLost | Decision::Form { .. } => Wait::NobodyAsks,
         };
-        let only_old = census.is_shrinking() || matches!(why, Wait::UpToDate { .. });
-        let peers = self.roster.peers();
-        let missing = peers.filter(|(_, peer)| {
-            peer.healthy && peer.asking.is_none() && (peer.old.is_some() || !only_old)
+        let only_last = counts.is_shrinking() || matches!(why, Wait::UpToDate { .. });
+        let missing = self.replicas.iter().filter(|(_, replica)| {
+            let is_eligible = replica.last_role.is_some() || !only_last;
+            replica.healthy && replica.asking.is_none() && is_eligible
         });
         Waiting {
             why,
@@ -174,23 +175,23 @@ impl Machine {
         }
     }
 
-    /// What a person may want to see.
+    /// The last quorum, the reason to wait, and all known replicas.
     pub fn status(&self, now: Duration) -> Status {
         let timeout = self.rules.heartbeat_timeout;
-        let replica = |(id, peer): (&ReplicaId, &Peer)| {
-            let heartbeat_age = now.saturating_sub(peer.heard);
+        let status = |(id, replica): (&ReplicaId, &Replica)| {
+            let heartbeat_age = now.saturating_sub(replica.heard);
             ReplicaStatus {
                 replica_id: id.clone(),
                 heartbeat_age,
                 healthy: heartbeat_age < timeout,
-                asks_at: peer.asking.as_ref().map(|asking| asking.member.step),
-                in_last_quorum: peer.old.is_some(),
+                asks_at: replica.asking.as_ref().map(|asking| asking.member.step),
+                in_last_quorum: replica.last_role.is_some(),
             }
         };
         Status {
             quorum: self.last.clone(),
             waiting: self.waiting(now),
-            replicas: self.roster.peers().map(replica).collect(),
+            replicas: self.replicas.iter().map(status).collect(),
         }
     }
 
@@ -199,53 +200,53 @@ impl Machine {
         &self.rules
     }
 
-    /// How many times an id was looked at because of an event that was not its own: the part of
-    /// the work that grows with the number of groups.
-    pub fn looks(&self) -> u64 {
-        self.roster.looks()
+    /// How many replicas were visited because of events that were not their own: the part of the
+    /// work that grows with their number.
+    pub fn visits(&self) -> u64 {
+        self.replicas.visits()
     }
 
-    fn census(&self) -> Census {
+    fn counts(&self) -> Counts {
         let new = self.takes_over && self.last.is_none();
         let first_heard = self.first_heard.filter(|_| new);
-        Census {
+        Counts {
             listens_until: first_heard.map(|at| at + self.rules.heartbeat_timeout),
-            ..self.roster.census()
+            ..self.replicas.counts()
         }
     }
 
     fn hear(&mut self, replica_id: &str) {
         self.first_heard.get_or_insert(self.now);
-        self.roster.hear(replica_id, self.now);
+        self.replicas.hear(replica_id, self.now);
     }
 
     fn pass_time(&mut self, now: Duration) -> Vec<Effect> {
         let gap = now.saturating_sub(self.now);
         self.now = self.now.max(now);
         let mut notices = Vec::new();
-        if self.roster.is_watched() && self.rules.is_pause(gap) {
-            self.roster.excuse(gap, self.now);
+        if self.replicas.is_watched() && self.rules.is_pause(gap) {
+            self.replicas.skip_pause(gap, self.now);
             self.first_heard = self.first_heard.map(|at| at + gap);
             notices.push(Notice::Paused { gap });
         }
-        let fell_silent = self.roster.pass_time(self.now).into_iter();
-        notices.extend(fell_silent.map(|replica_id| Notice::FellSilent { replica_id }));
+        let dead = self.replicas.check_due(self.now).into_iter();
+        notices.extend(dead.map(|replica_id| Notice::Died { replica_id }));
         notices.into_iter().map(Effect::Notice).collect()
     }
 
     /// Decides until there is nothing left to decide.
-    fn settle(&mut self, effects: &mut Vec<Effect>) {
+    fn run_decisions(&mut self, effects: &mut Vec<Effect>) {
         loop {
-            match decide(&self.rules, &self.census(), self.now) {
+            match decide(&self.rules, &self.counts(), self.now) {
                 Decision::Wait(_) => return,
-                Decision::StateLost => self.refuse_the_lost(effects),
+                Decision::StateLost => self.refuse_unhealed(effects),
                 Decision::Form { why, below_floor } => self.form(why, below_floor, effects),
             }
         }
     }
 
     fn form(&mut self, why: Formed, below_floor: bool, effects: &mut Vec<Effect>) {
-        let (tickets, members) = self.roster.take_candidates();
+        let (call_ids, members) = self.replicas.take_candidates();
         let renewed = self.renewal(&members);
         let id = match (&renewed, &self.last) {
             (None, Some(last)) => last.id,
@@ -265,11 +266,11 @@ impl Machine {
             effects
                 .extend(same.map(|replica_ids| Effect::Notice(Notice::SameName { replica_ids })));
         }
-        self.roster.follow(&quorum, self.now);
+        self.replicas.set_last_quorum(&quorum, self.now);
         self.last = Some(quorum.clone());
         effects.push(Effect::Publish {
             quorum,
-            tickets,
+            call_ids,
             why,
             renewed,
         });
@@ -277,13 +278,13 @@ impl Machine {
 
     fn restarted(&self, quorum: &Quorum) -> Notice {
         Notice::Restarted {
-            from: self.roster.census().floor,
+            from: self.replicas.counts().floor,
             to: quorum.max_step(),
             quorum_id: quorum.id,
         }
     }
 
-    /// Why these members need a new quorum id, if they do.
+    /// The reason why these members need a new quorum id, if they do.
     fn renewal(&self, members: &[Arc<Member>]) -> Option<Renewal> {
         let Some(last) = &self.last else {
             return Some(Renewal::First);
@@ -296,23 +297,27 @@ impl Machine {
             return Some(Renewal::CommitFailures(failed));
         }
         let pairs = members.iter().zip(&last.members);
-        let new = names(pairs.filter(|(m, was)| m.is_not(was)).map(|(m, _)| m));
+        let new = names(
+            pairs
+                .filter(|(m, was)| m.is_another_process_than(was))
+                .map(|(m, _)| m),
+        );
         if !new.is_empty() {
             return Some(Renewal::NewProcess(new));
         }
         (self.highest_id > last.id).then_some(Renewal::SeenHigher(self.highest_id))
     }
 
-    fn refuse_the_lost(&mut self, effects: &mut Vec<Effect>) {
-        for ticket in self.roster.unhealed() {
-            if let Some(member) = self.roster.withdraw(ticket) {
-                effects.push(refuse(ticket, self.state_lost(&member)));
+    fn refuse_unhealed(&mut self, effects: &mut Vec<Effect>) {
+        for call_id in self.replicas.unhealed() {
+            if let Some(member) = self.replicas.withdraw(call_id) {
+                effects.push(refuse(call_id, self.state_lost(&member)));
             }
         }
     }
 
     fn state_lost(&self, member: &Member) -> StateLost {
-        let lost_step = self.roster.census().floor;
+        let lost_step = self.replicas.counts().floor;
         let last = self.last.iter().flat_map(|last| &last.members);
         StateLost {
             replica_id: member.replica_id.clone(),
@@ -322,15 +327,15 @@ impl Machine {
         }
     }
 
-    fn deadline(&self, ticket: Ticket) -> Option<Refusal> {
-        let (peer, asking) = self.roster.request(ticket)?;
-        let silent_for = self.now.saturating_sub(peer.heard);
+    fn deadline(&self, call_id: CallId) -> Option<Refusal> {
+        let (replica, asking) = self.replicas.request(call_id)?;
+        let silent_for = self.now.saturating_sub(replica.heard);
         let waiting = self.waiting(self.now);
         Some(Refusal::Deadline {
             replica_id: asking.member.replica_id.clone(),
             step: asking.member.step,
-            silent_for: (!peer.healthy).then_some(silent_for),
-            absent: asking.excused || matches!(waiting.why, Wait::Listening { .. }),
+            silent_for: (!replica.healthy).then_some(silent_for),
+            absent: asking.paused || matches!(waiting.why, Wait::Listening { .. }),
             waiting,
         })
     }
@@ -350,18 +355,18 @@ impl Renewal {
 }
 
 impl Member {
-    /// Whether another process asks under the same name: it lives elsewhere, or it starts at step
+    /// Whether another process asks under the same name: its addresses differ, or it starts at step
     /// 0 and has not been in a quorum. (A manager may go on saying `init_sync` in later steps.)
-    fn is_not(&self, was: &Member) -> bool {
-        self.lives_elsewhere(was) || (self.is_fresh() && self.step == 0)
+    fn is_another_process_than(&self, was: &Member) -> bool {
+        self.has_other_addresses(was) || (self.is_fresh() && self.step == 0)
     }
 
-    fn lives_elsewhere(&self, was: &Member) -> bool {
+    fn has_other_addresses(&self, was: &Member) -> bool {
         self.address != was.address || self.store_address != was.store_address
     }
 }
 
-/// Members whose names differ only in the suffix of their start: processes of one group each.
+/// The sets of members whose names differ only in the suffix of their start.
 fn same_names(quorum: &Quorum) -> Vec<Vec<ReplicaId>> {
     let members: Vec<_> = quorum.replica_ids().collect();
     members
@@ -375,9 +380,9 @@ fn names<'a>(members: impl Iterator<Item = &'a Arc<Member>>) -> Vec<ReplicaId> {
     members.map(|m| m.replica_id.clone()).collect()
 }
 
-fn refuse(ticket: Ticket, refusal: impl Into<Refusal>) -> Effect {
+fn refuse(call_id: CallId, refusal: impl Into<Refusal>) -> Effect {
     Effect::Refuse {
-        ticket,
+        call_id,
         refusal: refusal.into(),
     }
 }
