@@ -174,3 +174,18 @@ def test_what_cannot_be_is_refused_in_words(
         code = end.code
     assert code == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_flag_of_a_worker_wins_over_the_variables_of_the_same_meaning(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DILOCO_SERVER", "gpu:8512")
+    monkeypatch.setenv("DILOCO_CODEC", "int8")
+    monkeypatch.setenv("DILOCO_AUTH_TOKEN", "another")
+    flags = ["--no-bf16", "--auth-token-file", "tokens.json"]
+    assert main(["worker", *flags, "--dry-run", "--", "train"]) == 0
+    said = capsys.readouterr().out.split()
+    assert {"DILOCO_BF16_COMM=0", "DILOCO_CODEC=''", "DILOCO_AUTH_TOKEN=''"} <= set(said)
+    monkeypatch.delenv("DILOCO_SERVER")
+    assert main(["worker", "--dry-run", "--", "train"]) == 2
+    assert "say where the server is" in capsys.readouterr().err

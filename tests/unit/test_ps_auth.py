@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from torchft.errors import SettingsError
-from torchft.parameter_server.auth import Scope, Tokens, read_token
+from torchft.parameter_server.auth import Scope, Tokens, find_token, read_token
 
 
 def test_each_token_has_its_scope_and_no_other() -> None:
@@ -67,3 +67,19 @@ def test_a_file_that_others_could_read_is_not_written_into(tmp_path: Path) -> No
         Tokens.at(path, renew=True)
         assert reader.read() == "x" * 40, "whoever has it open reads the old one"
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_an_argument_wins_over_a_variable_and_a_variable_over_the_servers_own_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, file = tmp_path / "own", tmp_path / "file"
+    own.write_text("of the own file")
+    file.write_text("of a file")
+    monkeypatch.delenv("DILOCO_AUTH_TOKEN", raising=False)
+    monkeypatch.delenv("DILOCO_AUTH_TOKEN_FILE", raising=False)
+    assert find_token(Scope.WORKER, None, None, tmp_path / "absent") is None
+    assert find_token(Scope.WORKER, None, None, own) == "of the own file"
+    monkeypatch.setenv("DILOCO_AUTH_TOKEN", "of the variable")
+    assert find_token(Scope.WORKER, None, None, own) == "of the variable"
+    assert find_token(Scope.WORKER, None, file, own) == "of a file"
+    assert find_token(Scope.WORKER, "of the argument", file, own) == "of the argument"

@@ -13,8 +13,8 @@ from torchft.errors import TorchftError
 __all__ = ["add_command", "main"]
 
 ABOUT = """\
-DiLoCo through a parameter server, for workers that come and go: start a server, start any number
-of workers, look at it. docs/parameter_server.md has the whole story.
+DiLoCo with a parameter server, for workers that come and go: start a server, start any number of
+workers, look at the run. docs/parameter_server.md describes all of it.
 """
 
 
@@ -26,12 +26,12 @@ def _fill(parser: argparse.ArgumentParser) -> None:
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """`torchft diloco`."""
+    """Add `diloco` and its commands to those of `torchft`."""
     _fill(commands.add_parser("diloco", help=ABOUT.splitlines()[0], description=ABOUT))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`diloco`; returns the exit code."""
+    """Run the `diloco` command; returns the exit code."""
     print_anywhere()
     parser = CommandParser(prog="diloco", description=ABOUT, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=version_text("diloco"))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torchft.errors import SettingsError
 from torchft.numbers import at_least
@@ -18,20 +19,22 @@ if TYPE_CHECKING:
 __all__ = ["add_command", "options_of"]
 
 ABOUT = """\
-Hold the common weights, take workers' deltas, and step the outer optimizer.
+Hold the weights that all workers share, take the workers' changes, and step the outer optimizer.
 
-The run goes on from the newest good checkpoint in the output folder, with all that happened after
-it. Otherwise it begins with the model in --model, or with the first worker's weights. SIGTERM and
-Ctrl-C save and end it with code 0.
+A run goes on from the newest good checkpoint in the output folder and what happened after it. A new
+one begins with the model in --model, or with the first worker's weights. SIGTERM and Ctrl-C save
+the run and end the server with exit code 0.
 
 examples:
   diloco server -o out -n 2
   diloco server -o out -n 8 -m models/tiny --mode decoupled --min-workers 4 --host 0.0.0.0
 """
 
+PORT = 8512
+
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command and its flags."""
+    """Add `server` and its flags, named as the fields of the options that they set."""
     parser = commands.add_parser(
         "server",
         help="start a parameter server",
@@ -41,38 +44,48 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     parser.set_defaults(run=run)
     _rounds(parser)
-    _storage(parser)
+    _files(parser)
     _network(parser)
-    outer = parser.add_argument_group("outer optimizer")
-    outer.add_argument("--outer-lr", type=float, default=0.7)
-    outer.add_argument("--outer-momentum", type=float, default=0.9)
-    outer.add_argument("--no-nesterov", action="store_true", help="plain momentum")
-    outer.add_argument(
+    add = parser.add_argument_group("outer optimizer").add_argument
+    add("--outer-lr", dest="lr", type=float, metavar="X", help="learning rate (default 0.7)")
+    add("--outer-momentum", dest="momentum", type=float, metavar="X", help="default 0.9")
+    add(
+        "--no-nesterov",
+        dest="nesterov",
+        action="store_const",
+        const=False,
+        help="plain momentum instead of Nesterov's",
+    )
+    add(
         "--dn-buffer-size",
         type=at_least(0),
         metavar="N",
-        help="asynchronous: submissions to a turn of the delayed momentum (default: -n); 0: "
-        "momentum moves with each",
+        help="asynchronous: the momentum moves once in N submissions (default: as many as workers "
+        "are expected); 0: with each",
     )
 
 
 def _rounds(parser: argparse.ArgumentParser) -> None:
     rounds = parser.add_argument_group("rounds")
-    rounds.add_argument(
-        "-n",
-        "--num-workers",
+    add = rounds.add_argument
+    add(
+        *("-n", "--num-workers"),
+        dest="workers",
         type=at_least(1),
+        metavar="N",
         required=True,
         help="a synchronous run begins when so many have registered",
     )
-    rounds.add_argument(
-        "--min-workers", type=at_least(1), default=1, help="no round closes with fewer (default 1)"
+    add(
+        "--min-workers",
+        type=at_least(1),
+        metavar="N",
+        help="no round closes with submissions of fewer workers (default 1)",
     )
     mode = rounds.add_mutually_exclusive_group()
     mode.add_argument(
         "--mode",
         choices=["synchronous", "decoupled", "asynchronous"],
-        default="synchronous",
         help="decoupled: --min-workers and a grace window close a round (default synchronous)",
     )
     mode.add_argument(
@@ -82,108 +95,100 @@ def _rounds(parser: argparse.ArgumentParser) -> None:
         const="asynchronous",
         help="the same as --mode asynchronous",
     )
-    rounds.add_argument(
+    add(
         "--grace",
+        dest="grace_s",
         type=float,
-        default=5.0,
         metavar="S",
-        help="seconds of silence after which a worker is not waited for; longest grace window",
+        help="seconds of silence after which nobody waits for a worker; also the longest that a "
+        "decoupled round waits for late ones (default 5)",
     )
-    rounds.add_argument(
+    add(
         "--heartbeat-timeout",
+        dest="heartbeat_timeout_s",
         type=float,
-        default=120.0,
         metavar="S",
-        help="seconds of silence after which it is a worker no more; 0: never",
+        help="seconds of silence after which it is no worker any more (default 120); 0: never",
     )
-    rounds.add_argument(
-        "--max-staleness", type=at_least(0), metavar="N", help="refuse work that is older"
+    add(
+        "--max-staleness",
+        type=at_least(0),
+        metavar="N",
+        help="refuse work that was measured from weights more than N rounds old",
     )
-    rounds.add_argument("--dylu", action="store_true", help="slower workers take fewer steps")
-    rounds.add_argument("--dylu-base-sync-every", type=at_least(1), metavar="H")
-    rounds.add_argument(
+    add("--dylu", action="store_true", default=None, help="slower workers take fewer steps")
+    add("--dylu-base-sync-every", type=at_least(1), metavar="H", help="steps of the fastest one")
+    add(
         "--norm-bound",
         type=float,
-        default=10.0,
         metavar="X",
-        help="refuse a delta with more than X times the weights' norm; 0: none",
+        help="refuse changes larger than X times the weights' norm (default 10); 0: none",
     )
-    agreed = parser.add_argument_group(
+    shared = parser.add_argument_group(
         "for all workers", "what is not given is what the first worker asks for"
-    )
-    agreed.add_argument("--sync-every", type=at_least(1), metavar="H")
-    agreed.add_argument("--num-fragments", type=at_least(1), metavar="N")
-    agreed.add_argument("--codec", choices=["fp32", "bf16", "fp8", "int8", "int4"])
+    ).add_argument
+    shared("--sync-every", type=at_least(1), metavar="H", help="steps between two submissions")
+    shared("--num-fragments", dest="fragments", type=at_least(1), metavar="N")
+    shared("--codec", choices=["fp32", "bf16", "fp8", "int8", "int4"])
 
 
-def _storage(parser: argparse.ArgumentParser) -> None:
-    storage = parser.add_argument_group("files")
-    storage.add_argument("-o", "--output-dir", type=Path, help="checkpoints, journal and spool")
-    storage.add_argument(
-        "-m", "--model", type=Path, metavar="DIR", help="begin with the safetensors in DIR"
+def _files(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("files").add_argument
+    add("-o", "--output-dir", type=Path, metavar="DIR", help="checkpoints, journal and uploads")
+    add("-m", "--model", type=Path, metavar="DIR", help="begin with the safetensors in DIR")
+    add(
+        *("-c", "--from-checkpoint"),
+        type=Path,
+        metavar="DIR",
+        help="go on from this checkpoint instead of the newest one",
     )
-    storage.add_argument(
-        "-c", "--from-checkpoint", type=Path, metavar="DIR", help="go on from this one instead"
-    )
-    storage.add_argument(
-        "--save-every", type=at_least(0), default=10, help="rounds; 0: never (default 10)"
-    )
-    storage.add_argument(
-        "--save-total-limit", type=at_least(0), default=3, help="kept; 0: all (default 3)"
-    )
+    add("--save-every", type=at_least(0), metavar="N", help="rounds; 0: never (default 10)")
+    add("--save-total-limit", type=at_least(0), metavar="N", help="kept; 0: all (default 3)")
 
 
 def _network(parser: argparse.ArgumentParser) -> None:
-    network = parser.add_argument_group("network")
-    network.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for workers elsewhere")
-    network.add_argument("--port", type=at_least(0), default=8512, help="0: a free one")
-    network.add_argument("--auth-token", metavar="TOKEN", help="the admin's, 16 characters or more")
-    network.add_argument("--auth-token-file", type=Path, metavar="FILE")
-    network.add_argument("--regen-token", action="store_true", help="make new ones")
-    network.add_argument("--no-auth", action="store_true", help="everybody may do everything")
-    network.add_argument("--tls-cert", type=Path, metavar="PEM")
-    network.add_argument("--tls-key", type=Path, metavar="PEM")
+    add = parser.add_argument_group("network").add_argument
+    add("--host", default="127.0.0.1", help="0.0.0.0 for workers elsewhere")
+    add("--port", type=at_least(0), default=PORT, help=f"0: a free one (default {PORT})")
+    add("--auth-token", metavar="TOKEN", help="the admin's, 16 characters or more")
+    add("--auth-token-file", type=Path, metavar="FILE", help="where the three tokens are, or go")
+    add("--regen-token", action="store_true", help="make new tokens")
+    add("--no-auth", action="store_true", help="everybody may do everything")
+    add("--tls-cert", type=Path, metavar="PEM")
+    add("--tls-key", type=Path, metavar="PEM")
 
 
 def options_of(typed: argparse.Namespace) -> ServerOptions:
-    """What was typed, checked. Raises SettingsError."""
+    """What was typed, as checked options; a flag that was not typed keeps the option's default.
+
+    Raises:
+        SettingsError: a value cannot be, or nothing says where to write.
+    """
     from torchft.parameter_server.core.options import OuterOptions, ServerOptions
     from torchft.parameter_server.core.rules import Mode, Rules
 
+    values = {name: value for name, value in vars(typed).items() if value is not None}
+
+    def given(options: type) -> dict[str, Any]:
+        return {field.name: values[field.name] for field in fields(options) if field.name in values}
+
+    mode = Mode(typed.mode or Mode.SYNCHRONOUS)
     folder = typed.output_dir or typed.model
     if folder is None:
         raise SettingsError("say where to write: -o OUT, or -m MODEL to write beside the model")
     return ServerOptions(
-        output_dir=folder,
-        rules=Rules(
-            workers=typed.num_workers,
-            mode=Mode(typed.mode),
-            min_workers=typed.min_workers,
-            grace_s=typed.grace,
-            heartbeat_timeout_s=typed.heartbeat_timeout,
-            max_staleness=typed.max_staleness,
-        ),
-        outer=OuterOptions(
-            lr=typed.outer_lr,
-            momentum=typed.outer_momentum,
-            nesterov=not typed.no_nesterov,
-            dn_buffer_size=typed.dn_buffer_size,
-        ),
-        model=typed.model,
-        from_checkpoint=typed.from_checkpoint,
-        save_every=typed.save_every,
-        save_total_limit=typed.save_total_limit,
-        dylu=typed.dylu,
-        dylu_base_sync_every=typed.dylu_base_sync_every,
-        norm_bound=typed.norm_bound,
-        sync_every=typed.sync_every,
-        codec=typed.codec,
-        fragments=typed.num_fragments,
+        **{**given(ServerOptions), "output_dir": folder},
+        rules=Rules(**{**given(Rules), "mode": mode}),
+        outer=OuterOptions(**given(OuterOptions)),
     )
 
 
 def run(typed: argparse.Namespace) -> int:
-    """Serve until a signal."""
+    """Serve until a signal ends the server; returns the exit code.
+
+    Raises:
+        SettingsError: a flag cannot be used, or the server's own packages are not installed.
+    """
     try:
         from torchft.parameter_server.server.server import Address, run_until_signal
     except ImportError as error:

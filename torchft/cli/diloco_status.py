@@ -17,12 +17,14 @@ __all__ = ["add_command", "table"]
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command and its flags."""
+    """Add `status` and its flags to the commands."""
     parser = commands.add_parser(
         "status", help="show what a server does; exit code 1 if it cannot be asked"
     )
     parser.set_defaults(run=run)
-    parser.add_argument("--server", default="localhost:8512", metavar="HOST:PORT")
+    parser.add_argument(
+        "--server", metavar="HOST:PORT", help="default: DILOCO_SERVER, else localhost:8512"
+    )
     parser.add_argument("--json", action="store_true", help="as JSON")
     parser.add_argument("--watch", action="store_true", help="again every two seconds")
     parser.add_argument("--auth-token", metavar="TOKEN")
@@ -30,7 +32,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def run(typed: argparse.Namespace) -> int:
-    """Ask, print, and say by the exit code how it went."""
+    """Ask the server and print its status; returns 1 where it cannot be asked, else 0."""
     while True:
         try:
             status = _ask(typed)
@@ -44,17 +46,15 @@ def run(typed: argparse.Namespace) -> int:
 
 
 def _ask(typed: argparse.Namespace) -> dict[str, Any]:
-    from torchft.parameter_server.auth import Scope, default_token_file, read_token
+    from torchft.parameter_server.auth import Scope, default_token_file, find_token
     from torchft.parameter_server.worker.client import DiLoCoClient
 
-    client = DiLoCoClient(typed.server)
-    token = typed.auth_token or settings.text(settings.DILOCO_AUTH_TOKEN)
-    path = typed.auth_token_file or default_token_file(client.port)
-    if token is None and (typed.auth_token_file is not None or path.exists()):
-        token = read_token(path, Scope.READ)
+    server = typed.server or settings.text(settings.DILOCO_SERVER) or "localhost:8512"
+    own = default_token_file(DiLoCoClient(server).port)
+    token = find_token(Scope.READ, typed.auth_token, typed.auth_token_file, own)
     ca = settings.text(settings.DILOCO_TLS_CA)
     tls_ca = None if ca is None else Path(ca)
-    client = DiLoCoClient(typed.server, token=token, timeout_s=10.0, tls_ca=tls_ca)
+    client = DiLoCoClient(server, token=token, timeout_s=10.0, tls_ca=tls_ca)
     try:
         return client.get("/v1/status")
     finally:
@@ -62,7 +62,7 @@ def _ask(typed: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(status: dict[str, Any]) -> Iterator[str]:
-    """Lines for people."""
+    """The status of a server as lines for people to read."""
     workers = status["workers"]
     yield (
         f"{status['mode']}: {status['rounds']} rounds in {status['uptime_s']:.0f} s, "

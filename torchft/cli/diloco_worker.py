@@ -17,8 +17,8 @@ from torchft.numbers import at_least
 __all__ = ["add_command", "environment_of"]
 
 ABOUT = """\
-Run COMMAND as a worker: its DiLoCoWorker finds the server and the settings in the environment.
-Variables that are set already hold where a flag is not given. The exit code is the command's.
+Run COMMAND as a worker: its DiLoCoWorker finds the server and the settings in the environment,
+where a flag wins over a variable that is set already. The exit code is the command's.
 
 example:
   diloco worker --server gpu-1:8512 --sync-every 100 -- python train.py
@@ -26,7 +26,7 @@ example:
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command and its flags."""
+    """Add `worker` and its flags to the commands."""
     parser = commands.add_parser(
         "worker",
         help="run a command as a worker",
@@ -35,7 +35,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         allow_abbrev=False,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("--server", required=True, metavar="HOST:PORT")
+    parser.add_argument("--server", metavar="HOST:PORT", help="default: DILOCO_SERVER")
     parser.add_argument("--sync-every", type=at_least(1), metavar="H", help="default 500")
     parser.add_argument("--worker-id", metavar="ID", help="default: host name and 8 random digits")
     parser.add_argument("--no-bf16", action="store_true", help="send fp32")
@@ -50,28 +50,41 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def environment_of(typed: argparse.Namespace) -> dict[str, str]:
-    """What the flags set."""
+    """The variables that the flags set. A flag wins over all variables of the same meaning: those
+    that would win over it at the worker are set to nothing."""
+    beaten = {
+        settings.DILOCO_CODEC: typed.no_bf16,
+        settings.DILOCO_AUTH_TOKEN: typed.auth_token_file,
+    }
     found = {
+        **{name: "" for name, flag in beaten.items() if flag and settings.text(name)},
         settings.DILOCO_SERVER: typed.server,
         settings.DILOCO_SYNC_EVERY: typed.sync_every,
         settings.DILOCO_WORKER_ID: typed.worker_id,
         settings.DILOCO_BF16_COMM: 0 if typed.no_bf16 else None,
-        settings.DILOCO_CODEC: typed.codec,
         settings.DILOCO_DYLU: 1 if typed.dylu else None,
         settings.DILOCO_HEARTBEAT_INTERVAL: typed.heartbeat_interval,
         settings.DILOCO_NUM_FRAGMENTS: typed.num_fragments,
         settings.DILOCO_AUTH_TOKEN_FILE: typed.auth_token_file,
         "CUDA_VISIBLE_DEVICES": typed.devices,
     }
+    if typed.codec is not None:
+        found[settings.DILOCO_CODEC] = typed.codec
     return {name: str(value) for name, value in found.items() if value is not None}
 
 
 def run(typed: argparse.Namespace) -> int:
-    """Run the command, pass signals on, return its exit code."""
+    """Run the command, pass signals on to it, and return its exit code.
+
+    Raises:
+        SettingsError: there is no command or no server, or the command cannot be run.
+    """
     command = typed.command[1:] if typed.command[:1] == ["--"] else typed.command
     if not command:
         raise SettingsError("say what to run: diloco worker --server HOST:PORT -- python train.py")
     added = environment_of(typed)
+    if typed.server is None and settings.text(settings.DILOCO_SERVER) is None:
+        raise SettingsError("say where the server is: --server HOST:PORT, or DILOCO_SERVER")
     if typed.dry_run:
         words = [f"{name}={shlex.quote(value)}" for name, value in added.items()]
         print(" ".join([*words, shlex.join(command)]))

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
+from torchft import settings
 from torchft.errors import SettingsError
 
-__all__ = ["Scope", "Tokens", "default_token_file", "read_token"]
+__all__ = ["Scope", "Tokens", "default_token_file", "find_token", "read_token"]
 
 
 class Scope(IntEnum):
@@ -33,16 +34,16 @@ class Scope(IntEnum):
 
 @dataclass(frozen=True)
 class Tokens:
-    """One for each scope."""
+    """The tokens of one server, one for each scope."""
 
     by_scope: Mapping[Scope, str]
 
     @classmethod
     def of_secret(cls, secret: str) -> Tokens:
-        """The secret is the admin's token; nobody gets it from one of the others.
+        """The tokens that follow from a secret, which is the admin's and follows from none of them.
 
         Raises:
-            SettingsError: it is too short to be one.
+            SettingsError: the secret has fewer than 16 characters.
         """
         if len(secret) < 16:
             raise SettingsError(
@@ -55,7 +56,7 @@ class Tokens:
         return cls({**made, Scope.ADMIN: secret})
 
     def scope_of(self, token: str) -> Scope | None:
-        """What `token` allows; None: nothing."""
+        """The scope that a token sent by a client allows; None where it allows nothing."""
         given, found = token.encode(errors="surrogateescape"), None  # it may be any bytes
         for scope, known in self.by_scope.items():
             if hmac.compare_digest(given, known.encode()):
@@ -64,19 +65,19 @@ class Tokens:
 
     @classmethod
     def at(cls, path: Path, *, renew: bool = False) -> tuple[Tokens, bool]:
-        """Those in the file, made and written when there is none; and whether they are new.
+        """The tokens in the file, made and written when there is none; and whether they are new.
 
         Raises:
             SettingsError: the file is there and cannot be used.
         """
         if path.exists() and not renew:
-            return cls.of_secret(_read(path, Scope.ADMIN)), False
+            return cls.of_secret(read_token(path, Scope.ADMIN)), False
         tokens = cls.of_secret(secrets.token_hex(32))
         tokens.write(path)
         return tokens, True
 
     def write(self, path: Path) -> None:
-        """For its owner's eyes only."""
+        """Write the tokens to a new file that its owner alone can read."""
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         content = {scope.name.lower(): token for scope, token in self.by_scope.items()}
         path.unlink(missing_ok=True)
@@ -89,16 +90,29 @@ def default_token_file(port: int) -> Path:
     return Path.home() / ".torchft" / f"diloco-{port}.json"
 
 
+def find_token(scope: Scope, token: str | None, file: Path | None, own: Path | None) -> str | None:
+    """The token to send along: an argument's (`token`, then `file`), then that of the variables
+    `DILOCO_AUTH_TOKEN` and `DILOCO_AUTH_TOKEN_FILE`, then that of the file `own`, if there is one.
+
+    Raises:
+        SettingsError: a file that was named cannot be read, or has no token for `scope`.
+    """
+    named = settings.text(settings.DILOCO_AUTH_TOKEN_FILE)
+    variables = settings.text(settings.DILOCO_AUTH_TOKEN), None if named is None else Path(named)
+    for value, path in ((token, file), variables, (None, own if own and own.exists() else None)):
+        if value is not None:
+            return value
+        if path is not None:
+            return read_token(path, scope)
+    return None
+
+
 def read_token(path: Path, scope: Scope) -> str:
     """The token of `scope`, from a server's file or from one that holds a token alone.
 
     Raises:
         SettingsError: the file cannot be read, or has no such token.
     """
-    return _read(path, scope)
-
-
-def _read(path: Path, scope: Scope) -> str:
     try:
         text = path.read_text().strip()
     except OSError as error:

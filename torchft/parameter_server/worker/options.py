@@ -11,7 +11,7 @@ from typing import Any
 
 from torchft import settings
 from torchft.errors import SettingsError
-from torchft.parameter_server.auth import Scope, default_token_file, read_token
+from torchft.parameter_server.auth import Scope, default_token_file, find_token
 from torchft.parameter_server.core.options import MOST
 from torchft.quantization import codec_names
 
@@ -86,13 +86,13 @@ class WorkerOptions:
         return f"worker_{host[:100]}_{uuid.uuid4().hex[:8]}"
 
     def token(self, host: str, port: int) -> str | None:
-        """To be sent along; None: there is none. Raises SettingsError."""
-        if self.auth_token is not None:
-            return self.auth_token
-        if self.auth_token_file is not None:
-            return read_token(self.auth_token_file, Scope.WORKER)
-        own = default_token_file(port)
-        return read_token(own, Scope.WORKER) if host in _LOCAL and own.exists() else None
+        """The token to send to a server; None where there is none.
+
+        Raises:
+            SettingsError: a file that should hold it cannot be used.
+        """
+        own = default_token_file(port) if host in _LOCAL else None
+        return find_token(Scope.WORKER, self.auth_token, self.auth_token_file, own)
 
 
 def _from_environment() -> dict[str, Any]:
@@ -104,10 +104,8 @@ def _from_environment() -> dict[str, Any]:
         "codec": settings.text(settings.DILOCO_CODEC),
         "heartbeat_interval_s": settings.number_or_none(settings.DILOCO_HEARTBEAT_INTERVAL),
         "dylu": settings.boolean_or_none(settings.DILOCO_DYLU),
-        "auth_token": settings.text(settings.DILOCO_AUTH_TOKEN),
     }
-    file, ca = settings.text(settings.DILOCO_AUTH_TOKEN_FILE), settings.text(settings.DILOCO_TLS_CA)
-    found["auth_token_file"] = None if file is None else Path(file)
+    ca = settings.text(settings.DILOCO_TLS_CA)
     found["tls_ca"] = None if ca is None else Path(ca)
     if found["codec"] is None and settings.boolean_or_none(settings.DILOCO_BF16_COMM) is False:
         found["codec"] = "fp32"
