@@ -22,7 +22,7 @@ import torch
 
 from torchft import DistributedDataParallel, Manager, Optimizer, ProcessGroupGloo
 from torchft.digest import digest
-from torchft.launch.finish_barrier import Together
+from torchft.launch.finish_barrier import FinishBarrier
 from torchft.launch.inside import average_inside, meet_inside
 from torchft.launch.script import (
     joining,
@@ -82,13 +82,13 @@ def main() -> None:
             replica_id=f"group_{group}",
         )
     try:
-        together = Together(
+        barrier = FinishBarrier(
             steps=arguments.steps, groups=groups, patience_s=arguments.finish_together_s
         )
-        manager.register_state_dict_fn("together", together.load_state_dict, together.state_dict)
+        manager.register_state_dict_fn("together", barrier.load_state_dict, barrier.state_dict)
         model = DistributedDataParallel(manager, module)
         optimizer = Optimizer(manager, adamw)
-        while not together.reached:
+        while not barrier.reached:
             optimizer.zero_grad()  # begin: who is there? who heals, and from whom?
             batch = order.batch(manager.current_step(), shard=shard)
             inputs, targets = (part.to(device) for part in corpus.batch(batch, context=context))
@@ -100,7 +100,7 @@ def main() -> None:
             if not committed:
                 say(f"step {step + 1} is discarded and tried again")
                 continue
-            for news in together.committed(step, there):
+            for news in barrier.committed(step, there):
                 say(news)
             if step % SAY_EVERY == 0:
                 say(f"step {step}, {there} of {groups} groups, loss {loss.item():.4f}")

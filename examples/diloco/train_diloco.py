@@ -23,7 +23,7 @@ import torch
 
 from torchft import Manager, ProcessGroupGloo
 from torchft.digest import digest
-from torchft.launch.finish_barrier import Together
+from torchft.launch.finish_barrier import FinishBarrier
 from torchft.launch.inside import average_inside, meet_inside
 from torchft.launch.script import (
     joining,
@@ -81,13 +81,13 @@ def main() -> None:
             replica_id=f"group_{group}",
         )
     try:
-        together = Together(
+        barrier = FinishBarrier(
             steps=arguments.outer_steps, groups=groups, patience_s=arguments.finish_together_s
         )
-        manager.register_state_dict_fn("together", together.load_state_dict, together.state_dict)
+        manager.register_state_dict_fn("together", barrier.load_state_dict, barrier.state_dict)
         inner_steps = 0
         with DiLoCo(manager, [model], inner, outer, sync_every=arguments.sync_every):
-            while not together.reached:
+            while not barrier.reached:
                 outer_steps = manager.current_step()
                 batch = order.batch(inner_steps, shard=shard)
                 inputs, targets = (part.to(device) for part in corpus.batch(batch, context=context))
@@ -105,7 +105,7 @@ def main() -> None:
                         f"Number of outer optimizer steps completed: [{done}] "
                         f"loss = {loss.item()}, {there} of {groups} groups"
                     )
-                    for news in together.committed(done, there):
+                    for news in barrier.committed(done, there):
                         say(news)
         manager.settle()  # whoever missed the last outer step heals from the others
         state = [model.state_dict(), outer.state_dict()]

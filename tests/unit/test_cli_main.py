@@ -34,7 +34,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *typed: str) -> str:
 def test_a_demo_without_flags_kills_one_of_three() -> None:
     default = options()
     assert (default.replicas, default.workers, default.strategy) == (3, 1, "ddp")
-    assert default.story is not None
+    assert default.scenario is not None
 
 
 def test_every_flag_reaches_its_option(tmp_path: Path) -> None:

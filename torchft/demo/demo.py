@@ -1,7 +1,7 @@
 """The demo: replica groups train, one is killed, one heals, all end with equal digests.
 
 Everything is real: a lighthouse (inside this process), a torchrun agent for each group, workers of
-their own, SIGKILL. What happens when is decided in `story` and carried out in `run`. Whatever ends
+their own, SIGKILL. `scenario` decides what happens when, and `run` carries it out. Whatever ends
 the run, no process of it is left.
 """
 
@@ -14,18 +14,18 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from torchft import settings
-from torchft.demo.final_report import read_endings
+from torchft.demo.final_report import read_final_reports
 from torchft.demo.options import DemoOptions
 from torchft.demo.outcome import group_result, kill_result
 from torchft.demo.run import Run
-from torchft.demo.scenario import Director
+from torchft.demo.scenario import Controller
 from torchft.demo.summary import Summary
 from torchft.demo.train_options import TrainOptions
 from torchft.demo.view import View
 from torchft.launch import prefork
 from torchft.launch.folder import run_folder
 from torchft.launch.group import Group, torchrun
-from torchft.launch.monitor import GroupWatch, Watch
+from torchft.launch.monitor import GroupMonitor, RunMonitor
 from torchft.launch.processes import psutil
 from torchft.launch.starting import Starting
 from torchft.launch.stopping import StopSignals
@@ -86,8 +86,8 @@ def make_run(options: DemoOptions, view: View, folder: Path, lighthouse: str) ->
     numbers = range(options.replicas)
     return Run(
         [make_group(number, options, folder, lighthouse) for number in numbers],
-        Watch([GroupWatch(number, records_of(folder, number)) for number in numbers]),
-        Director(options.story),
+        RunMonitor([GroupMonitor(number, records_of(folder, number)) for number in numbers]),
+        Controller(options.scenario),
         view,
         starting=Starting(folder, groups=options.replicas, workers=options.workers),
         target=options.target,
@@ -96,17 +96,18 @@ def make_run(options: DemoOptions, view: View, folder: Path, lighthouse: str) ->
 
 
 def _plan(options: DemoOptions) -> str:
-    story = options.story
+    scenario = options.scenario
     kill = "nobody is killed"
-    if story is not None:
-        kill = f"seed {options.seed} kills group {story.victim} soon after its step {story.at_step}"
+    if scenario is not None:
+        victim, step = scenario.victim, scenario.at_step
+        kill = f"seed {options.seed} kills group {victim} soon after its step {step}"
     return f"{options.replicas} groups train by {options.strategy} to step {options.target}; {kill}"
 
 
 def summarise(options: DemoOptions, run: Run, folder: Path) -> Summary:
     """What a run that has ended came to."""
-    endings = read_endings(folder)
-    story = options.story
+    endings = read_final_reports(folder)
+    scenario = options.scenario
     return Summary(
         groups=[
             group_result(group, watch, [e for e in endings if e.group == group.number])
@@ -116,7 +117,9 @@ def summarise(options: DemoOptions, run: Run, folder: Path) -> Summary:
         seed=options.seed,
         strategy=options.strategy,
         wall_s=run.elapsed_s,
-        kill=kill_result(run.groups[story.victim], run.watch, run.killed_id) if story else None,
+        kill=kill_result(run.groups[scenario.victim], run.watch, run.killed_id)
+        if scenario
+        else None,
         trouble=run.trouble,
         stopped_by=run.stopped_by,
         folder=folder,

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-__all__ = ["Ending", "read_endings"]
+__all__ = ["FinalReport", "read_final_reports"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ending:
+class FinalReport:
     """One rank of one group, after its last step."""
 
     group: int
@@ -42,7 +42,7 @@ class Ending:
         return path
 
 
-def read_endings(folder: Path) -> list[Ending]:
+def read_final_reports(folder: Path) -> list[FinalReport]:
     """All that are there, by group and rank."""
-    endings = [Ending(**json.loads(path.read_text())) for path in folder.glob("*.end.json")]
-    return sorted(endings, key=lambda ending: (ending.group, ending.group_rank))
+    endings = [FinalReport(**json.loads(path.read_text())) for path in folder.glob("*.end.json")]
+    return sorted(endings, key=lambda final_report: (final_report.group, final_report.group_rank))

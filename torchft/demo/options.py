@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchft.demo.scenario import Story
+from torchft.demo.scenario import Scenario
 from torchft.errors import SettingsError
 
 __all__ = ["CODECS", "STRATEGIES", "DemoOptions"]
@@ -56,7 +56,7 @@ class DemoOptions:
                 f"heartbeat_timeout_ms={self.heartbeat_timeout_ms}: groups tell every 100 ms that "
                 "they live, and a busy machine delays that: use 300 or more"
             )
-        _ = self.story  # refuses too few groups or steps for a kill
+        _ = self.scenario  # refuses too few groups or steps for a kill
 
     @property
     def target(self) -> int:
@@ -64,11 +64,11 @@ class DemoOptions:
         return DEFAULT_STEPS[self.strategy] if self.steps is None else self.steps
 
     @property
-    def story(self) -> Story | None:
+    def scenario(self) -> Scenario | None:
         """Who is killed when; None: nobody."""
         if not self.kill:
             return None
-        return Story.from_seed(self.seed, groups=self.replicas, steps=self.target)
+        return Scenario.from_seed(self.seed, groups=self.replicas, steps=self.target)
 
     @property
     def min_groups(self) -> int:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torchft.demo.final_report import Ending
+from torchft.demo.final_report import FinalReport
 from torchft.demo.summary import GroupResult, KillResult
 from torchft.launch.accounts import Account, WorkerTrace, account
 from torchft.launch.events import short
 from torchft.launch.group import Group, Life
-from torchft.launch.monitor import GroupWatch, Watch
+from torchft.launch.monitor import GroupMonitor, RunMonitor
 
 __all__ = ["group_result", "kill_result"]
 
 
-def group_result(group: Group, watch: GroupWatch, endings: Sequence[Ending]) -> GroupResult:
+def group_result(group: Group, watch: GroupMonitor, endings: Sequence[FinalReport]) -> GroupResult:
     """What became of one group; `endings` are its own."""
     return GroupResult(
         number=group.number,
@@ -27,11 +27,11 @@ def group_result(group: Group, watch: GroupWatch, endings: Sequence[Ending]) -> 
     )
 
 
-def _account(group: Group, watch: GroupWatch, endings: Sequence[Ending]) -> Account:
+def _account(group: Group, watch: GroupMonitor, endings: Sequence[FinalReport]) -> Account:
     if not group.lives:
         return Account(wall_s=0.0, seconds={})
     traces = [(life, _workers(life, watch)) for life in group.lives]
-    lead = next((ending for ending in endings if ending.group_rank == 0), None)
+    lead = next((final_report for final_report in endings if final_report.group_rank == 0), None)
     if lead is not None and traces[-1][1]:
         # A worker's last word is later than its last record.
         last = traces[-1][1][-1]
@@ -41,12 +41,12 @@ def _account(group: Group, watch: GroupWatch, endings: Sequence[Ending]) -> Acco
     return account(traces)
 
 
-def _workers(life: Life, watch: GroupWatch) -> list[WorkerTrace]:
+def _workers(life: Life, watch: GroupMonitor) -> list[WorkerTrace]:
     assert life.ended is not None
     return watch.workers(life.spawned, life.killed or life.ended)
 
 
-def kill_result(group: Group, watch: Watch, killed_id: str) -> KillResult | None:
+def kill_result(group: Group, watch: RunMonitor, killed_id: str) -> KillResult | None:
     """What followed the kill of `group`, whose life was called `killed_id`; None: no kill."""
     killed = next((life.killed for life in group.lives if life.killed is not None), None)
     if killed is None:

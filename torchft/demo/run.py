@@ -1,4 +1,4 @@
-"""A demo run while it goes on: looks at its groups, asks the director, carries out what it says."""
+"""A demo run while it goes on: look at its groups, ask the controller, carry out what it says."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import signal
 import time
 from collections.abc import Sequence
 
-from torchft.demo.scenario import Director, Kill, Part, Restart, Scene
+from torchft.demo.scenario import Controller, Kill, Restart, Snapshot, Stage
 from torchft.demo.view import Frame, Row, View
-from torchft.launch.events import News
+from torchft.launch.events import Events
 from torchft.launch.group import Group
 from torchft.launch.logs import last_error
-from torchft.launch.monitor import GroupWatch, Watch
+from torchft.launch.monitor import GroupMonitor, RunMonitor
 from torchft.launch.processes import has_children, tree
 from torchft.launch.starting import Starting
 from torchft.launch.stopping import StopSignals
@@ -28,13 +28,13 @@ HEALED_FOR_S = 2.0
 
 
 class Run:
-    """Groups that are watched, their director, and the view that shows them."""
+    """Groups that are watched, their controller, and the view that shows them."""
 
     def __init__(
         self,
         groups: Sequence[Group],
-        watch: Watch,
-        director: Director,
+        watch: RunMonitor,
+        controller: Controller,
         view: View,
         *,
         starting: Starting,
@@ -49,13 +49,13 @@ class Run:
         """The replica id of the life that was killed."""
         self.stopped_by: int | None = None
         """The number of the signal that ended the run, if one did."""
-        self._director = director
+        self._controller = controller
         self._view = view
         self._starting = starting
         self._target = target
         self._timeout_s = timeout_s
         self._began = time.monotonic()
-        self._news = News(len(groups), target=target)
+        self._news = Events(len(groups), target=target)
         self._ended: set[int] = set()
         self._all_took_part = False
         self._went_on = False
@@ -95,7 +95,7 @@ class Run:
             self.trouble = f"not over after {self._timeout_s:g} s"
         if self.trouble is not None:
             return True
-        goes_on = self._director.part is Part.DOWN  # the victim is to come back
+        goes_on = self._controller.stage is Stage.DOWN  # the victim is to come back
         return not goes_on and all(group.poll() is not None for group in self.groups)
 
     def _look(self) -> None:
@@ -110,8 +110,8 @@ class Run:
 
     @property
     def _victim(self) -> int:
-        story = self._director.story
-        return story.victim if story is not None else 0
+        scenario = self._controller.scenario
+        return scenario.victim if scenario is not None else 0
 
     @property
     def _came_back(self) -> bool:
@@ -120,7 +120,7 @@ class Run:
         return last is not None and last.replica_id != self.killed_id and last.participants > 1
 
     def _follow(self, record: StepRecord) -> None:
-        """Keep what the director wants to know."""
+        """Keep what the controller wants to know."""
         if record.committed:
             self._all_took_part |= record.participants == len(self.groups)
             # A quorum that does not hold the killed member was formed after the kill.
@@ -132,7 +132,7 @@ class Run:
             return
         self._ended.add(group.number)
         self.tell(f"group {group.number} ended with exit code {code}")
-        if self._director.part in (Part.DOWN, Part.RETURNING) and not self._came_back:
+        if self._controller.stage in (Stage.DOWN, Stage.RETURNING) and not self._came_back:
             self.trouble = (
                 f"group {group.number} had its last step when group {self._victim} was killed, "
                 "which now has nobody to heal from: give the run more --steps"
@@ -143,7 +143,7 @@ class Run:
                 self.trouble += f" after {error}"
 
     def _act(self) -> None:
-        match self._director.decide(self._scene()):
+        match self._controller.decide(self._snapshot()):
             case Kill(group=number):
                 self._kill(self.groups[number])
             case Restart(group=number):
@@ -160,8 +160,8 @@ class Run:
         group.kill()
         self.tell(f"group {group.number} is killed: SIGKILL to its {many} processes")
 
-    def _scene(self) -> Scene:
-        return Scene(
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(
             now=time.monotonic(),
             victim_step=self.watch.groups[self._victim].step,
             all_took_part=self._all_took_part,
@@ -177,7 +177,7 @@ class Run:
         return Frame(elapsed_s=self.elapsed_s, target=self._target, rows=rows)
 
 
-def row_of(group: Group, watch: GroupWatch, now: float) -> Row:
+def row_of(group: Group, watch: GroupMonitor, now: float) -> Row:
     """One line of the live view; `now` in seconds of `time.monotonic()`."""
     last = watch.last
     return Row(
@@ -191,7 +191,7 @@ def row_of(group: Group, watch: GroupWatch, now: float) -> Row:
     )
 
 
-def state_of(group: Group, watch: GroupWatch, now: float) -> str:
+def state_of(group: Group, watch: GroupMonitor, now: float) -> str:
     """What the group does now: while it starts, its agent comes up, then its worker imports
     PyTorch and makes its model."""
     if group.poll() is not None:

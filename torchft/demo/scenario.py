@@ -5,9 +5,9 @@ committed a step without it, it is started again; it heals, and the run ends tog
 chooses the victim, the step, and how much later than that step the kill comes, so that it falls
 anywhere inside a step.
 
-    story = Story.from_seed(seed=7, groups=3, steps=200)
-    director = Director(story)
-    act = director.decide(scene)        # → Kill(group=1), then Restart(group=1), else None
+    scenario = Scenario.from_seed(seed=7, groups=3, steps=200)
+    controller = Controller(scenario)
+    act = controller.decide(snapshot)        # → Kill(group=1), then Restart(group=1), else None
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from torchft.errors import SettingsError
 
-__all__ = ["Act", "Director", "Kill", "Part", "Restart", "Scene", "Story"]
+__all__ = ["Act", "Controller", "Kill", "Restart", "Scenario", "Snapshot", "Stage"]
 
 MIDDLE = (0.3, 0.5)
 """The part of the run, as fractions of its steps, in which the kill begins."""
@@ -31,7 +31,7 @@ RESTART_AT_LATEST_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Story:
+class Scenario:
     """Who is killed, and when."""
 
     victim: int
@@ -41,8 +41,8 @@ class Story:
     """… and stops this many seconds later."""
 
     @classmethod
-    def from_seed(cls, seed: int, *, groups: int, steps: int) -> Story:
-        """The same seed gives the same story.
+    def from_seed(cls, seed: int, *, groups: int, steps: int) -> Scenario:
+        """The same seed gives the same scenario.
 
         Raises:
             SettingsError: too few groups to lose one, or steps to have a middle part.
@@ -62,8 +62,8 @@ class Story:
         )
 
 
-class Part(enum.Enum):
-    """Where in the story the run is."""
+class Stage(enum.Enum):
+    """Where in the scenario the run is."""
 
     BEGINNING = "until the victim reaches its step"
     AIMED = "until the moment of the kill"
@@ -89,7 +89,7 @@ Act = Kill | Restart
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scene:
+class Snapshot:
     """What is known of the run at one moment."""
 
     now: float
@@ -102,34 +102,34 @@ class Scene:
     """Whether the others have committed a step without the victim since the kill."""
 
 
-class Director:
-    """Follows a story; None as a story is a run without a kill."""
+class Controller:
+    """Follows a scenario; None as a scenario is a run without a kill."""
 
-    def __init__(self, story: Story | None) -> None:
-        self.story = story
-        self.part = Part.BEGINNING
+    def __init__(self, scenario: Scenario | None) -> None:
+        self.scenario = scenario
+        self.stage = Stage.BEGINNING
         self._mark = 0.0
         """When this part began."""
 
-    def decide(self, scene: Scene) -> Act | None:
+    def decide(self, snapshot: Snapshot) -> Act | None:
         """What to do now, if anything. Each act is told once."""
-        if self.story is None:
+        if self.scenario is None:
             return None
-        if self.part is Part.BEGINNING and self._is_reached(scene):
-            self._turn_to(Part.AIMED, scene.now)
-        if self.part is Part.AIMED and scene.now >= self._mark + self.story.after_s:
-            self._turn_to(Part.DOWN, scene.now)
-            return Kill(self.story.victim)
-        late = scene.now >= self._mark + RESTART_AT_LATEST_S
-        if self.part is Part.DOWN and (scene.went_on or late):
-            self._turn_to(Part.RETURNING, scene.now)
-            return Restart(self.story.victim)
+        if self.stage is Stage.BEGINNING and self._is_reached(snapshot):
+            self._turn_to(Stage.AIMED, snapshot.now)
+        if self.stage is Stage.AIMED and snapshot.now >= self._mark + self.scenario.after_s:
+            self._turn_to(Stage.DOWN, snapshot.now)
+            return Kill(self.scenario.victim)
+        late = snapshot.now >= self._mark + RESTART_AT_LATEST_S
+        if self.stage is Stage.DOWN and (snapshot.went_on or late):
+            self._turn_to(Stage.RETURNING, snapshot.now)
+            return Restart(self.scenario.victim)
         return None
 
-    def _is_reached(self, scene: Scene) -> bool:
-        assert self.story is not None
-        return scene.all_took_part and scene.victim_step >= self.story.at_step
+    def _is_reached(self, snapshot: Snapshot) -> bool:
+        assert self.scenario is not None
+        return snapshot.all_took_part and snapshot.victim_step >= self.scenario.at_step
 
-    def _turn_to(self, part: Part, now: float) -> None:
-        self.part = part
+    def _turn_to(self, stage: Stage, now: float) -> None:
+        self.stage = stage
         self._mark = now

@@ -12,8 +12,8 @@ import signal
 import time
 from typing import Any
 
-from torchft.demo import server_scenario as story
-from torchft.demo.server_monitor import ServerWatch, WorkerWatch
+from torchft.demo import server_scenario as scenario
+from torchft.demo.server_monitor import ServerMonitor, WorkerMonitor
 from torchft.demo.server_options import ServerDemoOptions, free_port, names
 from torchft.demo.server_summary import (
     ServerSummary,
@@ -63,9 +63,9 @@ class ServerDemo:
         self.options = options
         self.server = options.server(port)
         self.workers = {n: options.worker(i, n, port) for i, n in enumerate(names())}
-        self.logs = {n: WorkerWatch(options.output_of(n) / "log.jsonl") for n in names()}
-        self.watch = ServerWatch(self._ask)
-        self.director = story.Director()
+        self.logs = {n: WorkerMonitor(options.output_of(n) / "log.jsonl") for n in names()}
+        self.watch = ServerMonitor(self._ask)
+        self.controller = scenario.Controller()
         self.trouble: str | None = None
         """Why the run was given up, if it was."""
         self.stopped_by: int | None = None
@@ -84,7 +84,7 @@ class ServerDemo:
         for name in names():
             self.options.output_of(name).mkdir(parents=True)
         self.server.start()
-        for name in (story.FIRST, story.VICTIM):
+        for name in (scenario.FIRST, scenario.VICTIM):
             self.workers[name].start()
         self._tell("a server is started, and the workers a and b")
         while not self._over(stop):
@@ -144,7 +144,7 @@ class ServerDemo:
             return
         self._ended.add(name)
         self._tell(f"{name} ended with exit code {code}")
-        if code != 0 or self.director.part is not story.Part.ENDING:
+        if code != 0 or self.controller.stage is not scenario.Stage.ENDING:
             self._give_up(name, process)
 
     def _give_up(self, name: str, process: Group) -> None:
@@ -158,27 +158,27 @@ class ServerDemo:
             self.stopped_by = stop.received
             self.trouble = f"stopped by {signal.Signals(stop.received).name}"
         elif time.monotonic() - self._began > self.options.timeout_s:
-            part = self.director.part.value
+            part = self.controller.stage.value
             self.trouble = f"not over after {self.options.timeout_s:g} s; it waited {part}"
-        return self.trouble is not None or set(story.SURVIVORS) <= self._ended
+        return self.trouble is not None or set(scenario.SURVIVORS) <= self._ended
 
     # ------------------------------------------------------------------ act
 
     def _act(self) -> None:
-        match self.director.decide(self._scene()):
-            case story.KillWorker(worker=name):
+        match self.controller.decide(self._snapshot()):
+            case scenario.KillWorker(worker=name):
                 self.workers[name].kill()
                 self._tell(f"{name} is killed: SIGKILL, in round {self.watch.version + 1}")
-            case story.StartWorker(worker=name):
+            case scenario.StartWorker(worker=name):
                 self._tell(f"a went on alone; {name} is started, and joins when it is up")
                 self.workers[name].start()
-            case story.KillServer():
+            case scenario.KillServer():
                 self._kill_server()
-            case story.StartServer():
+            case scenario.StartServer():
                 self._tell("both have trained on without it; the server is started again")
                 self.watch.begin_life()
                 self.server.start()
-            case story.EndAt(version=version):
+            case scenario.EndAt(version=version):
                 self._tell(f"rounds close again; all are to end at round {version}")
                 draft = self.options.end_file.with_suffix(".draft")
                 draft.write_text(str(version))
@@ -201,9 +201,9 @@ class ServerDemo:
                 return
             time.sleep(LOOK_EVERY_S)
 
-    def _scene(self) -> story.Scene:
+    def _snapshot(self) -> scenario.Snapshot:
         last = {name: log.last for name, log in self.logs.items()}
-        return story.Scene(
+        return scenario.Snapshot(
             version=self.watch.version,
             members=self.watch.members,
             steps={name: step.step for name, step in last.items() if step is not None},
@@ -254,7 +254,7 @@ class ServerDemo:
         came_back = killed is not None and self.back_at is not None
         return ServerSummary(
             workers=[self._result(name) for name, p in self.workers.items() if p.lives],
-            told=self.director.part is story.Part.ENDING,
+            told=self.controller.stage is scenario.Stage.ENDING,
             rounds=self.watch.version,
             rounds_at_kill=self.rounds_at_kill,
             rounds_after_restart=self.rounds_after_restart,
@@ -287,13 +287,13 @@ class ServerDemo:
             code=process.life.code,
             steps=log.last.step if log.last else 0,
             rounds=log.last.syncs if log.last else 0,
-            paused_at_kill_s=self._paused(log, self.workers[story.VICTIM]),
+            paused_at_kill_s=self._paused(log, self.workers[scenario.VICTIM]),
             paused_without_server_s=self._paused(log, self.server),
             held_out=(told["held_out_before"], told["held_out_after"]) if told else None,
             digest=told.get("digest"),
         )
 
-    def _paused(self, log: WorkerWatch, victim: Group) -> float:
+    def _paused(self, log: WorkerMonitor, victim: Group) -> float:
         killed = next((life.killed for life in victim.lives if life.killed is not None), None)
         until = None if killed is None else self.watch.moved_on(killed)
         return 0.0 if killed is None or until is None else log.longest_pause(killed, until)

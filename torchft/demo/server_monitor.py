@@ -17,7 +17,7 @@ from typing import Any
 from torchft.errors import UnreachableError
 from torchft.records import LineFollower
 
-__all__ = ["ServerWatch", "Step", "WorkerWatch"]
+__all__ = ["ServerMonitor", "Step", "WorkerMonitor"]
 
 ASK_EVERY_S = 0.1
 """How often the server is asked."""
@@ -44,7 +44,7 @@ class Step:
             return None
 
 
-class WorkerWatch:
+class WorkerMonitor:
     """One worker; `log` need not be there yet."""
 
     def __init__(self, log: Path) -> None:
@@ -69,7 +69,7 @@ class WorkerWatch:
         return max(pauses, default=0.0)
 
 
-class ServerWatch:
+class ServerMonitor:
     """`ask` gives `/v1/status`, or raises UnreachableError."""
 
     def __init__(

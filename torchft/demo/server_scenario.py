@@ -3,8 +3,8 @@
 a and b train      b is killed      a goes on alone      c joins
 the server is killed      a and c train on      it is started again      rounds close      end
 
-director = Director()
-act = director.decide(scene)        # → KillWorker("b"), StartWorker("c"), …, else None
+controller = Controller()
+act = controller.decide(snapshot)        # → KillWorker("b"), StartWorker("c"), …, else None
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ __all__ = [
     "SURVIVORS",
     "VICTIM",
     "Act",
-    "Director",
+    "Controller",
     "EndAt",
     "KillServer",
     "KillWorker",
-    "Part",
-    "Scene",
+    "Snapshot",
+    "Stage",
     "StartServer",
     "StartWorker",
 ]
@@ -76,7 +76,7 @@ Act = KillWorker | StartWorker | KillServer | StartServer | EndAt
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scene:
+class Snapshot:
     """What is known of the run at one moment."""
 
     version: int
@@ -89,7 +89,7 @@ class Scene:
     """Worker → rounds that it has taken part in."""
 
 
-class Part(enum.Enum):
+class Stage(enum.Enum):
     """Where in the story the run is."""
 
     GATHERING = "until both workers have closed some rounds"
@@ -100,36 +100,36 @@ class Part(enum.Enum):
     ENDING = "until all have ended"
 
 
-class Director:
+class Controller:
     """Follows the story, forward only."""
 
     def __init__(self) -> None:
-        self.part = Part.GATHERING
+        self.stage = Stage.GATHERING
         self._version = 0
         """Of the weights when this part began."""
         self._steps: Mapping[str, int] = {}
 
-    def decide(self, scene: Scene) -> Act | None:
+    def decide(self, snapshot: Snapshot) -> Act | None:
         """What to do now, if anything. Each act is told once."""
-        match self.part:
-            case Part.GATHERING if self._gathered(scene):
-                return self._turn(Part.BEREFT, scene, KillWorker(VICTIM))
-            case Part.BEREFT if scene.version >= self._version + ALONE:
-                return self._turn(Part.JOINING, scene, StartWorker(JOINER))
-            case Part.JOINING if JOINER in scene.members and scene.syncs.get(JOINER, 0) >= 2:
-                return self._turn(Part.DOWN, scene, KillServer())
-            case Part.DOWN if all(self._went_on(scene, name) for name in SURVIVORS):
-                return self._turn(Part.BACK, scene, StartServer())
-            case Part.BACK if scene.version >= self._version + ALONE:
-                return self._turn(Part.ENDING, scene, EndAt(scene.version + TOGETHER))
+        match self.stage:
+            case Stage.GATHERING if self._gathered(snapshot):
+                return self._turn(Stage.BEREFT, snapshot, KillWorker(VICTIM))
+            case Stage.BEREFT if snapshot.version >= self._version + ALONE:
+                return self._turn(Stage.JOINING, snapshot, StartWorker(JOINER))
+            case Stage.JOINING if JOINER in snapshot.members and snapshot.syncs.get(JOINER, 0) >= 2:
+                return self._turn(Stage.DOWN, snapshot, KillServer())
+            case Stage.DOWN if all(self._went_on(snapshot, name) for name in SURVIVORS):
+                return self._turn(Stage.BACK, snapshot, StartServer())
+            case Stage.BACK if snapshot.version >= self._version + ALONE:
+                return self._turn(Stage.ENDING, snapshot, EndAt(snapshot.version + TOGETHER))
         return None
 
-    def _gathered(self, scene: Scene) -> bool:
-        return {FIRST, VICTIM} <= scene.members and scene.version >= TOGETHER
+    def _gathered(self, snapshot: Snapshot) -> bool:
+        return {FIRST, VICTIM} <= snapshot.members and snapshot.version >= TOGETHER
 
-    def _went_on(self, scene: Scene, name: str) -> bool:
-        return scene.steps.get(name, 0) >= self._steps.get(name, 0) + DOWN_STEPS
+    def _went_on(self, snapshot: Snapshot, name: str) -> bool:
+        return snapshot.steps.get(name, 0) >= self._steps.get(name, 0) + DOWN_STEPS
 
-    def _turn(self, part: Part, scene: Scene, act: Act) -> Act:
-        self.part, self._version, self._steps = part, scene.version, dict(scene.steps)
+    def _turn(self, stage: Stage, snapshot: Snapshot, act: Act) -> Act:
+        self.stage, self._version, self._steps = stage, snapshot.version, dict(snapshot.steps)
         return act

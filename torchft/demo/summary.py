@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchft.demo.final_report import Ending
+from torchft.demo.final_report import FinalReport
 from torchft.launch.accounts import Account
 from torchft.ledger import Bucket
 
@@ -34,7 +34,7 @@ class GroupResult:
     discarded: Sequence[str]
     """Why, for each step that was not committed."""
     bytes_sent: int
-    endings: Sequence[Ending]
+    endings: Sequence[FinalReport]
     """One a rank, if it got that far."""
     account: Account
 
@@ -73,7 +73,7 @@ class Summary:
     @property
     def digests(self) -> list[str]:
         """Of all ranks that ended."""
-        return [ending.digest for group in self.groups for ending in group.endings]
+        return [final_report.digest for group in self.groups for final_report in group.endings]
 
     @property
     def equal(self) -> bool:

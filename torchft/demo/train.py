@@ -23,7 +23,7 @@ from torch import Tensor
 
 from torchft import Manager, Optimizer, ProcessGroupGloo
 from torchft.ddp import DistributedDataParallel
-from torchft.demo.final_report import Ending
+from torchft.demo.final_report import FinalReport
 from torchft.demo.train_options import TrainOptions
 from torchft.digest import digest
 from torchft.launch.inside import average_inside, meet_inside
@@ -86,7 +86,7 @@ class Trainee:
         return manager
 
     def begin(self) -> None:
-        """Together with the other groups; with those that train when it comes back."""
+        """FinishBarrier with the other groups; with those that train when it comes back."""
         options = self.options
         with self.manager.ledger.spending(Bucket.QUORUM):
             wait_for_start(
@@ -133,7 +133,7 @@ class Trainee:
         with ledger.spending(Bucket.SETTLE):
             value = digest(state)
             loss = self._held_out_loss()
-            Ending(
+            FinalReport(
                 group=self.options.group,
                 group_rank=self.rank,
                 pid=os.getpid(),

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator
 from torchft.launch.monitor import group_of
 from torchft.records import StepRecord
 
-__all__ = ["News", "short"]
+__all__ = ["Events", "short"]
 
 
-class News:
+class Events:
     """Tells each thing once, whichever group reports it first."""
 
     def __init__(self, groups: int, *, target: int) -> None:

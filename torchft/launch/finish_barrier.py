@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 
 from torchft.launch.inside import first_rank_says
 
-__all__ = ["Together"]
+__all__ = ["FinishBarrier"]
 
 
-class Together:
+class FinishBarrier:
     """Whether a group has reached its end.
 
     Args:

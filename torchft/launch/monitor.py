@@ -13,7 +13,7 @@ from torchft.launch.accounts import WorkerTrace
 from torchft.launch.processes import born_at
 from torchft.records import StepRecord, StepRecordsReader
 
-__all__ = ["GroupWatch", "Watch", "group_of"]
+__all__ = ["GroupMonitor", "RunMonitor", "group_of"]
 
 
 def group_of(replica_id: str) -> str:
@@ -21,7 +21,7 @@ def group_of(replica_id: str) -> str:
     return replica_id.partition(":")[0]
 
 
-class GroupWatch:
+class GroupMonitor:
     """One group's records. `born_at` says when a process was created, None if it is unknown."""
 
     def __init__(
@@ -101,10 +101,10 @@ class GroupWatch:
         ]
 
 
-class Watch:
+class RunMonitor:
     """All groups of a run."""
 
-    def __init__(self, groups: Sequence[GroupWatch]) -> None:
+    def __init__(self, groups: Sequence[GroupMonitor]) -> None:
         self.groups = list(groups)
 
     def poll(self) -> list[StepRecord]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from torchft.launch.monitor import GroupWatch, Watch, group_of
+from torchft.launch.monitor import GroupMonitor, RunMonitor, group_of
 from torchft.records import StepRecord, StepRecords
 
 
@@ -27,17 +27,17 @@ def record(t: float, step: int, *, life: str = "group_0:a", **fields: object) ->
     return StepRecord(**{**values, **fields})  # type: ignore[arg-type]
 
 
-def watch_of(path: Path, *records: StepRecord, number: int = 0) -> GroupWatch:
+def watch_of(path: Path, *records: StepRecord, number: int = 0) -> GroupMonitor:
     with StepRecords(path) as file:
         for one in records:
             file.append(one)
-    watch = GroupWatch(number, path, born_at={77: 1.25}.get)
+    watch = GroupMonitor(number, path, born_at={77: 1.25}.get)
     watch.poll()
     return watch
 
 
 def test_before_the_first_record_nothing_is_known(tmp_path: Path) -> None:
-    watch = GroupWatch(0, tmp_path / "absent")
+    watch = GroupMonitor(0, tmp_path / "absent")
     assert watch.poll() == []
     assert (watch.last, watch.step, watch.loss, watch.committed) == (None, 0, None, 0)
 
@@ -81,7 +81,7 @@ def test_when_the_others_go_on_and_when_all_are_back(tmp_path: Path) -> None:
         record(8.0, 2, members=("group_0:a", "group_1:c"), participants=1),  # it heals
         record(9.0, 3, members=("group_0:a", "group_1:c"), participants=2),
     )
-    watch = Watch([watch_of(tmp_path / "r", *both), GroupWatch(1, tmp_path / "absent")])
+    watch = RunMonitor([watch_of(tmp_path / "r", *both), GroupMonitor(1, tmp_path / "absent")])
     assert watch.first_full() == 2.0
     assert watch.first_without(killed, 3.0) == 6.0
     assert watch.first_full(3.0) == 9.0

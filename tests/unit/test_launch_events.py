@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torchft.launch.events import News, short
+from torchft.launch.events import Events, short
 from torchft.records import StepRecord
 
 
@@ -23,7 +23,7 @@ def record(
 
 
 def told(*records: StepRecord, target: int = 100) -> list[str]:
-    return list(News(2, target=target).of(records))
+    return list(Events(2, target=target).of(records))
 
 
 def test_a_quorum_is_told_once_whoever_reports_it() -> None:

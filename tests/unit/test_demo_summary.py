@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from torchft.demo.final_report import Ending
+from torchft.demo.final_report import FinalReport
 from torchft.demo.summary import GroupResult, KillResult, Summary, text_of
 from torchft.launch.accounts import Account
 
 
-def ending(group: int, *, rank: int = 0, digest: str = "d" * 64) -> Ending:
-    return Ending(
+def final_report(group: int, *, rank: int = 0, digest: str = "d" * 64) -> FinalReport:
+    return FinalReport(
         group=group,
         group_rank=rank,
         pid=7,
@@ -32,7 +32,7 @@ def group(number: int, **fields: object) -> GroupResult:
         committed=200,
         discarded=[],
         bytes_sent=3 << 20,
-        endings=[ending(number)],
+        endings=[final_report(number)],
         account=Account(wall_s=20.0, seconds={"compute": 19.8, "other": 0.2}),
     )
     return dataclasses.replace(result, **fields)  # type: ignore[arg-type]
@@ -51,7 +51,7 @@ def test_equal_digests_are_a_good_run() -> None:
 
 
 def test_different_digests_are_not() -> None:
-    summary = run(group(0), group(1, endings=[ending(1, digest="e" * 64)]))
+    summary = run(group(0), group(1, endings=[final_report(1, digest="e" * 64)]))
     assert not summary.good
     assert "NOT EQUAL" in text_of(summary)
     assert "group 1: rank 0 eeeeeeeeeeeeeeee; exit codes 0" in text_of(summary)
@@ -65,7 +65,7 @@ def test_a_group_that_tells_no_digest_is_not_a_good_run() -> None:
 
 
 def test_every_rank_must_tell_its_digest() -> None:
-    both = [ending(0), ending(0, rank=1)]
+    both = [final_report(0), final_report(0, rank=1)]
     assert run(group(0, endings=both), workers=2).good
     assert not run(group(0), workers=2).good
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from torchft.demo.run import row_of, state_of
 from torchft.launch.group import Group, Life
-from torchft.launch.monitor import GroupWatch
+from torchft.launch.monitor import GroupMonitor
 from torchft.records import StepRecord
 
 NOW = 1000.0
 
 
-def watch(*records: StepRecord) -> GroupWatch:
-    made = GroupWatch(0, Path("absent"), born_at=lambda _: 1.0)
+def watch(*records: StepRecord) -> GroupMonitor:
+    made = GroupMonitor(0, Path("absent"), born_at=lambda _: 1.0)
     for one in records:
         made.add(one)
     return made

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from torchft.demo.server_monitor import ServerWatch, WorkerWatch
+from torchft.demo.server_monitor import ServerMonitor, WorkerMonitor
 from torchft.demo.server_scenario import (
-    Director,
+    Controller,
     EndAt,
     KillServer,
     KillWorker,
-    Part,
-    Scene,
+    Snapshot,
+    Stage,
     StartServer,
     StartWorker,
 )
@@ -27,9 +27,9 @@ from torchft.errors import SettingsError, UnreachableError
 # ---------------------------------------------------------------------- the story
 
 
-def scene(version: int, *members: str, steps: int = 0, syncs: int = 0) -> Scene:
+def snapshot(version: int, *members: str, steps: int = 0, syncs: int = 0) -> Snapshot:
     everybody = dict.fromkeys("ac", steps)
-    return Scene(
+    return Snapshot(
         version=version,
         members=frozenset(members),
         steps=everybody,
@@ -38,23 +38,23 @@ def scene(version: int, *members: str, steps: int = 0, syncs: int = 0) -> Scene:
 
 
 def test_the_story_from_start_to_end() -> None:
-    director = Director()
+    controller = Controller()
     told = [
-        director.decide(at)
+        controller.decide(at)
         for at in (
-            scene(0),
-            scene(2, "a", "b"),
-            scene(3, "a", "b"),
-            scene(4, "a", "b"),
-            scene(5, "a", "b"),
-            scene(9, "a", syncs=0),
-            scene(11, "a", "c", syncs=1),
-            scene(12, "a", "c", syncs=2, steps=40),
-            scene(12, steps=44),
-            scene(12, steps=45),
-            scene(13, "a", "c"),
-            scene(14, "a", "c"),
-            scene(17, "a", "c"),
+            snapshot(0),
+            snapshot(2, "a", "b"),
+            snapshot(3, "a", "b"),
+            snapshot(4, "a", "b"),
+            snapshot(5, "a", "b"),
+            snapshot(9, "a", syncs=0),
+            snapshot(11, "a", "c", syncs=1),
+            snapshot(12, "a", "c", syncs=2, steps=40),
+            snapshot(12, steps=44),
+            snapshot(12, steps=45),
+            snapshot(13, "a", "c"),
+            snapshot(14, "a", "c"),
+            snapshot(17, "a", "c"),
         )
     ]
     assert [act for act in told if act is not None] == [
@@ -66,13 +66,13 @@ def test_the_story_from_start_to_end() -> None:
     ]
     assert told.index(KillWorker("b")) == 2
     assert told.index(StartServer()) == 9
-    assert director.part is Part.ENDING
+    assert controller.stage is Stage.ENDING
 
 
 def test_nobody_is_killed_before_both_are_members() -> None:
-    director = Director()
-    assert director.decide(scene(9, "a")) is None
-    assert director.part is Part.GATHERING
+    controller = Controller()
+    assert controller.decide(snapshot(9, "a")) is None
+    assert controller.stage is Stage.GATHERING
 
 
 # ---------------------------------------------------------------------- what is seen
@@ -80,7 +80,7 @@ def test_nobody_is_killed_before_both_are_members() -> None:
 
 def test_a_log_is_read_as_it_grows_and_a_torn_line_is_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
-    watch = WorkerWatch(path)
+    watch = WorkerMonitor(path)
     watch.poll()
     assert watch.last is None
     lines = [
@@ -115,7 +115,7 @@ def test_bytes_are_counted_over_both_lives_of_the_server() -> None:
             raise UnreachableError("refused")
         return dict(answer)
 
-    watch = ServerWatch(ask, lambda: now)
+    watch = ServerMonitor(ask, lambda: now)
     for life in range(5):
         now += 1.0
         if life == 3:

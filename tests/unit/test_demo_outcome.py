@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torchft.demo.final_report import Ending, read_endings
+from torchft.demo.final_report import FinalReport, read_final_reports
 from torchft.demo.outcome import group_result, kill_result
 from torchft.demo.train_options import TrainOptions
 from torchft.launch.group import Group, Life
-from torchft.launch.monitor import GroupWatch, Watch
+from torchft.launch.monitor import GroupMonitor, RunMonitor
 from torchft.records import StepRecord
 
 
@@ -26,8 +26,8 @@ def record(t: float, step: int, *members: str, of: str = "group_0:a") -> StepRec
     )
 
 
-def watch(number: int, *records: StepRecord) -> GroupWatch:
-    made = GroupWatch(number, Path("absent"), born_at=lambda _: 1.0)
+def watch(number: int, *records: StepRecord) -> GroupMonitor:
+    made = GroupMonitor(number, Path("absent"), born_at=lambda _: 1.0)
     for one in records:
         made.add(one)
     return made
@@ -37,7 +37,7 @@ def group(number: int, *lives: Life) -> Group:
     return Group(number, ["true"], {}, Path("log"), list(lives))
 
 
-def ending(**fields: object) -> Ending:
+def final_report(**fields: object) -> FinalReport:
     values: dict[str, object] = {
         "group": 0,
         "group_rank": 0,
@@ -48,12 +48,12 @@ def ending(**fields: object) -> Ending:
         "t_monotonic": 6.0,
         "ledger": {"compute": 4.5, "settle": 0.5},
     }
-    return Ending(**{**values, **fields})  # type: ignore[arg-type]
+    return FinalReport(**{**values, **fields})  # type: ignore[arg-type]
 
 
 def test_a_last_word_is_later_than_the_last_record() -> None:
     one = group(0, Life(1, spawned=0.5, ended=7.0, code=0))
-    result = group_result(one, watch(0, record(5.0, 2, "group_0:a")), [ending()])
+    result = group_result(one, watch(0, record(5.0, 2, "group_0:a")), [final_report()])
     assert result.account.seconds == {"launch": 0.5, "compute": 4.5, "settle": 0.5, "exit": 1.0}
     assert result.account.adds_up
 
@@ -72,27 +72,27 @@ def test_the_kill_is_timed_from_the_others() -> None:
         record(6.5, 7, "group_0:a"),
         record(9.0, 8, "group_0:a", "group_1:c"),
     )
-    result = kill_result(group(1, killed), Watch([survivor, victim]), "group_1:b")
+    result = kill_result(group(1, killed), RunMonitor([survivor, victim]), "group_1:b")
     assert result is not None
     assert (result.step, result.next_commit_s, result.full_again_s) == (7, 1.5, 4.0)
 
 
 def test_without_a_kill_there_is_nothing_to_tell() -> None:
     alive = group(0, Life(1, spawned=0.0, ended=7.0, code=0))
-    assert kill_result(alive, Watch([watch(0)]), "") is None
+    assert kill_result(alive, RunMonitor([watch(0)]), "") is None
 
 
 def test_last_words_are_read_by_group_and_rank(tmp_path: Path) -> None:
-    said = [ending(group=1), ending(group_rank=1), ending()]
+    said = [final_report(group=1), final_report(group_rank=1), final_report()]
     for one in said:
         one.write(tmp_path)
-    assert read_endings(tmp_path) == [said[2], said[1], said[0]]
+    assert read_final_reports(tmp_path) == [said[2], said[1], said[0]]
 
 
 def test_a_later_life_replaces_the_last_word_of_an_earlier(tmp_path: Path) -> None:
-    ending(digest="old").write(tmp_path)
-    ending(digest="new").write(tmp_path)
-    assert [one.digest for one in read_endings(tmp_path)] == ["new"]
+    final_report(digest="old").write(tmp_path)
+    final_report(digest="new").write(tmp_path)
+    assert [one.digest for one in read_final_reports(tmp_path)] == ["new"]
 
 
 def test_train_options_survive_the_command_line(tmp_path: Path) -> None:
