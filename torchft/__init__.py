@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torchft.manager import Manager
     from torchft.optim import OptimizerWrapper as Optimizer
     from torchft.process_group import ProcessGroupGloo
+    from torchft.replicated import Replicated
 
 __all__ = [
     "UPSTREAM_API",
@@ -28,6 +29,7 @@ __all__ = [
     "Manager",
     "Optimizer",
     "ProcessGroupGloo",
+    "Replicated",
     "__version__",
 ]
 
@@ -37,6 +39,7 @@ _HOMES = {
     "Manager": ("torchft.manager", "Manager"),
     "Optimizer": ("torchft.optim", "OptimizerWrapper"),
     "ProcessGroupGloo": ("torchft.process_group", "ProcessGroupGloo"),
+    "Replicated": ("torchft.replicated", "Replicated"),
 }
 
 

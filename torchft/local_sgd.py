@@ -22,19 +22,17 @@ from torch.optim import Optimizer
 
 from torchft import settings
 from torchft.errors import SettingsError
-from torchft.optim import OptimizerWrapper
 from torchft.quantization import Codec
-from torchft.step_hooks import check_optimizer, parameters_of
+from torchft.replicated import check_inner
+from torchft.step_hooks import check_optimizer
 from torchft.strategies import diloco, local_sgd
 from torchft.strategies.buffers import LEFT
 from torchft.strategies.checks import check_whole
 from torchft.strategies.fragments import SEQUENTIAL
 from torchft.strategies.local import Fragment, local_part
-from torchft.strategies.model_local import ModelLocal
 from torchft.strategies.parts.outer import ModelOuter
 from torchft.strategies.parts.precision import SharedDtype
 from torchft.strategies.parts.weighting import EQUAL, SAMPLES
-from torchft.strategies.trained import TrainedModel
 from torchft.strategy_hooks import StrategyHooks
 
 if TYPE_CHECKING:
@@ -85,10 +83,10 @@ class LocalSGD(StrategyHooks):
         shared_dtype: SharedDtype = torch.float32,
         samples: int | None = None,
     ) -> None:
-        _check_inner(optimizer)
+        check_inner(optimizer)
         if samples is not None:
             check_whole(samples=samples)
-        self._recipe = local_sgd.LocalSGD(
+        recipe = local_sgd.LocalSGD(
             sync_every,
             backup=backup,
             weighting=EQUAL if samples is None else SAMPLES,
@@ -97,23 +95,19 @@ class LocalSGD(StrategyHooks):
             backup_device=backup_device or "cpu",
             pin_memory=pin_memory,
         )
-        local = ModelLocal([model], optimizer)
-        local.samples = None if samples is None else [samples]
-        _warn_of_strangers(local, optimizer)
+        self._recipe = recipe
         super().__init__(
             manager,
-            local,
-            self._recipe,
+            [model],
+            recipe,
             optimizer,
-            TrainedModel([model], optimizer, front="LocalSGD"),
             should_quantize=should_quantize,
             deterministic=deterministic,
+            samples=samples,
         )
-        manager.describe_setting("sync_every", str(sync_every))
-        manager.describe_model(
-            "LocalSGD", list(zip(local.names, map(local_part, local.parameters), strict=True))
-        )
-        manager.register_state_dict_fn("LocalSGD", self._heal, self._recipe.state_dict)
+
+    def _register(self) -> None:
+        self._manager.register_state_dict_fn("LocalSGD", self._heal, self._recipe.state_dict)
 
     def _heal(self, state: dict[str, Any]) -> None:
         """The weights come along at once: a group may also heal after its last round."""
@@ -132,10 +126,6 @@ class LocalSGD(StrategyHooks):
     def _local_step(self) -> int:
         """Inner steps since the last average."""
         return self._strategy.clock.steps % self._recipe.every
-
-    def _take_backup(self) -> None:
-        if self._recipe.backup is not None:
-            self._recipe.backup.take()
 
 
 class DiLoCo(StrategyHooks):
@@ -213,17 +203,15 @@ class DiLoCo(StrategyHooks):
     ) -> None:
         _refuse(model_fragments, bucket_cap_mb)
         parts = _parts(model_fragments, fragments, fragment_pattern)
-        _check_inner(inner_optimizer)
+        check_inner(inner_optimizer)
         outers = outer_optimizer if isinstance(outer_optimizer, list) else [outer_optimizer]
         for outer in outers:
             check_optimizer("outer_optimizer", outer)
         if isinstance(outer_optimizer, list):
             assert len(outers) == parts, f"{len(outers)} outer optimizers for {parts} fragments"
         diloco.check_schedule(sync_every, parts, fragment_sync_delay, fragment_update_alpha)
-        local = ModelLocal(model_fragments, inner_optimizer)
-        _warn_of_strangers(local, inner_optimizer)
         self._recipe = diloco.DiLoCo(
-            ModelOuter(local, outers, keep_weights=fragment_update_alpha > 0),
+            ModelOuter(outers, keep_weights=fragment_update_alpha > 0),
             sync_every,
             fragments=parts,
             pattern=fragment_pattern,
@@ -242,41 +230,34 @@ class DiLoCo(StrategyHooks):
         bucket_bytes = (bucket_cap_mb or 1024) * _MIB if use_bucketization else None
         super().__init__(
             manager,
-            local,
+            model_fragments,
             self._recipe,
             inner_optimizer,
-            TrainedModel(model_fragments, inner_optimizer, front="DiLoCo"),
-            frozen_steps=sync_every,
             should_quantize=should_quantize,
             bucket_bytes=bucket_bytes,
             deterministic=deterministic,
-            background=manager._use_async_quorum and fragment_sync_delay > 0,
         )
-        manager.describe_setting("sync_every", str(sync_every))
-        manager.describe_setting("outer optimizer", ", ".join(map(_said, outers)))
-        self._register(local)
-        if fragment_sync_delay:
-            manager.offer_copies()
-            manager.register_state_dict_fn(
+
+    def _register(self) -> None:
+        for fragment in self._recipe.fragments:
+            key = f"StreamingDiLoCoFragment_{fragment.index}"
+            tensors = map(local_part, self._local.of(fragment))
+            names = self._local.names_of(fragment)
+            self._manager.describe_model(key, list(zip(names, tensors, strict=True)))
+            self._manager.register_state_dict_fn(
+                key,
+                partial(self._heal_fragment, fragment),
+                partial(self._recipe.fragment_state, fragment),
+            )
+        if self._recipe.delay:
+            self._manager.offer_copies()
+            self._manager.register_state_dict_fn(
                 "StreamingDiLoCo_open_rounds",
                 self._strategy.take_over,
                 self._strategy.open_rounds,
             )
 
-    def _register(self, local: ModelLocal) -> None:
-        for fragment in self._recipe.fragments:
-            key = f"StreamingDiLoCoFragment_{fragment.index}"
-            tensors = map(local_part, local.of(fragment))
-            self._manager.describe_model(
-                key, list(zip(local.names_of(fragment), tensors, strict=True))
-            )
-            self._manager.register_state_dict_fn(
-                key,
-                partial(self._heal, fragment),
-                partial(self._recipe.fragment_state, fragment),
-            )
-
-    def _heal(self, fragment: Fragment, state: dict[str, Any]) -> None:
+    def _heal_fragment(self, fragment: Fragment, state: dict[str, Any]) -> None:
         """The weights come along at once: a group may also heal after its last round."""
         self._recipe.load_fragment_state(fragment, state)
         self._recipe.backups[fragment.index].restore()
@@ -287,10 +268,7 @@ class DiLoCo(StrategyHooks):
         return self._recipe.state_dict()
 
     def _take_backup(self) -> None:
-        for backup in self._recipe.backups:
-            backup.take()
-        for inner in self._recipe.inner_backups:
-            inner.take()
+        super()._take_backup()
         # A step of the manager is a round here, also after a checkpoint was loaded.
         self._recipe.go_on_after(self._manager.current_step())
 
@@ -305,20 +283,6 @@ def _refuse(fragments: object, bucket_cap_mb: int | None) -> None:
         raise SettingsError(f"bucket_cap_mb={bucket_cap_mb} must be above 0")
 
 
-def _check_inner(optimizer: object) -> None:
-    check_optimizer("the inner optimizer", optimizer)
-    if isinstance(optimizer, OptimizerWrapper):
-        raise SettingsError(
-            "the inner optimizer is a torchft Optimizer, which votes on every step: give the one "
-            "that it wraps, since here only rounds are voted on"
-        )
-
-
-def _said(outer: Optimizer) -> str:
-    """What it was made with. Groups with other rates would part without anybody noticing."""
-    return f"{type(outer).__name__} {sorted(outer.defaults.items())}"
-
-
 def _parts(modules: list[nn.Module], fragments: int | None, pattern: str) -> int:
     """How many fragments there will be."""
     if len(modules) > 1 and (fragments is not None or pattern != SEQUENTIAL):
@@ -327,15 +291,3 @@ def _parts(modules: list[nn.Module], fragments: int | None, pattern: str) -> int
             "fragment_pattern out, or pass [model] to have it cut"
         )
     return len(modules) if fragments is None else fragments
-
-
-def _warn_of_strangers(local: ModelLocal, optimizer: Optimizer) -> None:
-    """Parameters that train here and are in no fragment drift apart between the groups."""
-    known = {id(p) for p in local.parameters}
-    strangers = [p for p in parameters_of(optimizer) if p.requires_grad and id(p) not in known]
-    if strangers:
-        warnings.warn(
-            f"{len(strangers)} parameters of the inner optimizer are in no fragment, the first of "
-            f"shape {tuple(strangers[0].shape)}: they are never synchronised",
-            stacklevel=3,
-        )

@@ -8,26 +8,19 @@ context is an error, and so is training whose steps are not seen.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from torch import nn
 from torch.optim import Optimizer
 
 from torchft.errors import PhaseError
-from torchft.ledger import Bucket
-from torchft.manager.peers import ManagedPeers
 from torchft.quantization import Codec, codec_for
-from torchft.quantization.proof import prove
-from torchft.step_hooks import StepHooks, check_trains
-from torchft.strategies.buffers import LEFT
-from torchft.strategies.model_local import ModelLocal
-from torchft.strategies.parts.precision import shared_dtype_of
+from torchft.replicated import Replicated
+from torchft.step_hooks import StepHooks
 from torchft.strategies.recipe import Recipe
 from torchft.strategies.strategy import Strategy
-from torchft.strategies.trained import TrainedModel
-from torchft.uncopied import Uncopied
 
 if TYPE_CHECKING:
     from torchft.manager import Manager
@@ -35,48 +28,37 @@ if TYPE_CHECKING:
 __all__ = ["StrategyHooks"]
 
 
-class StrategyHooks(Uncopied):
-    """Runs a strategy of one recipe from the hooks of an inner optimizer, as a context.
+class StrategyHooks(Replicated):
+    """`Replicated` with one recipe, driven by the hooks of an inner optimizer, as a context.
 
-    `trained` says before each step whether the parameters are still those that were there at the
-    beginning; `frozen_steps` is how long one of them may be frozen. The rest is the recipe's, and
-    the peers'.
+    What heals is the recipe's state; users register the rest. So a checkpoint is of that alone.
     """
-
-    copy_instead = "save its state_dict(), and make another one with a manager of its own"
 
     def __init__(
         self,
         manager: Manager,
-        local: ModelLocal,
+        modules: Sequence[nn.Module],
         recipe: Recipe,
         optimizer: Optimizer,
-        trained: TrainedModel,
         *,
         should_quantize: bool | str | Codec,
         bucket_bytes: int | None = None,
         deterministic: bool = False,
-        background: bool = False,
-        frozen_steps: int | None = None,
+        samples: int | None = None,
     ) -> None:
-        check_trains(local.names, local.parameters, optimizer)
         # True means the same wherever the parameters lie on equal devices; groups compare it.
-        recipe.codec = codec_for(should_quantize, local.parameters[0].device)
-        if recipe.codec is not None:
-            for dtype, device in local.layout(local.whole).kinds:
-                prove(recipe.codec, shared_dtype_of(dtype, recipe.shared_dtype), device)
-        self._manager = manager
-        self._trained, self._frozen_steps = trained, frozen_steps
-        self._entered = self._restored = self._inside = False
+        devices = [p.device for m in modules for p in m.parameters() if p.requires_grad]
+        recipe.codec = codec_for(should_quantize, devices[0]) if devices else None
+        super().__init__(
+            manager,
+            modules,
+            optimizer,
+            Strategy([recipe], bucket_bytes=bucket_bytes),
+            deterministic=deterministic,
+            samples=samples,
+        )
+        self._inside = False
         self._stepping: Any = None
-        self._strategy = Strategy([recipe], bucket_bytes=bucket_bytes)
-        peers = ManagedPeers(manager, deterministic=deterministic, background=background)
-        self._strategy.bind(local, peers, applying=self._applying)
-        manager.describe_setting("fragment_sync_delay", str(recipe.delay))
-        manager.describe_setting("deterministic", str(deterministic))
-        manager.describe_setting("bucket bytes", str(bucket_bytes))
-        if recipe.buffers != LEFT:
-            manager.describe_model("model buffers", list(local.buffers()[0].items()))
         # From now on, so that training outside of the context is noticed.
         self._hooks = StepHooks(
             optimizer,
@@ -87,9 +69,7 @@ class StrategyHooks(Uncopied):
         self._hooks.attach()
 
     def __enter__(self) -> Self:
-        if not self._entered:
-            self._first_enter()
-            self._entered = True
+        self.join()
         self._hooks.attach()
         self._inside = True
         return self
@@ -122,20 +102,9 @@ class StrategyHooks(Uncopied):
         Raises:
             PhaseError: it has been entered.
         """
-        if self._entered:
-            raise PhaseError("training has begun: load a checkpoint before entering the context")
+        self._refuse_late_load()
         self._strategy.load_state_dict(state)
-        self._restored = True
-
-    def _first_enter(self) -> None:
-        if not self._restored:
-            self._take_backup()
-        # 0 participants: this process has not met the others in a quorum yet.
-        if self._manager._init_sync and self._manager.num_participants() == 0:
-            self._strategy.join()
-
-    def _take_backup(self) -> None:
-        raise NotImplementedError
+        self._loaded = True
 
     def _before_inner_step(self) -> None:
         if not self._inside:
@@ -164,13 +133,3 @@ class StrategyHooks(Uncopied):
         stepping, self._stepping = self._stepping, None
         if stepping is not None:
             stepping.__exit__(None, None, None)
-
-    @contextmanager
-    def _applying(self) -> Iterator[None]:
-        """While parameters and state are half written, no donor reads them."""
-        with self._manager.ledger.spending(Bucket.OPTIMIZER):
-            self._manager.disallow_state_dict_read()
-            try:
-                yield
-            finally:
-                self._manager.allow_state_dict_read()

@@ -60,7 +60,7 @@ class Row:
 
 def with_model_outer(**options: Any) -> Callable[[ModelLocal], Recipe]:
     def make(local: ModelLocal) -> Recipe:
-        outer = ModelOuter(local, [OUTER(local.parameters)], keep_weights=options.get("mix", 0) > 0)
+        outer = ModelOuter([OUTER(local.parameters)], keep_weights=options.get("mix", 0) > 0)
         return DiLoCo(outer, **options)
 
     return make

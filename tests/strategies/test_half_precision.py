@@ -65,7 +65,7 @@ def lent(outer: OptimSpec, every: int = 1, **options: Any) -> Make:
 
     def make(local: ModelLocal, shared: Any) -> Recipe:
         mixes = options.get("mix", 0) > 0
-        mine = ModelOuter(local, [outer.build(local.parameters)], keep_weights=mixes)
+        mine = ModelOuter([outer.build(local.parameters)], keep_weights=mixes)
         return DiLoCo(mine, every, shared_dtype=shared, **options)
 
     return make

@@ -196,7 +196,7 @@ def test_sharded_parameters_synchronise_by_their_local_part(mesh: Any) -> None:
     model = distribute_module(nn.Linear(3, 2), mesh)
     start = [p.full_tensor().detach().clone() for p in model.parameters()]
     local = ModelLocal([model])
-    outer = ModelOuter(local, [torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)])
+    outer = ModelOuter([torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)])
     node = Node(World(Script(1)), 0, 1)
     strategy = Strategy([DiLoCo(outer, 1)]).bind(local, node)
     with torch.no_grad():

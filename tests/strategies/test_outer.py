@@ -35,7 +35,7 @@ def stepped(
     seen: list[bool | None] = []
     outer.register_step_pre_hook(lambda *_: seen.append(outer.param_groups[0]["fused"]))
     local = ModelLocal([model])
-    strategy = Strategy([DiLoCo(ModelOuter(local, [outer]), 1)])
+    strategy = Strategy([DiLoCo(ModelOuter([outer]), 1)])
     strategy.bind(local, Node(World(Script(1)), 0, 1))
     for _ in range(3):
         with torch.no_grad():
@@ -84,7 +84,7 @@ def test_settings_come_back_after_an_outer_step_that_raises() -> None:
 
     outer.register_step_post_hook(broken)
     local = ModelLocal([model])
-    strategy = Strategy([DiLoCo(ModelOuter(local, [outer]), 1)])
+    strategy = Strategy([DiLoCo(ModelOuter([outer]), 1)])
     strategy.bind(local, Node(World(Script(1)), 0, 1))
     with pytest.raises(RuntimeError, match="broken"):
         strategy.after()

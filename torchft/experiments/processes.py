@@ -31,8 +31,7 @@ from torchft.simulator.program import SPMDStrategy
 from torchft.simulator.replay import events_of, heals_of, round_records_of, rounds_of
 from torchft.simulator.result import Result, StepRow
 from torchft.simulator.seeds import kept_rng
-from torchft.strategies.recipe import By
-from torchft.strategies.strategy import Strategy
+from torchft.strategies.checks import check_among_groups
 
 __all__ = ["run_processes"]
 
@@ -61,11 +60,10 @@ def run_processes(
     check_guarded()
     experiment.check()
     strategy = experiment.strategy
-    if hasattr(strategy, "local"):  # bound
-        raise SettingsError(f"this {type(strategy).__name__} is in use: make one for each run")
     if isinstance(strategy, SPMDStrategy):
         return run_program(experiment, method=method)
-    _check_islands(strategy)
+    strategy.check_unused()
+    check_among_groups(strategy.recipes)
     deaths = _deaths(experiment)
     with kept_rng(experiment.torch_device):
         warm_up(experiment)
@@ -98,16 +96,6 @@ def run_processes(
     if experiment.weather is not None:
         result.simulated = forecast(result, experiment.weather)
     return result
-
-
-def _check_islands(strategy: Strategy) -> None:
-    """What replica groups would only refuse when their first round comes."""
-    for recipe in strategy.recipes:
-        if recipe.by is By.ISLANDS:
-            raise SettingsError(
-                f"{type(recipe).__name__} averages within islands, which real processes cannot "
-                "yet: simulate it, or leave island_size out"
-            )
 
 
 def _starts(experiment: Experiment) -> list[Start]:

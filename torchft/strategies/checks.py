@@ -21,7 +21,15 @@ from torchft.strategies.optim_spec import OptimSpec
 if TYPE_CHECKING:
     from torchft.strategies.recipe import Recipe
 
-__all__ = ["check_recipes", "check_values", "check_whole", "contributed", "inner_of", "recipes_of"]
+__all__ = [
+    "check_among_groups",
+    "check_recipes",
+    "check_values",
+    "check_whole",
+    "contributed",
+    "inner_of",
+    "recipes_of",
+]
 
 _PERIODS = ("H", "sync_every", "interval", "period")
 """What recipes that somebody else wrote call `every`."""
@@ -55,6 +63,22 @@ def recipes_of(recipes: Any) -> list[Recipe]:
                 "its class from torchft.strategies.Recipe"
             )
     return list(recipes)
+
+
+def check_among_groups(recipes: Sequence[Recipe]) -> None:
+    """Real replica groups can run these recipes.
+
+    Raises:
+        SettingsError: one averages within islands, which needs a process group for each.
+    """
+    from torchft.strategies.recipe import By
+
+    for recipe in recipes:
+        if recipe.by is By.ISLANDS:
+            raise SettingsError(
+                f"{type(recipe).__name__} averages within islands, which real processes cannot "
+                "yet: simulate it, or leave island_size out"
+            )
 
 
 def inner_of(inner: Any) -> Inner | None:

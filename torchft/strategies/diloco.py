@@ -66,6 +66,8 @@ class DiLoCo(Recipe):
     """`outer` is an optimizer factory, or an `Outer` part that holds optimizers already. `pattern`
     says which blocks make a fragment: see `torchft.strategies.fragments`."""
 
+    moves_frozen = True
+
     def __init__(
         self,
         outer: OuterFactory | Outer,
@@ -146,6 +148,18 @@ class DiLoCo(Recipe):
     def of(self, index: int) -> Fragment:
         """One of those that take turns."""
         return self.fragments[index]
+
+    def take_backup(self) -> None:
+        """The weights and the inner state as they are now are what all go back to."""
+        for backup in self.backups:
+            backup.take()
+        for inner in self.inner_backups:
+            inner.take()
+
+    def compared(self) -> dict[str, str]:
+        """Also the outer optimizer, and how the model is cut."""
+        cut = {"fragments": f"{self._parts} {self._pattern}"} if self._parts > 1 else {}
+        return {**super().compared(), "outer optimizer": self.outer.described(), **cut}
 
     def settle_in(self) -> None:
         """Start from the global weights, not from the donor's local ones."""

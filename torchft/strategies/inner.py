@@ -45,6 +45,26 @@ class Inner:
         schedule = self.schedule.config() if self.schedule is not None else None
         return {"optim": self.optim.config(), "schedule": schedule, "max_norm": self.max_norm}
 
+    def check_given(self, optimizer: Optimizer) -> None:
+        """An optimizer that somebody made does what these settings say.
+
+        Raises:
+            SettingsError: it is another one, or would leave out clipping or the schedule.
+        """
+        given = OptimSpec.of(optimizer)
+        options = self.optim.kwargs.items()
+        if given.cls is not self.optim.cls or any(given.kwargs.get(k) != v for k, v in options):
+            raise SettingsError(
+                f"the strategy steps by {self.optim!r}, and the optimizer that was given is "
+                f"{given!r}: give None in its place to have the strategy's made, or make the "
+                "strategy with that one"
+            )
+        if self.schedule is not None or self.max_norm is not None:
+            raise SettingsError(
+                "the strategy clips gradients or schedules the learning rate, which the optimizer "
+                "that was given does not: give None in its place to have the strategy's made"
+            )
+
     def try_out(self, device: torch.device) -> None:
         """Step a small matrix once, and the schedule.
 

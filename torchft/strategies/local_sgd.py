@@ -83,6 +83,11 @@ class LocalSGD(Recipe):
                 dtype=self.shared_dtype,
             )
 
+    def take_backup(self) -> None:
+        """The weights as they are now are the last average."""
+        if self.backup is not None:
+            self.backup.take()
+
     def compared(self) -> dict[str, str]:
         """Also how the mean is weighed, if not equally."""
         how = {"weighting": SAMPLES} if self.weighting == SAMPLES else {}

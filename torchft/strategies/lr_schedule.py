@@ -57,6 +57,12 @@ class ScheduleSpec:
         return self.cls(optimizer, **self.kwargs)
 
     @property
+    def needs_max_steps(self) -> bool:
+        """Whether the rate depends on how many steps the run has."""
+        named = isinstance(self.cls, str) and "max_steps" not in self.kwargs
+        return named and bool(self.kwargs.get("cosine_anneal"))
+
+    @property
     def name(self) -> str:
         """Of the class, or the name itself."""
         return self.cls if isinstance(self.cls, str) else self.cls.__name__

@@ -64,6 +64,15 @@ class OptimSpec:
             raise SettingsError(f"no optimizer is called {name!r}: use one of {', '.join(_NAMES)}")
         return cls(optimizer, **kwargs)
 
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer) -> OptimSpec:
+        """What `optimizer` was made with: its class, and the defaults of its groups."""
+        spec = cls.__new__(cls)  # it was made, so there is nothing to check
+        known = inspect.signature(type(optimizer)).parameters
+        spec.cls = type(optimizer)
+        spec.kwargs = {k: v for k, v in optimizer.defaults.items() if k in known}
+        return spec
+
     def build(self, parameters: nn.Module | Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """The optimizer over `parameters`, or over those of a model.
 

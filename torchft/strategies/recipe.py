@@ -78,6 +78,8 @@ class Recipe:
     shared_dtype: torch.dtype | None = None
     """At least this is what a backup, an outer optimizer and averages of weights are kept in. None:
     the parameter's own dtype. See `parts/precision.py`."""
+    moves_frozen: ClassVar[bool] = False
+    """An outer optimizer would go on moving a parameter that was frozen in the middle of a run."""
     varies: bool = False
     """Rounds differ in what they send, so that only an agreed clock says what is sent now."""
 
@@ -97,10 +99,18 @@ class Recipe:
         Raises:
             SettingsError: the recipe serves another strategy already.
         """
-        if hasattr(self, "local"):
-            raise SettingsError(f"this {type(self).__name__} is in use: make one per strategy")
+        self.check_unused()
         self.local, self.clock, self.own, self.in_flight = local, clock, {}, []
         self.setup()
+
+    def check_unused(self) -> None:
+        """No strategy that runs has this recipe already.
+
+        Raises:
+            SettingsError: one has.
+        """
+        if hasattr(self, "local"):
+            raise SettingsError(f"this {type(self).__name__} is in use: make one per strategy")
 
     def check_inner(self, optim: OptimSpec) -> None:
         """Refuse an inner optimizer that would be another algorithm in this recipe.
@@ -111,6 +121,10 @@ class Recipe:
 
     def setup(self) -> None:
         """Make the recipe's state."""
+
+    def take_backup(self) -> None:
+        """Training begins with the weights as they are now: they are what a discarded round goes
+        back to."""
 
     def compared(self) -> dict[str, str]:
         """Settings that must be equal in all groups, by name; asked once it is bound. Its codec and

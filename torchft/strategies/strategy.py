@@ -80,7 +80,7 @@ class Strategy:
         self.settings: dict[str, Any] = {}
         """What a subclass was made with, for `config`."""
         self.clock = Clock()
-        self._bucket_bytes = bucket_bytes
+        self.bucket_bytes = bucket_bytes
         self._peers: Peers | None = None
         self._applying: Callable[[], AbstractContextManager[object]] = nullcontext
         self._begun: list[tuple[Recipe, Round]] | None = None
@@ -104,8 +104,7 @@ class Strategy:
             SettingsError: it, or one of its recipes, is in use already, or has a codec and nothing
                 to average, or the model has a buffer that has no mean.
         """
-        if self._peers is not None:
-            raise SettingsError(f"this {type(self).__name__} is in use: make one for each run")
+        self.check_unused()
         checks.check_recipes(self.recipes)
         check_codecs(self.recipes)
         for recipe in self.recipes:
@@ -115,6 +114,17 @@ class Strategy:
         self._recovery = Recovery(local, self.recipes)
         compare_settings(self.recipes, peers)
         return self
+
+    def check_unused(self) -> None:
+        """Nothing runs this strategy, or one of its recipes, yet.
+
+        Raises:
+            SettingsError: something does.
+        """
+        if self._peers is not None:
+            raise SettingsError(f"this {type(self).__name__} is in use: make one for each run")
+        for recipe in self.recipes:
+            recipe.check_unused()
 
     @property
     def opening(self) -> int:
@@ -228,7 +238,8 @@ class Strategy:
         """What stands where `optimizer.step()` stood. Returns whether the inner step was taken."""
         went = self.before()
         if went:
-            self.local.inner_step()
+            with self._applying():
+                self.local.inner_step()
         self.after()
         return went
 
@@ -389,7 +400,7 @@ class Strategy:
                 draft=draft,
                 buffers=beside,
                 closes=self.clock.steps + recipe.delay,
-                cut=self._bucket_bytes is not None and recipe.by is By.AVERAGE,
+                cut=self.bucket_bytes is not None and recipe.by is By.AVERAGE,
             )
         )
 
@@ -413,10 +424,10 @@ class Strategy:
             return peers_round.gather(sent)
         if recipe.by is By.ISLANDS:
             return peers_round.average_within(sent, recipe.islands)
-        if self._bucket_bytes is not None:
+        if self.bucket_bytes is not None:
             if unsaid is not None:
-                unsaid = buckets.cut(unsaid, self._bucket_bytes, like=sent)
-            sent = buckets.cut(sent, self._bucket_bytes)
+                unsaid = buckets.cut(unsaid, self.bucket_bytes, like=sent)
+            sent = buckets.cut(sent, self.bucket_bytes)
         return peers_round.average(sent, recipe.codec, unsaid)
 
     def _start_buffers(self, recipe: Recipe, peers_round: Round) -> Buffers | None:

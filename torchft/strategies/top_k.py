@@ -50,6 +50,7 @@ class TopK(Recipe):
     """`topk` numbers of every `chunk`, every `every` inner steps; the residual fades by `decay`."""
 
     by = By.GATHER
+    moves_frozen = True
 
     def __init__(
         self,
@@ -84,10 +85,15 @@ class TopK(Recipe):
         self.own["residual"] = self._chunks.zeros(self.local.rows)
         self.local.release(flats, reusable=True)
 
+    def take_backup(self) -> None:
+        """The weights as they are now are the global ones."""
+        self.backup.take()
+
     def compared(self) -> dict[str, str]:
         """Also what is sent, and what its mean is."""
         said = f"{self.topk} of {self.chunk} of each {self.chunks_of}, decay {self.decay}"
-        return {**super().compared(), "top-k": f"{said}, mean over {self.mean_over}"}
+        outer = {"outer optimizer": self.outer.described()}
+        return {**super().compared(), **outer, "top-k": f"{said}, mean over {self.mean_over}"}
 
     def settle_in(self) -> None:
         """Start from the global weights, not from the donor's local ones."""

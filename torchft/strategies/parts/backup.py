@@ -32,7 +32,7 @@ class Backup:
         pin_memory: bool = True,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self._local = local
+        self.local = local
         self._fragment = fragment
         at = None if device is None else torch.device(device)
         weights = local.weights(fragment)
@@ -53,22 +53,22 @@ class Backup:
 
     def take(self) -> None:
         """The parameters as they are now become the last synchronisation."""
-        weights = self._local.weights(self._fragment)
+        weights = self.local.weights(self._fragment)
         self.copy_(weights)
-        self._local.release(weights, reusable=True)
+        self.local.release(weights, reusable=True)
 
     @torch.no_grad()
     def restore(self, rows: Sequence[int] | None = None) -> None:
         """The parameters go back to the last synchronisation; those of some rows, or of all."""
         if rows is None:
-            self._local.set_weights(self._fragment, self.flats)
+            self.local.set_weights(self._fragment, self.flats)
             return
-        weights = self._local.weights(self._fragment)
+        weights = self.local.weights(self._fragment)
         values = [weight.clone() for weight in weights]
-        self._local.release(weights, reusable=True)
+        self.local.release(weights, reusable=True)
         for value, flat in zip(values, self.flats, strict=True):
             value[rows] = flat.to(value.device)
-        self._local.set_weights(self._fragment, values)
+        self.local.set_weights(self._fragment, values)
 
     @torch.no_grad()
     def copy_(self, values: Sequence[Tensor]) -> None:
@@ -78,11 +78,11 @@ class Backup:
 
     def views(self) -> dict[str, Tensor]:
         """Parameter name → its part of the backup, sharing storage."""
-        return self._local.named_views(self._fragment, self.flats)
+        return self.local.named_views(self._fragment, self.flats)
 
     def in_shape(self, flats: Sequence[Tensor]) -> list[Tensor]:
         """One view per parameter of the fragment, in its shape, of tensors like `self.flats`."""
-        return list(self._local.named_views(self._fragment, flats).values())
+        return list(self.local.named_views(self._fragment, flats).values())
 
     @torch.no_grad()
     def load(self, values: Mapping[str, Tensor]) -> None:

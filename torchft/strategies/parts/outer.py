@@ -51,6 +51,10 @@ class Outer(Protocol):
         """Called once, before any step."""
         ...
 
+    def described(self) -> str:
+        """What the optimizers were made with, which must be the same in all groups."""
+        ...
+
     def step(self, fragment: Fragment, average: Sequence[Tensor]) -> None:
         """Advance the backup of `fragment` with the averaged delta `[1, n]`."""
         ...
@@ -92,6 +96,10 @@ class FlatOuter:
     def _cut(self, backup: Flats, flats: Sequence[Tensor]) -> Sequence[Tensor]:
         return backup.in_shape(flats) if self._in_shape else flats
 
+    def described(self) -> str:
+        """What the optimizer of each fragment was made with."""
+        return _described(self._optimizers[:1])
+
     def step(self, fragment: Fragment, average: Sequence[Tensor]) -> None:
         """Step in place, on the backup's device."""
         parameters = self._parameters[fragment.index]
@@ -128,10 +136,9 @@ class ModelOuter:
     `masters.py`.
     """
 
-    def __init__(
-        self, local: ModelLocal, optimizers: Sequence[Optimizer], *, keep_weights: bool = False
-    ) -> None:
-        self._local = local
+    _local: ModelLocal
+
+    def __init__(self, optimizers: Sequence[Optimizer], *, keep_weights: bool = False) -> None:
         self._optimizers = list(optimizers)
         self._backups: list[Backup] = []
         self._masters: dict[nn.Parameter, nn.Parameter] = {}
@@ -143,9 +150,17 @@ class ModelOuter:
         """Check that every parameter that is sent will also be stepped.
 
         Raises:
-            SettingsError: one of them is in no outer optimizer's groups.
+            SettingsError: one of them is in no outer optimizer's groups, or the nodes of a
+                simulation share one process, and so those parameters.
         """
         self._backups = list(backups)
+        local = backups[0].local
+        if not isinstance(local, ModelLocal):
+            raise SettingsError(
+                "an outer optimizer over the model's own parameters runs in a process of its own: "
+                "give OptimSpec(torch.optim.SGD, lr=0.7, …) in its place"
+            )
+        self._local = local
         for fragment in fragments:
             known = {id(p) for g in self._optimizer(fragment).param_groups for p in g["params"]}
             names = self._local.names_of(fragment)
@@ -171,6 +186,10 @@ class ModelOuter:
 
     def _optimizer(self, fragment: Fragment) -> Optimizer:
         return self._optimizers[fragment.index if len(self._optimizers) > 1 else 0]
+
+    def described(self) -> str:
+        """What the optimizers were made with."""
+        return _described(self._optimizers)
 
     def step(self, fragment: Fragment, average: Sequence[Tensor]) -> None:
         """Step the lent parameters and read them back, or step the backup itself."""
@@ -220,6 +239,10 @@ class ModelOuter:
         """Take over a donor's optimizer state."""
         if state:
             self._optimizer(fragment).load_state_dict(state)
+
+
+def _described(optimizers: Sequence[Optimizer]) -> str:
+    return ", ".join(f"{type(o).__name__} {sorted(o.defaults.items())}" for o in optimizers)
 
 
 @contextmanager

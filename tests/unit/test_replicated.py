@@ -1,0 +1,264 @@
+"""`Replicated`: the strategy object of the simulator among groups, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.manager import InProcessManager
+from helpers.peers import Node, Script, World
+from helpers.reference import INNER, OUTER, reference
+from helpers.tiny import Tiny, backward, digest
+from helpers.training import ROWS, STEPS, Row
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from torchft.errors import MismatchError, PhaseError, SettingsError
+from torchft.optim import OptimizerWrapper
+from torchft.replicated import Replicated
+from torchft.strategies import (
+    AllReduce,
+    DeMo,
+    DiLoCo,
+    DiLoCoStrategy,
+    FedAvg,
+    Inner,
+    LocalSGD,
+    OptimSpec,
+    Recipe,
+    Sparta,
+    Strategy,
+    TopK,
+)
+
+ADAMW = OptimSpec(torch.optim.AdamW, lr=1e-3)
+
+
+class Group:
+    """A replica group's script, as a user writes it."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.model = Tiny(node.rank if node.script.opening else 0)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.inner = INNER(self.trained)
+        self.manager = InProcessManager(node)
+
+    def replicated(self, strategy: Strategy, **options: Any) -> Replicated:
+        return Replicated(self.manager, self.model, self.inner, strategy, **options)
+
+    def run(self, replicated: Replicated, steps: int = STEPS) -> Group:
+        self.entry = replicated
+        replicated.join()
+        while replicated.step_count < steps:
+            replicated.zero_grad()
+            backward(self.model, self.node.rank, replicated.step_count + 1)
+            replicated.step()
+        replicated.strategy.finish()
+        return self
+
+    @property
+    def weights(self) -> list[Tensor]:
+        return [p.detach().clone() for p in self.trained]
+
+
+def alone() -> Group:
+    return Group(Node(World(Script(1)), 0, 1))
+
+
+class Halfway(Recipe):
+    """A user's own recipe: every second step half of the way to the mean of the weights."""
+
+    every = 2
+
+    def contribution(self, fragment: Any) -> Any:
+        return self.local.weights(fragment), None
+
+    def adopt(self, fragment: Any, news: Any, draft: Any) -> None:
+        mine = self.local.weights(fragment)
+        self.local.set_weights(fragment, [m.lerp(n, 0.5) for m, n in zip(mine, news, strict=True)])
+
+
+def third(numel: int, iteration: int, seed: int) -> Tensor:
+    return torch.arange(iteration % 3, numel, 3)
+
+
+STRATEGIES = {
+    "all-reduce": lambda: Strategy([AllReduce()]),
+    "FedAvg": lambda: Strategy([FedAvg(3)]),
+    "LocalSGD": lambda: Strategy([LocalSGD(3)]),
+    "DiLoCo": lambda: Strategy([DiLoCo(OUTER, 4)]),
+    "Streaming DiLoCo": lambda: Strategy([DiLoCo(OUTER, 6, fragments=2, delay=4, mix=0.5)]),
+    "SPARTA": lambda: Strategy([Sparta(third, 2)]),
+    "SPARTA and DiLoCo": lambda: Strategy([Sparta(third, 2), DiLoCo(OUTER, 4)]),
+    "top-k": lambda: Strategy([TopK(OUTER, 3, topk=4, chunk=16)]),
+    "a recipe of one's own": lambda: Strategy([Halfway()]),
+}
+AMONG_GROUPS = {name: row for name, row in ROWS.items() if "islands" not in name}
+
+
+@pytest.mark.parametrize("row", AMONG_GROUPS.values(), ids=AMONG_GROUPS.keys())
+def test_a_group_is_lost_and_comes_back_and_the_numbers_are_the_references(row: Row) -> None:
+    script = Script(3, lost={1: 2}, joins={1: 4})
+
+    def train(node: Node) -> Group:
+        group = Group(node)
+        cuts = row.kind.fragments == 2 and not row.kind.cut
+        modules = [group.model.first, group.model.second] if cuts else [group.model]
+        made = row.make(LocalOf(group))
+        recipes = made if isinstance(made, list) else [made]
+        for recipe in recipes:
+            recipe.codec = row.kind.codec
+            recipe.check_inner = lambda optim: None  # the reference steps signs by AdamW too
+        strategy = Strategy(recipes, bucket_bytes=row.bucket_bytes)
+        samples = node.rank + 1
+        entry = Replicated(
+            group.manager, modules, group.inner, strategy, samples=samples, own_data=False
+        )
+        return group.run(entry)
+
+    groups = World(script).run(train)
+    expected = reference(row.kind, script, STEPS)
+    for rank, weights in expected.items():
+        assert_close(groups[rank].weights, weights, rtol=0, atol=2e-6)
+    assert len({digest(g.entry.shared_state_dict()) for g in groups.values()}) == 1
+
+
+class LocalOf:
+    """What rows of the battery ask for the parameters of an outer optimizer."""
+
+    def __init__(self, group: Group) -> None:
+        self.parameters = group.trained
+
+
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "all-reduce"])
+def test_groups_of_different_weights_start_equal(name: str) -> None:
+    def train(node: Node) -> Group:
+        group = Group(node)
+        return group.run(group.replicated(STRATEGIES[name]()))
+
+    groups = World(Script(3, opening=True)).run(train)
+    assert len({digest(g.entry.shared_state_dict()) for g in groups.values()}) == 1
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_run_that_is_saved_and_loaded_goes_on_with_the_same_bits(name: str) -> None:
+    def run(*, stops: bool) -> str:
+        group = alone()
+        entry = group.replicated(STRATEGIES[name]())
+        group.run(entry, 12)
+        if stops:
+            saved = entry.state_dict()
+            group = alone()
+            with torch.no_grad():
+                for parameter in group.trained:
+                    parameter.zero_()
+            entry = group.replicated(STRATEGIES[name]())
+            entry.load_state_dict(saved)
+        assert entry.step_count == 12
+        group.run(entry, 24)
+        return digest([group.weights, entry.state_dict()["strategy"]])
+
+    assert run(stops=True) == run(stops=False)
+
+
+def test_the_strategy_makes_the_optimizer_where_none_is_given() -> None:
+    group = alone()
+    made = DiLoCoStrategy(ADAMW, H=2, lr_scheduler="lambda_cosine", max_norm=1.0)
+    entry = Replicated(group.manager, group.model, None, made)
+    group.run(entry, 4)
+    assert type(entry.optimizer.optimizer) is torch.optim.AdamW
+    assert group.manager.current_step() == 2
+
+
+class TestRefusals:
+    """Each names the way on, before anything is registered."""
+
+    def refused(self, strategy: Any, message: str, optimizer: Any = "its own") -> None:
+        group = alone()
+        given = group.inner if isinstance(optimizer, str) else optimizer
+        with pytest.raises(SettingsError, match=message):
+            Replicated(group.manager, group.model, given, strategy)
+        assert group.manager.keys == []
+
+    def test_a_strategy_that_is_in_use(self) -> None:
+        used = Strategy([LocalSGD(3)])
+        alone().replicated(used)
+        self.refused(used, "in use: make one for each run")
+
+    def test_a_recipe_that_is_in_use(self) -> None:
+        recipe = LocalSGD(3)
+        alone().replicated(Strategy([recipe]))
+        self.refused(Strategy([recipe]), "in use: make one per strategy")
+
+    def test_an_optimizer_of_another_model(self) -> None:
+        other = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+        self.refused(Strategy([LocalSGD(3)]), "make it of this model's parameters", other)
+
+    def test_a_recipe_without_a_strategy(self) -> None:
+        self.refused(LocalSGD(3), r"write Strategy\(\[LocalSGD")
+
+    def test_a_class_in_the_place_of_a_strategy(self) -> None:
+        self.refused(DiLoCoStrategy, r"give an object, DiLoCoStrategy\(")
+
+    def test_what_is_no_strategy(self) -> None:
+        self.refused("diloco", "is a str: give one of torchft.strategies")
+
+    def test_a_strategy_that_cannot_run_among_groups(self) -> None:
+        self.refused(Strategy([FedAvg(3, island_size=2)]), "leave island_size out")
+
+    def test_an_optimizer_of_another_kind_than_the_strategys(self) -> None:
+        self.refused(DiLoCoStrategy(ADAMW, H=3), "give None in its place")
+
+    def test_an_optimizer_of_another_rate_than_the_strategys(self) -> None:
+        group = alone()
+        optimizer = torch.optim.AdamW(group.trained, lr=0.5)
+        with pytest.raises(SettingsError, match=r"lr=0.001.*lr=0.5"):
+            Replicated(group.manager, group.model, optimizer, DiLoCoStrategy(ADAMW, H=3))
+
+    def test_an_optimizer_that_would_leave_out_the_strategys_clipping(self) -> None:
+        group = alone()
+        optimizer = torch.optim.AdamW(group.trained, lr=1e-3)
+        clipped = DiLoCoStrategy(ADAMW, H=3, max_norm=1.0)
+        with pytest.raises(SettingsError, match="clips gradients or schedules"):
+            Replicated(group.manager, group.model, optimizer, clipped)
+
+    def test_an_optimizer_that_would_take_signs_for_gradients(self) -> None:
+        group = alone()
+        optimizer = torch.optim.AdamW(group.trained, lr=1e-3)
+        with pytest.raises(SettingsError, match="DeMo keeps the momentum"):
+            Replicated(group.manager, group.model, optimizer, Strategy([DeMo()]))
+
+    def test_no_optimizer_at_all(self) -> None:
+        self.refused(Strategy([LocalSGD(3)]), "neither an optimizer was given", None)
+
+    def test_an_optimizer_that_votes_on_each_step(self) -> None:
+        group = alone()
+        votes = OptimizerWrapper(group.manager, group.inner)
+        with pytest.raises(SettingsError, match="give the one that it wraps"):
+            Replicated(group.manager, group.model, votes, Strategy([LocalSGD(3)]))
+
+    def test_a_schedule_of_a_run_of_unknown_length(self) -> None:
+        cosine = {"lr_scheduler_kwargs": {"cosine_anneal": True}, "lr_scheduler": "lambda_cosine"}
+        self.refused(DiLoCoStrategy(ADAMW, H=3, **cosine), "give Replicated.*max_steps", None)
+
+    def test_a_step_that_did_not_begin(self) -> None:
+        entry = alone().replicated(Strategy([LocalSGD(3)]))
+        with pytest.raises(PhaseError, match="before each forward pass"):
+            entry.step()
+
+    def test_a_checkpoint_after_training_began(self) -> None:
+        group = alone()
+        entry = group.replicated(Strategy([LocalSGD(3)]))
+        saved = entry.state_dict()
+        group.run(entry, 1)
+        with pytest.raises(PhaseError, match="before the first step"):
+            entry.load_state_dict(saved)
+
+    def test_a_parameter_that_thaws_in_the_middle_of_the_run(self) -> None:
+        group = alone()
+        entry = group.replicated(Strategy([LocalSGD(3)], inner=Inner(OptimSpec.of(group.inner))))
+        group.model.second.frozen.requires_grad_(True)
+        with pytest.raises(MismatchError, match="frozen was frozen before"):
+            group.run(entry, 1)

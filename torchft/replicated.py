@@ -1,0 +1,363 @@
+"""Any strategy of `torchft.strategies`, among real replica groups.
+
+    replicated = Replicated(manager, model, optimizer, strategy)
+    while replicated.step_count < 1000:
+        replicated.zero_grad()               # who is there? heals this group first, if it is behind
+        loss(model(batch)).backward()
+        replicated.step()                    # the inner step, and a round where one is due
+    replicated.finish()
+
+The strategy is the object that the simulator runs: all-reduce, FedAvg, LocalSGD, DiLoCo, Streaming
+DiLoCo, SPARTA, DeMo, top-k, several of them, or a recipe of your own. What a group needs that joins
+or comes back travels by itself: weights, buffers, inner and outer optimizer, schedules.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torchft.errors import PhaseError, SettingsError
+from torchft.ledger import Bucket
+from torchft.manager.peers import ManagedPeers
+from torchft.optim import OptimizerWrapper
+from torchft.quantization.proof import prove
+from torchft.step_hooks import check_optimizer, check_trains, parameters_of
+from torchft.strategies.buffers import LEFT
+from torchft.strategies.checks import check_among_groups
+from torchft.strategies.inner import InnerOptimizer
+from torchft.strategies.model_local import ModelLocal
+from torchft.strategies.optim_spec import OptimSpec
+from torchft.strategies.parts.precision import shared_dtype_of
+from torchft.strategies.recipe import Recipe
+from torchft.strategies.strategy import Strategy
+from torchft.strategies.trained import TrainedModel
+from torchft.uncopied import Uncopied
+
+if TYPE_CHECKING:
+    from torchft.manager import Manager
+    from torchft.peers import Peers
+
+__all__ = ["Replicated", "check_inner"]
+
+State = dict[str, Any]
+
+
+class Replicated(Uncopied):
+    """Trains `model` by `strategy` together with the other replica groups of `manager`.
+
+    Args:
+        manager: of this group. It needs no `state_dict` of its own: pass None twice, or what else
+            should heal, such as a position in the data.
+        model: the module as it is, not wrapped for data parallelism; or several modules, each a
+            fragment of the strategy.
+        optimizer: the inner optimizer, over the model's parameters; None: made as the strategy
+            says (`inner=`), with the bits that the simulator has.
+        strategy: not in use yet. All groups give the same.
+        deterministic: sum in the order of the groups' names, as the simulator does, so that a run
+            can be repeated bit by bit.
+        samples: how many samples of its own this group trains on, for means that are weighed.
+        own_data: whether these samples are the group's alone; by default, if `samples` is given.
+        max_steps: inner steps of the whole run, for a learning-rate schedule that depends on it.
+        peers: whom rounds are with, in the place of the manager's groups.
+
+    Raises:
+        SettingsError: the strategy is in use, is a bare recipe, or cannot run among groups; the
+            optimizer is of another model, or not the one that the strategy names; nothing to train.
+    """
+
+    copy_instead = "save its state_dict(), and make another one with a manager of its own"
+
+    def __init__(
+        self,
+        manager: Manager,
+        model: nn.Module | Sequence[nn.Module],
+        optimizer: Optimizer | None,
+        strategy: Strategy,
+        *,
+        deterministic: bool = False,
+        samples: int | None = None,
+        own_data: bool | None = None,
+        max_steps: int | None = None,
+        peers: Peers | None = None,
+    ) -> None:
+        _check_strategy(strategy)
+        check_among_groups(strategy.recipes)
+        self._modules = [model] if isinstance(model, nn.Module) else list(model)
+        self._manager, self._strategy = manager, strategy
+        self.optimizer: Any = self._inner(optimizer, max_steps)
+        self._local = ModelLocal(self._modules, self.optimizer)
+        self._local.samples = None if samples is None else [samples]
+        self._local.own_data = samples is not None if own_data is None else own_data
+        self._check_codecs()
+        stepped = self.optimizer
+        if isinstance(stepped, InnerOptimizer):
+            stepped = stepped.optimizer
+        check_trains(self._local.names, self._local.parameters, stepped)
+        _warn_of_strangers(self._local, stepped)
+        self._trained = TrainedModel(self._modules, stepped, front=type(self).__name__)
+        moved = [recipe.every for recipe in strategy.recipes if recipe.moves_frozen]
+        self._frozen_steps = min(moved, default=None)
+        self._joined = self._loaded = self._begun = False
+        if peers is None:
+            delayed = len(strategy.recipes) == 1 and strategy.recipes[0].delay > 0
+            background = manager._use_async_quorum and delayed
+            peers = ManagedPeers(manager, deterministic=deterministic, background=background)
+        strategy.bind(self._local, peers, applying=self._applying)
+        self._describe(deterministic)
+        self._register()
+
+    # ------------------------------------------------------------------ a run
+
+    @property
+    def step_count(self) -> int:
+        """Inner steps that were due so far, taken or skipped; equal in all groups at each round."""
+        return self._strategy.clock.steps
+
+    @property
+    def strategy(self) -> Strategy:
+        """The strategy that it was given, which is bound to these groups now."""
+        return self._strategy
+
+    def join(self) -> None:
+        """Meet the other groups, so that all start from equal weights, or heal from them.
+
+        `zero_grad` does it, the first time. Call it before to know `step_count` of the others.
+
+        Raises:
+            PhaseError: the others have another strategy or schedule.
+            SettingsError: others that communicate both before and after the step train already.
+        """
+        if self._joined:
+            return
+        self._joined = True
+        if not self._loaded:
+            self._take_backup()
+        # 0 participants: this process has not met the others in a quorum yet.
+        if self._manager._init_sync and self._manager.num_participants() == 0:
+            self._strategy.join()
+
+    def zero_grad(self) -> None:
+        """Begin a step: before the forward pass, which then runs on healed weights.
+
+        Raises:
+            TimeoutError, QuorumError: as `Manager.start_quorum` does.
+        """
+        self.join()
+        self._strategy.begin()
+        self._local.zero_grads()
+        self._begun = True
+
+    def step(self) -> bool:
+        """Take the inner step, and communicate where the strategy says so.
+
+        Returns:
+            Whether the inner step was taken. It is skipped where gradients are averaged and that
+            average was discarded.
+
+        Raises:
+            PhaseError: `zero_grad` was not called since the last step.
+            MismatchError: other parameters are trained than at the beginning.
+        """
+        if not self._begun:
+            raise PhaseError(
+                "no step has begun: call zero_grad() before each forward pass, which meets the "
+                "other groups and heals this one"
+            )
+        self._begun = False
+        self._trained.check(self._frozen_steps)
+        return self._strategy.step()
+
+    def finish(self) -> bool:
+        """End a run: close the rounds that are open, and let whoever missed the last one heal.
+
+        Returns:
+            Whether the others came; see `Manager.settle`.
+        """
+        self._strategy.finish()
+        return self._manager.settle()
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> State:
+        """All of it, for a checkpoint: weights, buffers, inner and outer optimizer, schedules, the
+        strategy's own state, and the manager's step. Shares storage.
+
+        Raises:
+            PhaseError: with a delay, while a round is in flight; `finish` closes it.
+        """
+        return {
+            **self._weights_and_optimizer(),
+            "strategy": self._strategy.state_dict(),
+            "manager": self._manager.state_dict(),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from a checkpoint, before the first step.
+
+        Raises:
+            PhaseError: training has begun.
+            SettingsError: the checkpoint was written with other options.
+        """
+        self._refuse_late_load()
+        self._load_weights_and_optimizer(state)
+        self._strategy.load_state_dict(state["strategy"])
+        self._manager.load_state_dict(state["manager"])
+        self._loaded = True
+
+    def shared_state_dict(self) -> State:
+        """What is equal in all groups after each round: last synchronised weights, outer
+        optimizers, the clock. Shares storage."""
+        return self._strategy.shared_state_dict()
+
+    def _refuse_late_load(self) -> None:
+        if self._joined:
+            raise PhaseError("training has begun: load a checkpoint before the first step")
+
+    def _weights_and_optimizer(self) -> State:
+        models = [module.state_dict() for module in self._modules]
+        return {"models": models, "optimizer": self.optimizer.state_dict()}
+
+    def _load_weights_and_optimizer(self, state: State) -> None:
+        for module, saved in zip(self._modules, state["models"], strict=True):
+            module.load_state_dict(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    # ------------------------------------------------------------------ what a joining group gets
+
+    def _register(self) -> None:
+        self._manager.offer_copies()  # buffers change while a round is open
+        self._manager.register_state_dict_fn("Replicated", self._heal, self._healing_state)
+
+    def _healing_state(self) -> State:
+        return {
+            **self._weights_and_optimizer(),
+            "strategy": self._strategy.shared_state_dict(),
+            "open_rounds": self._strategy.open_rounds(),
+        }
+
+    def _heal(self, state: State) -> None:
+        self._load_weights_and_optimizer(state)
+        self._strategy.load_shared_state_dict(state["strategy"])
+        self._strategy.take_over(state["open_rounds"])
+
+    # ------------------------------------------------------------------ parts
+
+    def _inner(self, optimizer: Any, max_steps: int | None) -> Any:
+        """What takes the inner step: the optimizer that was given, or one that the strategy names.
+
+        Raises:
+            SettingsError: neither names one, or they name different ones.
+        """
+        spec = self._strategy.inner
+        if optimizer is not None:
+            if not isinstance(optimizer, InnerOptimizer):
+                check_inner(optimizer)
+                self._check_given(optimizer)
+            return optimizer
+        if spec is None:
+            raise SettingsError(
+                "neither an optimizer was given, nor does the strategy name one: give an "
+                "optimizer, or Strategy(…, inner=Inner(OptimSpec(torch.optim.AdamW, lr=1e-3)))"
+            )
+        if spec.schedule is not None and spec.schedule.needs_max_steps and max_steps is None:
+            raise SettingsError(
+                f"the learning rate follows {spec.schedule!r}, which depends on how long the run "
+                "is: give Replicated(…, max_steps=…)"
+            )
+        trained = [p for m in self._modules for p in m.parameters() if p.requires_grad]
+        return spec.build([list(dict.fromkeys(trained))], max_steps or 1)
+
+    def _check_given(self, optimizer: Any) -> None:
+        if not isinstance(optimizer, Optimizer) or not hasattr(optimizer, "defaults"):
+            return  # a wrapper, which does not say what it wraps
+        if self._strategy.inner is not None:
+            self._strategy.inner.check_given(optimizer)
+        else:
+            for recipe in self._strategy.recipes:
+                recipe.check_inner(OptimSpec.of(optimizer))
+
+    def _check_codecs(self) -> None:
+        for recipe in self._strategy.recipes:
+            if recipe.codec is not None:
+                for dtype, device in self._local.layout(self._local.whole).kinds:
+                    prove(recipe.codec, shared_dtype_of(dtype, recipe.shared_dtype), device)
+
+    def _describe(self, deterministic: bool) -> None:
+        """Groups with another model or strategy are refused before any number is mixed."""
+        named = zip(self._local.names, self._local.parameters, strict=True)
+        self._manager.describe_model("model", list(named))
+        recipes = self._strategy.recipes
+        if any(recipe.buffers != LEFT for recipe in recipes):
+            self._manager.describe_model("model buffers", list(self._local.buffers()[0].items()))
+        for name, value in {
+            "strategy": ", ".join(type(recipe).__name__ for recipe in recipes),
+            "sync_every": ", ".join(str(recipe.every) for recipe in recipes),
+            "fragment_sync_delay": ", ".join(str(recipe.delay) for recipe in recipes),
+            "deterministic": str(deterministic),
+            "bucket bytes": str(self._strategy.bucket_bytes),
+        }.items():
+            self._manager.describe_setting(name, value)
+
+    def _take_backup(self) -> None:
+        """Training begins with the weights as they are now."""
+        for recipe in self._strategy.recipes:
+            recipe.take_backup()
+
+    @contextmanager
+    def _applying(self) -> Iterator[None]:
+        """While parameters and state are half written, no donor reads them."""
+        with self._manager.ledger.spending(Bucket.OPTIMIZER):
+            self._manager.disallow_state_dict_read()
+            try:
+                yield
+            finally:
+                self._manager.allow_state_dict_read()
+
+
+def _check_strategy(strategy: Any) -> None:
+    if isinstance(strategy, Recipe):
+        name = type(strategy).__name__
+        raise SettingsError(f"{name} is a recipe, not a strategy: write Strategy([{name}(…)])")
+    if isinstance(strategy, type):
+        name = strategy.__name__
+        raise SettingsError(f"the strategy is the class {name}: give an object, {name}(…)")
+    if not isinstance(strategy, Strategy):
+        raise SettingsError(
+            f"the strategy is a {type(strategy).__name__}: give one of torchft.strategies, such as "
+            "Strategy([AllReduce()])"
+        )
+    strategy.check_unused()
+
+
+def check_inner(optimizer: object) -> None:
+    """`optimizer` can take the inner steps of a strategy.
+
+    Raises:
+        SettingsError: it is no optimizer, or one that votes on each of its steps.
+    """
+    check_optimizer("the inner optimizer", optimizer)
+    if isinstance(optimizer, OptimizerWrapper):
+        raise SettingsError(
+            "the inner optimizer is a torchft Optimizer, which votes on every step: give the one "
+            "that it wraps, since here only rounds are voted on"
+        )
+
+
+def _warn_of_strangers(local: ModelLocal, optimizer: Any) -> None:
+    """Parameters that train here and are in no fragment drift apart between the groups."""
+    known = {id(p) for p in local.parameters}
+    strangers: list[Tensor] = [
+        p for p in parameters_of(optimizer) if p.requires_grad and id(p) not in known
+    ]
+    if strangers:
+        warnings.warn(
+            f"{len(strangers)} parameters of the inner optimizer are in no fragment, the first of "
+            f"shape {tuple(strangers[0].shape)}: they are never synchronised",
+            stacklevel=4,
+        )
