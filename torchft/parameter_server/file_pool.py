@@ -17,7 +17,7 @@ __all__ = ["FilePool"]
 
 
 class FilePool:
-    """Of one folder; at most `keep` files wait to be used again. For any thread."""
+    """The retired files of one folder, of which at most `keep` are kept. For any thread."""
 
     def __init__(self, folder: Path, keep: int) -> None:
         self._folder, self._keep = folder, keep
@@ -27,7 +27,7 @@ class FilePool:
         self._lock = threading.Lock()
 
     def create(self, path: Path) -> Path:
-        """`path`, with a file at it that was retired, if there is one.
+        """Put a retired file at `path`, if there is one, and return `path`.
 
         Raises:
             OSError: it cannot be moved.
@@ -38,7 +38,7 @@ class FilePool:
 
     @contextmanager
     def reading(self, path: Path) -> Iterator[Path]:
-        """Within the block nobody writes into it, also when it has been retired meanwhile."""
+        """Keep a file as it is within the block, also when it is retired meanwhile."""
         with self._lock:
             self._reading[path] += 1
         try:
@@ -50,12 +50,12 @@ class FilePool:
                     del self._reading[path]
 
     def is_free(self, path: Path) -> bool:
-        """It waits to be used again."""
+        """Whether a file waits to be used again."""
         with self._lock:
             return path in self._free
 
     def retire(self, path: Path) -> None:
-        """Nobody will ask for it any more. Harmless to repeat."""
+        """Keep a file for `create`, or delete it: nobody will ask for it any more."""
         with self._lock:
             keep = len(self._free) < self._keep and path not in self._reading and path.exists()
             if not keep:

@@ -43,16 +43,16 @@ class Chunks:
 
     @property
     def count(self) -> int:
-        """How many chunks."""
+        """How many chunks the row has."""
         return -(-self.n // CHUNK)
 
     @property
     def nbytes(self) -> int:
-        """Of the whole row on the wire."""
+        """Bytes of the whole row on the wire, checksums included."""
         return self.offset(self.count)
 
     def span(self, index: int) -> slice:
-        """Which numbers chunk `index` holds."""
+        """The positions of the numbers that chunk `index` holds."""
         return slice(index * CHUNK, min(self.n, (index + 1) * CHUNK))
 
     def spans(self) -> Iterator[tuple[int, slice]]:
@@ -60,28 +60,28 @@ class Chunks:
         return ((index, self.span(index)) for index in range(self.count))
 
     def nbytes_of(self, index: int) -> int:
-        """Of chunk `index`, checksum included."""
+        """Bytes of chunk `index` on the wire, its checksum included."""
         span = self.span(index)
         return self.codec.encoded_bytes(span.stop - span.start) + TRAILER.size
 
     def offset(self, index: int) -> int:
-        """Where chunk `index` begins."""
+        """Bytes of the row before chunk `index` begins."""
         if index == self.count and index:
             return self.offset(index - 1) + self.nbytes_of(index - 1)
         return index * (self.codec.encoded_bytes(CHUNK) + TRAILER.size)
 
     def part(self, index: int, row: memoryview) -> memoryview:
-        """Chunk `index` of a whole encoded row."""
+        """The bytes of chunk `index` in an encoded row."""
         return row[self.offset(index) :][: self.nbytes_of(index)]
 
     def encode(self, index: int, numbers: Tensor) -> bytes:
-        """Chunk `index`, of its numbers `[1, m]`."""
+        """Chunk `index` on the wire, of its numbers `[1, m]`."""
         out = bytearray(self.nbytes_of(index))
         self.encode_into(memoryview(out), index, numbers)
         return bytes(out)
 
     def encode_into(self, out: memoryview, index: int, numbers: Tensor) -> None:
-        """The same, into memory of its length."""
+        """Write what `encode` returns into memory of its length."""
         data = self.codec.encode(numbers.contiguous())[0].numpy().data
         out[: -TRAILER.size] = data
         out[-TRAILER.size :] = TRAILER.pack(_checksum(data, index))
@@ -95,11 +95,11 @@ class Chunks:
         return self.codec.decode(self._encoded(index, data), out.shape[1], out=out)
 
     def add(self, index: int, data: memoryview, total: Tensor) -> Tensor:
-        """The numbers of chunk `index`, added to `total` `[1, m]`. Raises as `decode`."""
+        """Add the numbers of chunk `index` to `total` `[1, m]`. Raises ChunkError as `decode`."""
         return self.codec.decode_add_(total, self._encoded(index, data))
 
     def norm(self, index: int, data: memoryview) -> float:
-        """L2 norm of chunk `index`. Raises as `decode`."""
+        """L2 norm of the numbers of chunk `index`. Raises ChunkError as `decode`."""
         span = self.span(index)
         encoded = self._encoded(index, data)
         return float(torch.linalg.vector_norm(self.codec.decode(encoded, span.stop - span.start)))
@@ -109,7 +109,11 @@ class Chunks:
         return torch.frombuffer(bytearray(body) if body.readonly else body, dtype=torch.uint8)[None]
 
     def check(self, index: int, data: memoryview) -> memoryview:
-        """The encoded numbers of chunk `index`. Raises as `decode`."""
+        """The encoded numbers of chunk `index`, without its checksum.
+
+        Raises:
+            ChunkError: it is too short or too long, or its checksum does not match.
+        """
         if len(data) != self.nbytes_of(index):
             raise ChunkError(
                 f"chunk {index} has {len(data)} bytes, not {self.nbytes_of(index)}: send it again"
@@ -120,17 +124,17 @@ class Chunks:
         return body
 
     def memory(self) -> memoryview:
-        """Room for the longest chunk."""
+        """New memory that takes the longest chunk."""
         return memoryview(bytearray(self.nbytes_of(0) if self.count else 0))
 
     def room(self, path: Path) -> Path:
-        """A file that a whole row can be written into, over whatever is there."""
+        """Make `path` a file that a row can be written into, over whatever is there."""
         with path.open("ab") as file:
             file.truncate(min(file.tell(), self.nbytes))
         return path
 
     def read(self, path: Path) -> Iterator[memoryview]:
-        """The chunks of a whole row in a file, one after the other in the same memory.
+        """The chunks of the row in a file, one after the other in the same memory.
 
         Raises:
             ChunkError: the file has another length.
@@ -140,7 +144,11 @@ class Chunks:
             yield self.read_one(path, index, memory)
 
     def read_one(self, path: Path, index: int, memory: memoryview) -> memoryview:
-        """Chunk `index` of a whole row in a file, in `memory`. Raises as `read`."""
+        """Read chunk `index` of the row in a file into `memory`, and return its part of it.
+
+        Raises:
+            ChunkError: the file has another length.
+        """
         piece = memory[: self.nbytes_of(index)]
         with path.open("rb", buffering=0) as file:
             if (size := os.fstat(file.fileno()).st_size) != self.nbytes:
@@ -172,15 +180,15 @@ class RowIdentity:
 
     @staticmethod
     def checksum(index: int, numbers: Tensor) -> int:
-        """What chunk `index`, `[1, m]`, has part in it with."""
+        """What chunk `index`, `[1, m]`, contributes to the identity."""
         return _checksum(numbers[0].contiguous().numpy().view(np.uint8).data, index)
 
     def add(self, numbers: Tensor) -> None:
-        """The next chunk, `[1, m]`."""
+        """Add the next chunk of the row, `[1, m]`."""
         self.join(self.checksum(self._count, numbers))
 
     def join(self, checksum: int) -> None:
-        """The next chunk's."""
+        """Add the next chunk by its checksum."""
         self._words = (self._words * _MIX + checksum) % (1 << 64)
         self._count += 1
 
@@ -190,7 +198,7 @@ class RowIdentity:
 
 
 def identity_of(row: Tensor) -> str:
-    """Of a whole row `[1, n]`."""
+    """The identity of a row `[1, n]`, as 16 hexadecimal digits."""
     found = RowIdentity()
     for part in row.split(CHUNK, 1) if row.shape[1] else ():
         found.add(part)
@@ -198,8 +206,8 @@ def identity_of(row: Tensor) -> str:
 
 
 def _checksum(data: memoryview, index: int) -> int:
-    whole = len(data) & ~7
-    words = np.frombuffer(data[:whole], "<u8").sum(dtype=np.uint64)
-    tail = int.from_bytes(data[whole:], "little")
+    words_end = len(data) & ~7
+    words = np.frombuffer(data[:words_end], "<u8").sum(dtype=np.uint64)
+    tail = int.from_bytes(data[words_end:], "little")
     # From 1 on: what the system fills with zeros after a crash must not match.
     return (int(words) + tail + (index + 1) * _MIX) % (1 << 64)

@@ -37,7 +37,7 @@ class DelayedNesterov:
         self._counts: list[int] = []
 
     def bind(self, fragments: Sequence[Fragment], backups: Sequence[Flats]) -> None:
-        """The rows to be stepped, one a fragment."""
+        """Take the rows to be stepped, one a fragment, with sums and momenta of zero."""
         self._rows = [flat for backup in backups for flat in backup.flats]
         self._sums = [torch.zeros_like(row) for row in self._rows]
         self._momenta = [torch.zeros_like(row) for row in self._rows]
@@ -45,7 +45,7 @@ class DelayedNesterov:
 
     @torch.no_grad()
     def step(self, fragment: Fragment, average: Sequence[Tensor]) -> None:
-        """Take one submission `[1, n]`."""
+        """Step one fragment with one submission, fp32 `[1, n]`."""
         at, (delta,) = fragment.index, average
         self._rows[at].add_(delta, alpha=-self.lr / self.buffer)
         self._sums[at].add_(delta)
@@ -58,16 +58,16 @@ class DelayedNesterov:
             self._counts[at] = 0
 
     def change(self, *, lr: float, momentum: float, nesterov: bool) -> None:
-        """Others for all steps from now on. It is Nesterov's whatever the last one says."""
+        """Use other settings from now on; the method is Nesterov's whatever `nesterov` says."""
         self.lr, self.momentum = lr, momentum
 
     def state_dict(self, fragment: Fragment) -> dict[str, Any]:
-        """Of one fragment."""
+        """The sum, momentum and count of one fragment, not copied."""
         at = fragment.index
         return {"sum": self._sums[at], "momentum": self._momenta[at], "count": self._counts[at]}
 
     def load_state_dict(self, fragment: Fragment, state: dict[str, Any]) -> None:
-        """The inverse."""
+        """Take over what `state_dict` gave for one fragment."""
         at = fragment.index
         self._sums[at].copy_(state["sum"])
         self._momenta[at].copy_(state["momentum"])

@@ -81,17 +81,25 @@ class OuterOptions:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Of torch's SGD."""
+        """The same as keyword arguments of torch's SGD."""
         nesterov = self.nesterov and self.momentum > 0
         return {"lr": self.lr, "momentum": self.momentum, "nesterov": nesterov}
 
     def changed(self, lr: float | None, momentum: float | None) -> OuterOptions:
-        """None: as it was. Raises SettingsError."""
+        """The options with another learning rate or momentum; None keeps the old one.
+
+        Raises:
+            SettingsError: a value cannot be.
+        """
         lr = self.lr if lr is None else lr
         return replace(self, lr=lr, momentum=self.momentum if momentum is None else momentum)
 
     def build(self, rules: Rules) -> FlatOuter | DelayedNesterov:
-        """The outer step of a run."""
+        """The outer step that a run with these options and `rules` takes.
+
+        Raises:
+            SettingsError: a delayed momentum was asked for, and rounds are not asynchronous.
+        """
         if rules.mode is Mode.ASYNCHRONOUS:
             buffer = rules.workers if self.dn_buffer_size is None else self.dn_buffer_size
             if buffer:
@@ -150,7 +158,7 @@ class ServerOptions:
         ]
 
     def agree(self, wished: Mapping[str, Any]) -> SharedSettings:
-        """With the first worker.
+        """The settings that the server and the first worker agree on; the server's come first.
 
         Raises:
             SettingsError: it asks for what cannot be.

@@ -1,8 +1,8 @@
-"""The outer step of one fragment, chunk by chunk, on several cores: from uploads to news.
+"""The outer step of one fragment, chunk by chunk, on several cores: from uploads to an update.
 
     mean      Σ weight · delta / how many, of the round's uploads
     step      of the outer optimizer, in place
-    news      the weights, or the encoded difference to what workers hold, written to a file
+    update    the weights, or the encoded difference to what workers hold, written to a file
 
 Chunks depend on nothing but themselves. Each thread takes every T-th and has room for one, so that
 no step takes memory by the size of the model, and the bits are those of one thread.
@@ -43,7 +43,7 @@ class _Stepped(NamedTuple):
 class OuterStep:
     """`uploads` are encoded deltas and their weights in the mean; `step(index, mean)` steps a chunk
     of `weights`, fp32 `[1, n]`. `sent` is what workers hold, or `weights` itself where the codec
-    loses nothing. The news are written to `path`, over what is there."""
+    loses nothing. The update is written to `path`, over what is there."""
 
     chunks: Chunks
     uploads: Sequence[tuple[Path, float]]
@@ -53,11 +53,12 @@ class OuterStep:
     path: Path
 
     def take(self) -> tuple[float, str]:
-        """The L2 norm of the new weights, and the identity of what workers are to hold.
+        """Take the step, and return the L2 norm of the new weights and the identity of what workers
+        are to hold.
 
         Raises:
-            ChunkError, OSError: an upload cannot be read again, or news cannot be written. Some
-                chunks are stepped then, and others are not.
+            ChunkError, OSError: an upload cannot be read again, or the update cannot be written.
+                Some chunks are stepped then, and others are not.
         """
         self.chunks.room(self.path)
         threads = max(1, min(_THREADS, self.chunks.count))
@@ -107,7 +108,7 @@ class _Mean:
         ]
 
     def of(self, index: int) -> Tensor:
-        """Valid until the next call. Raises ChunkError, OSError."""
+        """The mean of chunk `index`, valid until the next call. Raises ChunkError, OSError."""
         chunks, span = self._chunks, self._chunks.span(index)
         mean, numbers = (room[:, : span.stop - span.start] for room in self._room)
         for position, (path, weight) in enumerate(self._uploads):

@@ -4,7 +4,7 @@ Refused                       the request is wrong; nothing at the server has ch
 ├── Unauthorized      401     no token, or a wrong one
 ├── Forbidden         403     a token that does not allow this
 ├── NotFound          404     there is no such thing (any more)
-├── Interrupted       408     an upload did not arrive whole: go on where it broke
+├── Interrupted       408     an upload did not arrive completely: go on where it broke
 ├── Conflict          409     another process has this id
 ├── Gone              410     not registered (any more): register again
 ├── TooLarge          413     more bytes than can be right
@@ -33,19 +33,19 @@ __all__ = [
 
 
 class Refused(TorchftError):
-    """The request is wrong."""
+    """The request is wrong, and nothing at the server has changed."""
 
     status = 400
 
 
 class Unauthorized(Refused):
-    """No token, or a wrong one."""
+    """The request has no token, or a wrong one."""
 
     status = 401
 
 
 class Forbidden(Refused):
-    """A token that does not allow this."""
+    """The request has a token that does not allow this."""
 
     status = 403
 
@@ -57,25 +57,25 @@ class NotFound(Refused):
 
 
 class Interrupted(Refused):
-    """An upload did not arrive whole: go on where it broke."""
+    """An upload did not arrive completely: go on where it broke."""
 
     status = 408
 
 
 class Conflict(Refused):
-    """Another process has this id."""
+    """Another process has this worker's id just now."""
 
     status = 409
 
 
 class Gone(Refused):
-    """Not registered (any more)."""
+    """The worker is not registered, or is so no more: it should register again."""
 
     status = 410
 
 
 class TooLarge(Refused):
-    """More bytes than can be right."""
+    """The request has more bytes than can be right."""
 
     status = 413
 

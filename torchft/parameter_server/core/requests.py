@@ -66,7 +66,7 @@ class WorkerSession:
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> WorkerSession:
-        """The sender of a request.
+        """The worker session that a request says it comes from.
 
         Raises:
             Refused: it does not say who it is.
@@ -87,7 +87,7 @@ class Registration:
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Registration:
-        """The registration of a request.
+        """The registration that the fields of a request describe.
 
         Raises:
             Refused: a field is missing or cannot be.
@@ -111,7 +111,7 @@ class SubmissionOffer:
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> SubmissionOffer:
-        """The offer of a request.
+        """The offer that the fields of a request describe.
 
         Raises:
             Refused: a field is missing or cannot be.

@@ -54,7 +54,7 @@ class Departure(StrEnum):
 
 @dataclass(frozen=True)
 class Rules:
-    """The settings of the rounds.
+    """The settings that decide when a round closes.
 
     Raises:
         SettingsError: a value that cannot be.

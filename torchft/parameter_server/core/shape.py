@@ -37,12 +37,12 @@ class Parameter:
 
     @property
     def numel(self) -> int:
-        """How many numbers it has."""
+        """How many numbers the tensor has."""
         return math.prod(self.shape)
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype as torch's object.
+        """The worker's dtype as an object of torch.
 
         Raises:
             ValueError: there is no floating-point dtype of that name.
@@ -62,7 +62,7 @@ class ModelShape:
 
     @classmethod
     def of(cls, named: Iterable[tuple[str, Tensor]], parts: int) -> ModelShape:
-        """Of a model's trained parameters.
+        """The shape of a model, of its trained parameters by name, in `parts` fragments.
 
         Raises:
             SettingsError: there are fewer parameters than parts.
@@ -80,16 +80,16 @@ class ModelShape:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def size(self, fragment: int) -> int:
-        """Numbers in a fragment."""
+        """How many numbers a fragment has."""
         return sum(parameter.numel for parameter in self.of_fragment(fragment))
 
     @property
     def numel(self) -> int:
-        """Numbers in the model."""
+        """How many numbers the model has."""
         return sum(parameter.numel for parameter in self.parameters)
 
     def of_fragment(self, fragment: int) -> tuple[Parameter, ...]:
-        """The parameters of a fragment."""
+        """The parameters of a fragment, in its row's order."""
         return tuple(self.parameters[at] for at in self.fragments[fragment].parameters)
 
     def views(self, fragment: int, flat: Tensor) -> dict[str, Tensor]:
@@ -125,7 +125,7 @@ class ModelShape:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON."""
+        """The shape as JSON values; `from_json` is the inverse."""
         return {
             "parameters": [[p.name, list(p.shape), p.dtype] for p in self.parameters],
             "fragments": [list(fragment.parameters) for fragment in self.fragments],
@@ -133,7 +133,7 @@ class ModelShape:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelShape:
-        """The inverse, of what came over a network.
+        """The shape that JSON values describe which came over a network.
 
         Raises:
             MismatchError: it describes no model.

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written aside, forced to disk, then renamed.
+"""Checkpoints that are complete or not there: written aside, forced to disk, then renamed.
 
     <output>/checkpoints/checkpoint-<number>/
         server_state.bin     all that a restart needs, in the layout of `torchft.checkpointing`
@@ -37,7 +37,7 @@ _PIECE_BYTES = 1 << 20
 
 
 class Checkpoints:
-    """Those of one output folder; `keep` 0: all."""
+    """The checkpoints of one output folder, of which the newest `keep` stay; 0: all."""
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
@@ -66,7 +66,7 @@ class Checkpoints:
         return final
 
     def all(self) -> list[Path]:
-        """Oldest first."""
+        """The folders of all checkpoints, the oldest first."""
         found = {
             int(match.group(1)): path
             for path in self.folder.glob("checkpoint-*")
@@ -75,7 +75,7 @@ class Checkpoints:
         return [found[number] for number in sorted(found)]
 
     def newest(self) -> tuple[int, Any] | None:
-        """Number and state of the newest good one; None: there is no checkpoint.
+        """Number and state of the newest good one; None where there is no checkpoint.
 
         Raises:
             SettingsError: there are some, and none is good.
@@ -88,7 +88,7 @@ class Checkpoints:
                 logger.warning("%s; looking at the one before it", error)
         if found:
             raise SettingsError(
-                f"none of the {len(found)} checkpoints in {self.folder} is whole: name another "
+                f"none of the {len(found)} checkpoints in {self.folder} is complete: name another "
                 "output folder, or a copy with --from-checkpoint"
             )
         return None
@@ -100,10 +100,10 @@ class Checkpoints:
 
 
 def load(path: Path) -> tuple[int, Any]:
-    """Number and state of one checkpoint, verified.
+    """Number and state of one checkpoint, read after its sizes and digests were compared.
 
     Raises:
-        SettingsError: it is not whole.
+        SettingsError: a file is missing, or is not what its manifest says.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
@@ -114,7 +114,7 @@ def load(path: Path) -> tuple[int, Any]:
     except (OSError, ValueError, KeyError, TypeError, LayoutError) as error:
         if isinstance(error, SettingsError):
             raise
-        raise SettingsError(f"{path} is not whole: {type(error).__name__}: {error}") from None
+        raise SettingsError(f"{path} is not complete: {type(error).__name__}: {error}") from None
 
 
 def _write_state(path: Path, state: Mapping[str, Any], number: int) -> None:

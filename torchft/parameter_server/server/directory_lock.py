@@ -30,7 +30,7 @@ class DirectoryLock:
             ) from None
 
     def release(self) -> None:
-        """Harmless to repeat."""
+        """Give the folder free for another server; harmless to repeat."""
         if self._file is not None:
             os.close(self._file)
             self._file = None

@@ -14,7 +14,7 @@ __all__ = ["files_of", "read_model", "rows_of_model"]
 
 
 def read_model(folder: Path) -> dict[str, Tensor]:
-    """All tensors, on the CPU.
+    """All tensors of a model's folder by name, on the CPU.
 
     Raises:
         SettingsError: there is no safetensors file, or one is damaged.
@@ -32,7 +32,7 @@ def read_model(folder: Path) -> dict[str, Tensor]:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The safetensors files. Raises SettingsError: there is none."""
+    """The safetensors files of a folder, by name. Raises SettingsError where there is none."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise SettingsError(

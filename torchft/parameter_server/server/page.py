@@ -15,12 +15,12 @@ __all__ = ["headers", "page"]
 
 
 def page() -> str:
-    """The HTML."""
+    """The HTML of the page, as it lies in the package."""
     return files("torchft.parameter_server").joinpath("page.html").read_text(encoding="utf-8")
 
 
 def headers(html: str) -> dict[str, str]:
-    """What a browser has to hold to."""
+    """The headers of the page, with a policy that a browser holds to."""
     scripts = " ".join(_hash(text) for text in re.findall(r"<script>(.*?)</script>", html, re.S))
     styles = " ".join(_hash(text) for text in re.findall(r"<style>(.*?)</style>", html, re.S))
     policy = (

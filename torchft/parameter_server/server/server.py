@@ -1,4 +1,4 @@
-"""The server as a whole: a state behind a port, ended by a signal or an order."""
+"""The whole server: its state behind a port, ended by a signal or an order."""
 
 from __future__ import annotations
 
@@ -48,7 +48,11 @@ class Address:
             raise SettingsError("TLS needs both --tls-cert and --tls-key")
 
     def ssl_context(self) -> ssl.SSLContext | None:
-        """Raises SettingsError where the files cannot be used."""
+        """The TLS context of the certificate and its key; None for plain HTTP.
+
+        Raises:
+            SettingsError: the files cannot be used.
+        """
         if self.tls_cert is None or self.tls_key is None:
             return None
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -161,11 +165,11 @@ class DiLoCoServer:
 
     @property
     def address(self) -> str:
-        """`host:port`."""
+        """The server's address as `host:port`, once it listens."""
         return f"{self._address.host}:{self.port}"
 
     def start(self) -> DiLoCoServer:
-        """Returns when it listens. Raises what made that impossible."""
+        """Start the thread and return when it listens, or raise the error that made it end."""
         self._thread.start()
         self._ready.wait()
         if self._failure is not None:

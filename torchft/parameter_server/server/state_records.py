@@ -4,9 +4,9 @@
     spool/state/f0.next            the one that is being written, over the one before
 
 A record is one piece a chunk, each with its checksum: weights, what workers hold, the outer
-optimizer's rows, and the `Close` that made them. A file is a record when all its pieces are whole
-and of the same close, so one that was written over in part is none. It is of use to a journal that
-has the same close. Records are not forced to disk.
+optimizer's rows, and the `RoundClosed` that made them. A file is a record when all its pieces are
+there and of the same close, so one that was written over in part is none. It is of use to a journal
+that has the same close. Records are not forced to disk.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ class Replay:
 def replay_of(
     closes: Sequence[RoundClosed], lost: set[int], recorded: Mapping[int, Path]
 ) -> Replay:
-    """Of one fragment's `closes`, in their order: the versions that have lost an upload, and the
-    records of some. A record is used only where an upload before it is lost."""
+    """How one fragment's `closes`, in their order, are replayed: `lost` are the versions that have
+    lost an upload, `recorded` the records of some. A record is used only where an upload before it
+    is lost."""
     record = max((c for c in closes if c.version in recorded), key=_version, default=None)
     if record is None or min(lost, default=record.version + 1) > record.version:
         left = [close for close in closes if close.version in lost]
@@ -65,7 +66,7 @@ def replay_of(
 
 
 class StateRecords:
-    """Those in `folder`. One thread writes."""
+    """The records in `folder`, which one thread writes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -100,7 +101,7 @@ class StateRecords:
         return True
 
     def find(self, closes: Iterable[RoundClosed], chunks: int) -> dict[int, Path]:
-        """The version and the file of each whole record of one of `closes`, which are of one
+        """The version and the file of each complete record of one of `closes`, which are of one
         fragment of so many chunks."""
         known = list(closes)
         found: dict[int, Path] = {}
@@ -115,7 +116,7 @@ class StateRecords:
         return (piece for _, piece in _pieces(path))
 
     def clear(self) -> None:
-        """Forget all of them: they are of a history that is not gone on from."""
+        """Delete all records: they are of a history that the run does not go on from."""
         for path in self.folder.iterdir():
             path.unlink()
 
@@ -138,7 +139,7 @@ def _pieces(path: Path) -> Iterator[tuple[RoundClosed, dict[str, Any]]]:
 
 
 def _close_in(path: Path, chunks: int) -> RoundClosed | None:
-    """What the record in a file is of; None: there is none that is whole."""
+    """What the record in a file is of; None: there is no complete one."""
     try:
         closes = [close for close, _ in _pieces(path)]
     except (OSError, LayoutError, ValueError, KeyError, TypeError):
@@ -148,7 +149,7 @@ def _close_in(path: Path, chunks: int) -> RoundClosed | None:
 
 
 class StateRecorder:
-    """Of one event loop."""
+    """Writes the records of one server, on its event loop."""
 
     def __init__(
         self, records: StateRecords, work_queue: WorkQueue, note: Callable[[str, int], None]
@@ -161,14 +162,14 @@ class StateRecorder:
         """The last record could not be written, and that was said."""
 
     def end(self) -> None:
-        """Wait for no more quiet."""
+        """Write what is still to be recorded at once, without waiting for quiet."""
         self._ending.set()
 
     async def record(self, state: ServerWeights, close: RoundClosed, step_s: float) -> None:
-        """Record what `close` made, unless its next version is made first.
+        """Write a record of the state that `close` made, unless its next version is made first.
 
         Begins when four times as long as the step took (`step_s`) has passed, in which workers
-        fetch the news, and gives way to all that is to be done in turn. A disk without room costs
+        fetch the update, and gives way to all that is to be done in turn. A disk without room costs
         the record, and is said once until one is written again.
         """
         with contextlib.suppress(TimeoutError):

@@ -161,7 +161,7 @@ class Storage:
         self._retire(spent)
 
     def write(self, number: int, state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Path:
-        """Write the checkpoint `number`.
+        """Write the checkpoint that `number` was given to.
 
         Raises:
             OSError: there is no room, and nothing that was there has changed.

@@ -1,19 +1,19 @@
-"""What the server holds for all workers: weights, outer optimizer, and news of what has changed.
+"""What the server holds for all workers: weights, outer optimizer, and updates of them.
 
     weights w    fp32, the outer optimizer's own                                  4 B/param
     outer        momentum (and, delayed, the sum of a turn)                       4 or 8
     sent b       what workers hold; only under a codec that loses something       4
 
 A step goes through a row chunk by chunk, from the mean to what is published, so that nothing else
-takes memory (`OuterStep`). The news of a new version is the weights themselves where the codec
+takes memory (`OuterStep`). The update to a new version is the weights themselves where the codec
 loses nothing, and else the encoded difference w - b, which all add to b: what an encoding loses
 stays in w - b and is sent later. Whoever is too far behind gets all of b, fp32. Each version has an
 identity that follows from its bits, so nobody adds a difference to weights that are not those it
 was made from.
 
-News lie in files that never change, so a slow reader holds up nobody. A step that fails leaves the
-weights half stepped: from then on none of them is stepped, saved or told. All methods but
-`news_for` and `published` belong to one thread.
+Updates lie in files that never change, so a slow reader holds up nobody. A step that fails leaves
+the weights half stepped: from then on none of them is stepped, saved or told. All methods but
+`update_for` and `published` belong to one thread.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ __all__ = ["FlatRow", "Published", "ServerWeights"]
 
 _FREE_FILES = 4
 _KEPT = 4
-"""Versions whose news are kept."""
+"""Versions whose updates are kept."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,11 @@ class _Row:
         self.norm = float(torch.linalg.vector_norm(weights))
         self.deltas: dict[int, str] = {}
         """Version → file that makes it of the one before."""
-        self.wholes: dict[int, str] = {}
+        self.full: dict[int, str] = {}
         self.hold(version)
 
     def hold(self, version: int) -> None:
-        """`sent` is what workers are to hold at `version`, and no news lead there."""
+        """`sent` is what workers are to hold at `version`, and no update leads there."""
         self.published = Published(version, identity_of(self.sent))
         self.identities = {version: self.published.identity}
 
@@ -109,15 +109,15 @@ class ServerWeights:
     # ------------------------------------------------------------------ for every thread
 
     def published(self, fragment: int) -> Published:
-        """The newest version."""
+        """The newest version of a fragment that workers can have."""
         return self._rows[fragment].published
 
     def chunks(self, fragment: int, codec: Codec | None = None) -> Chunks:
-        """How this fragment travels."""
+        """How the row of a fragment is cut to travel; `codec` None: the run's own."""
         return Chunks(self.shape.size(fragment), self.codec if codec is None else codec)
 
     def norm(self, fragment: int) -> float:
-        """L2 norm of the weights."""
+        """L2 norm of the newest weights of a fragment."""
         return self._rows[fragment].norm
 
     def deltas_for(self, fragment: int, base: int, identity: str) -> WeightUpdate | None:
@@ -126,7 +126,7 @@ class ServerWeights:
         newest = row.published
         steps = range(base + 1, newest.version + 1)
         known = row.identities.get(base) == identity and all(v in row.deltas for v in steps)
-        if not known or len(steps) * self.chunks(fragment).nbytes > self._whole(fragment).nbytes:
+        if not known or len(steps) * self.chunks(fragment).nbytes > self._full(fragment).nbytes:
             return None
         files = tuple(row.deltas[version] for version in steps)
         return WeightUpdate(newest.version, newest.identity, UpdateKind.DELTAS, files)
@@ -134,8 +134,11 @@ class ServerWeights:
     # ------------------------------------------------------------------ for its own thread
 
     def update_for(self, fragment: int, base: int, identity: str) -> WeightUpdate:
-        """The shortest way from `base` to the newest version. Raises OSError: a step failed, or
-        they cannot be written."""
+        """The shortest update from version `base` to the newest one.
+
+        Raises:
+            OSError: a step failed, or the file cannot be written.
+        """
         self._check_usable()
         return self.deltas_for(fragment, base, identity) or self._all_of(fragment)
 
@@ -143,7 +146,7 @@ class ServerWeights:
         """Take the outer step of a closed round, and publish the version it makes.
 
         Raises:
-            ChunkError, OSError: an upload cannot be read again, or news cannot be written.
+            ChunkError, OSError: an upload cannot be read again, or the update cannot be written.
         """
         self._check_usable()
         self._stepping = True
@@ -157,12 +160,15 @@ class ServerWeights:
         return row.published
 
     def reading(self, name: str) -> AbstractContextManager[Path]:
-        """A file of news, which stays as it is within the block. For every thread."""
+        """A file of an update, which stays as it is within the block. For every thread."""
         return self._pool.reading(self.folder / name)
 
     def state_dict(self) -> dict[str, Any]:
-        """Of a fragment each: what a restart needs. Shows the tensors, copies none. Raises OSError:
-        a step failed."""
+        """What a restart needs, of each fragment; the tensors are not copied.
+
+        Raises:
+            OSError: a step failed.
+        """
         self._check_usable()
         return {
             "rows": [
@@ -177,8 +183,11 @@ class ServerWeights:
         }
 
     def pieces(self, fragment: int) -> Iterator[dict[str, Any]]:
-        """What a restart needs of one fragment, chunk by chunk. Shows the tensors, copies none.
-        Raises OSError: a step failed."""
+        """What a restart needs of one fragment, chunk by chunk; the tensors are not copied.
+
+        Raises:
+            OSError: a step failed.
+        """
         self._check_usable()
         row = self._rows[fragment]
         for step, (_, span) in zip(
@@ -191,7 +200,7 @@ class ServerWeights:
             }
 
     def load_pieces(self, fragment: int, version: int, pieces: Iterable[dict[str, Any]]) -> None:
-        """The inverse: the fragment is at `version` from now on."""
+        """Take over what `pieces` gave: the fragment is at `version` from now on."""
         row = self._rows[fragment]
         spans = (span for _, span in self.chunks(fragment).spans())
         for step, span, piece in zip(self._steps_of(fragment), spans, pieces, strict=True):
@@ -203,7 +212,7 @@ class ServerWeights:
         row.hold(version)
 
     def load_outer(self, state: dict[str, Any]) -> None:
-        """What the constructor does not take, of the same `state_dict`."""
+        """Take over what the constructor does not take of a `state_dict`."""
         for fragment, (row, saved) in enumerate(zip(self._rows, state["rows"], strict=True)):
             for step, outer in zip(self._steps_of(fragment), saved["outer"], strict=True):
                 self.outer.load_state_dict(step, outer)
@@ -212,7 +221,7 @@ class ServerWeights:
                 row.hold(row.published.version)
 
     def by_name(self) -> dict[str, Tensor]:
-        """Name → fp32 weights, sharing storage."""
+        """The weights by name, fp32, sharing storage with the rows."""
         found: dict[str, Tensor] = {}
         for fragment, row in enumerate(self._rows):
             found |= self.shape.views(fragment, row.weights)
@@ -236,42 +245,42 @@ class ServerWeights:
     def _step_chunk(self, row: _Row, index: int, mean: Tensor) -> None:
         self.outer.step(self._steps[row.first + index], [mean])
 
-    def _publish(self, close: RoundClosed, row: _Row, news: Path, identity: str) -> None:
+    def _publish(self, close: RoundClosed, row: _Row, update: Path, identity: str) -> None:
         if self.lossy:
             name = f"f{close.fragment}-v{close.version}.delta"
             row.deltas[close.version] = name
         else:
-            name = _whole_name(close.fragment, close.version, identity)
-            row.wholes[close.version] = name
-        news.replace(self.folder / name)
+            name = _full_name(close.fragment, close.version, identity)
+            row.full[close.version] = name
+        update.replace(self.folder / name)
         row.identities[close.version] = identity
         self._forget(row, close.version)
         row.published = Published(close.version, identity)
 
-    def _whole(self, fragment: int) -> Chunks:
+    def _full(self, fragment: int) -> Chunks:
         return self.chunks(fragment, Identity())
 
     def _all_of(self, fragment: int) -> WeightUpdate:
         at = self._rows[fragment].published
-        name = self._write_whole(fragment, at.version, at.identity)
+        name = self._write_full(fragment, at.version, at.identity)
         return WeightUpdate(at.version, at.identity, UpdateKind.FULL, (name,))
 
-    def _write_whole(self, fragment: int, version: int, identity: str) -> str:
-        row, chunks = self._rows[fragment], self._whole(fragment)
-        name = row.wholes.get(version)
+    def _write_full(self, fragment: int, version: int, identity: str) -> str:
+        row, chunks = self._rows[fragment], self._full(fragment)
+        name = row.full.get(version)
         if name is None:
-            name = _whole_name(fragment, version, identity)
+            name = _full_name(fragment, version, identity)
             with (self.folder / name).open("wb") as file:
                 for index, span in chunks.spans():
                     file.write(chunks.encode(index, row.sent[:, span]))
-            row.wholes[version] = name
+            row.full[version] = name
         return name
 
     def _forget(self, row: _Row, version: int) -> None:
-        """Delete news that nobody is told of any more; who reads them keeps the file."""
+        """Delete updates that nobody is told of any more; who reads one keeps the file."""
         for old in [v for v in row.identities if v <= version - _KEPT]:
             del row.identities[old]
-        for kept, names in ((_KEPT, row.deltas), (2, row.wholes)):
+        for kept, names in ((_KEPT, row.deltas), (2, row.full)):
             for old in [v for v in names if v <= version - kept]:
                 self._pool.retire(self.folder / names.pop(old))
 
@@ -283,12 +292,12 @@ class FlatRow:
     flats: list[Tensor]
 
     def in_shape(self, flats: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Raises SettingsError: a chunk is a part of a row, without parameters."""
+        """Always raises SettingsError: a chunk is a part of a row, without parameters."""
         raise SettingsError(
             "the server steps flat chunks of the weights, so its outer optimizer must step number "
             "by number, as SGD does"
         )
 
 
-def _whole_name(fragment: int, version: int, identity: str) -> str:
+def _full_name(fragment: int, version: int, identity: str) -> str:
     return f"f{fragment}-v{version}-{identity}.whole"

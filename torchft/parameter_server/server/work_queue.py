@@ -1,6 +1,6 @@
 """What takes long, beside the event loop: work in threads, and tasks that nobody waits for.
 
-Work that has an order (outer steps, checkpoints, news) shares one thread, which does it in the
+Work that has an order (outer steps, checkpoints, updates) shares one thread, which does it in the
 order in which it was asked for. What has none has threads of its own.
 """
 
@@ -17,18 +17,18 @@ T = TypeVar("T")
 
 
 class WorkQueue:
-    """Of one event loop; all but the work itself runs on it."""
+    """The work of one event loop; all but the work itself runs on it."""
 
     def __init__(self) -> None:
         self.failure: BaseException | None = None
         """The first one of a task that nobody waits for."""
         self._ordered = ThreadPoolExecutor(1, "outer-step")
-        self._unordered = ThreadPoolExecutor(2, "intake")
+        self._unordered = ThreadPoolExecutor(2, "upload")
         self._tasks: set[asyncio.Future[None]] = set()
         self._turns: set[asyncio.Future[Any]] = set()
 
     def in_turn(self, work: Callable[..., T], *args: Any) -> asyncio.Future[T]:
-        """After all that was asked for before."""
+        """Do `work` after all that was asked for in turn before."""
         turn = asyncio.get_running_loop().run_in_executor(self._ordered, work, *args)
         self._turns.add(turn)
         turn.add_done_callback(self._turns.discard)
@@ -39,22 +39,22 @@ class WorkQueue:
         return len(self._turns) > 1
 
     def beside(self, work: Callable[..., T], *args: Any) -> asyncio.Future[T]:
-        """As soon as a thread is free."""
+        """Do `work` as soon as a thread is free, whatever was asked for before."""
         return asyncio.get_running_loop().run_in_executor(self._unordered, work, *args)
 
     def start(self, task: Awaitable[None]) -> None:
-        """It runs on; nobody waits for it."""
+        """Run a task that nobody waits for; its first error becomes `failure`."""
         started = asyncio.ensure_future(task)
         self._tasks.add(started)
         started.add_done_callback(self._done)
 
     async def finish(self) -> None:
-        """All that was started is over."""
+        """Wait until all tasks that were started are over."""
         while self._tasks:
             await asyncio.wait(set(self._tasks))
 
     def end(self) -> None:
-        """Of the threads, after their work."""
+        """End the threads, after the work that they have."""
         self._ordered.shutdown()
         self._unordered.shutdown()
 
