@@ -27,20 +27,23 @@ logger = logging.getLogger(__name__)
 
 
 class Journal:
-    """The files in `folder`, which is there; events go to the newest one."""
+    """The files in `folder`, which is there; events go to the newest one, or, where it `keeps`
+    none, nowhere."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, keeps: bool = True) -> None:
+        self.folder, self._keeps = folder, keeps
         self._at = 0
         self._newest = self._path(0), 0
         """The event that was read last: its file, and where in it."""
 
     def write(self, event: Event) -> None:
-        """Add one event to the newest file.
+        """Add one event to the newest file, before it has an effect.
 
         Raises:
             OSError: there is no room, and nothing of it is there.
         """
+        if not self._keeps:
+            return
         line = (json.dumps([event.kind, event_to_json(event)]) + "\n").encode()
         with self._path(self._at).open("ab", buffering=0) as file:
             end = file.tell()

@@ -378,7 +378,7 @@ class ServerState:
         run, now = self._known(), self._clock()
         closes = iter(lambda: run.rounds.next_close(now), None)
         for event in itertools.chain(events, closes):
-            self._storage.record(event)
+            self._storage.journal.write(event)
             run.apply(now, event)
             self._follow(run, event)
 

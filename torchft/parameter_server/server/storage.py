@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from torchft.errors import TorchftError
-from torchft.parameter_server.core.events import Event, RoundClosed
+from torchft.parameter_server.core.events import RoundClosed
 from torchft.parameter_server.core.options import ServerOptions
 from torchft.parameter_server.file_pool import FilePool
 from torchft.parameter_server.server.checkpoints import Checkpoints, load
@@ -44,7 +44,7 @@ class Storage:
     def __init__(self, options: ServerOptions) -> None:
         folder = options.output_dir
         self.uploads, self.updates = folder / "spool" / "uploads", folder / "spool" / "news"
-        self.journal = Journal(folder / "journal")
+        self.journal = Journal(folder / "journal", keeps=options.save_every > 0)
         self.records = StateRecords(folder / "spool" / "state")
         self.number = 0
         """Of the newest checkpoint, or of the one that is being written."""
@@ -96,15 +96,6 @@ class Storage:
             *(number, self.number),
         )
         return False
-
-    def record(self, event: Event) -> None:
-        """Write an event to the journal, before it has an effect.
-
-        Raises:
-            OSError: there is no room.
-        """
-        if self._options.save_every:
-            self.journal.write(event)
 
     def ended(self, what: str, why: Exception) -> StorageError:
         """The error of a server that could not do `what` and cannot go on without it."""
