@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from torchft import strategies
 from torchft.experiments import datasets
-from torchft.experiments.zoo import Gpt
+from torchft.experiments.models import Gpt
 from torchft.simulator.experiment import Experiment
 from torchft.simulator.loop import run_stacked
 from torchft.strategies import OptimSpec, Strategy

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from torchft.experiments import datasets
-from torchft.experiments.zoo import Gpt
+from torchft.experiments.models import Gpt
 from torchft.parameter_server.core.options import OuterOptions
 from torchft.parameter_server.core.rules import Mode, Rules
 

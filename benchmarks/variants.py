@@ -1,6 +1,6 @@
 """What the readings of a recipe learn, where a paper and its authors' code differ.
 
-Four simulated nodes learn scikit-learn's digits, enlarged (the zoo's mlp): each variant sees the
+Four simulated nodes learn scikit-learn's digits, enlarged (the model mlp): each variant sees the
 same images in the same order from the same weights, and as many of them. A loss is that of the mean
 of the nodes' models on images that nobody trained on, in nats; it is a mean over seeds, ± their
 standard deviation.
@@ -103,7 +103,7 @@ def _figure(name: str, losses: list[float]) -> Figure:
 def _trained(name: str, train: Any, held_out: Any, options: Options) -> list[float]:
     import torch
 
-    from torchft.experiments.zoo import Mlp
+    from torchft.experiments.models import Mlp
     from torchft.simulator.experiment import Experiment
     from torchft.simulator.loop import run_stacked
 

@@ -26,7 +26,7 @@ from torchft import strategies  # noqa: E402
 from torchft.experiments import (  # noqa: E402
     Trainer,
     describe_machine,
-    zoo,
+    models,
 )
 
 TINY_PICTURES = ["--nodes", "2", "--steps", "4", "--batch", "8", "--H", "2", "--model", "mlp"]
@@ -210,7 +210,7 @@ SENT = {
 @pytest.mark.parametrize("name", SENT)
 def test_bytes_a_step_are_what_the_document_says(name: str) -> None:
     cls, settings, said = SENT[name]
-    trainer = Trainer(zoo.Mlp(), digits(512, 32).train, device="cpu")
+    trainer = Trainer(models.Mlp(), digits(512, 32).train, device="cpu")
     trainer.fit(
         num_epochs=20, strategy=cls(**settings), num_nodes=4, max_steps=20, disable_logging=True
     )

@@ -43,7 +43,7 @@ def _run(story: Callable[[LocalNode], Any], folder: Path, nodes: int = 3, **opti
 
 
 def _gather_everything(node: LocalNode) -> list[Any]:
-    node.meet(lambda _: None, dict)
+    node.connect(lambda _: None, dict)
     peers = node.peers()
     while (opened := peers.open(Place.AFTER)).opening:
         pass
@@ -87,7 +87,7 @@ def _moved(node: int) -> torch.Tensor:
 def _through_a_door(door: str, node: LocalNode) -> bool:
     model = torch.nn.Linear(7, 5, bias=False)
     inner, outer = (torch.optim.SGD(model.parameters(), lr=1.0) for _ in range(2))
-    manager = node.meet()
+    manager = node.connect()
     entered: Any = (
         LocalSGD(manager, model, inner, sync_every=1, deterministic=True)
         if door == "LocalSGD"
@@ -110,7 +110,7 @@ def test_a_door_averages_in_the_order_of_the_names(tmp_path: Path, door: str) ->
 
 
 def _fail(node: LocalNode) -> None:
-    node.meet(lambda _: None, dict)
+    node.connect(lambda _: None, dict)
     if node.number == 1:
         raise ValueError("the data are gone")
     node.peers().open(Place.AFTER)
@@ -125,8 +125,8 @@ def test_a_node_that_fails_ends_the_run_with_its_traceback(tmp_path: Path) -> No
 
 def _die(node: LocalNode) -> None:
     if node.number == 2:
-        node.dies()
-    node.meet(lambda _: None, dict)
+        node.kill_self()
+    node.connect(lambda _: None, dict)
 
 
 def test_a_death_that_was_not_planned_ends_the_run(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def _return(value: Any, node: LocalNode) -> Any:
 
 def test_news_outlive_their_process(tmp_path: Path) -> None:
     heard: list[tuple[int, str]] = []
-    results = _run(partial(_return, "hello"), tmp_path, news=lambda *news: heard.append(news))
+    results = _run(partial(_return, "hello"), tmp_path, on_report=lambda *news: heard.append(news))
     assert results == dict.fromkeys(range(3), "hello")
     assert sorted(heard) == [(node, f"hello {node}") for node in range(3)]
 
@@ -159,13 +159,13 @@ from pathlib import Path
 from torchft.experiments.local_nodes import LocalNodes, Start
 
 def story(node):
-    node.meet(lambda _: None, dict)
+    node.connect(lambda _: None, dict)
     node.report("met")
     time.sleep(600)
 
 starts = [Start(0), Start(1)]
 tell = lambda node, news: print(news, flush=True)
-LocalNodes(story, starts, Path(sys.argv[1]), method="fork", news=tell).run()
+LocalNodes(story, starts, Path(sys.argv[1]), method="fork", on_report=tell).run()
 """
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchft.simulator.events import Attendance
+from torchft.simulator.events import Membership
 from torchft.simulator.peers import StackedPeers
 from torchft.simulator.stacked import StackedLocal
 from torchft.strategies import (
@@ -49,7 +49,7 @@ def train(strategy: Strategy, seed: int, *, nodes: int = 4) -> Tensor:
     target = torch.randn(1500, generator=draws)
     assert strategy.inner is not None
     local = StackedLocal(Numbers(), nodes, strategy.inner, STEPS)
-    peers = StackedPeers(local, Attendance(nodes, ()), strategy)
+    peers = StackedPeers(local, Membership(nodes, ()), strategy)
     strategy.bind(local, peers)
     for step in range(STEPS):
         peers.begin(step)

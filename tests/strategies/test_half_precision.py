@@ -78,7 +78,7 @@ OUTER_STEPS: dict[str, Make] = {
 }
 
 
-class Run:
+class Simulation:
     """One node: each step all its weights go down by one unit in the last place."""
 
     def __init__(self, node: Node, make: Make, dtype: torch.dtype, shared: Any) -> None:
@@ -95,7 +95,7 @@ class Run:
         self.strategy.load_shared_state_dict(state[0])
         self.model.load_state_dict(state[1])
 
-    def run(self, steps: int = ROUNDS, places: Callable[[int], int] = lambda step: 1) -> Run:
+    def run(self, steps: int = ROUNDS, places: Callable[[int], int] = lambda step: 1) -> Simulation:
         for step in range(steps):
             with torch.no_grad():
                 for p in self.model.parameters():
@@ -120,9 +120,9 @@ class Run:
 
 def train(
     make: Make, dtype: torch.dtype, shared: Any = torch.float32, script: Script | None = None
-) -> dict[int, Run]:
+) -> dict[int, Simulation]:
     world = World(script or Script(NODES))
-    return world.run(lambda node: Run(node, make, dtype, shared).run(ROUNDS - joined(node)))
+    return world.run(lambda node: Simulation(node, make, dtype, shared).run(ROUNDS - joined(node)))
 
 
 def joined(node: Node) -> int:
@@ -173,7 +173,7 @@ def test_shared_state_is_what_an_fp32_model_has(name: str) -> None:
 @pytest.mark.parametrize("make", [lent(SLOW, mix=0.5), lambda _, s: DiLoCo(SLOW, 1, mix=0.5)])
 def test_a_mixture_is_rounded_once(make: Make) -> None:
     def story(node: Node) -> None:
-        run = Run(node, make, torch.bfloat16, torch.float32)
+        run = Simulation(node, make, torch.bfloat16, torch.float32)
         for _ in range(ROUNDS):
             with torch.no_grad():
                 for p in run.model.parameters():
@@ -195,9 +195,9 @@ AVERAGES: dict[str, Make] = {
 def test_averages_between_two_numbers_add_up(name: str) -> None:
     """One of three nodes moves, by a place a round: a third of a place is not lost."""
 
-    def story(shared: Any) -> dict[int, Run]:
+    def story(shared: Any) -> dict[int, Simulation]:
         return World(Script(3)).run(
-            lambda node: Run(node, AVERAGES[name], torch.bfloat16, shared).run(
+            lambda node: Simulation(node, AVERAGES[name], torch.bfloat16, shared).run(
                 places=lambda _: int(node.rank == 0)
             )
         )
@@ -214,7 +214,7 @@ def test_a_mean_of_equal_weights_is_that_weight() -> None:
 
     def story(shared: Any) -> bool:
         def train(node: Node) -> bool:
-            run = Run(node, lambda _, s: sparta(s), torch.bfloat16, shared)
+            run = Simulation(node, lambda _, s: sparta(s), torch.bfloat16, shared)
             with torch.no_grad():
                 for p in run.model.parameters():
                     p.add_(2.0**-7 * torch.arange(1, p.numel() + 1))
@@ -232,8 +232,8 @@ def test_a_mean_of_equal_weights_is_that_weight() -> None:
 
 
 def test_beside_sparta_too() -> None:
-    def story(node: Node) -> Run:
-        run = Run(node, lambda _, s: DiLoCo(SLOW, 1, shared_dtype=s), torch.bfloat16, None)
+    def story(node: Node) -> Simulation:
+        run = Simulation(node, lambda _, s: DiLoCo(SLOW, 1, shared_dtype=s), torch.bfloat16, None)
         run.model = Ones(torch.bfloat16)
         local = ModelLocal([run.model])
         recipes = [Sparta(RandomIndexSelector(0.5)), DiLoCo(SLOW, 1)]
@@ -260,13 +260,13 @@ def test_a_checkpoint_has_the_fp32_state(name: str) -> None:
     make = {**OUTER_STEPS, **AVERAGES, **STRATEGIES}[name]
 
     def story(node: Node) -> tuple[str, str]:
-        first = Run(node, make, torch.bfloat16, torch.float32).run(7)
+        first = Simulation(node, make, torch.bfloat16, torch.float32).run(7)
         saved = copy.deepcopy([first.strategy.state_dict(), first.model.state_dict()])
-        second = Run(node, make, torch.bfloat16, torch.float32)
+        second = Simulation(node, make, torch.bfloat16, torch.float32)
         second.strategy.load_state_dict(saved[0])
         second.model.load_state_dict(saved[1])
         again = second.run(6)
-        through = Run(node, make, torch.bfloat16, torch.float32)
+        through = Simulation(node, make, torch.bfloat16, torch.float32)
         return digest(again.strategy.state_dict()), digest(through.run(13).strategy.state_dict())
 
     resumed, straight = World(Script(1)).run(story)[0]
@@ -277,8 +277,8 @@ def test_a_checkpoint_of_before_goes_on_from_its_weights() -> None:
     """Of versions whose backup and momentum were in the parameters' dtype."""
 
     def story(node: Node) -> None:
-        old = Run(node, lent(NESTEROV), torch.bfloat16, None).run(10)
-        new = Run(node, lent(NESTEROV), torch.bfloat16, torch.float32)
+        old = Simulation(node, lent(NESTEROV), torch.bfloat16, None).run(10)
+        new = Simulation(node, lent(NESTEROV), torch.bfloat16, torch.float32)
         new.strategy.load_state_dict(copy.deepcopy(old.strategy.state_dict()))
         assert torch.equal(new.backup, old.backup.float())
         (momentum,) = {
@@ -372,7 +372,7 @@ class TestTheDoors:
 
     def test_a_step_that_raises_leaves_the_backup_whole(self) -> None:
         def story(node: Node) -> None:
-            run = Run(node, lent(NESTEROV), torch.bfloat16, torch.float32).run(3)
+            run = Simulation(node, lent(NESTEROV), torch.bfloat16, torch.float32).run(3)
             before = run.backup.clone()
 
             def broken(*_: object) -> None:

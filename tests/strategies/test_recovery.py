@@ -15,7 +15,7 @@ from helpers.tiny import Tiny, backward, digest
 from torch import Tensor, nn
 
 from torchft.errors import NotFiniteError
-from torchft.simulator.events import Attendance
+from torchft.simulator.events import Membership
 from torchft.simulator.peers import StackedPeers
 from torchft.simulator.stacked import StackedLocal
 from torchft.strategies import DiLoCo, Inner, LocalSGD, ModelLocal, OptimSpec, Recipe, Strategy
@@ -175,7 +175,7 @@ def test_a_simulated_node_with_nan_in_its_moments_begins_them_anew(fragments: in
     local = StackedLocal(model, 3, Inner(OptimSpec(torch.optim.AdamW)), STEPS)
     recipe = DiLoCo(OUTER, 4, fragments=fragments)
     strategy = Strategy([recipe])
-    strategy.bind(local, StackedPeers(local, Attendance(3), strategy))
+    strategy.bind(local, StackedPeers(local, Membership(3), strategy))
     for number in range(1, STEPS + 1):
         local.zero_grads()
         for row, one in enumerate(local.models):

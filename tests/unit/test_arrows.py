@@ -16,7 +16,17 @@ PACKAGE = Path(__file__).parents[2] / "torchft"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 BASE = {
-    *("best_effort", "digest", "errors", "finite", "futures", "ledger", "numbers", "ordered"),
+    *(
+        "best_effort",
+        "digest",
+        "errors",
+        "finite",
+        "futures",
+        "lazy_names",
+        "ledger",
+        "numbers",
+        "ordered",
+    ),
     *("parameter_marks", "peers", "records", "settings", "step_hooks", "step_watch"),
     *("timeouts", "uncopied", "untraced", "version", "work"),
 }

@@ -21,7 +21,7 @@ from torch.distributed import TCPStore
 from torchft.best_effort import BestEffort
 from torchft.errors import SettingsError
 from torchft.experiments.loggers import CSVLogger
-from torchft.experiments.progress import Progress
+from torchft.experiments.progress import ProgressBar
 from torchft.experiments.trainer import Trainer
 from torchft.manager import Manager
 from torchft.process_group import ProcessGroupDummy
@@ -179,7 +179,7 @@ def test_a_folder_of_figures_that_cannot_be_made_is_an_error_of_the_start() -> N
 
 def test_a_bar_on_a_full_disk_does_not_end_a_run(caplog: pytest.LogCaptureFixture) -> None:
     with FULL.open("w") as stream:
-        progress = Progress("run", 2, stream=stream)
+        progress = ProgressBar("run", 2, stream=stream)
         progress.step(1.0)
         progress.say()
         progress.step(0.5)

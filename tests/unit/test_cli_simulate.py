@@ -15,8 +15,8 @@ from tests.helpers.sweeps import TINY
 from torchft.cli import simulate
 from torchft.cli.main import main, parser
 from torchft.experiments.config import SimulateConfig, StrategyConfig, from_mapping
-from torchft.experiments.report import as_yaml
-from torchft.simulator.weather import NodeWeather, Weather
+from torchft.experiments.tables import as_yaml
+from torchft.simulator.faults import NodeProfile, Weather
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,7 @@ def test_every_flag_reaches_its_setting(tmp_path: Path) -> None:
         batch_size=3,
         equal="steps",
         schedule="cosine",
-        weather=Weather(nodes=[NodeWeather(step_s=2.0)]),
+        weather=Weather(nodes=[NodeProfile(step_s=2.0)]),
         target_loss=1.5,
         device="cuda",
         max_norm=1.0,

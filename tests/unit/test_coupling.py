@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torchft.errors import SettingsError
 from torchft.simulator.events import Dies, Joins
 from torchft.simulator.experiment import Experiment
-from torchft.simulator.loop import Run, run_stacked
+from torchft.simulator.loop import Simulation, run_stacked
 from torchft.strategies import (
     DiLoCo,
     DiLoCoStrategy,
@@ -67,7 +67,7 @@ def alone_and_among(inner: Inner, **settings: Any) -> tuple[nn.Module, nn.Module
     found = []
     for nodes in (1, 4):
         strategy = Strategy([LocalSGD(STEPS + 1)], inner=inner)
-        run = Run(experiment(strategy, num_nodes=nodes, **settings))
+        run = Simulation(experiment(strategy, num_nodes=nodes, **settings))
         while run.step < STEPS:
             run.train_step()
         found.append(run.nodes[0].model)
@@ -137,7 +137,7 @@ def test_only_a_fused_kernel_that_couples_nothing_steps_all_nodes() -> None:
 
 def test_a_node_that_joins_gets_its_donors_learned_step_size() -> None:
     strategy = Strategy([DiLoCo(OptimSpec(torch.optim.SGD, lr=0.7), 2)], inner=OptimSpec(Prodigy))  # type: ignore[arg-type]
-    run = Run(experiment(strategy, events=[Dies(node=2, step=1), Joins(node=2, step=3)]))
+    run = Simulation(experiment(strategy, events=[Dies(node=2, step=1), Joins(node=2, step=3)]))
     while run.step < STEPS - 1:
         run.train_step()
         if run.result.heals:
@@ -152,11 +152,11 @@ def test_a_node_that_joins_gets_its_donors_learned_step_size() -> None:
 
 
 def test_a_run_that_resumes_has_every_nodes_own_optimizer_back() -> None:
-    def begun() -> Run:
+    def begun() -> Simulation:
         strategy = DiLoCoStrategy(
             OptimSpec(Prodigy), H=2, lr_scheduler="lambda_cosine", lr_scheduler_kwargs={}
         )
-        return Run(experiment(strategy, num_nodes=3))
+        return Simulation(experiment(strategy, num_nodes=3))
 
     whole, half = begun(), begun()
     for run, steps in ((whole, STEPS), (half, 3)):
@@ -186,7 +186,7 @@ def test_the_outer_step_is_that_of_the_models_own_parameters(name: str) -> None:
     result = run_stacked(experiment(Strategy([DiLoCo(make, STEPS)], inner=inner), num_nodes=2))
     trained = []
     for node in range(2):  # the same by hand
-        run = Run(experiment(Strategy([LocalSGD(STEPS + 1)], inner=inner), num_nodes=2))
+        run = Simulation(experiment(Strategy([LocalSGD(STEPS + 1)], inner=inner), num_nodes=2))
         while run.step < STEPS:
             run.train_step()
         trained.append([p.detach().clone() for p in run.nodes[node].model.parameters()])
@@ -227,14 +227,14 @@ def test_an_optimizer_that_wants_other_gradients_is_refused_before_the_first_ste
 ) -> None:
     sparse = OptimSpec(torch.optim.SparseAdam)
     optims = {"inner": (sparse, None), "outer": ("adamw", sparse)}[where]
-    steps: list[Run] = []
+    steps: list[Simulation] = []
     with pytest.raises(SettingsError, match=f"{where} optimizer SparseAdam cannot step: .*dense"):
         run_stacked(experiment(DiLoCoStrategy(*optims, H=2)), on_step=steps.append)
     assert not steps
 
 
 def test_a_schedule_whose_arguments_are_of_a_wrong_kind_is_refused_before_the_first_step() -> None:
-    steps: list[Run] = []
+    steps: list[Simulation] = []
     decay = ScheduleSpec(torch.optim.lr_scheduler.StepLR, step_size="ten")
     with pytest.raises(SettingsError, match=r"StepLR.*'step_size': 'ten'.* cannot step"):
         run_stacked(

@@ -1,4 +1,4 @@
-"""Checkpoints: a run that was interrupted and resumed has the bits of one that never was."""
+"""CheckpointFolder: a run that was interrupted and resumed has the bits of one that never was."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from torchft.errors import SettingsError
 from torchft.experiments import CSVLogger, Trainer
-from torchft.experiments.checkpoint import Checkpoints, load_checkpoint, write_whole
+from torchft.experiments.checkpoint import CheckpointFolder, load_checkpoint, write_whole
 from torchft.simulator import Dies, Joins, Result
 from torchft.strategies import DiLoCoStrategy, OptimSpec, SimpleReduceStrategy, Strategy
 
@@ -242,8 +242,8 @@ def test_a_file_holds_tensors_and_plain_data_only(tmp_path: Path) -> None:
 def test_what_would_need_code_to_load_is_not_written(tmp_path: Path) -> None:
     path = tmp_path / "step_00000001.pt"
     write_whole(path, {"kept": 1})
-    with pytest.raises(SettingsError, match="Checkpoints"):
-        write_whole(path, {"thing": Checkpoints(tmp_path)})
+    with pytest.raises(SettingsError, match="CheckpointFolder"):
+        write_whole(path, {"thing": CheckpointFolder(tmp_path)})
     assert torch.load(path, weights_only=True) == {"kept": 1}
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
@@ -251,7 +251,7 @@ def test_what_would_need_code_to_load_is_not_written(tmp_path: Path) -> None:
 def test_a_process_that_ends_while_it_writes_leaves_the_older_file_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = CheckpointFolder(tmp_path)
     checkpoints.save(3, {}, {"weights": torch.ones(10)})
 
     def half(content: Any, file: Any) -> None:
@@ -269,7 +269,7 @@ def test_a_process_that_ends_while_it_writes_leaves_the_older_file_whole(
 
 
 def test_a_file_that_is_cut_off_is_refused_by_name(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = CheckpointFolder(tmp_path)
     path = checkpoints.save(3, {}, {"weights": torch.ones(1000)})
     path.write_bytes(path.read_bytes()[:-500])
     with pytest.raises(SettingsError, match=r"step_00000003\.pt cannot be read"):
@@ -284,7 +284,7 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
 
 def test_keeping_none_is_refused() -> None:
     with pytest.raises(SettingsError, match="keep_checkpoints=0"):
-        Checkpoints("x", keep=0)
+        CheckpointFolder("x", keep=0)
 
 
 def test_a_file_of_something_else_is_refused_without_the_advice_to_unpickle_it(

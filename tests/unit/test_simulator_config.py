@@ -21,8 +21,8 @@ from torchft.experiments.config import (
     read_weather,
     whole,
 )
-from torchft.experiments.report import as_yaml
-from torchft.simulator.weather import NodeWeather, Weather, WeatherEvent
+from torchft.experiments.tables import as_yaml
+from torchft.simulator.faults import FaultEvent, NodeProfile, Weather
 
 
 def test_nothing_said_is_the_default() -> None:
@@ -124,7 +124,7 @@ def test_toml_says_the_same(tmp_path: Path) -> None:
     path.write_text("nodes = [2, 4]\n[weather]\npace_s = 0.5\n[[weather.nodes]]\nstep_s = 0.2\n")
     config = from_mapping(read_config(path))
     assert config.nodes == (2, 4)
-    assert config.weather == Weather(nodes=[NodeWeather(step_s=0.2)], pace_s=0.5)
+    assert config.weather == Weather(nodes=[NodeProfile(step_s=0.2)], pace_s=0.5)
 
 
 def test_weather_and_its_trace_are_looked_for_beside_the_file(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_weather_and_its_trace_are_looked_for_beside_the_file(tmp_path: Path) ->
     config = from_mapping(read_config(tmp_path / "sweep.yaml"))
     assert config.weather == Weather(trace=tmp_path / "sky/fails.csv")
     assert len(config.weather.to_events(2, 5)) == 1
-    assert config.networks == {"b": Weather(nodes=[NodeWeather(step_s=1.0)])}
+    assert config.networks == {"b": Weather(nodes=[NodeProfile(step_s=1.0)])}
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
 def test_an_event_in_a_configuration_is_an_event() -> None:
     config = from_mapping({"weather": {"events": [{"node": 1, "event": "dies", "time_s": 2.5}]}})
     assert config.weather is not None
-    assert config.weather.events == (WeatherEvent(node=1, event="dies", time_s=2.5),)
+    assert config.weather.events == (FaultEvent(node=1, event="dies", time_s=2.5),)
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "simulate"

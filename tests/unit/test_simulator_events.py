@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import pytest
 
 from torchft.errors import SettingsError
-from torchft.simulator.events import Attendance, Dies, Discards, Event, Joins, Misses, check_events
+from torchft.simulator.events import Dies, Discards, Event, Joins, Membership, Misses, check_events
 
 
-def attend(*events: Event, nodes: int = 3) -> Attendance:
-    return Attendance(nodes, events)
+def attend(*events: Event, nodes: int = 3) -> Membership:
+    return Membership(nodes, events)
 
 
 def test_a_node_is_gone_when_its_step_begins() -> None:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torchft.errors import SettingsError
 from torchft.simulator.events import Dies, Joins
 from torchft.simulator.experiment import Experiment
+from torchft.simulator.faults import FaultEvent, Weather
 from torchft.simulator.loop import run_stacked
-from torchft.simulator.weather import Weather, WeatherEvent
 from torchft.strategies import AllReduce, DiLoCoStrategy, Inner, LocalSGD, Strategy
 
 
@@ -144,7 +144,7 @@ def test_it_travels_with_its_parts() -> None:
 
 
 def test_events_of_the_weather_come_too() -> None:
-    stormy = Weather(events=[WeatherEvent(node=2, event="dies", step=2)])
+    stormy = Weather(events=[FaultEvent(node=2, event="dies", step=2)])
     one = experiment(model=Fits(), events=[Dies(1, 1)], weather=stormy)
     assert one.all_events() == [Dies(1, 1), Dies(2, 2)]
     result = run_stacked(one)

@@ -23,7 +23,7 @@ from torchft.experiments.loggers import (
     chosen,
     perplexity,
 )
-from torchft.experiments.progress import Progress
+from torchft.experiments.progress import ProgressBar
 
 PAST: list[tuple[Kind, Row]] = [
     ("validation", {"step": 0, "examples_trained": 0, "local_loss": 3.0}),
@@ -160,7 +160,7 @@ class _Terminal(StringIO):
 
 def test_without_a_terminal_there_is_a_line_each_ten_seconds_and_at_the_end() -> None:
     stream, times = StringIO(), iter([10.0, 12.0, 20.0, 20.0, 29.9, 30.0, 30.0, 31.0, 35.0])
-    progress = Progress("run", 7, 2, stream=stream, clock=lambda: next(times))
+    progress = ProgressBar("run", 7, 2, stream=stream, clock=lambda: next(times))
     lines = []
     for loss in (0.5, 0.25, 0.125, 0.0625):
         progress.step(loss)
@@ -180,7 +180,7 @@ def test_without_a_terminal_there_is_a_line_each_ten_seconds_and_at_the_end() ->
 
 def test_without_a_terminal_a_validation_has_its_line() -> None:
     stream, times = StringIO(), iter([0.0, 2.0, 4.0])
-    progress = Progress("run", 2, stream=stream, clock=lambda: next(times))
+    progress = ProgressBar("run", 2, stream=stream, clock=lambda: next(times))
     progress.step(0.5)
     progress.show(validation=0.75)
     progress.say()
@@ -189,7 +189,7 @@ def test_without_a_terminal_a_validation_has_its_line() -> None:
 
 def test_a_run_that_stopped_early_says_so() -> None:
     stream, times = StringIO(), iter([0.0, 1.0])
-    progress = Progress("run", 6, stream=stream, clock=lambda: next(times))
+    progress = ProgressBar("run", 6, stream=stream, clock=lambda: next(times))
     progress.step(1.0)
     progress.close()
     assert stream.getvalue() == "run: 1 of 6 steps, 1.0 it/s, loss 1\n"
@@ -197,7 +197,7 @@ def test_a_run_that_stopped_early_says_so() -> None:
 
 def test_a_terminal_gets_a_bar_with_the_loss() -> None:
     stream = _Terminal()
-    progress = Progress("run", 2, stream=stream)
+    progress = ProgressBar("run", 2, stream=stream)
     for loss in (0.5, 0.25):
         progress.step(loss)
     progress.close()

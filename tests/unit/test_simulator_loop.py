@@ -19,7 +19,7 @@ from torch.testing import assert_close
 from torchft.errors import SettingsError
 from torchft.simulator.events import Dies, Discards, Event, Joins
 from torchft.simulator.experiment import Experiment
-from torchft.simulator.loop import Run, run_stacked
+from torchft.simulator.loop import Simulation, run_stacked
 from torchft.simulator.node import NodeError, TrainNode
 from torchft.simulator.result import Result, mean_model
 from torchft.strategies import (
@@ -222,7 +222,7 @@ class TestRepeating:
                 clock[0] += 1.0
                 return super().loss(batch)
 
-        def look(run: Run) -> None:
+        def look(run: Simulation) -> None:
             clock[0] += 100.0
             if run.step == 2:
                 saved.append(copy.deepcopy(run.state_dict()))
@@ -261,7 +261,7 @@ class TestRepeating:
         events = [Dies(1, 3), Joins(1, 7), Dies(2, 9, in_round=True)]
         saved: dict[str, Any] = {}
 
-        def save(run: Run) -> None:
+        def save(run: Simulation) -> None:
             if run.step == 5:
                 saved.update(copy.deepcopy(run.state_dict()))
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torchft.peers import Place
 from torchft.simulator.clocks import NodeSeconds, heal_seconds, round_seconds
 from torchft.simulator.events import Dies
-from torchft.simulator.network import SimulatedRun, forecast_records, smoothed
-from torchft.simulator.weather import NodeWeather, Weather
+from torchft.simulator.faults import NodeProfile, Weather
+from torchft.simulator.forecast import Forecast, forecast_records, smoothed
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def run(
     nodes: int = 2,
     away: dict[int, range] | None = None,
     **more: Any,
-) -> SimulatedRun:
+) -> Forecast:
     """`away`: steps that a node does not compute. The loss of a step is 10 minus its number."""
     gone = away or {}
     losses = [
@@ -65,13 +65,13 @@ def run(
 
 def unequal(**link: float) -> Weather:
     """Node 0 takes 1 s a step, node 1 takes 3 s."""
-    nodes = [NodeWeather(step_s=1.0, **link), NodeWeather(step_s=3.0, **link)]
+    nodes = [NodeProfile(step_s=1.0, **link), NodeProfile(step_s=3.0, **link)]
     return Weather(nodes=nodes, heartbeat_timeout_s=5.0)
 
 
 def test_alone_a_node_only_computes() -> None:
     records = [Round(step, members=(0,), nbytes=1000) for step in range(4)]
-    slow = Weather(nodes=[NodeWeather(step_s=2.0, up_bps=1, down_bps=1, latency_s=100)])
+    slow = Weather(nodes=[NodeProfile(step_s=2.0, up_bps=1, down_bps=1, latency_s=100)])
     simulated = run(slow, 4, records, nodes=1)
     assert simulated.nodes == (NodeSeconds(compute_s=8.0),)
     assert (simulated.elapsed_s, simulated.utilisation) == (8.0, 1.0)
@@ -99,26 +99,26 @@ def test_latencies_add_up_by_the_pattern(
     kind: str, members: int, collectives: int, messages: int
 ) -> None:
     record = Round(0, members=tuple(range(members)), kind=kind, collectives=collectives)
-    links = [NodeWeather(latency_s=0.5)] * members
+    links = [NodeProfile(latency_s=0.5)] * members
     assert round_seconds(record, links) == messages * 0.5
 
 
 @pytest.mark.parametrize("slow", [{"up_bps": 8.0}, {"down_bps": 8.0}])
 def test_the_slowest_link_sets_the_pace_of_the_bytes(slow: dict[str, float]) -> None:
-    links = [NodeWeather(up_bps=800, down_bps=800), NodeWeather(**slow), NodeWeather()]
+    links = [NodeProfile(up_bps=800, down_bps=800), NodeProfile(**slow), NodeProfile()]
     assert round_seconds(Round(0, members=(0, 1, 2), nbytes=100), links) == 100.0
     assert round_seconds(Round(0, members=(0, 2), nbytes=100), links) == 1.0
 
 
 def test_a_heal_takes_the_slower_of_both_directions() -> None:
-    assert heal_seconds(100, NodeWeather(up_bps=80), NodeWeather(down_bps=800)) == 10.0
-    assert heal_seconds(100, NodeWeather(up_bps=800), NodeWeather(down_bps=80)) == 10.0
-    assert heal_seconds(100, NodeWeather(up_bps=80, latency_s=1), NodeWeather(), 2) == 21.0
+    assert heal_seconds(100, NodeProfile(up_bps=80), NodeProfile(down_bps=800)) == 10.0
+    assert heal_seconds(100, NodeProfile(up_bps=800), NodeProfile(down_bps=80)) == 10.0
+    assert heal_seconds(100, NodeProfile(up_bps=80, latency_s=1), NodeProfile(), 2) == 21.0
 
 
 def test_a_death_between_rounds_delays_the_next_one_by_the_heartbeat_timeout() -> None:
     rounds = [Round(0), Round(1, members=(0,))]
-    weather = replace(unequal(), nodes=[NodeWeather(step_s=1.0)])
+    weather = replace(unequal(), nodes=[NodeProfile(step_s=1.0)])
     simulated = run(weather, 2, rounds, away={1: range(1, 2)}, deaths=[Dies(1, 1)])
     # Dead at 1 s, known at 6 s.
     assert simulated.nodes[0] == NodeSeconds(compute_s=2.0, wait_s=4.0)
@@ -167,7 +167,7 @@ def test_a_skipped_step_loses_one_step_of_each_member() -> None:
 
 
 def test_one_that_heals_at_a_round_makes_the_others_wait_for_its_transfer() -> None:
-    nodes = [NodeWeather(step_s=1.0, up_bps=8.0, down_bps=8.0)]
+    nodes = [NodeProfile(step_s=1.0, up_bps=8.0, down_bps=8.0)]
     records = [Round(0, members=(0,)), Round(1, counted=(0,)), Round(2)]
     simulated = run(
         Weather(nodes=nodes), 3, records, away={1: range(2)}, heals=[Heal(1, 1, 0, nbytes=10)]
@@ -179,7 +179,7 @@ def test_one_that_heals_at_a_round_makes_the_others_wait_for_its_transfer() -> N
 
 
 def test_one_that_heals_before_a_gradient_step_computes_after_its_transfer() -> None:
-    nodes = [NodeWeather(step_s=1.0, up_bps=8.0)]
+    nodes = [NodeProfile(step_s=1.0, up_bps=8.0)]
     records = [Round(0, members=(0,), place=Place.BEFORE), Round(1, place=Place.BEFORE)]
     simulated = run(
         Weather(nodes=nodes), 2, records, away={1: range(1)}, heals=[Heal(1, 1, 0, nbytes=10)]
@@ -189,7 +189,7 @@ def test_one_that_heals_before_a_gradient_step_computes_after_its_transfer() -> 
 
 
 def test_two_that_heal_from_one_share_its_uplink() -> None:
-    nodes = [NodeWeather(step_s=1.0, up_bps=8.0)]
+    nodes = [NodeProfile(step_s=1.0, up_bps=8.0)]
     heals = [Heal(0, node, 0, nbytes=10) for node in (1, 2)]
     simulated = run(
         Weather(nodes=nodes),
@@ -205,7 +205,7 @@ def test_two_that_heal_from_one_share_its_uplink() -> None:
 def slow_uplinks() -> Weather:
     """Node 0 takes 1 s a step, node 1 takes 2 s; both send a byte a second."""
     return Weather(
-        nodes=[NodeWeather(step_s=1.0, up_bps=8.0), NodeWeather(step_s=2.0, up_bps=8.0)],
+        nodes=[NodeProfile(step_s=1.0, up_bps=8.0), NodeProfile(step_s=2.0, up_bps=8.0)],
         heartbeat_timeout_s=5.0,
     )
 
@@ -275,7 +275,7 @@ def test_a_mean_is_there_only_once_its_window_is_full() -> None:
 
 
 links = st.builds(
-    NodeWeather,
+    NodeProfile,
     step_s=st.floats(0.01, 10),
     up_bps=st.floats(1, 1e6),
     down_bps=st.floats(1, 1e6),
@@ -324,7 +324,7 @@ def worlds(draw: st.DrawFn) -> dict[str, Any]:
 
 @given(world=worlds(), nodes=st.lists(links, min_size=4, max_size=4), timeout=st.floats(0, 9))
 def test_every_nodes_seconds_add_up_to_the_whole(
-    world: dict[str, Any], nodes: list[NodeWeather], timeout: float
+    world: dict[str, Any], nodes: list[NodeProfile], timeout: float
 ) -> None:
     simulated = run(Weather(nodes=nodes, heartbeat_timeout_s=timeout), **world)
     for node in simulated.nodes:
@@ -344,7 +344,7 @@ def test_every_nodes_seconds_add_up_to_the_whole(
     factor=st.floats(1, 10),
 )
 def test_a_slower_node_or_link_never_finishes_sooner(
-    world: dict[str, Any], nodes: list[NodeWeather], which: int, change: str, factor: float
+    world: dict[str, Any], nodes: list[NodeProfile], which: int, change: str, factor: float
 ) -> None:
     before = getattr(nodes[which], change)
     value = before / factor if change.endswith("bps") else before * factor
@@ -359,7 +359,7 @@ def test_a_slower_node_or_link_never_finishes_sooner(
 
 @given(world=worlds(), nodes=st.lists(links, min_size=4, max_size=4), more=st.integers(1, 1000))
 def test_more_bytes_never_finish_sooner(
-    world: dict[str, Any], nodes: list[NodeWeather], more: int
+    world: dict[str, Any], nodes: list[NodeProfile], more: int
 ) -> None:
     fuller = [replace(r, nbytes=r.nbytes + more) for r in world["rounds"]]
     good = run(Weather(nodes=nodes), **world)

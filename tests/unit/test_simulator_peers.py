@@ -12,7 +12,7 @@ from torchft.errors import SettingsError
 from torchft.ordered import ordered_mean
 from torchft.peers import Place
 from torchft.quantization import codec_of, mean_bytes, quantized_mean
-from torchft.simulator.events import Attendance, Dies, Discards, Event, Joins, Misses
+from torchft.simulator.events import Dies, Discards, Event, Joins, Membership, Misses
 from torchft.simulator.peers import StackedPeers
 from torchft.simulator.stacked import StackedLocal
 from torchft.strategies import LocalSGD, Recipe, Strategy
@@ -37,7 +37,7 @@ class World:
         self.recipe = Keeps(1)
         strategy = Strategy([self.recipe])
         self.peers = StackedPeers(
-            self.local, Attendance(nodes, events), strategy, deterministic=deterministic
+            self.local, Membership(nodes, events), strategy, deterministic=deterministic
         )
         strategy.bind(self.local, self.peers)
         self.weights.copy_(torch.arange(float(nodes))[:, None].expand_as(self.weights))
@@ -288,7 +288,7 @@ def test_a_round_says_which_recipe_it_was_for() -> None:
 
     local = StackedLocal(Tiny(), 2, Inner(), max_steps=10)
     strategy = Strategy([LocalSGD(2), Plain()])
-    peers = StackedPeers(local, Attendance(2), strategy)
+    peers = StackedPeers(local, Membership(2), strategy)
     strategy.bind(local, peers)
     for step in range(2):
         peers.begin(step)

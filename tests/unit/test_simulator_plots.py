@@ -19,9 +19,9 @@ from torchft.experiments.config import (
 )
 from torchft.experiments.machine import describe_machine
 from torchft.experiments.plots import lines_of, write_plots
-from torchft.experiments.report import as_csv, as_table, rows_of, target_of, write_tables
 from torchft.experiments.runs import RunReport, RunSpec
 from torchft.experiments.sweep import Sweep
+from torchft.experiments.tables import as_csv, as_table, rows_of, target_of, write_tables
 from torchft.peers import Place
 from torchft.simulator.events import Dies
 from torchft.simulator.peers import RoundRecord

@@ -12,16 +12,16 @@ import torch
 
 from tests.helpers.sweeps import TINY
 from torchft.errors import SettingsError
-from torchft.experiments import catalogue, datasets, zoo
-from torchft.experiments.catalogue import DATA_OF
+from torchft.experiments import datasets, models, registry
 from torchft.experiments.config import SimulateConfig, StrategyConfig, from_mapping
 from torchft.experiments.datasets import digits, text
+from torchft.experiments.registry import DATA_OF
 from torchft.experiments.runs import RunReport
 from torchft.experiments.sweep import Failure, experiment_of, plan, run_one, run_sweep
+from torchft.simulator.faults import NodeProfile, Weather
 from torchft.simulator.feed import Feed
+from torchft.simulator.forecast import forecast
 from torchft.simulator.loop import run_stacked
-from torchft.simulator.network import forecast
-from torchft.simulator.weather import NodeWeather, Weather
 
 HERE = "tests.helpers.sweeps"
 
@@ -162,8 +162,8 @@ def test_the_threads_are_given_back(tmp_path: Path) -> None:
 
 def test_one_run_is_asked_about_two_networks(tmp_path: Path) -> None:
     (report,) = run_sweep(tiny(strategies="all_reduce"), tmp_path).reports
-    fast = report.forecast(Weather(nodes=[NodeWeather(step_s=1.0)]))
-    slow = report.forecast(Weather(nodes=[NodeWeather(step_s=1.0, up_bps=64.0)]))
+    fast = report.forecast(Weather(nodes=[NodeProfile(step_s=1.0)]))
+    slow = report.forecast(Weather(nodes=[NodeProfile(step_s=1.0, up_bps=64.0)]))
     # Each step sends 16 bytes, 128 bits, at 64 a second.
     assert (fast.elapsed_s, slow.elapsed_s) == (12.0, 36.0)
 
@@ -171,11 +171,11 @@ def test_one_run_is_asked_about_two_networks(tmp_path: Path) -> None:
 def test_a_result_brings_its_forecast_and_can_be_asked_again() -> None:
     config = tiny(strategies="diloco", weather={"nodes": [{"step_s": 1.0, "up_bps": 64.0}]})
     (spec,) = plan(config)
-    result = run_stacked(experiment_of(config, spec, catalogue.data_of(config)))
+    result = run_stacked(experiment_of(config, spec, registry.data_of(config)))
     # Three rounds of 16 bytes, 2 s each.
     assert result.simulated.elapsed_s == 12 + 6
-    assert forecast(result, Weather(nodes=[NodeWeather(step_s=2.0)])).elapsed_s == 24
-    relative = forecast(result, Weather(nodes=[NodeWeather(speed=0.5)]), measured_s=3.0)
+    assert forecast(result, Weather(nodes=[NodeProfile(step_s=2.0)])).elapsed_s == 24
+    relative = forecast(result, Weather(nodes=[NodeProfile(speed=0.5)]), measured_s=3.0)
     assert relative.elapsed_s == 72
     assert forecast(result, Weather()).elapsed_s > 0  # as fast as this machine
 
@@ -226,7 +226,7 @@ def test_what_cannot_run_is_refused_before_anything_runs(
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("name", sorted(catalogue.STRATEGIES))
+@pytest.mark.parametrize("name", sorted(registry.STRATEGIES))
 def test_every_named_strategy_runs(name: str, tmp_path: Path) -> None:
     # The model has two parameters, which make two fragments.
     entry = {"name": name, "options": {"fragments": 2} if name == "streaming" else {}}
@@ -249,16 +249,16 @@ def test_a_codec_is_an_option_and_makes_a_run_send_less(tmp_path: Path) -> None:
 def test_the_names_of_the_configuration_are_those_of_the_catalogue() -> None:
     from torchft.experiments import config
 
-    assert tuple(catalogue.STRATEGIES) == config.STRATEGIES
-    assert tuple(zoo.MODELS) == config.MODELS
-    assert set(catalogue.DATA_OF) == set(config.MODELS)
+    assert tuple(registry.STRATEGIES) == config.STRATEGIES
+    assert tuple(models.MODELS) == config.MODELS
+    assert set(registry.DATA_OF) == set(config.MODELS)
 
 
 def test_options_reach_the_optimizers() -> None:
     entry = StrategyConfig(
         name="diloco", options={"optim": {"name": "sgd", "lr": 0.5}, "outer": {"lr": 0.25}}
     )
-    made = catalogue.strategy_of(SimulateConfig(), entry, every=7, lr=0.1)
+    made = registry.strategy_of(SimulateConfig(), entry, every=7, lr=0.1)
     assert made.inner is not None
     assert made.inner.optim.kwargs == {"lr": 0.5}
     assert made.config()["H"] == 7
@@ -273,7 +273,7 @@ MODELS = {
 
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_a_model_takes_its_batch_and_returns_its_loss(name: str) -> None:
-    loss = catalogue.model_of(SimulateConfig(model=name))()(MODELS[name])
+    loss = registry.model_of(SimulateConfig(model=name))()(MODELS[name])
     assert loss.shape == ()
     loss.backward()
 
@@ -295,8 +295,8 @@ def test_a_model_takes_batches_of_the_data_that_it_learns_by_default(
     """An old failing that must not come back: the gpt got its rows in a list, and broke off."""
     monkeypatch.setattr(datasets, "digits", partial(datasets.digits, 32, 16))
     config = SimulateConfig(model=model)
-    train, held_out = catalogue.data_of(config)
-    made = catalogue.model_of(config)()
+    train, held_out = registry.data_of(config)
+    made = registry.model_of(config)()
     for data in (train, held_out):
         batch = Feed(data, num_nodes=2, batch_size=3).batch(1, 0)
         assert made(batch).isfinite()
@@ -328,5 +328,5 @@ def test_missing_scikit_learn_names_the_extra(monkeypatch: pytest.MonkeyPatch) -
 
 def test_one_run_needs_no_folder() -> None:
     config = tiny(strategies="diloco")
-    report = run_one(config, plan(config)[0], catalogue.data_of(config))
+    report = run_one(config, plan(config)[0], registry.data_of(config))
     assert report.final_loss > 0

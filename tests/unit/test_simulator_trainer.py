@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from torchft.errors import SettingsError
 from torchft.experiments import Trainer, processes
-from torchft.experiments.zoo import Mlp
+from torchft.experiments.models import Mlp
 from torchft.simulator import NodeError, TrainNode
 from torchft.strategies import (
     DiLoCoStrategy,

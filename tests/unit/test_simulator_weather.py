@@ -10,36 +10,36 @@ from hypothesis import strategies as st
 
 from torchft.errors import SettingsError
 from torchft.simulator.events import Dies, Joins, check_events
-from torchft.simulator.weather import (
-    NodeWeather,
+from torchft.simulator.faults import (
+    FaultEvent,
+    NodeProfile,
     RandomFailures,
     Weather,
-    WeatherEvent,
     parse_trace,
     read_trace,
 )
 
 
-def dies(node: int, step: int | None = None, **more: object) -> WeatherEvent:
-    return WeatherEvent(node=node, event="dies", step=step, **more)  # type: ignore[arg-type]
+def dies(node: int, step: int | None = None, **more: object) -> FaultEvent:
+    return FaultEvent(node=node, event="dies", step=step, **more)  # type: ignore[arg-type]
 
 
-def joins(node: int, step: int | None = None, **more: object) -> WeatherEvent:
-    return WeatherEvent(node=node, event="joins", step=step, **more)  # type: ignore[arg-type]
+def joins(node: int, step: int | None = None, **more: object) -> FaultEvent:
+    return FaultEvent(node=node, event="joins", step=step, **more)  # type: ignore[arg-type]
 
 
 def test_the_last_node_stands_for_all_further_ones() -> None:
-    weather = Weather(nodes=[NodeWeather(step_s=1.0), NodeWeather(step_s=2.0)])
+    weather = Weather(nodes=[NodeProfile(step_s=1.0), NodeProfile(step_s=2.0)])
     assert [weather.of(node).step_s for node in range(4)] == [1.0, 2.0, 2.0, 2.0]
 
 
 def test_a_node_twice_as_fast_takes_half_of_what_was_measured() -> None:
-    assert NodeWeather(speed=2.0).seconds_a_step(0.5) == 0.25
+    assert NodeProfile(speed=2.0).seconds_a_step(0.5) == 0.25
 
 
 def test_a_speed_without_a_measurement_is_refused() -> None:
     with pytest.raises(SettingsError, match="give step_s"):
-        NodeWeather(speed=2.0).seconds_a_step(None)
+        NodeProfile(speed=2.0).seconds_a_step(None)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_a_speed_without_a_measurement_is_refused() -> None:
 )
 def test_a_node_that_cannot_be_is_refused(wrong: dict[str, float], said: str) -> None:
     with pytest.raises(SettingsError, match=said):
-        NodeWeather(**wrong)
+        NodeProfile(**wrong)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_a_node_that_cannot_be_is_refused(wrong: dict[str, float], said: str) ->
 )
 def test_an_event_that_cannot_be_is_refused(wrong: dict[str, object], said: str) -> None:
     with pytest.raises(SettingsError, match=said):
-        WeatherEvent(node=1, **wrong)  # type: ignore[arg-type]
+        FaultEvent(node=1, **wrong)  # type: ignore[arg-type]
 
 
 def test_events_come_in_the_order_of_their_steps() -> None:
@@ -102,13 +102,13 @@ def test_a_relief_that_comes_in_the_step_of_a_death_is_there_in_time() -> None:
     ],
     ids=["dies twice", "joins twice", "no such node", "nobody left", "nobody at the start"],
 )
-def test_a_story_that_cannot_happen_is_refused(events: list[WeatherEvent]) -> None:
+def test_a_story_that_cannot_happen_is_refused(events: list[FaultEvent]) -> None:
     with pytest.raises(SettingsError):
         Weather(events=events).to_events(2, 10)
 
 
 def test_a_time_becomes_a_step_by_the_slowest_nodes_pace() -> None:
-    nodes = [NodeWeather(step_s=0.5), NodeWeather(step_s=2.0)]
+    nodes = [NodeProfile(step_s=0.5), NodeProfile(step_s=2.0)]
     weather = Weather(nodes=nodes, events=[dies(1, time_s=8.0), joins(1, time_s=8.5)])
     assert weather.to_events(2, 100) == [Dies(1, 4), Joins(1, 5)]
 

@@ -165,9 +165,9 @@ def _setting(typed: str) -> tuple[str, Any]:
 
 
 def _say_plan(config: SimulateConfig, typed: argparse.Namespace) -> int:
-    from torchft.experiments.catalogue import data_of
-    from torchft.experiments.report import as_yaml
+    from torchft.experiments.registry import data_of
     from torchft.experiments.sweep import check_runs, files, plan
+    from torchft.experiments.tables import as_yaml
 
     specs = plan(config)
     check_runs(config, specs, data_of(config))
@@ -186,8 +186,8 @@ def _say_plan(config: SimulateConfig, typed: argparse.Namespace) -> int:
 
 def _sweep(config: SimulateConfig, typed: argparse.Namespace) -> int:
     from torchft.experiments.plots import write_plots
-    from torchft.experiments.report import rows_of, write_tables
     from torchft.experiments.sweep import plan, run_sweep
+    from torchft.experiments.tables import rows_of, write_tables
 
     with _Telling(sum(spec.steps for spec in plan(config))) as telling:
         try:
@@ -204,7 +204,7 @@ def _sweep(config: SimulateConfig, typed: argparse.Namespace) -> int:
 
 
 def _say(sweep: Sweep, typed: argparse.Namespace) -> None:
-    from torchft.experiments.report import rows_of, target_of, with_machine
+    from torchft.experiments.tables import rows_of, target_of, with_machine
 
     rows, target = rows_of(sweep), target_of(sweep)
     if typed.json:

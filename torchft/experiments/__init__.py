@@ -11,8 +11,9 @@ when they are first used, so `import torchft.experiments` is light.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from torchft.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from torchft.experiments.diloco_simulator import (
@@ -42,29 +43,15 @@ __all__ = [
     "run_processes",
 ]
 
-_HOMES = {
-    "CSVLogger": "loggers",
-    "DilocoSimulator": "diloco_simulator",
-    "DilocoSimulatorConfig": "diloco_simulator",
-    "EvalStats": "diloco_simulator",
-    "Logger": "loggers",
-    "SPMDNode": "spmd.node",
-    "TensorBoardLogger": "loggers",
-    "TrainStats": "diloco_simulator",
-    "Trainer": "trainer",
-    "WandbLogger": "loggers",
-    "describe_machine": "machine",
-    "run_processes": "processes",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'torchft.experiments' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"torchft.experiments.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "diloco_simulator": ["DilocoSimulator", "DilocoSimulatorConfig", "EvalStats", "TrainStats"],
+        "loggers": ["CSVLogger", "Logger", "TensorBoardLogger", "WandbLogger"],
+        "machine": ["describe_machine"],
+        "processes": ["run_processes"],
+        "spmd.node": ["SPMDNode"],
+        "trainer": ["Trainer"],
+    },
+    old={"zoo": "torchft.experiments.models"},
+)

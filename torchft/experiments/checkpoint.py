@@ -1,4 +1,4 @@
-"""Checkpoints of a run: one file each, written whole or not at all, the newest few kept.
+"""CheckpointFolder of a run: one file each, written whole or not at all, the newest few kept.
 
     <save_dir>/<run_name>/step_00000200.pt
 
@@ -21,7 +21,7 @@ import torch
 from torchft.errors import SettingsError
 from torchft.experiments.describe import differences
 
-__all__ = ["Checkpoints", "Saved", "load_checkpoint", "write_whole"]
+__all__ = ["CheckpointFolder", "Saved", "load_checkpoint", "write_whole"]
 
 _FORMAT = 1
 _NAME = re.compile(r"step_(\d+)\.pt")
@@ -56,7 +56,7 @@ class Saved:
             )
 
 
-class Checkpoints:
+class CheckpointFolder:
     """The files of one run."""
 
     def __init__(self, folder: str | Path, *, keep: int = 3) -> None:
@@ -125,7 +125,7 @@ def load_checkpoint(path: str | Path) -> Saved:
     """
     at: Path | None = Path(path)
     if Path(path).is_dir():
-        at = Checkpoints(path).newest()
+        at = CheckpointFolder(path).newest()
     if at is None or not at.exists():
         raise SettingsError(f"no checkpoint in {path}: give its run_name, or leave resume out")
     content = _read(at)

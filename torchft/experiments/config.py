@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from torchft.errors import SettingsError
-from torchft.simulator.weather import NodeWeather, RandomFailures, Weather, WeatherEvent
+from torchft.simulator.faults import FaultEvent, NodeProfile, RandomFailures, Weather
 
 __all__ = [
     "DATA",
@@ -49,7 +49,7 @@ STRATEGIES = (
 MODELS = ("mlp", "cnn", "gpt")
 DATA = ("digits", "stdlib-text")
 
-EVERYDAY = Weather(nodes=(NodeWeather(step_s=0.1, up_bps=100e6, down_bps=100e6, latency_s=0.02),))
+EVERYDAY = Weather(nodes=(NodeProfile(step_s=0.1, up_bps=100e6, down_bps=100e6, latency_s=0.02),))
 """Simulated time needs some weather: a tenth of a second a step, 100 Mbit/s, 20 ms."""
 
 
@@ -314,8 +314,8 @@ def _known_at(where: Sequence[object]) -> list[str]:
         "strategies": StrategyConfig,
         "weather": Weather,
         "networks": Weather,
-        "nodes": NodeWeather,
-        "events": WeatherEvent,
+        "nodes": NodeProfile,
+        "events": FaultEvent,
         "failures": RandomFailures,
     }
     named = [homes[part] for part in where if isinstance(part, str) and part in homes]
@@ -348,8 +348,8 @@ _OWNERS: tuple[Any, ...] = (
     SimulateConfig,
     StrategyConfig,
     Weather,
-    NodeWeather,
-    WeatherEvent,
+    NodeProfile,
+    FaultEvent,
     RandomFailures,
 )
 for _owner in _OWNERS:

@@ -1,9 +1,9 @@
 """One node of a local run, seen from inside its process: its manager, and its word with the parent.
 
-A story is what the process does. It meets the others once, and then trains:
+A target is what the process does. It meets the others once, and then trains:
 
-    def story(node: LocalNode) -> object:
-        manager = node.meet(load, save)
+    def target(node: LocalNode) -> object:
+        manager = node.connect(load, save)
         ...
         return result
 """
@@ -31,7 +31,7 @@ from torchft.manager import Manager
 from torchft.manager.peers import ManagedPeers
 from torchft.process_group import ProcessGroupGloo
 
-__all__ = ["LocalNode", "Seat", "Story", "live", "name_of", "serve_lighthouse"]
+__all__ = ["LocalNode", "NodeTask", "Target", "name_of", "run_node", "serve_lighthouse"]
 
 HOST = "127.0.0.1"
 NOT_OURS = (settings.MANAGER_PORT, "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
@@ -44,13 +44,13 @@ def name_of(number: int) -> str:
 
 
 @dataclass(frozen=True)
-class Seat:
+class NodeTask:
     """What a process is told when it starts."""
 
     number: int
     life: int
     """0, and one more for each restart."""
-    gates: frozenset[int]
+    join_steps: frozenset[int]
     """Steps before which it waits until another node has joined."""
     lighthouse: str
     records: Path
@@ -63,17 +63,17 @@ class LocalNode:
 
     manager: Manager
 
-    def __init__(self, seat: Seat, line: Connection) -> None:
-        self.number = seat.number
-        self.life = seat.life
-        self.name = name_of(seat.number)
-        self.pg = ProcessGroupGloo(timeout=seat.timeout)
-        self._seat = seat
-        self._line = line
+    def __init__(self, task: NodeTask, pipe: Connection) -> None:
+        self.number = task.number
+        self.life = task.life
+        self.name = name_of(task.number)
+        self.pg = ProcessGroupGloo(timeout=task.timeout)
+        self._task = task
+        self._pipe = pipe
         self._store: TCPStore | None = None
         self._joined = False
 
-    def meet(
+    def connect(
         self,
         load: Callable[[Any], None] | None = None,
         save: Callable[[], Any] | None = None,
@@ -85,7 +85,7 @@ class LocalNode:
         `options` are the manager's.
         """
         self._store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
-        timeout = self._seat.timeout
+        timeout = self._task.timeout
         self.manager = Manager(
             pg=self.pg,
             load_state_dict=load,
@@ -99,13 +99,13 @@ class LocalNode:
             world_size=1,
             store_addr=HOST,
             store_port=self._store.port,
-            lighthouse_addr=self._seat.lighthouse,
+            lighthouse_addr=self._task.lighthouse,
             replica_id=self.name,
             hostname=HOST,
             **options,
         )
         self._tell("ready")
-        self._line.recv()
+        self._pipe.recv()
         return self.manager
 
     def peers(self, *, deterministic: bool = False) -> ManagedPeers:
@@ -118,17 +118,17 @@ class LocalNode:
             self._joined = True
             self._tell("joined")
 
-    def gate(self, step: int) -> None:
+    def wait_for_joins(self, step: int) -> None:
         """Before `step`: wait for a node that is to join there."""
-        if step in self._seat.gates:
+        if step in self._task.join_steps:
             self._tell("at", step)
-            self._line.recv()
+            self._pipe.recv()
 
     def report(self, news: Any) -> None:
         """Something that outlives this process, should it be killed."""
-        self._tell("news", news)
+        self._tell("report", news)
 
-    def dies(self) -> None:
+    def kill_self(self) -> None:
         """As a preempted machine does."""
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -138,35 +138,35 @@ class LocalNode:
             self.manager.shutdown()
 
     def _tell(self, kind: str, value: Any = None) -> None:
-        self._line.send((kind, value))
+        self._pipe.send((kind, value))
 
 
-Story = Callable[[LocalNode], Any]
+Target = Callable[[LocalNode], Any]
 
 
-def live(seat: Seat, story: Story, line: Connection) -> None:
-    """Run `story`; then stay, for the others may still heal from here, until the parent's word."""
+def run_node(task: NodeTask, target: Target, pipe: Connection) -> None:
+    """Run `target`; then stay, for the others may still heal from here, until the parent's word."""
     _settle_in()
     for name in NOT_OURS:
         os.environ.pop(name, None)
-    os.environ[settings.STEP_RECORDS] = str(seat.records)
-    node = LocalNode(seat, line)
+    os.environ[settings.STEP_RECORDS] = str(task.records)
+    node = LocalNode(task, pipe)
     try:
-        line.send(("done", story(node)))
+        pipe.send(("done", target(node)))
     except BaseException as error:
         ours = isinstance(error, TorchftError) and type(error).__module__.startswith("torchft.")
         named = (type(error), str(error)) if ours else None
-        line.send(("failed", (traceback.format_exc(), named)))
-    line.recv()
+        pipe.send(("failed", (traceback.format_exc(), named)))
+    pipe.recv()
     node.close()
 
 
-def serve_lighthouse(options: dict[str, Any], line: Connection) -> None:
+def serve_lighthouse(options: dict[str, Any], pipe: Connection) -> None:
     """Serve until the parent's word. A process of its own: the parent stays without threads."""
     _settle_in()
     lighthouse = LighthouseServer(bind=f"{HOST}:0", min_replicas=1, **options)
-    line.send(lighthouse.address())
-    line.recv()
+    pipe.send(lighthouse.address())
+    pipe.recv()
     lighthouse.shutdown()
 
 

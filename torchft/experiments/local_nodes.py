@@ -1,13 +1,13 @@
 """N nodes of one training as real processes on this machine: gloo, a manager each, a lighthouse.
 
-    results = LocalNodes(story, [Start(0), Start(1), Start(1, at=40)], folder=folder).run()
+    results = LocalNodes(target, [Start(0), Start(1), Start(1, at=40)], folder=folder).run()
 
-runs `story(node)` in a process for each node, and gives what each returned. Here node 1 dies by its
-own hand some time before step 40, at whose gate node 0 waits until node 1, started again, asks
-to take part.
+runs `target(node)` in a process for each node, and gives what each returned. Here node 1 kills
+itself some time before step 40, before which node 0 waits until node 1, started again, asks to take
+part.
 
 A parent that has one thread forks, so that a node stands in milliseconds; any other has a server
-do that, which imports torch once, and to which the story must pickle. A child that fails ends the
+do that, which imports torch once, and to which the target must pickle. A child that fails ends the
 run with its traceback. When the parent ends, however it does, its children end.
 """
 
@@ -29,7 +29,14 @@ from typing import Any
 import torch
 
 from torchft.errors import SettingsError, TorchftError
-from torchft.experiments.local_node import LocalNode, Seat, Story, live, name_of, serve_lighthouse
+from torchft.experiments.local_node import (
+    LocalNode,
+    NodeTask,
+    Target,
+    name_of,
+    run_node,
+    serve_lighthouse,
+)
 from torchft.launch.guard import HINT, check_guarded, main_file
 
 __all__ = ["LocalNode", "LocalNodes", "NodeFailed", "Start"]
@@ -58,19 +65,19 @@ class Start:
 
 
 @dataclass
-class _Life:
+class _NodeProcess:
     """A process, as the parent sees it."""
 
     node: int
     process: Any
-    line: Connection
+    pipe: Connection
     ready: bool = False
     """It has a manager, which heartbeats."""
     joined: bool = False
     at: int | None = None
     """The gate that it waits at."""
     ended: bool = False
-    """Its story is over, or it was killed."""
+    """Its target is over, or it was killed."""
     killed: bool = False
 
 
@@ -82,11 +89,11 @@ class LocalNodes:
         SettingsError: a node is to start twice at once.
     """
 
-    story: Story
+    target: Target
     starts: Sequence[Start]
     folder: Path
     """For the step records, one file for each process."""
-    mortal: Collection[int] = ()
+    may_die: Collection[int] = ()
     """Nodes that may be killed; the death of another one is a failure."""
     method: str | None = None
     """`fork` or `forkserver`; None: fork where that is safe."""
@@ -94,12 +101,12 @@ class LocalNodes:
     """Of each quorum, collective and connection."""
     preload: Sequence[str] = ()
     """Modules that a fork server imports once for all."""
-    news: Callable[[int, Any], None] = lambda node, news: None
+    on_report: Callable[[int, Any], None] = lambda node, news: None
     """Gets what nodes report while they run."""
-    plain: tuple[type[TorchftError], ...] = ()
-    """Errors of a story that say enough: they come out as they are, caused by a NodeFailed."""
-    _lives: list[_Life] = field(default_factory=list)
-    _begun: dict[Start, _Life] = field(default_factory=dict)
+    expected_errors: tuple[type[TorchftError], ...] = ()
+    """Errors of a target that say enough: they come out as they are, caused by a NodeFailed."""
+    _lives: list[_NodeProcess] = field(default_factory=list)
+    _begun: dict[Start, _NodeProcess] = field(default_factory=dict)
     _opened: set[int] = field(default_factory=set)
     """Gates that nobody waits at any longer."""
 
@@ -111,15 +118,15 @@ class LocalNodes:
         self._results: dict[int, Any] = {}
 
     def run(self) -> dict[int, Any]:
-        """Node → what its story returned. A node that was killed and not restarted has none.
+        """Node → what its target returned. A node that was killed and not restarted has none.
 
         Raises:
-            NodeFailed: a story raised what is not `plain`, or a process died that was not to.
+            NodeFailed: a target raised what is not `plain`, or a process died that was not to.
             SettingsError: the script that calls this does so whenever it is imported.
         """
         check_guarded()
         context = self._context()
-        helpers: list[_Life] = []
+        helpers: list[_NodeProcess] = []
         try:
             helpers.append(self._spawn(context, -1, serve_lighthouse, _LIGHTHOUSE))
             self._address = self._hear_address(helpers[0])
@@ -148,7 +155,9 @@ class LocalNodes:
             )
         return context
 
-    def _spawn(self, context: Any, node: int, target: Callable[..., None], *args: Any) -> _Life:
+    def _spawn(
+        self, context: Any, node: int, target: Callable[..., None], *args: Any
+    ) -> _NodeProcess:
         mine, theirs = context.Pipe()
         process = context.Process(target=target, args=(*args, theirs))
         try:
@@ -160,32 +169,32 @@ class LocalNodes:
                 "or start Python with OMP_NUM_THREADS=1, so that it can fork"
             ) from error
         theirs.close()
-        return _Life(node, process, mine)
+        return _NodeProcess(node, process, mine)
 
     def _start(self, context: Any, start: Start) -> None:
         life = len(self._of(start.node))
         later = [one.at for one in self._later if one.at is not None]
-        seat = Seat(
+        task = NodeTask(
             number=start.node,
             life=life,
-            gates=frozenset(at for at in later if start.at is None or at > start.at),
+            join_steps=frozenset(at for at in later if start.at is None or at > start.at),
             lighthouse=self._address,
             records=self.folder / f"{name_of(start.node)}.{life}.jsonl",
             timeout=self.timeout,
         )
-        self._begun[start] = self._spawn(context, start.node, live, seat, self.story)
+        self._begun[start] = self._spawn(context, start.node, run_node, task, self.target)
         self._lives.append(self._begun[start])
 
-    def _hear_address(self, lighthouse: _Life) -> str:
+    def _hear_address(self, lighthouse: _NodeProcess) -> str:
         try:
-            address = lighthouse.line.recv()
+            address = lighthouse.pipe.recv()
         except (EOFError, ConnectionResetError):
             lighthouse.process.join(_END_S)
             raise _not_started(lighthouse.process.exitcode, imports=self._imports) from None
         assert isinstance(address, str)
         return address
 
-    def _end(self, lives: Sequence[_Life]) -> None:
+    def _end(self, lives: Sequence[_NodeProcess]) -> None:
         """Let them go, and wait a moment for it."""
         for life in lives:
             self._say(life, "end")
@@ -193,41 +202,41 @@ class LocalNodes:
             life.process.join(_END_S)
 
     @staticmethod
-    def _kill(lives: Sequence[_Life]) -> None:
+    def _kill(lives: Sequence[_NodeProcess]) -> None:
         for life in lives:
             life.process.kill()
         for life in lives:
             life.process.join()
-            life.line.close()
+            life.pipe.close()
 
     @staticmethod
-    def _say(life: _Life, word: str) -> None:
+    def _say(life: _NodeProcess, word: str) -> None:
         with suppress(OSError):  # it is gone already
-            life.line.send(word)
+            life.pipe.send(word)
 
     # --- what they say
 
     def _listen(self) -> None:
-        lines = {life.line: life for life in self._lives if not life.ended}
-        looks = any(life.at is not None for life in lines.values())
-        for line in wait(list(lines), timeout=_LOOK_S if looks else _SIGNAL_S):
-            assert isinstance(line, Connection)
-            self._hear(lines[line])
+        pipes = {life.pipe: life for life in self._lives if not life.ended}
+        looks = any(life.at is not None for life in pipes.values())
+        for pipe in wait(list(pipes), timeout=_LOOK_S if looks else _SIGNAL_S):
+            assert isinstance(pipe, Connection)
+            self._hear(pipes[pipe])
 
-    def _hear(self, life: _Life) -> None:
+    def _hear(self, life: _NodeProcess) -> None:
         try:
-            kind, value = life.line.recv()
+            kind, value = life.pipe.recv()
         except (EOFError, ConnectionResetError):
             life.ended, life.killed, life.at = True, True, None
-            if life.node not in self.mortal:
+            if life.node not in self.may_die:
                 life.process.join(_END_S)
                 code = life.process.exitcode
                 raise NodeFailed(f"node {life.node} died (exit code {code})") from None
             return
         if kind == "failed":
             self._fail(life, *value)
-        if kind == "news":
-            self.news(life.node, value)
+        if kind == "report":
+            self.on_report(life.node, value)
         elif kind == "done":
             life.ended = True
             self._results[life.node] = value
@@ -239,13 +248,15 @@ class LocalNodes:
             life.ready = True
             self._let_go(life)
 
-    def _fail(self, life: _Life, text: str, named: tuple[type[TorchftError], str] | None) -> None:
+    def _fail(
+        self, life: _NodeProcess, text: str, named: tuple[type[TorchftError], str] | None
+    ) -> None:
         failed = NodeFailed(f"node {life.node} failed:\n{text}")
-        if named is not None and issubclass(named[0], self.plain):
+        if named is not None and issubclass(named[0], self.expected_errors):
             raise named[0](named[1]) from failed
         raise failed
 
-    def _let_go(self, life: _Life) -> None:
+    def _let_go(self, life: _NodeProcess) -> None:
         """Those that start with the run wait for each other; whoever comes later does not."""
         first = [one for start, one in self._begun.items() if start.at is None]
         together = first if life in first else [life]
@@ -253,7 +264,7 @@ class LocalNodes:
             for one in together:
                 self._say(one, "go")
 
-    # --- gates
+    # --- joins
 
     def _open_gates(self, context: Any) -> None:
         for life in self._lives:
@@ -287,7 +298,7 @@ class LocalNodes:
         lives = self._of(start.node)
         return start not in self._begun and (not lives or lives[-1].killed)
 
-    def _of(self, node: int) -> list[_Life]:
+    def _of(self, node: int) -> list[_NodeProcess]:
         return [life for life in self._lives if life.node == node]
 
 

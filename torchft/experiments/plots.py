@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from torchft.experiments.config import needed
-from torchft.experiments.report import MEGA, WINDOW, grouped
 from torchft.experiments.runs import RunReport, RunSpec
 from torchft.experiments.sweep import Sweep
-from torchft.simulator.network import smoothed
-from torchft.simulator.weather import Weather
+from torchft.experiments.tables import MEGA, WINDOW, grouped
+from torchft.simulator.faults import Weather
+from torchft.simulator.forecast import smoothed
 
 __all__ = ["Line", "lines_of", "write_plots"]
 

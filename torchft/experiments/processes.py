@@ -25,7 +25,7 @@ from torchft.launch.guard import check_guarded
 from torchft.records import StepRecord, read_step_records
 from torchft.simulator.events import Dies, Event, Joins
 from torchft.simulator.experiment import Experiment
-from torchft.simulator.network import forecast
+from torchft.simulator.forecast import forecast
 from torchft.simulator.node import NodeError
 from torchft.simulator.program import SPMDStrategy
 from torchft.simulator.replay import events_of, heals_of, round_records_of, rounds_of
@@ -74,11 +74,11 @@ def run_processes(
             RealNode(experiment, deaths),
             _starts(experiment),
             records,
-            mortal={death.node for death in deaths},
+            may_die={death.node for death in deaths},
             method=method,
             preload=["torchft.experiments.real_node", "torchft.simulator.preloaded"],
-            news=log.add,
-            plain=(NodeError, SettingsError),
+            on_report=log.add,
+            expected_errors=(NodeError, SettingsError),
         )
         try:
             ends = nodes.run()

@@ -11,13 +11,13 @@ from typing import Any, TextIO
 
 from torchft.best_effort import BestEffort
 
-__all__ = ["Progress"]
+__all__ = ["ProgressBar"]
 
 EVERY_S = 10.0
 """Between two lines, where there is no terminal."""
 
 
-class Progress:
+class ProgressBar:
     """A bar with the losses and the speed; without a terminal a line now and then, and
     one at the end.
 

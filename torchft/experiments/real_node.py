@@ -40,7 +40,7 @@ _ROWS = 100
 
 @dataclass
 class RealNode:
-    """The story of each process. It pickles as far as the experiment does."""
+    """The target of each process. It pickles as far as the experiment does."""
 
     experiment: Experiment
     deaths: Sequence[Dies]
@@ -81,7 +81,7 @@ class _Trainer:
         self._train_node = experiment.make_node(self._model, node.number)
         self._strategy = experiment.strategy
         self._clock = self._strategy.clock
-        node.meet(self._load, self._save)
+        node.connect(self._load, self._save)
         node.manager.offer_copies()  # buffers change while a round is open
         node.manager.describe_model("model", list(self._model.named_parameters()))
         self._peers = _Watched(node, self._strategy, experiment.deterministic, death)
@@ -103,7 +103,7 @@ class _Trainer:
 
     def _train_step(self) -> None:
         self._die_before(self._clock.steps)
-        self._node.gate(self._clock.steps)
+        self._node.wait_for_joins(self._clock.steps)
         self._strategy.begin()
         step = self._clock.steps  # that of the others, after a heal
         self._local.zero_grads()
@@ -129,7 +129,7 @@ class _Trainer:
         death = self._death
         if death is not None and not death.in_round and step >= death.step:
             self._report()
-            self._node.dies()
+            self._node.kill_self()
 
     def _keep(self, row: dict[str, Any]) -> None:
         """Remember a step, with the digest where a round committed."""
@@ -293,7 +293,7 @@ class _LastWords(Handle):
         self._node = node
 
     def wait(self) -> list[Tensor]:
-        self._node.dies()
+        self._node.kill_self()
         raise AssertionError("killed, and still there")
 
 

@@ -20,9 +20,9 @@ from torchft.errors import SettingsError
 from torchft.experiments.config import SimulateConfig, StrategyConfig, whole
 from torchft.peers import Place
 from torchft.simulator.events import Dies, Event
-from torchft.simulator.network import SimulatedRun, forecast_records
+from torchft.simulator.faults import Weather
+from torchft.simulator.forecast import Forecast, forecast_records
 from torchft.simulator.peers import HealRecord, RoundRecord
-from torchft.simulator.weather import Weather
 
 __all__ = ["RunReport", "RunSpec", "key_of", "read_report", "write_report"]
 
@@ -102,7 +102,7 @@ class RunReport:
         """Mean bytes that a node sent in rounds."""
         return self.bytes_by_step[-1] if self.losses else 0.0
 
-    def forecast(self, weather: Weather) -> SimulatedRun:
+    def forecast(self, weather: Weather) -> Forecast:
         """Its simulated time under some weather."""
         node_steps = sum(map(len, self.losses))
         return forecast_records(

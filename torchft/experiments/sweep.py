@@ -17,14 +17,14 @@ from typing import Any
 import torch
 
 from torchft.errors import SettingsError
-from torchft.experiments import catalogue
+from torchft.experiments import registry
 from torchft.experiments.config import SimulateConfig, StrategyConfig
 from torchft.experiments.jobs import Ended, run_jobs, said
 from torchft.experiments.runs import RunReport, RunSpec, key_of, read_report, write_report
 from torchft.experiments.validation import Validator
 from torchft.simulator.events import Dies
 from torchft.simulator.experiment import Experiment
-from torchft.simulator.loop import Run, run_stacked
+from torchft.simulator.loop import Simulation, run_stacked
 from torchft.simulator.seeds import kept_rng
 from torchft.simulator.threads import one_thread
 
@@ -65,7 +65,7 @@ def plan(config: SimulateConfig) -> list[RunSpec]:
         _spec(config, strategy, nodes, every, lr, seed)
         for strategy in config.strategies
         for nodes in config.nodes
-        for every in (config.every if catalogue.has_interval(strategy) else (None,))
+        for every in (config.every if registry.has_interval(strategy) else (None,))
         for lr in config.lr
         for seed in config.seeds
     ]
@@ -97,7 +97,7 @@ def check_runs(config: SimulateConfig, specs: Sequence[RunSpec], data: Data) -> 
         SettingsError: which run, and what would do.
     """
     with kept_rng(torch.device("cpu")):
-        catalogue.model_of(config)()
+        registry.model_of(config)()
     for spec in specs:
         try:
             experiment_of(config, spec, data).check()
@@ -108,10 +108,10 @@ def check_runs(config: SimulateConfig, specs: Sequence[RunSpec], data: Data) -> 
 def experiment_of(config: SimulateConfig, spec: RunSpec, data: Data) -> Experiment:
     """What a specification describes."""
     return Experiment(
-        model=catalogue.model_of(config),
+        model=registry.model_of(config),
         train_dataset=data[0],
         val_dataset=data[1],
-        strategy=catalogue.strategy_of(config, spec.strategy, every=spec.every, lr=spec.lr),
+        strategy=registry.strategy_of(config, spec.strategy, every=spec.every, lr=spec.lr),
         num_nodes=spec.nodes,
         max_steps=spec.steps,
         batch_size=config.batch_size,
@@ -166,13 +166,13 @@ class _Looks:
         self._every, self._on_step = config.validate_every, on_step
         self.found: list[tuple[int, float]] = []
 
-    def __call__(self, run: Run) -> None:
+    def __call__(self, run: Simulation) -> None:
         if run.step:
             self._on_step()
         if run.step % self._every == 0 or run.step == run.total_steps:
             self.found.append((run.step, self._look(run)))
 
-    def _look(self, run: Run) -> float:
+    def _look(self, run: Simulation) -> float:
         nodes = [run.nodes[node] for node in run.local.alive]
         return self._validator.loss(self._validator.mean_of(nodes))
 
@@ -191,7 +191,7 @@ def run_sweep(
     Raises:
         SettingsError: a run cannot be; nothing has run then.
     """
-    specs, data = plan(config), catalogue.data_of(config)
+    specs, data = plan(config), registry.data_of(config)
     check_runs(config, specs, data)
     paths = files(config, specs, out)
     (out / "runs").mkdir(parents=True, exist_ok=True)
@@ -246,7 +246,7 @@ def _here(
 def _apart(
     tasks: Sequence[_Task], jobs: int, on_step: Callable[[int], None]
 ) -> Iterator[Ended[_Task]]:
-    digits = any(catalogue.data_name(task.config) == "digits" for task in tasks)
+    digits = any(registry.data_name(task.config) == "digits" for task in tasks)
     warm = (*WARM, "sklearn.datasets") if digits else WARM
     for ended in run_jobs(_run_task, tasks, jobs, warm=warm):
         on_step(ended.job.spec.steps)
@@ -256,5 +256,5 @@ def _apart(
 def _run_task(task: _Task) -> None:
     """In a process of its own."""
     with one_thread():
-        report = run_one(task.config, task.spec, catalogue.data_of(task.config))
+        report = run_one(task.config, task.spec, registry.data_of(task.config))
     write_report(report, task.path)

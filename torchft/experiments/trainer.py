@@ -19,14 +19,14 @@ import torch
 from torch import nn
 
 from torchft.errors import SettingsError
+from torchft.experiments.callbacks import Callbacks
 from torchft.experiments.checkpoint import Saved
 from torchft.experiments.devices import chosen_device
 from torchft.experiments.folders import check_folder
 from torchft.experiments.identity import config_of, identity_of
 from torchft.experiments.loggers import Axis, LoggerChoice, check_loggers, chosen, writes_files
 from torchft.experiments.minibatch import fitting_size
-from torchft.experiments.naming import Naming, check_name, find_resumed
-from torchft.experiments.services import Services
+from torchft.experiments.run_folders import RunFolders, check_name, find_resumed
 from torchft.experiments.validation import Validator
 from torchft.launch.guard import check_guarded
 from torchft.simulator.events import Event
@@ -208,12 +208,12 @@ class Trainer:
         for setting, folder in folders.items():
             check_folder(setting, folder)
             check_folder(setting, Path(folder) / (run_name or ""))
-        naming = Naming(
+        naming = RunFolders(
             experiment.strategy, run_name, saved, log_dir, save_dir, claims=folders.values()
         )
         if "log_dir" in folders:
             naming.check_logs()
-        services = Services(
+        callbacks = Callbacks(
             config={"run_name": naming.name, **config_of(experiment), "val_size": val_size},
             identity=identity,
             name=None if disable_logging else naming.name,
@@ -223,17 +223,17 @@ class Trainer:
             resumed=saved,
         )
         if checkpoint_interval is not None:
-            services.checkpoints = naming.checkpoints(keep_checkpoints)
+            callbacks.checkpoints = naming.checkpoints(keep_checkpoints)
         if self.val_dataset is not None and val_size:
-            services.validator = Validator(experiment, val_size)
+            callbacks.validator = Validator(experiment, val_size)
         if not disable_logging:
-            services.loggers = chosen(logger, wandb_project, naming.logs, axis=log_x_axis)
-        with services:
+            callbacks.loggers = chosen(logger, wandb_project, naming.logs, axis=log_x_axis)
+        with callbacks:
             run = _in_processes if processes else _in_rows
             try:
-                self.result = run(experiment, services)
+                self.result = run(experiment, callbacks)
             except BaseException:
-                self.result = services.result
+                self.result = callbacks.result
                 raise
         assert self.result.model is not None
         return self.result.model
@@ -337,29 +337,29 @@ def _check_steps_left(saved: Saved, experiment: Experiment) -> None:
         )
 
 
-def _in_rows(experiment: Experiment, services: Services) -> Result:
-    saved = services.resumed
+def _in_rows(experiment: Experiment, callbacks: Callbacks) -> Result:
+    saved = callbacks.resumed
     resume = None if saved is None else saved.state["run"]
-    return run_stacked(experiment, on_step=services, resume=resume)
+    return run_stacked(experiment, on_step=callbacks, resume=resume)
 
 
-def _in_processes(experiment: Experiment, services: Services) -> Result:
+def _in_processes(experiment: Experiment, callbacks: Callbacks) -> Result:
     """Looked at before the first step and after the last one, unless a program does it itself."""
     from torchft.experiments.processes import run_processes
 
-    services.show(experiment.total_steps)
+    callbacks.show(experiment.total_steps)
     if isinstance(experiment.strategy, SPMDStrategy):
-        experiment.strategy.validator = services.validator
-        experiment.strategy.val_interval = services.val_interval
-    result = run_processes(experiment, keep=services.keep)
-    services.keep(result)
-    if services.validator is not None and not result.validations:
+        experiment.strategy.validator = callbacks.validator
+        experiment.strategy.val_interval = callbacks.val_interval
+    result = run_processes(experiment, keep=callbacks.keep)
+    callbacks.keep(result)
+    if callbacks.validator is not None and not result.validations:
         model = experiment.make_model()
         first = [experiment.make_node(model, node) for node in range(experiment.num_nodes)]
         last = [experiment.make_node(result.models[node], node) for node in result.alive]
         result.validations = [
-            services.look(first, 0),
-            services.look(last, experiment.total_steps),
+            callbacks.look(first, 0),
+            callbacks.look(last, experiment.total_steps),
         ]
-    services.tell(result, experiment.batch_size)
+    callbacks.tell(result, experiment.batch_size)
     return result

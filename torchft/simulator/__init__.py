@@ -8,99 +8,70 @@ used, so `import torchft.simulator` is light.
 
 from __future__ import annotations
 
-import importlib
-import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from torchft.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from torchft.simulator.events import Dies, Discards, Joins, Misses
     from torchft.simulator.experiment import Experiment
+    from torchft.simulator.faults import FaultEvent, NodeProfile, RandomFailures, Weather
     from torchft.simulator.feed import Feed
-    from torchft.simulator.loop import Run, run_stacked
-    from torchft.simulator.network import SimulatedRun, forecast
+    from torchft.simulator.forecast import Forecast, forecast
+    from torchft.simulator.loop import Simulation, run_stacked
     from torchft.simulator.node import NodeError, TrainNode
     from torchft.simulator.program import SPMDProgram
     from torchft.simulator.replay import events_of
     from torchft.simulator.result import Result
-    from torchft.simulator.weather import NodeWeather, RandomFailures, Weather, WeatherEvent
 
 __all__ = [
     "Dies",
     "Discards",
     "Experiment",
+    "FaultEvent",
     "Feed",
+    "Forecast",
     "Joins",
     "Misses",
     "NodeError",
-    "NodeWeather",
+    "NodeProfile",
     "RandomFailures",
     "Result",
-    "Run",
     "SPMDProgram",
-    "SimulatedRun",
+    "Simulation",
     "TrainNode",
     "Weather",
-    "WeatherEvent",
     "events_of",
     "forecast",
     "run_stacked",
 ]
 
-_HOMES = {
-    "Dies": "events",
-    "Discards": "events",
-    "Experiment": "experiment",
-    "Feed": "feed",
-    "Joins": "events",
-    "Misses": "events",
-    "NodeError": "node",
-    "NodeWeather": "weather",
-    "RandomFailures": "weather",
-    "Result": "result",
-    "Run": "loop",
-    "SPMDProgram": "program",
-    "SimulatedRun": "network",
-    "TrainNode": "node",
-    "Weather": "weather",
-    "WeatherEvent": "weather",
-    "events_of": "replay",
-    "forecast": "network",
-    "run_stacked": "loop",
-}
+_EXPERIMENTS = (
+    *("CSVLogger", "DilocoSimulator", "DilocoSimulatorConfig", "EvalStats", "Logger", "SPMDNode"),
+    *("TensorBoardLogger", "TrainStats", "Trainer", "WandbLogger", "datasets"),
+    *("describe_machine", "run_processes"),
+)
 
-_MOVED = {
-    "CSVLogger",
-    "DilocoSimulator",
-    "DilocoSimulatorConfig",
-    "EvalStats",
-    "Logger",
-    "SPMDNode",
-    "TensorBoardLogger",
-    "TrainStats",
-    "Trainer",
-    "WandbLogger",
-    "datasets",
-    "describe_machine",
-    "run_processes",
-    "zoo",
-}
-"""Names of `torchft.experiments` that used to be here."""
-
-
-def __getattr__(name: str) -> Any:
-    if name in _MOVED:
-        warnings.warn(
-            f"torchft.simulator.{name} is now torchft.experiments.{name}",
-            DeprecationWarning,
-            stacklevel=2,
-        )
-        return getattr(importlib.import_module("torchft.experiments"), name)
-    if name not in _HOMES:
-        raise AttributeError(f"module 'torchft.simulator' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"torchft.simulator.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "events": ["Dies", "Discards", "Joins", "Misses"],
+        "experiment": ["Experiment"],
+        "faults": ["FaultEvent", "NodeProfile", "RandomFailures", "Weather"],
+        "feed": ["Feed"],
+        "forecast": ["Forecast", "forecast"],
+        "loop": ["Simulation", "run_stacked"],
+        "node": ["NodeError", "TrainNode"],
+        "program": ["SPMDProgram"],
+        "replay": ["events_of"],
+        "result": ["Result"],
+    },
+    old={
+        **{name: f"torchft.experiments.{name}" for name in _EXPERIMENTS},
+        "NodeWeather": "torchft.simulator.NodeProfile",
+        "Run": "torchft.simulator.Simulation",
+        "SimulatedRun": "torchft.simulator.Forecast",
+        "WeatherEvent": "torchft.simulator.FaultEvent",
+        "zoo": "torchft.experiments.models",
+    },
+)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, fields
 from typing import Protocol
 
 from torchft.peers import Place
-from torchft.simulator.weather import NodeWeather
+from torchft.simulator.faults import NodeProfile
 
 __all__ = [
     "Clocks",
@@ -119,7 +119,7 @@ class Lost:
     heal_bytes: int = 0
 
 
-def round_seconds(record: RoundLike, links: Sequence[NodeWeather]) -> float:
+def round_seconds(record: RoundLike, links: Sequence[NodeProfile]) -> float:
     """How long the members communicate, from the moment when all are there."""
     members = len(record.members)
     if members < 2:
@@ -131,7 +131,7 @@ def round_seconds(record: RoundLike, links: Sequence[NodeWeather]) -> float:
     return messages * latency + 8 * busiest / slowest
 
 
-def heal_seconds(nbytes: int, donor: NodeWeather, node: NodeWeather, sharing: int = 1) -> float:
+def heal_seconds(nbytes: int, donor: NodeProfile, node: NodeProfile, sharing: int = 1) -> float:
     """How long the state travels, while `sharing` nodes take it from the same donor."""
     latency = max(donor.latency_s, node.latency_s)
     return latency + 8 * nbytes / min(donor.up_bps / sharing, node.down_bps)
@@ -141,7 +141,7 @@ class Clocks:
     """All nodes' clocks while the record is read."""
 
     def __init__(
-        self, links: Sequence[NodeWeather], heartbeat_timeout_s: float, there: Container[int]
+        self, links: Sequence[NodeProfile], heartbeat_timeout_s: float, there: Container[int]
     ) -> None:
         self.links = links
         self.heartbeat_timeout_s = heartbeat_timeout_s

@@ -15,20 +15,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Place", "columns_of", "joined", "matrix", "places_of", "write"]
+__all__ = ["ColumnRange", "columns_of", "joined", "matrix", "places_of", "write"]
 
 _ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
-class Place:
+class ColumnRange:
     """Where a parameter lies."""
 
     matrix: int
     columns: range
 
 
-def places_of(parameters: Sequence[Tensor]) -> list[Place]:
+def places_of(parameters: Sequence[Tensor]) -> list[ColumnRange]:
     """One after the other, each in the matrix of its dtype and device."""
     kinds: list[tuple[torch.dtype, torch.device]] = []
     filled: list[int] = []
@@ -38,12 +38,12 @@ def places_of(parameters: Sequence[Tensor]) -> list[Place]:
             kinds.append((p.dtype, p.device))
             filled.append(0)
         kind = kinds.index((p.dtype, p.device))
-        places.append(Place(kind, range(filled[kind], filled[kind] + p.numel())))
+        places.append(ColumnRange(kind, range(filled[kind], filled[kind] + p.numel())))
         filled[kind] += p.numel()
     return places
 
 
-def columns_of(places: Sequence[Place]) -> dict[int, list[range]]:
+def columns_of(places: Sequence[ColumnRange]) -> dict[int, list[range]]:
     """Matrix → the fewest runs of columns, in order; a matrix that comes first stands first."""
     runs: dict[int, list[range]] = {}
     for place in places:

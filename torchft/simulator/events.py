@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 from torchft.errors import SettingsError
 
 __all__ = [
-    "Attendance",
     "Dies",
     "Discards",
     "Event",
     "Joins",
+    "Membership",
     "Misses",
     "check_events",
     "check_list",
@@ -68,7 +68,7 @@ _Timed = TypeVar("_Timed", Dies, Joins)
 _PENDING: dict[str, type[Dies | Joins]] = {"_deaths": Dies, "_doomed": Dies, "_joins": Joins}
 
 
-class Attendance:
+class Membership:
     """Who is there, step by step. It decides; whoever asks carries it out."""
 
     def __init__(self, num_nodes: int, events: Sequence[Event] = ()) -> None:

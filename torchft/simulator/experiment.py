@@ -21,11 +21,11 @@ from torch.nn.parameter import is_lazy
 from torchft.errors import SettingsError
 from torchft.simulator.copies import copied
 from torchft.simulator.events import Event, check_events, check_list
+from torchft.simulator.faults import Weather
 from torchft.simulator.feed import Feed
 from torchft.simulator.node import TrainNode
 from torchft.simulator.program import SPMDStrategy
 from torchft.simulator.seeds import kept_rng, seed_everything, seed_of
-from torchft.simulator.weather import Weather
 from torchft.strategies.checks import check_recipes
 from torchft.strategies.inner import Inner
 from torchft.strategies.strategy import Strategy

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from torchft.digest import digest
 from torchft.peers import Place
-from torchft.simulator.events import Attendance
+from torchft.simulator.events import Membership
 from torchft.simulator.experiment import Experiment
-from torchft.simulator.network import forecast
+from torchft.simulator.forecast import forecast
 from torchft.simulator.node import finite_losses, noted
 from torchft.simulator.peers import HealRecord, RoundRecord, StackedPeers
 from torchft.simulator.result import Result, StepRow, mean_model
@@ -29,19 +29,19 @@ from torchft.simulator.seeds import kept_rng, seed_node
 from torchft.simulator.stacked import StackedLocal
 from torchft.simulator.threads import one_thread
 
-__all__ = ["Run", "run_stacked"]
+__all__ = ["Simulation", "run_stacked"]
 
 
 def run_stacked(
     experiment: Experiment,
     *,
-    on_step: Callable[[Run], None] | None = None,
+    on_step: Callable[[Simulation], None] | None = None,
     resume: dict[str, Any] | None = None,
 ) -> Result:
     """Run it to its end.
 
-    `on_step` is called before the first step and after each. `resume` is what `Run.state_dict`
-    gave; the run goes on from there, bit for bit.
+    `on_step` is called before the first step and after each. `resume` is what
+    `Simulation.state_dict` gave; the run goes on from there, bit for bit.
 
     Raises:
         SettingsError: it cannot run; before the first step where that can be known.
@@ -52,7 +52,7 @@ def run_stacked(
     # Real processes have a thread each, and bits depend on that.
     one = one_thread() if experiment.deterministic else nullcontext()
     with one, kept_rng(experiment.torch_device):
-        run = Run(experiment)
+        run = Simulation(experiment)
         try:
             if resume is not None:
                 run.load_state_dict(resume)
@@ -68,7 +68,7 @@ def run_stacked(
     return result
 
 
-class Run:
+class Simulation:
     """A run between its steps."""
 
     def __init__(self, experiment: Experiment) -> None:
@@ -89,7 +89,7 @@ class Run:
         events = experiment.all_events()
         self.peers = StackedPeers(
             self.local,
-            Attendance(experiment.num_nodes, events),
+            Membership(experiment.num_nodes, events),
             self.strategy,
             deterministic=experiment.deterministic,
         )
@@ -107,7 +107,7 @@ class Run:
             heals=self.peers.heals,
         )
 
-    def train(self, on_step: Callable[[Run], None] | None = None) -> None:
+    def train(self, on_step: Callable[[Simulation], None] | None = None) -> None:
         """From where it is to the end."""
         if on_step is not None:
             on_step(self)
@@ -179,7 +179,7 @@ class Run:
             "step": self.step,
             "local": self.local.state_dict(),
             "strategy": self.strategy.state_dict(),
-            "attendance": self.peers.attendance.state_dict(),
+            "membership": self.peers.membership.state_dict(),
             "history": [asdict(row) for row in self.result.history],
             "rounds": [{**asdict(r), "place": r.place.name} for r in self.peers.rounds],
             "heals": [asdict(heal) for heal in self.peers.heals],
@@ -192,7 +192,7 @@ class Run:
         self.step = state["step"]
         self.local.load_state_dict(state["local"])
         self.strategy.load_state_dict(state["strategy"])
-        self.peers.attendance.load_state_dict(state["attendance"])
+        self.peers.membership.load_state_dict(state["membership"])
         self.result.history[:] = [StepRow(**row) for row in state["history"]]
         self.peers.rounds[:] = [
             RoundRecord(**{**record, "place": Place[record["place"]]}) for record in state["rounds"]

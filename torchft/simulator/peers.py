@@ -18,7 +18,7 @@ from torch import Tensor
 from torchft.ordered import ordered_bytes, ordered_mean
 from torchft.peers import FormedAtOnce, Handle, Place
 from torchft.quantization import Codec, mean_bytes, quantized_mean
-from torchft.simulator.events import Attendance
+from torchft.simulator.events import Membership
 from torchft.simulator.stacked import StackedLocal
 from torchft.strategies.recipe import Recipe
 from torchft.strategies.strategy import Strategy
@@ -66,7 +66,7 @@ class StackedPeers:
     def __init__(
         self,
         local: StackedLocal,
-        attendance: Attendance,
+        membership: Membership,
         strategy: Strategy,
         *,
         deterministic: bool = False,
@@ -78,9 +78,9 @@ class StackedPeers:
         self._open: list[StackedRound] = []
         self.deterministic = deterministic
         """Averages count the bytes of the collective that adds in node order."""
-        self.local, self.attendance = local, attendance
+        self.local, self.membership = local, membership
         self._strategy = strategy
-        for row in set(range(local.rows)) - set(attendance.alive):
+        for row in set(range(local.rows)) - set(membership.alive):
             local.die(row)
 
     def compare(self, setting: str, value: str) -> None:
@@ -89,15 +89,15 @@ class StackedPeers:
     def begin(self, step: int) -> None:
         """An inner step begins: those that are due are gone, or wait to heal."""
         self.now = step
-        for node in self.attendance.begin(step):
+        for node in self.membership.begin(step):
             self.local.die(node)
 
     def open(self, place: Place) -> StackedRound:
         """Heal whoever waits, and begin."""
-        healed = self.attendance.admit()
+        healed = self.membership.admit()
         for node, donor in healed:
             self._heal(node, donor)
-        members = tuple(self.attendance.alive)
+        members = tuple(self.membership.alive)
         self._look_for_lost(members)
         newcomers = {node for node, _ in healed}
         counted = members
@@ -105,7 +105,7 @@ class StackedPeers:
             counted = tuple(node for node in members if node not in newcomers)
         opened = StackedRound(self, place, members, counted, self._strategy.opening)
         self._open.append(opened)
-        for node in self.attendance.strike(self.now):
+        for node in self.membership.strike(self.now):
             self.local.die(node)
             opened.failed = True
         return opened
@@ -116,7 +116,7 @@ class StackedPeers:
 
     def _look_for_lost(self, members: tuple[int, ...]) -> None:
         """A round that is still open comes to nothing when a later one opens without a member."""
-        now = {(node, self.attendance.lives[node]) for node in members}
+        now = {(node, self.membership.lives[node]) for node in members}
         for one in self._open:
             one.failed |= not one.lives <= now
 
@@ -148,7 +148,7 @@ class StackedPeers:
         self._open.remove(one)
         self.rounds.append(record)
         if record.committed:
-            for node in self.attendance.miss(self.now):
+            for node in self.membership.miss(self.now):
                 self.local.die(node)
 
 
@@ -169,7 +169,7 @@ class StackedRound(FormedAtOnce):
         self.members, self.counted = members, counted
         self._peers, self._place, self._recipe = peers, place, recipe
         self._opened = peers.now
-        self.lives = {(node, peers.attendance.lives[node]) for node in members}
+        self.lives = {(node, peers.membership.lives[node]) for node in members}
         self._kind = "average"
         self._sent = dict.fromkeys(members, 0)
         self._collectives = 0
@@ -253,7 +253,7 @@ class StackedRound(FormedAtOnce):
 
     def close(self) -> bool:
         """Yes, unless it was given up, voted down, or a member was lost."""
-        committed = not self.failed and self._peers.attendance.goes(self._peers.now)
+        committed = not self.failed and self._peers.membership.goes(self._peers.now)
         self._peers.closed(
             self,
             RoundRecord(

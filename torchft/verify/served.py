@@ -29,7 +29,7 @@ from torchft.experiments.local_nodes import LocalNode, LocalNodes, Start
 from torchft.ordered import ordered_mean
 from torchft.quantization import Codec, Identity, codec_of
 from torchft.simulator.experiment import Experiment
-from torchft.simulator.loop import Run, run_stacked
+from torchft.simulator.loop import Simulation, run_stacked
 from torchft.simulator.node import finite_losses
 from torchft.simulator.seeds import kept_rng, seed_node
 from torchft.strategies.diloco import DiLoCo
@@ -178,7 +178,7 @@ def _simulated(experiment: Experiment, served: Served) -> tuple[Digests, list[di
     found: Digests = {}
     rounds = [0]
 
-    def look(run: Run) -> None:
+    def look(run: Simulation) -> None:
         if len(run.peers.rounds) > rounds[-1]:
             rounds.append(len(run.peers.rounds))
             nodes = range(experiment.num_nodes)

@@ -143,7 +143,7 @@ class SPMDNode:
 
 @dataclass
 class SPMDProcess:
-    """The story of each process: join the group, run the program, give the model back."""
+    """The target of each process: join the group, run the program, give the model back."""
 
     experiment: Experiment
     program: SPMDProgram

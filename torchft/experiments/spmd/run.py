@@ -16,7 +16,7 @@ from torchft.experiments.spmd.node import SPMDProcess
 from torchft.experiments.validation import Validation
 from torchft.peers import Place
 from torchft.simulator.experiment import Experiment
-from torchft.simulator.network import forecast
+from torchft.simulator.forecast import forecast
 from torchft.simulator.node import NodeError
 from torchft.simulator.peers import RoundRecord
 from torchft.simulator.program import SPMDStrategy
@@ -47,8 +47,8 @@ def run_program(experiment: Experiment, *, method: str | None = None) -> Result:
             Path(folder),
             method=method,
             preload=["torchft.experiments.spmd.node", "torchft.simulator.preloaded"],
-            news=log.add,
-            plain=(NodeError, SettingsError),
+            on_report=log.add,
+            expected_errors=(NodeError, SettingsError),
         )
         ends = nodes.run()
     result = log.result(experiment)

@@ -13,13 +13,13 @@ from typing import Protocol, TypeVar
 from torchft.peers import Place
 from torchft.simulator.clocks import Clocks, HealLike, Lost, NodeSeconds, RoundLike
 from torchft.simulator.events import Dies
-from torchft.simulator.weather import Weather
+from torchft.simulator.faults import Weather
 
-__all__ = ["SimulatedRun", "SimulatedStep", "forecast", "forecast_records", "smoothed"]
+__all__ = ["Forecast", "ForecastStep", "forecast", "forecast_records", "smoothed"]
 
 
 @dataclass(frozen=True)
-class SimulatedStep:
+class ForecastStep:
     """One step in simulated time."""
 
     end_s: float
@@ -29,13 +29,13 @@ class SimulatedStep:
 
 
 @dataclass(frozen=True)
-class SimulatedRun:
+class Forecast:
     """A run under one weather."""
 
     elapsed_s: float
     nodes: tuple[NodeSeconds, ...]
     """Totals of each node; each adds up to `elapsed_s`."""
-    steps: tuple[SimulatedStep, ...]
+    steps: tuple[ForecastStep, ...]
     losses: tuple[float, ...]
     """Mean training loss of the nodes that computed, by step."""
     bytes_sent: tuple[int, ...]
@@ -96,9 +96,7 @@ class StepLike(Protocol):
     def losses(self) -> Mapping[int, float]: ...
 
 
-def forecast(
-    result: ResultLike, weather: Weather, *, measured_s: float | None = None
-) -> SimulatedRun:
+def forecast(result: ResultLike, weather: Weather, *, measured_s: float | None = None) -> Forecast:
     """How long the run of `result` takes in this weather, and where the time goes.
 
     The weather may be another than the one the run had: speeds and links change no learning. Only
@@ -135,20 +133,20 @@ def forecast_records(
     deaths: Sequence[Dies] = (),
     weather: Weather,
     measured_s: float | None = None,
-) -> SimulatedRun:
+) -> Forecast:
     """`forecast` of bare records. `losses`: by step, the loss of each node that computed in it."""
     links = [weather.of(node) for node in range(num_nodes)]
     pace = [link.seconds_a_step(measured_s) for link in links]
     record = _Record(rounds, heals, deaths)
     clocks = Clocks(links, weather.heartbeat_timeout_s, _there_at_first(losses, record, num_nodes))
-    steps: list[SimulatedStep] = []
+    steps: list[ForecastStep] = []
     for step, computed in enumerate(losses):
         before = [spent.copy() for spent in clocks.spent]
         _play(record, clocks, step, computed, pace)
         end = max([steps[-1].end_s if steps else 0.0, clocks.latest()])
         nodes = (now.since(then) for now, then in zip(clocks.spent, before, strict=True))
-        steps.append(SimulatedStep(end, tuple(nodes)))
-    return SimulatedRun(
+        steps.append(ForecastStep(end, tuple(nodes)))
+    return Forecast(
         elapsed_s=clocks.end(),
         nodes=tuple(clocks.spent),
         steps=tuple(steps),

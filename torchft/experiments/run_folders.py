@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from torchft.errors import SettingsError
-from torchft.experiments.checkpoint import Checkpoints, Saved, load_checkpoint
+from torchft.experiments.checkpoint import CheckpointFolder, Saved, load_checkpoint
 from torchft.strategies import Strategy
 
-__all__ = ["Naming", "check_name", "default_name", "find_resumed"]
+__all__ = ["RunFolders", "check_name", "default_name", "find_resumed"]
 
 _LONGEST = 200
 """Bytes: file systems take 255, and something may stand behind it."""
@@ -40,7 +40,7 @@ def check_name(name: Any) -> None:
         raise SettingsError(f"run_name={name[:20]!r}…: give one of {_LONGEST} bytes or fewer")
 
 
-class Naming:
+class RunFolders:
     """Of one run: the given name, else that of the run it resumes, else a new one.
 
     Args:
@@ -85,13 +85,13 @@ class Naming:
                 "go on from that run's checkpoint by resume=True, or remove the folder"
             )
 
-    def checkpoints(self, keep: int) -> Checkpoints:
+    def checkpoints(self, keep: int) -> CheckpointFolder:
         """Those of this run.
 
         Raises:
             SettingsError: there are some of an earlier run, which this one would mix with.
         """
-        checkpoints = Checkpoints(self._roots[1] / self.name, keep=keep)
+        checkpoints = CheckpointFolder(self._roots[1] / self.name, keep=keep)
         if checkpoints.newest() is not None and not self._resumes:
             raise SettingsError(
                 f"{checkpoints.folder} holds checkpoints of an earlier run: go on with it by "

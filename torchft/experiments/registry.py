@@ -15,7 +15,7 @@ import torch
 
 from torchft import strategies
 from torchft.errors import SettingsError
-from torchft.experiments import datasets, zoo
+from torchft.experiments import datasets, models
 from torchft.experiments.config import SimulateConfig, StrategyConfig
 from torchft.strategies import OptimSpec, Strategy
 from torchft.strategies.ranges import check_number
@@ -75,7 +75,7 @@ def strategy_of(
 
 def model_of(config: SimulateConfig) -> Callable[[], torch.nn.Module]:
     """What makes the model, the same whenever it is called with the same seed."""
-    factory = zoo.MODELS.get(config.model) or found(config.model)
+    factory = models.MODELS.get(config.model) or found(config.model)
     return lambda: _called(f"model {config.model}", factory, config.model_options)
 
 

@@ -1,14 +1,14 @@
 """Weather: how fast each node and its link are, who fails, and who comes when.
 
 It comes in two halves. Speeds, bandwidths and latencies change no learning, only time: they are
-applied afterwards, to the record of a run (`torchft.simulator.network.forecast`), so one run can be
+applied afterwards, to the record of a run (`torchft.simulator.forecast`), so one run can be
 asked about many networks. Failures and joins do change the learning: they become events of the run.
 
     Weather(
-        nodes=[NodeWeather(step_s=0.1, up_bps=100e6, down_bps=1e9, latency_s=0.02)],
+        nodes=[NodeProfile(step_s=0.1, up_bps=100e6, down_bps=1e9, latency_s=0.02)],
         events=[
-            WeatherEvent(node=1, event="dies", step=40),
-            WeatherEvent(node=1, event="joins", step=60),
+            FaultEvent(node=1, event="dies", step=40),
+            FaultEvent(node=1, event="joins", step=60),
         ],
     )
 
@@ -29,7 +29,7 @@ from typing import Any, Literal
 from torchft.errors import SettingsError
 from torchft.simulator.events import Dies, Event, Joins, check_events
 
-__all__ = ["NodeWeather", "RandomFailures", "Weather", "WeatherEvent", "parse_trace", "read_trace"]
+__all__ = ["FaultEvent", "NodeProfile", "RandomFailures", "Weather", "parse_trace", "read_trace"]
 
 HEARTBEAT_TIMEOUT_S = 5.0
 """The lighthouse's default: so long is a silent group waited for."""
@@ -41,7 +41,7 @@ def _check(good: bool, otherwise: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NodeWeather:
+class NodeProfile:
     """One node and its link. What is left out costs no time."""
 
     step_s: float | None = None
@@ -80,7 +80,7 @@ class NodeWeather:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeatherEvent:
+class FaultEvent:
     """A node fails or comes, at a step or at a simulated time. One line of a trace."""
 
     node: int
@@ -121,18 +121,18 @@ class RandomFailures:
         _check(self.away_steps >= 1, f"away_steps={self.away_steps} must be 1 or more")
         _check(0 <= self.in_round <= 1, f"in_round={self.in_round} is no share: use 0 to 1")
 
-    def draw(self, num_nodes: int, steps: int) -> list[WeatherEvent]:
+    def draw(self, num_nodes: int, steps: int) -> list[FaultEvent]:
         """Of one run. Which node fails when follows from the seed alone."""
-        drawn: list[WeatherEvent] = []
+        drawn: list[FaultEvent] = []
         for node in range(1, num_nodes):
             step = 0
             while step < steps:
                 dice = random.Random(f"{self.seed}/{node}/{step}")
                 if dice.random() < self.rate:
                     hit = dice.random() < self.in_round
-                    drawn.append(WeatherEvent(node=node, event="dies", step=step, in_round=hit))
+                    drawn.append(FaultEvent(node=node, event="dies", step=step, in_round=hit))
                     step += self.away_steps
-                    drawn.append(WeatherEvent(node=node, event="joins", step=step))
+                    drawn.append(FaultEvent(node=node, event="joins", step=step))
                 step += 1
         return drawn
 
@@ -141,9 +141,9 @@ class RandomFailures:
 class Weather:
     """Of all nodes."""
 
-    nodes: Sequence[NodeWeather] = (NodeWeather(),)
+    nodes: Sequence[NodeProfile] = (NodeProfile(),)
     """Entry i is node i's; the last stands for all further nodes."""
-    events: Sequence[WeatherEvent] = ()
+    events: Sequence[FaultEvent] = ()
     trace: Path | None = None
     """A file of further events, see `read_trace`."""
     failures: RandomFailures | None = None
@@ -165,7 +165,7 @@ class Weather:
         both = self.failures is not None and bool(self.events or self.trace)
         _check(not both, "give events (or a trace) or failures by chance, not both")
 
-    def of(self, node: int) -> NodeWeather:
+    def of(self, node: int) -> NodeProfile:
         """This node's."""
         return self.nodes[min(node, len(self.nodes) - 1)]
 
@@ -191,7 +191,7 @@ class Weather:
         check_events(num_nodes, happening)
         return happening
 
-    def _step_of(self, event: WeatherEvent, num_nodes: int, measured_s: float | None) -> int:
+    def _step_of(self, event: FaultEvent, num_nodes: int, measured_s: float | None) -> int:
         if event.step is not None:
             return event.step
         assert event.time_s is not None
@@ -209,13 +209,13 @@ class Weather:
         return max(node.seconds_a_step(measured_s) for node in nodes)
 
 
-def _event_at(step: int, event: WeatherEvent) -> Event:
+def _event_at(step: int, event: FaultEvent) -> Event:
     if event.event == "joins":
         return Joins(node=event.node, step=step)
     return Dies(node=event.node, step=step, in_round=event.in_round)
 
 
-def read_trace(path: str | Path) -> list[WeatherEvent]:
+def read_trace(path: str | Path) -> list[FaultEvent]:
     """Events from a file: CSV with a header (`.csv`), else JSON lines.
 
         step,node,event            {"time_s": 12.5, "node": 1, "event": "dies"}
@@ -234,7 +234,7 @@ def read_trace(path: str | Path) -> list[WeatherEvent]:
     return parse_trace(text, source=str(path), as_csv=path.suffix.lower() == ".csv")
 
 
-def parse_trace(text: str, *, source: str, as_csv: bool) -> list[WeatherEvent]:
+def parse_trace(text: str, *, source: str, as_csv: bool) -> list[FaultEvent]:
     """The events of a trace that has been read."""
     lines = text.splitlines()
     rows = _csv_rows(lines) if as_csv else _json_rows(lines, source)
@@ -267,13 +267,13 @@ def _json_rows(lines: list[str], source: str) -> Iterable[tuple[int, Mapping[str
         yield number, row
 
 
-def _event_of(row: Mapping[str, Any]) -> WeatherEvent:
-    known = {one.name for one in fields(WeatherEvent)}
+def _event_of(row: Mapping[str, Any]) -> FaultEvent:
+    known = {one.name for one in fields(FaultEvent)}
     unknown = sorted(str(name) for name in row.keys() - known)
     _check(not unknown, f"there is no column {', '.join(unknown)}; use {', '.join(sorted(known))}")
     missing = sorted({"node", "event"} - row.keys())
     _check(not missing, f"{' and '.join(missing)} missing")
-    return WeatherEvent(
+    return FaultEvent(
         node=_whole(row["node"]),
         event=row["event"],
         step=_whole(row["step"]) if row.get("step") is not None else None,

@@ -16,17 +16,17 @@ from functools import partial
 from typing import Any
 
 from torchft.best_effort import BestEffort
-from torchft.experiments.checkpoint import Checkpoints, Saved
+from torchft.experiments.checkpoint import CheckpointFolder, Saved
 from torchft.experiments.correlation import correlation
 from torchft.experiments.loggers import Kind, Logger, Row, perplexity
-from torchft.experiments.progress import Progress
+from torchft.experiments.progress import ProgressBar
 from torchft.experiments.validation import Validator
-from torchft.simulator.loop import Run
+from torchft.simulator.loop import Simulation
 from torchft.simulator.node import TrainNode
 from torchft.simulator.peers import RoundRecord
 from torchft.simulator.result import Result, StepRow
 
-__all__ = ["Figures", "Services"]
+__all__ = ["Callbacks", "Figures"]
 
 _log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class Figures:
 
 
 @dataclass
-class Services:
+class Callbacks:
     """Called with the run before its first step and after each. A context, which closes files."""
 
     config: dict[str, Any]
@@ -100,7 +100,7 @@ class Services:
     validator: Validator | None = None
     val_interval: int = 100
     correlation_interval: int | None = None
-    checkpoints: Checkpoints | None = None
+    checkpoints: CheckpointFolder | None = None
     checkpoint_interval: int | None = None
     resumed: Saved | None = None
     result: Result | None = field(default=None, init=False)
@@ -109,7 +109,7 @@ class Services:
     _stack: ExitStack = field(default_factory=ExitStack, init=False)
     _efforts: list[BestEffort] = field(default_factory=list, init=False)
     """One a logger: figures that cannot be written do not end the run."""
-    _progress: Progress | None = field(default=None, init=False)
+    _progress: ProgressBar | None = field(default=None, init=False)
     _rounds: int = field(default=0, init=False)
     _step: int = field(default=0, init=False)
     """Steps that are done."""
@@ -117,7 +117,7 @@ class Services:
     _unsaved: bool = field(default=False, init=False)
     """A checkpoint is due, and waits until no round is in flight."""
 
-    def __enter__(self) -> Services:
+    def __enter__(self) -> Callbacks:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *raised: object) -> None:
@@ -142,7 +142,7 @@ class Services:
         """What there is of the run, should it break off."""
         self.result = result
 
-    def __call__(self, run: Run) -> None:
+    def __call__(self, run: Simulation) -> None:
         """Whatever is due after `run.step` steps."""
         self._step = run.step
         self.keep(run.result)
@@ -161,10 +161,10 @@ class Services:
         if self._unsaved and not run.strategy.in_flight:
             self._save(run)
 
-    def _due(self, run: Run, interval: int | None) -> bool:
+    def _due(self, run: Simulation, interval: int | None) -> bool:
         return interval is not None and (run.step % interval == 0 or run.step == run.total_steps)
 
-    def _start(self, run: Run) -> None:
+    def _start(self, run: Simulation) -> None:
         self._started = True
         if self.resumed is not None:
             run.result.validations[:] = self.resumed.state["validations"]
@@ -182,14 +182,14 @@ class Services:
             self._stack.callback(effort.last, logger.close)
             effort.first(partial(logger.start, self.config, past))
 
-    def _train_row(self, run: Run) -> None:
+    def _train_row(self, run: Simulation) -> None:
         closed = run.result.rounds[self._rounds :]
         self._rounds += len(closed)
         self._log("train", self._figures.train(run.result.history[-1], closed))
         if self._progress is not None:
             self._progress.now_and_then()
 
-    def _validate(self, run: Run) -> None:
+    def _validate(self, run: Simulation) -> None:
         if self.validator is None:
             return
         found = self.look([run.nodes[node] for node in run.local.alive], run.step)
@@ -201,7 +201,7 @@ class Services:
     def show(self, total: int, done: int = 0) -> None:
         """Begin to show how far the run is."""
         if self.name is not None:
-            self._progress = Progress(self.name, total, done)
+            self._progress = ProgressBar(self.name, total, done)
             self._stack.callback(self._progress.close)
 
     def look(self, nodes: Sequence[TrainNode], step: int) -> dict[str, Any]:
@@ -216,7 +216,7 @@ class Services:
         for kind, row in Figures(result.num_nodes, batch_size).past(result):
             self._log(kind, row)
 
-    def _correlate(self, run: Run) -> None:
+    def _correlate(self, run: Simulation) -> None:
         flats, alive = run.local.weights(run.local.whole), run.local.alive
         whole = len(alive) == run.local.rows
         found = correlation(flats if whole else [flat[alive] for flat in flats])
@@ -229,7 +229,7 @@ class Services:
         run.result.correlations.append(row)
         self._log("correlation", self._figures.correlation(row))
 
-    def _save(self, run: Run) -> None:
+    def _save(self, run: Simulation) -> None:
         assert self.checkpoints is not None
         state = {
             "run": run.state_dict(),

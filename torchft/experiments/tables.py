@@ -14,10 +14,10 @@ from torchft.experiments.config import difference, needed, whole
 from torchft.experiments.machine import describe_machine
 from torchft.experiments.runs import RunReport, RunSpec
 from torchft.experiments.sweep import Sweep
-from torchft.simulator.network import SimulatedRun, smoothed
+from torchft.simulator.forecast import Forecast, smoothed
 
 __all__ = [
-    "Row",
+    "TableRow",
     "as_csv",
     "as_table",
     "grouped",
@@ -33,7 +33,7 @@ MEGA = 1e6
 
 
 @dataclass(frozen=True)
-class Figure:
+class MeanSpread:
     """Of several seeds."""
 
     mean: float
@@ -46,31 +46,31 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class InWeather:
+class NetworkFigures:
     """One combination under one weather."""
 
-    elapsed_s: Figure
-    to_loss_s: Figure | None
+    elapsed_s: MeanSpread
+    to_loss_s: MeanSpread | None
     """None: not every seed reached it."""
-    utilisation: Figure
-    lost_node_steps: Figure
+    utilisation: MeanSpread
+    lost_node_steps: MeanSpread
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One combination."""
 
     spec: RunSpec
     seeds: int
-    loss: Figure
+    loss: MeanSpread
     """Of the mean model on held-out samples at the end."""
-    train_loss: Figure
+    train_loss: MeanSpread
     """Of the last steps."""
-    megabytes: Figure
+    megabytes: MeanSpread
     """That a node sent."""
-    steps_per_s: Figure
+    steps_per_s: MeanSpread
     """Here, in wall time."""
-    weathers: dict[str, InWeather]
+    weathers: dict[str, NetworkFigures]
 
     def plain(self) -> dict[str, Any]:
         """Names and numbers."""
@@ -111,11 +111,11 @@ def target_of(sweep: Sweep) -> float | None:
     return max((min(smoothed(r.train_losses, WINDOW)) for r in sweep.reports), default=None)
 
 
-def rows_of(sweep: Sweep) -> list[Row]:
+def rows_of(sweep: Sweep) -> list[TableRow]:
     """A row for each combination of which at least one seed ended."""
     target = target_of(sweep)
     return [
-        Row(
+        TableRow(
             spec=group,
             seeds=len(reports),
             loss=_figure(report.final_loss for report in reports),
@@ -131,11 +131,11 @@ def rows_of(sweep: Sweep) -> list[Row]:
     ]
 
 
-def _in_weather(simulated: Sequence[SimulatedRun], target: float | None) -> InWeather:
+def _in_weather(simulated: Sequence[Forecast], target: float | None) -> NetworkFigures:
     assert target is not None  # there is a run
     times = [run.time_to_loss(target, window=WINDOW) for run in simulated]
     reached = [time for time in times if time is not None]
-    return InWeather(
+    return NetworkFigures(
         elapsed_s=_figure(run.elapsed_s for run in simulated),
         to_loss_s=_figure(reached) if len(reached) == len(times) else None,
         utilisation=_figure(run.utilisation for run in simulated),
@@ -143,25 +143,25 @@ def _in_weather(simulated: Sequence[SimulatedRun], target: float | None) -> InWe
     )
 
 
-def _figure(values: Iterable[float]) -> Figure:
+def _figure(values: Iterable[float]) -> MeanSpread:
     values = list(values)
     spread = statistics.stdev(values) if len(values) > 1 else None
-    return Figure(statistics.fmean(values), spread)
+    return MeanSpread(statistics.fmean(values), spread)
 
 
-def _both(name: str, figure: Figure | None) -> dict[str, float | None]:
+def _both(name: str, figure: MeanSpread | None) -> dict[str, float | None]:
     if figure is None:
         return {name: None, f"{name}_spread": None}
     return {name: figure.mean, f"{name}_spread": figure.spread}
 
 
-def with_machine(sweep: Sweep, rows: Sequence[Row]) -> str:
+def with_machine(sweep: Sweep, rows: Sequence[TableRow]) -> str:
     """The table, and above it the machine that its it/s are of."""
     table = as_table(rows, target_of(sweep))
     return f"{describe_machine(sweep.config.device)}\n\n{table}"
 
 
-def as_table(rows: Sequence[Row], target: float | None) -> str:
+def as_table(rows: Sequence[TableRow], target: float | None) -> str:
     """Markdown, for people."""
     head, cells = _heads(rows, target), [_cells(row) for row in rows]
     # What never happened, or is the same everywhere by default, needs no column.
@@ -173,7 +173,7 @@ def as_table(rows: Sequence[Row], target: float | None) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def _heads(rows: Sequence[Row], target: float | None) -> list[str]:
+def _heads(rows: Sequence[TableRow], target: float | None) -> list[str]:
     heads = ["strategy", "nodes", "every", "lr", "steps", "seeds", "loss", "MB/node", "it/s"]
     for name in rows[0].weathers if rows else ():
         at = "" if name == "weather" else f" ({name})"
@@ -181,7 +181,7 @@ def _heads(rows: Sequence[Row], target: float | None) -> list[str]:
     return heads
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: TableRow) -> list[str]:
     spec = row.spec
     every = "" if spec.every is None else str(spec.every)
     cells = [spec.strategy.shown, str(spec.nodes), every, f"{spec.lr:g}"]
@@ -205,7 +205,7 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
     return "| " + " | ".join([first, *others]) + " |"
 
 
-def as_csv(rows: Sequence[Row]) -> str:
+def as_csv(rows: Sequence[TableRow]) -> str:
     """Every figure, for machines."""
     plain = [row.plain() for row in rows]
     text = io.StringIO()
@@ -215,7 +215,7 @@ def as_csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def write_tables(sweep: Sweep, rows: Sequence[Row], folder: Path) -> None:
+def write_tables(sweep: Sweep, rows: Sequence[TableRow], folder: Path) -> None:
     """`table.md` with the machine above it, `table.csv`, and the configuration: `config.yaml`, and
     in `difference.yaml` only what is not by default."""
     folder.mkdir(parents=True, exist_ok=True)
