@@ -61,7 +61,7 @@ MAY_IMPORT: dict[str, Set[str]] = {
     # `local_node` is a real group: it makes a manager.
     "experiments": EXTENSION
     | {"data", "launch", "manager", "process_group", "quantization"}
-    | {"simulator", "strategies", "toy"},
+    | {"replicated", "simulator", "strategies", "toy"},
     "compat": {"experiments", "simulator", "strategies"},
     "parameter_server": {"checkpointing", "quantization", "strategies"},
     **dict.fromkeys(("demo", "verify"), EXTENSION | FRONTS | ROOMS | {"__init__"}),

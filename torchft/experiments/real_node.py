@@ -1,6 +1,6 @@
 """One node of an experiment in a process of its own: what `processes` runs in each of them.
 
-The loop is that of the simulation, with one row: the strategy is bound to the manager.
+The loop is that of the simulation, with one row, and `Replicated` runs the strategy.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torchft.digest import digest
 from torchft.peers import Handle, Place
 from torchft.quantization import Codec
+from torchft.replicated import Replicated
 from torchft.simulator.events import Dies
 from torchft.simulator.experiment import Experiment
 from torchft.simulator.node import finite_losses, noted
 from torchft.simulator.result import Result, mean_model
 from torchft.simulator.seeds import kept_rng, seed_node
 from torchft.simulator.trained import Trained
-from torchft.strategies.model_local import ModelLocal
 from torchft.strategies.recipe import Recipe
 from torchft.strategies.strategy import Strategy
 
@@ -73,30 +73,34 @@ class _Trainer:
         self._feed = experiment.feed()
         self._model = experiment.make_model()
         trained = [p for p in self._model.parameters() if p.requires_grad]
-        self._inner = experiment.inner.build([trained], experiment.total_steps)
-        self._local = ModelLocal([self._model], self._inner)
         self._trained = Trained(self._model, trained)
-        self._local.own_data = self._feed.own_data
-        self._local.samples = [self._feed.samples(node.number)]
         self._train_node = experiment.make_node(self._model, node.number)
         self._strategy = experiment.strategy
         self._clock = self._strategy.clock
-        node.connect(self._load, self._save)
-        node.manager.offer_copies()  # buffers change while a round is open
-        node.manager.describe_model("model", list(self._model.named_parameters()))
+        manager = node.connect()
         self._peers = _Watched(node, self._strategy, experiment.deterministic, death)
-        self._strategy.bind(self._local, self._peers)
+        self._replicated = Replicated(
+            manager,
+            self._model,
+            None,
+            self._strategy,
+            samples=self._feed.samples(node.number),
+            own_data=self._feed.own_data,
+            max_steps=experiment.total_steps,
+            peers=self._peers,
+        )
+        # Loaded after the rest, so that the clock is the donor's by then.
+        manager.register_state_dict_fn("donor", self._healed_from, lambda: node.number)
         self._rows: list[dict[str, Any]] = []
 
     def train(self) -> dict[str, Any]:
         """From the first round to the last."""
-        self._strategy.join()
+        self._replicated.join()
         if self._peers.committed:  # the others had begun already
             self._keep({"step": self._clock.steps - 1})
         while self._clock.steps < self._experiment.total_steps:
             self._train_step()
-        self._strategy.finish()  # of one that came for the last round, and took no step
-        self._node.manager.settle()
+        self._replicated.finish()  # also of one that came for the last round, and took no step
         self._report()
         self._feed.close()
         return {"model": to_bytes(self._model.state_dict())}
@@ -104,13 +108,12 @@ class _Trainer:
     def _train_step(self) -> None:
         self._die_before(self._clock.steps)
         self._node.wait_for_joins(self._clock.steps)
-        self._strategy.begin()
+        self._replicated.zero_grad()
         step = self._clock.steps  # that of the others, after a heal
-        self._local.zero_grads()
         losses = finite_losses({self._node.number: self._backward(step)}, step)
-        row = {"step": step, "loss": losses[self._node.number], "lr": self._inner.lr}
+        row = {"step": step, "loss": losses[self._node.number], "lr": self._replicated.optimizer.lr}
         row["compute_s"] = self._compute_s
-        self._strategy.step()
+        self._replicated.step()
         if self._clock.steps >= self._experiment.total_steps:
             self._strategy.finish()
         self._keep(row)
@@ -145,27 +148,12 @@ class _Trainer:
         self._node.report(rows)
 
     def _digest(self) -> str:
-        weights = dict(zip(self._local.names, self._local.parameters, strict=True))
-        return digest({"weights": weights, "shared": self._strategy.shared_state_dict()})
+        weights = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
+        return digest({"weights": weights, "shared": self._replicated.shared_state_dict()})
 
-    # --- what a node that heals gets
-
-    def _save(self) -> dict[str, Any]:
-        return {
-            "model": self._model.state_dict(),
-            "inner": self._inner.state_dict(),
-            "strategy": self._strategy.shared_state_dict(),
-            "open_rounds": self._strategy.open_rounds(),
-            "node": self._node.number,
-        }
-
-    def _load(self, state: dict[str, Any]) -> None:
-        self._model.load_state_dict(state["model"])
-        self._inner.load_state_dict(state["inner"])
-        self._strategy.load_shared_state_dict(state["strategy"])
-        self._strategy.take_over(state["open_rounds"])
+    def _healed_from(self, donor: int) -> None:
         if self._clock.steps:  # at the start all are equal, whoever gave whom what
-            self._peers.healed_from = state["node"]
+            self._peers.healed_from = donor
 
 
 class _Watched:
