@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,11 @@ class SharedSettings:
     """What must be equal at all workers. The server's word holds; what it leaves open is what the
     first worker asks for."""
 
-    sync_every: int
+    sync_every: int = 500
     """Inner steps between two submissions of a fragment."""
-    codec: str
+    codec: str = "bf16"
     """How numbers travel, both ways."""
-    fragments: int
+    fragments: int = 1
 
     def __post_init__(self) -> None:
         for name in ("sync_every", "fragments"):
@@ -145,17 +145,16 @@ class ServerOptions:
             )
         self.outer.build(self.rules)
 
-    @property
-    def _own(self) -> dict[str, Any]:
-        return {"sync_every": self.sync_every, "codec": self.codec, "fragments": self.fragments}
+    def _said(self) -> dict[str, Any]:
+        """The shared settings that these options fix."""
+        own = {field.name: getattr(self, field.name) for field in fields(SharedSettings)}
+        return {name: value for name, value in own.items() if value is not None}
 
     def differences(self, agreed: SharedSettings) -> list[str]:
         """In words, what is said here and does not hold in a run that has begun."""
-        return [
-            f"{name} {value}, not {self._own[name]}"
-            for name, value in asdict(agreed).items()
-            if self._own[name] not in (None, value)
-        ]
+        held = asdict(agreed)
+        said = self._said().items()
+        return [f"{name} {held[name]}, not {own}" for name, own in said if own != held[name]]
 
     def agree(self, wished: Mapping[str, Any]) -> SharedSettings:
         """The settings that the server and the first worker agree on; the server's come first.
@@ -163,12 +162,6 @@ class ServerOptions:
         Raises:
             SettingsError: it asks for what cannot be.
         """
-        own = self._own
-        default = {"sync_every": 500, "codec": "bf16", "fragments": 1}
-        asked = {name: wished.get(name) for name in own}
-        return SharedSettings(
-            **{
-                name: next(v for v in (own[name], asked[name], default[name]) if v is not None)
-                for name in own
-            }  # type: ignore[arg-type]
-        )
+        names = [field.name for field in fields(SharedSettings)]
+        asked = {name: wished[name] for name in names if wished.get(name) is not None}
+        return SharedSettings(**{**asked, **self._said()})

@@ -17,7 +17,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +54,14 @@ class Checkpoints:
         aside = self.folder / f".writing-{number}"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        _write(aside / STATE, lambda path: _write_state(path, state, number))
+        with (aside / STATE).open("wb") as file:
+            write_state(file, state, number)
         own = {name: tensor.contiguous() for name, tensor in weights.items()}
-        _write(aside / MODEL, lambda path: save_file(own, path, metadata={"format": "pt"}))
+        save_file(own, aside / MODEL, metadata={"format": "pt"})
         manifest = {name: _described(aside / name) for name in (STATE, MODEL)}
-        _write(aside / MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=1)))
+        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for path in aside.iterdir():
+            _sync(path)
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
         _sync(self.folder)
@@ -107,24 +110,12 @@ def load(path: Path) -> tuple[int, Any]:
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        for name in (STATE, MODEL):
-            if manifest[name] != _described(path / name):
-                raise SettingsError(f"{path / name} is not what its manifest says")
-        return read_state(path / STATE)
+        damaged = [n for n in (STATE, MODEL) if manifest[n] != _described(path / n)]
+        if not damaged:
+            return read_state(path / STATE)
     except (OSError, ValueError, KeyError, TypeError, LayoutError) as error:
-        if isinstance(error, SettingsError):
-            raise
         raise SettingsError(f"{path} is not complete: {type(error).__name__}: {error}") from None
-
-
-def _write_state(path: Path, state: Mapping[str, Any], number: int) -> None:
-    with path.open("wb") as file:
-        write_state(file, state, number)
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    write(path)
-    _sync(path)
+    raise SettingsError(f"{path / damaged[0]} is not what its manifest says")
 
 
 def _sync(path: Path) -> None:

@@ -124,22 +124,22 @@ class HttpService:
         try:
             return await handler(request)
         except Refused as error:
-            return _refusal(request, error.status, str(error))
+            status, reason = error.status, str(error)
         except MismatchError as error:
-            return _refusal(request, Unfit.status, str(error))
+            status, reason = Unfit.status, str(error)
         except SettingsError as error:
-            return _refusal(request, Refused.status, str(error))
+            status, reason = Refused.status, str(error)
         except web.HTTPRequestEntityTooLarge:
-            return _refusal(request, 413, f"more than {MAX_JSON_BYTES} bytes of JSON")
+            status, reason = TooLarge.status, f"more than {MAX_JSON_BYTES} bytes of JSON"
         except TimeoutError:
             reason = f"nothing came for {self._read_timeout_s:g} s: go on from there"
-            return _refusal(request, Interrupted.status, reason)
+            status = Interrupted.status
         except (ConnectionError, asyncio.IncompleteReadError, web.RequestPayloadError):
-            reason = "the body ended early: go on from there"
-            return _refusal(request, Interrupted.status, reason)
+            status, reason = Interrupted.status, "the body ended early: go on from there"
         except OSError as error:
             # Workers train on and ask again: there may be room by then.
-            return _refusal(request, _NO_ROOM, f"the server cannot write: {error.strerror}")
+            status, reason = _NO_ROOM, f"the server cannot write: {error.strerror}"
+        return _refusal(request, status, reason)
 
     @web.middleware
     async def _admit(self, request: web.Request, handler: Handler) -> web.StreamResponse:

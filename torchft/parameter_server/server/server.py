@@ -89,7 +89,7 @@ async def serve(
     runner = web.AppRunner(
         service.app(),
         access_log=None,
-        logger=_http_logger(),
+        logger=_http_logger,
         keepalive_timeout=_IDLE_S,
         read_bufsize=_READ_BYTES,
         shutdown_timeout=2.0,
@@ -104,21 +104,18 @@ async def serve(
         await state.close(save=save_at_end())
 
 
-def _http_logger() -> logging.Logger:
-    """aiohttp's log of what went wrong: what no HTTP client would send is one line."""
-    found = logging.getLogger(f"{__name__}.http")
-    if not found.filters:
-        found.addFilter(_without_traceback_of_garbage)
-    return found
-
-
 def _without_traceback_of_garbage(record: logging.LogRecord) -> bool:
+    """In aiohttp's log of what went wrong, what no HTTP client would send is one line."""
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, HttpProcessingError):
         said = printable(f"{record.getMessage()}: {type(error).__name__} {error.message}")
         record.msg, record.args, record.exc_info = said, (), None
         record.levelno, record.levelname = logging.INFO, "INFO"
     return True
+
+
+_http_logger = logging.getLogger(f"{__name__}.http")
+_http_logger.addFilter(_without_traceback_of_garbage)
 
 
 async def _listen(runner: web.AppRunner, address: Address) -> int:
@@ -153,11 +150,10 @@ class DiLoCoServer:
     """
 
     def __init__(self, options: ServerOptions, address: Address | None = None) -> None:
-        self._options = options
-        self._address = address or Address(port=0)
+        self._options, self._address = options, address or Address(port=0)
         self._ready = threading.Event()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stop: asyncio.Event | None = None
+        self._end: Callable[[], object] = lambda: None
+        """Asks the loop to end."""
         self._failure: BaseException | None = None
         self._save_at_end = True
         self.port = 0
@@ -179,9 +175,8 @@ class DiLoCoServer:
     def stop(self, *, save: bool = True) -> None:
         """End it; without `save`, as if it had been killed between two rounds."""
         self._save_at_end = save
-        if self._loop is not None and self._stop is not None and self._thread.is_alive():
-            with contextlib.suppress(RuntimeError):  # the loop has ended by itself
-                self._loop.call_soon_threadsafe(self._stop.set)
+        with contextlib.suppress(RuntimeError):  # the loop has ended by itself
+            self._end()
         self._thread.join()
         if self._failure is not None:
             raise self._failure
@@ -201,13 +196,14 @@ class DiLoCoServer:
             self._ready.set()
 
     async def _serve(self) -> None:
-        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        loop, stop = asyncio.get_running_loop(), asyncio.Event()
+        self._end = lambda: loop.call_soon_threadsafe(stop.set)
 
         def ready(port: int) -> None:
             self.port = port
             self._ready.set()
 
-        await serve(self._options, self._address, ready, self._stop, lambda: self._save_at_end)
+        await serve(self._options, self._address, ready, stop, lambda: self._save_at_end)
 
 
 def run_until_signal(
