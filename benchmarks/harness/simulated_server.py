@@ -165,7 +165,7 @@ class Simulated:
     def _adopt(self, node: Node) -> None:
         update = self._state.update_for(0, node.version, node.identity)
         files = [(update.kind, self._state.folder / name) for name in update.files]
-        if node.weights.adopt(0, node.sent, files, self._codec) != update.identity:
+        if node.weights.apply(0, node.sent, files, self._codec) != update.identity:
             raise RuntimeError(f"{node.name} does not have the bits that the server has")
         node.version = update.version
 
@@ -175,5 +175,5 @@ class Simulated:
         node.weights.load(
             0, [(update.kind, self._state.folder / n) for n in update.files], self._codec
         )
-        node.weights.settle(0)
+        node.weights.restore(0)
         node.version = update.version

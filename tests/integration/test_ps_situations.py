@@ -288,15 +288,15 @@ def test_a_slow_reader_of_many_bytes_holds_up_nobody(tmp_path: Path) -> None:
 def test_a_damaged_base_leads_to_all_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    adopt, damaged = WorkerWeights.adopt, []
+    apply, damaged = WorkerWeights.apply, []
 
     def damages(self: WorkerWeights, fragment: int, *rest: Any) -> str:
         if not damaged:
             damaged.append(fragment)
             self._bases[fragment][0, 3] += 1.0
-        return adopt(self, fragment, *rest)
+        return apply(self, fragment, *rest)
 
-    monkeypatch.setattr(WorkerWeights, "adopt", damages)
+    monkeypatch.setattr(WorkerWeights, "apply", damages)
     with DiLoCoServer(options(tmp_path, workers=1)) as server:
         fleet = Fleet(server.address, codec="int8")
         with fleet.worker("a") as worker:

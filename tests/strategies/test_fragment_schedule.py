@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torchft.errors import SettingsError
 from torchft.peers import Place
 from torchft.strategies import DiLoCo, ModelLocal, Strategy
-from torchft.strategies.diloco import check_schedule, is_slot
+from torchft.strategies.diloco import check_schedule
+from torchft.strategies.rounds_schedule import is_slot
 
 
 @st.composite

@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchft.errors import SettingsError
-from torchft.strategies.rounds_schedule import Schedule, due
+from torchft.strategies.rounds_schedule import RoundSchedule, next_fragment
 
 
 def slots(every: int, fragments: int, steps: int) -> list[int]:
-    schedule = Schedule(every, fragments)
+    schedule = RoundSchedule(every, fragments)
     return [step for step in range(1, steps + 1) if schedule.advance()]
 
 
@@ -28,14 +28,14 @@ def test_steps_that_fragments_do_not_divide() -> None:
 def test_each_fragment_once_a_cycle(every: int, fragments: int) -> None:
     if fragments > every:
         with pytest.raises(SettingsError):
-            Schedule(every, fragments)
+            RoundSchedule(every, fragments)
         return
     expected = [k * every // fragments for k in range(1, 3 * fragments + 1)]
     assert slots(every, fragments, 3 * every) == expected
 
 
 def test_another_number_of_steps_holds_from_the_next_cycle_on() -> None:
-    schedule = Schedule(4, 2)
+    schedule = RoundSchedule(4, 2)
     found = []
     for step in range(1, 13):
         if step == 3:
@@ -46,6 +46,6 @@ def test_another_number_of_steps_holds_from_the_next_cycle_on() -> None:
 
 
 def test_the_fragment_that_is_furthest_behind_goes_next() -> None:
-    assert due({0: 0, 1: 0, 2: 0}, set()) == 0
-    assert due({0: 1, 1: 0, 2: 0}, {1}) == 2
-    assert due({0: 1}, {0}) is None
+    assert next_fragment([0, 0, 0], set()) == 0
+    assert next_fragment([1, 0, 0], {1}) == 2
+    assert next_fragment([1], {0}) is None

@@ -13,8 +13,6 @@ from torchft.errors import SettingsError
 from torchft.parameter_server.core.chunks import Chunks
 from torchft.parameter_server.core.shape import ModelShape
 from torchft.parameter_server.server.weights import UpdateKind
-from torchft.parameter_server.worker.row_view import GatheredRowView
-from torchft.parameter_server.worker.sharded import put
 from torchft.parameter_server.worker.weights import WorkerWeights, named_parameters
 from torchft.parameter_server.worker.worker import DiLoCoWorker
 from torchft.quantization import codec_of
@@ -29,7 +27,7 @@ class World:
         self.weights = WorkerWeights(named, self.shape)
         self.n = self.shape.size(0)
         self.weights.load(0, self.whole(torch.zeros(1, self.n)), self.codec)
-        self.weights.settle(0)
+        self.weights.restore(0)
 
     def chunks(self) -> Chunks:
         return Chunks(self.n, self.codec)
@@ -59,7 +57,7 @@ def test_without_steps_in_flight_the_weights_become_the_base_bit_for_bit(tmp_pat
     world.move(0.1)
     sent = world.weights.encode(0, world.chunks())
     new = torch.randn(1, world.n)
-    world.weights.adopt(0, sent, world.whole(new), world.codec)
+    world.weights.apply(0, sent, world.whole(new), world.codec)
     assert torch.equal(world.now(), new)
 
 
@@ -71,7 +69,7 @@ def test_a_parameter_without_a_flat_view_is_read_and_written_too(tmp_path: Path)
     row = torch.arange(52.0)[None]
     (tmp_path / "whole").write_bytes(Chunks(52, codec_of("fp32")).encode(0, row))
     weights.load(0, [(UpdateKind.FULL, tmp_path / "whole")], codec_of("fp32"))
-    weights.settle(0)
+    weights.restore(0)
     assert torch.equal(weights.row(0), row)
     assert torch.equal(model.weight, row[0, :48].view(4, 3, 2, 2))
 
@@ -82,7 +80,7 @@ def test_steps_taken_in_flight_are_kept(tmp_path: Path) -> None:
     world.move(0.25)
     sent = world.weights.encode(0, world.chunks())
     world.move(0.5)
-    world.weights.adopt(0, sent, world.whole(torch.full((1, world.n), 2.0)), world.codec)
+    world.weights.apply(0, sent, world.whole(torch.full((1, world.n), 2.0)), world.codec)
     assert torch.equal(world.now(), torch.full((1, world.n), 2.5))
 
 
@@ -90,7 +88,7 @@ def test_a_share_of_its_own_weights_can_be_kept(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.move(1.0)
     sent = world.weights.encode(0, world.chunks())
-    world.weights.adopt(0, sent, world.whole(torch.full((1, world.n), 2.0)), world.codec, mix=0.25)
+    world.weights.apply(0, sent, world.whole(torch.full((1, world.n), 2.0)), world.codec, mix=0.25)
     assert torch.allclose(world.now(), torch.full((1, world.n), 1.75))
 
 
@@ -110,7 +108,7 @@ def test_what_the_encoding_lost_is_sent_later(
         sent = world.weights.encode(0, world.chunks())
         world.chunks().decode(0, memoryview(sent[0]), decoded := torch.empty(1, world.n))
         total -= decoded
-        world.weights.adopt(0, sent, world.whole(total), world.codec)
+        world.weights.apply(0, sent, world.whole(total), world.codec)
     atol = 1e-6 if dtype == torch.float32 else 2e-5  # a place of bf16 is 8e-3 here
     assert torch.allclose(total, trained, atol=atol)
     assert torch.allclose(world.now(), trained, atol=1e-6)
@@ -121,13 +119,13 @@ def outer_rounds(world: World, rate: float, rounds: int, **options: float) -> to
     it understands. The server's weights."""
     server = torch.ones(1, world.n)
     world.weights.load(0, world.whole(server), world.codec)
-    world.weights.settle(0)
+    world.weights.restore(0)
     for _ in range(rounds):
         world.move(-(2.0**-8))
         sent = world.weights.encode(0, world.chunks())
         world.chunks().decode(0, memoryview(sent[0]), delta := torch.empty(1, world.n))
         server = server - rate * delta
-        world.weights.adopt(0, sent, world.whole(server), world.codec, **options)
+        world.weights.apply(0, sent, world.whole(server), world.codec, **options)
     return server
 
 
@@ -144,12 +142,12 @@ def test_a_share_of_its_own_weights_is_rounded_once(tmp_path: Path) -> None:
     """An old failing: the news were rounded to bf16, and then the mixture again."""
     world = World(tmp_path, dtype=torch.bfloat16)
     world.weights.load(0, world.whole(torch.full((1, world.n), 1.0)), world.codec)
-    world.weights.settle(0)
+    world.weights.restore(0)
     sent = world.weights.encode(0, world.chunks())
     place = 2.0**-7
     world.move(place)
     news = torch.full((1, world.n), 1 + 0.6 * place)
-    world.weights.adopt(0, sent, world.whole(news), world.codec, mix=0.5)
+    world.weights.apply(0, sent, world.whole(news), world.codec, mix=0.5)
     # Half of 1 place and half of 1.6 are 1.3: one. Half of 2 would have made it 1.5, and so two.
     assert torch.equal(world.now(), torch.full((1, world.n), 1 + place))
 
@@ -158,18 +156,7 @@ def test_a_share_of_its_own_weights_is_rounded_once(tmp_path: Path) -> None:
 def test_a_group_of_ranks_computes_the_same_in_bf16(tmp_path: Path, mix: float) -> None:
     """What a lone worker does chunk by chunk, the first rank of a group does over a whole row."""
     one, group = (World(tmp_path, "int4", torch.bfloat16) for _ in range(2))
-    named = named_parameters(group.model)
-
-    def write_all(row: torch.Tensor, share: float) -> None:
-        assert not share, "the mixture is made before it is rounded"
-        for name, view in group.shape.views(0, row).items():
-            put(named[name].detach(), view, share)
-
-    def pieces(fragment: int) -> GatheredRowView:
-        parts = [(p.numel(), p.dtype) for p in named.values()]
-        return GatheredRowView(parts, lambda: group.weights.row(fragment), write_all)
-
-    group.weights._pieces = pieces  # type: ignore[method-assign]
+    group.weights._sharded = True
     of_one, of_group = (outer_rounds(world, 0.3, 9, mix=mix) for world in (one, group))
     assert torch.equal(of_one, of_group)
     assert torch.equal(one.now(), group.now())
@@ -182,17 +169,17 @@ def test_what_bf16_cannot_show_survives_a_base_that_is_fetched_anew(tmp_path: Pa
         for parameter in named_parameters(world.model).values():
             parameter.add_(torch.randn(parameter.shape))
     sent = world.weights.encode(0, world.chunks())
-    world.weights.adopt(0, sent, world.whole(torch.ones(1, world.n)), world.codec)
+    world.weights.apply(0, sent, world.whole(torch.ones(1, world.n)), world.codec)
     assert world.weights._hidden, "int4 lost less than a place of some"
     kept = world.weights.beyond_base(0)
-    world.weights.settle(0, kept)
+    world.weights.restore(0, kept)
     assert torch.allclose(world.weights.beyond_base(0), kept, rtol=2**-8, atol=1e-9)
 
 
 def test_a_model_in_bf16_does_not_send_its_rounding(tmp_path: Path) -> None:
     world = World(tmp_path, dtype=torch.bfloat16)
     world.weights.load(0, world.whole(torch.full((1, world.n), 1.001)), world.codec)
-    world.weights.settle(0)
+    world.weights.restore(0)
     (sent,) = world.weights.encode(0, world.chunks())
     world.chunks().decode(0, memoryview(sent), decoded := torch.empty(1, world.n))
     assert not decoded.any()

@@ -34,6 +34,7 @@ from torchft.strategies.checks import check_values
 from torchft.strategies.fragments import SEQUENTIAL, cut
 from torchft.strategies.inner import Inner
 from torchft.strategies.local import Fragment, Layout
+from torchft.strategies.parts.deltas import delta_into
 
 __all__ = ["StackedLocal"]
 
@@ -187,7 +188,7 @@ class StackedLocal:
     def delta(self, fragment: Fragment, base: Sequence[Tensor]) -> list[Tensor]:
         """`base - weights`, made anew."""
         return [
-            torch.sub(b.to(w.device, w.dtype).to(b.dtype), w)
+            delta_into(torch.empty_like(w, dtype=b.dtype), b.to(w.device), w)
             for b, w in zip(base, self.weights(fragment), strict=True)
         ]
 

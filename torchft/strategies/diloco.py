@@ -47,11 +47,13 @@ from torchft.strategies.fragments import SEQUENTIAL, check_pattern
 from torchft.strategies.local import Fragment
 from torchft.strategies.parts.backup import Backup
 from torchft.strategies.parts.broken import broken_rows
+from torchft.strategies.parts.deltas import mixed
 from torchft.strategies.parts.feedback import feedback_of
 from torchft.strategies.parts.inner_backup import InnerBackup
 from torchft.strategies.parts.outer import FlatOuter, Outer, OuterFactory
 from torchft.strategies.parts.precision import SharedDtype, check_shared_dtype
 from torchft.strategies.recipe import Recipe
+from torchft.strategies.rounds_schedule import is_slot, next_fragment
 
 __all__ = ["DiLoCo"]
 
@@ -141,9 +143,9 @@ class DiLoCo(Recipe):
     def fragment(self) -> Fragment:
         """Of those that are not in flight, the one with the fewest outer steps: so they take turns,
         and one that failed is tried again."""
-        away = {fragment.index for fragment in self.in_flight}
-        waiting = [fragment for fragment in self.fragments if fragment.index not in away]
-        return min(waiting, key=lambda fragment: self.versions[fragment.index])
+        index = next_fragment(self.versions, {fragment.index for fragment in self.in_flight})
+        assert index is not None, "every fragment is in flight"
+        return self.fragments[index]
 
     def of(self, index: int) -> Fragment:
         """One of those that take turns."""
@@ -196,10 +198,7 @@ class DiLoCo(Recipe):
                 self.local.set_weights(fragment, news)
             return
         mine = self.local.weights(fragment)
-        mixed = [
-            torch.lerp(new.to(w.device), w.to(new.dtype), self.mix)
-            for new, w in zip(news, mine, strict=True)
-        ]
+        mixed = [mixed(new.to(w.device), w, self.mix) for new, w in zip(news, mine, strict=True)]
         self.local.set_weights(fragment, mixed)
         self.local.release(mine, reusable=True)
 
@@ -272,11 +271,6 @@ def check_inner_state(inner_state: str) -> None:
             f"inner_state={inner_state!r}: after a discarded step the inner optimizer's state "
             f"'{STANDS}' or is '{RESTORED}'"
         )
-
-
-def is_slot(step: int, every: int, fragments: int) -> bool:
-    """Whether `step` is ⌊k · every / fragments⌋ for a whole k."""
-    return -(-step * fragments // every) * every < (step + 1) * fragments
 
 
 def check_schedule(every: int, fragments: int, delay: int, mix: float) -> None:

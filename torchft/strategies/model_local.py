@@ -14,6 +14,7 @@ from torchft.strategies.buffers import buffers_of
 from torchft.strategies.checks import check_values
 from torchft.strategies.fragments import SEQUENTIAL, check_pattern, cut
 from torchft.strategies.local import Fragment, Layout, local_part
+from torchft.strategies.parts.deltas import delta_into
 from torchft.strategies.parts.scratch import Scratch
 
 __all__ = ["ModelLocal", "Steps", "like_parameter"]
@@ -141,11 +142,7 @@ class ModelLocal:
                 flat.copy_(source, non_blocking=True)
             minuends = views
         for view, minuend, parameter in zip(views, minuends, self.of(fragment), strict=True):
-            weight = local_part(parameter)
-            if weight.dtype == view.dtype:
-                torch.sub(minuend, weight, out=view)
-            else:
-                view.copy_(minuend.to(weight.dtype)).sub_(weight)
+            delta_into(view, minuend, local_part(parameter))
         return out
 
     @torch.no_grad()

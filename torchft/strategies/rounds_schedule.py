@@ -1,49 +1,60 @@
-"""After which steps a worker submits, and which fragment. Pure.
+"""After which inner steps a round is due, and which fragment it is about. Pure.
 
 The k-th slot of a cycle of H steps comes after step ⌊kH/N⌋, for any H ≥ N:
 
     H = 500, N = 4    125, 250, 375, 500        H = 10, N = 4    2, 5, 7, 10
 
-A change of H holds from the next cycle on. At a slot the fragment with the least (version,
-position) is due that is not in flight, so workers that joined at different times take the same one.
+The fragment with the fewest outer steps is due that is not in flight, so nodes that joined at
+different times take the same one. `DiLoCo` and the worker of a parameter server both ask here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Collection, Sequence
 
 from torchft.errors import SettingsError
 
-__all__ = ["Schedule", "due"]
+__all__ = ["RoundSchedule", "is_slot", "next_fragment"]
 
 
-class Schedule:
-    """Counts steps; `every` is H, `fragments` N."""
+def is_slot(step: int, every: int, fragments: int) -> bool:
+    """Whether `step` is ⌊k · every / fragments⌋ for an integer k."""
+    return -(-step * fragments // every) * every < (step + 1) * fragments
+
+
+def next_fragment(versions: Sequence[int], in_flight: Collection[int]) -> int | None:
+    """The fragment that the next round is about; None when all are in flight.
+
+    Args:
+        versions: how many outer steps each fragment has had.
+        in_flight: fragments of rounds that are open.
+    """
+    idle = [fragment for fragment in range(len(versions)) if fragment not in in_flight]
+    return min(idle, key=lambda fragment: versions[fragment]) if idle else None
+
+
+class RoundSchedule:
+    """Counts inner steps, and says when a slot comes. `every` is H and may change, `fragments` N.
+
+    Raises:
+        SettingsError: if there are more fragments than steps in a cycle.
+    """
 
     def __init__(self, every: int, fragments: int) -> None:
         if not 1 <= fragments <= every:
             raise SettingsError(f"{fragments} fragments do not fit into {every} steps")
         self.every, self.fragments = every, fragments
-        self._wished = every
+        self._next_every = every
         self._step = 0
-        self._slot = 1
 
     def change(self, every: int) -> None:
-        """From the next cycle on."""
-        self._wished = max(every, self.fragments)
+        """Take `every` steps to a cycle from the next cycle on; at least one for each fragment."""
+        self._next_every = max(every, self.fragments)
 
     def advance(self) -> bool:
-        """One step more; whether a slot comes after it."""
+        """Count one inner step; returns whether a slot comes after it."""
         self._step += 1
-        if self._step < self._slot * self.every // self.fragments:
-            return False
-        self._slot += 1
-        if self._slot > self.fragments:
-            self._step, self._slot, self.every = 0, 1, self._wished
-        return True
-
-
-def due(versions: Mapping[int, int], flying: Set[int]) -> int | None:
-    """The fragment to submit; None: all are in flight."""
-    idle = [(version, fragment) for fragment, version in versions.items() if fragment not in flying]
-    return min(idle)[1] if idle else None
+        slot = is_slot(self._step, self.every, self.fragments)
+        if self._step == self.every:
+            self._step, self.every = 0, self._next_every
+        return slot

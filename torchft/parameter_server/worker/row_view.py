@@ -6,108 +6,82 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
+from typing import Self
 
 import torch
 from torch import Tensor
 
-__all__ = ["GatheredRowView", "RowView"]
+from torchft.strategies.parts.deltas import delta_into, mixed
+
+__all__ = ["RowView"]
 
 
 class RowView:
-    """Of parameters in the row's order, of any device and float dtype. `close` after writing."""
+    """Parameters one after the other, of any device and float dtype. Call `close` after writing.
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        # One with gaps or permuted strides has no flat view: it is worked on in a copy.
-        self._copies = [(p, p.contiguous()) for p in parameters if not p.is_contiguous()]
-        copies = {id(p): copy for p, copy in self._copies}
-        self._flats = [copies.get(id(p), p).view(-1) for p in parameters]
-        self._starts = [0, *accumulate(flat.numel() for flat in self._flats)]
-        self.is_exact = all(p.dtype == torch.float32 for p in parameters)
+    Args:
+        flats: where the numbers of each parameter lie, `[n]` each.
+        dtypes: of the parameters, which may hold fewer digits than `flats`.
+        publish: brings what was written into `flats` to the parameters, where that is elsewhere.
+    """
+
+    def __init__(
+        self,
+        flats: Sequence[Tensor],
+        dtypes: Sequence[torch.dtype],
+        publish: Callable[[], None],
+    ) -> None:
+        self._flats, self._dtypes, self._publish = flats, dtypes, publish
+        self._starts = [0, *accumulate(flat.numel() for flat in flats)]
+        self._written = False
+        self.is_exact = all(dtype == torch.float32 for dtype in dtypes)
         """No fp32 number is rounded by writing it."""
 
-    def read(self, span: slice, out: Tensor) -> Tensor:
-        """The numbers of `span`, into `out` `[1, m]`."""
-        for flat, at in self._in(span):
-            out[0, at].copy_(flat)
+    @classmethod
+    def of(cls, parameters: Sequence[Tensor]) -> Self:
+        """The row of parameters in this process, in place."""
+        # One with gaps or permuted strides has no flat view: it is worked on in a copy.
+        held = [parameter.contiguous() for parameter in parameters]
+
+        def publish() -> None:
+            for parameter, copy in zip(parameters, held, strict=True):
+                if copy is not parameter:
+                    parameter.copy_(copy)
+
+        return cls([one.view(-1) for one in held], [p.dtype for p in parameters], publish)
+
+    def delta(self, span: slice, base: Tensor, out: Tensor) -> Tensor:
+        """`base` minus the numbers of `span`, into `out`; both fp32 `[1, m]` on the CPU."""
+        for position, flat, at in self._in(span):
+            delta_into(out[0, at], base[0, at], flat, self._dtypes[position])
         return out
 
     def write(self, span: slice, row: Tensor, mix: float = 0.0) -> None:
         """`row` `[1, m]` into `span`; a share `mix` of what was there stays."""
-        for flat, at in self._in(span):
+        self._written = True
+        for _, flat, at in self._in(span):
             new = row[0, at].to(flat.device, flat.dtype)
-            flat.copy_(torch.lerp(new, flat, mix) if mix else new)
+            flat.copy_(mixed(new, flat, mix) if mix else new)
 
     def rounded(self, span: slice, row: Tensor) -> Tensor:
-        """`row` `[1, m]` of `span` as the parameters can hold it."""
-        if self.is_exact:
-            return row
+        """A copy of `row` `[1, m]` of `span`, as the parameters can hold it."""
         out = torch.empty_like(row)
-        for flat, at in self._in(span):
-            out[0, at].copy_(row[0, at].to(flat.dtype))
+        for position, _, at in self._in(span):
+            out[0, at].copy_(row[0, at].to(self._dtypes[position]))
         return out
 
     def close(self) -> None:
-        """What was written into copies reaches the parameters."""
-        for parameter, copy in self._copies:
-            parameter.copy_(copy)
+        """Bring what was written to the parameters, at all ranks."""
+        if self._written:
+            self._publish()
 
-    def _in(self, span: slice) -> Iterator[tuple[Tensor, slice]]:
-        """The parts of parameters within a span, and where in it they lie."""
+    def _in(self, span: slice) -> Iterator[tuple[int, Tensor, slice]]:
+        """Positions and parts of parameters within a span, and where in it they lie."""
         index = bisect_right(self._starts, span.start) - 1
         while index < len(self._flats) and self._starts[index] < span.stop:
             start, flat = self._starts[index], self._flats[index]
             begin, end = max(span.start, start), min(span.stop, start + flat.numel())
             if begin < end:
-                yield flat[begin - start : end - start], slice(begin - span.start, end - span.start)
+                part = flat[begin - start : end - start]
+                yield index, part, slice(begin - span.start, end - span.start)
             index += 1
-
-
-class GatheredRowView:
-    """The same for a worker of several ranks, over the whole row `[1, n]`. `read_all` gathers it
-    from them, when it is read first; `write_all` gives it back, with the share that stays. `parts`
-    are the parameters' numbers and dtypes in the row's order."""
-
-    def __init__(
-        self,
-        parts: Sequence[tuple[int, torch.dtype]],
-        read_all: Callable[[], Tensor],
-        write_all: Callable[[Tensor, float], None],
-    ) -> None:
-        self._parts, self._read_all, self._write_all = parts, read_all, write_all
-        self._row: Tensor | None = None
-        self._mix: float | None = None
-        self.is_exact = all(dtype == torch.float32 for _, dtype in parts)
-        """No fp32 number is rounded by writing it."""
-
-    def read(self, span: slice, out: Tensor) -> Tensor:
-        """The numbers of `span`, into `out` `[1, m]`."""
-        if self._row is None:
-            self._row = self._read_all()
-        return out.copy_(self._row[:, span])
-
-    def write(self, span: slice, row: Tensor, mix: float = 0.0) -> None:
-        """`row` `[1, m]` into `span`, when all is written: every span has to be."""
-        if self._row is None:
-            self._row = torch.empty(
-                1, sum(numel for numel, _ in self._parts), dtype=torch.float32, device="cpu"
-            )
-        self._row[:, span].copy_(row)
-        self._mix = mix
-
-    def rounded(self, span: slice, row: Tensor) -> Tensor:
-        """`row` `[1, m]` of `span` as the parameters can hold it."""
-        if self.is_exact:
-            return row
-        out, start = torch.empty_like(row), 0
-        for numel, dtype in self._parts:
-            begin, end = max(span.start, start), min(span.stop, start + numel)
-            if begin < end:
-                at = slice(begin - span.start, end - span.start)
-                out[:, at].copy_(row[:, at].to(dtype))
-            start += numel
-        return out
-
-    def close(self) -> None:
-        """What was written reaches the parameters of all ranks."""
-        if self._row is not None and self._mix is not None:
-            self._write_all(self._row, self._mix)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchft import step_hooks
 from torchft.errors import SettingsError
 from torchft.parameter_server.worker.ranks import ALONE, Ranks
+from torchft.strategies.local import local_part
 from torchft.strategies.model_local import ModelLocal
 
 __all__ = ["check_optimizer", "is_sharded", "named_parameters", "put", "unwrapped", "whole"]
@@ -28,11 +29,10 @@ def whole(parameter: Any) -> Tensor:
     return parameter.full_tensor() if is_sharded(parameter) else parameter
 
 
-def put(parameter: Any, new: Tensor, mix: float) -> None:
-    """Write `new`, whole and of any dtype; `mix` is the share of the old numbers that stays."""
+def put(parameter: Any, new: Tensor) -> None:
+    """Write `new`, complete and of any dtype, into what this rank holds of a parameter."""
     part = _local_part(new.to(parameter.device, parameter.dtype), parameter)
-    held = parameter.to_local() if is_sharded(parameter) else parameter
-    held.copy_(torch.lerp(part, held, mix) if mix else part)
+    local_part(parameter).copy_(part)
 
 
 def named_parameters(model: nn.Module, ranks: Ranks = ALONE) -> dict[str, nn.Parameter]:

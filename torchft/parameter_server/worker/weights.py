@@ -29,9 +29,10 @@ from torchft.parameter_server.core.chunks import Chunks, RowIdentity, identity_o
 from torchft.parameter_server.core.shape import ModelShape
 from torchft.parameter_server.core.weight_update import UpdateKind
 from torchft.parameter_server.worker.ranks import ALONE, Ranks
-from torchft.parameter_server.worker.row_view import GatheredRowView, RowView
+from torchft.parameter_server.worker.row_view import RowView
 from torchft.parameter_server.worker.sharded import is_sharded, named_parameters, put, whole
 from torchft.quantization import Codec, Identity
+from torchft.strategies.parts.deltas import rounding_lost
 
 __all__ = ["WorkerWeights", "named_parameters"]
 
@@ -56,7 +57,7 @@ class WorkerWeights:
         """The weights as they are now, fp32 `[1, n]` on the CPU."""
         if self._sharded:
             self._ranks.say("read", fragment)
-        row = torch.empty(1, self.shape.size(fragment), dtype=torch.float32, device="cpu")
+        row = self._empty_row(fragment)
         for name, view in self.shape.views(fragment, row).items():
             view.copy_(whole(self._parameters[name].detach()))
         return row
@@ -68,79 +69,66 @@ class WorkerWeights:
             whole(self._parameters[parameter.name].detach())
 
     @torch.no_grad()
-    def write_along(self, fragment: int, mix: float) -> None:
+    def write_along(self, fragment: int) -> None:
         """The other ranks' part of every writing."""
         for parameter in self.shape.of_fragment(fragment):
             new = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
             self._ranks.broadcast(new)
-            put(self._parameters[parameter.name].detach(), new, mix)
+            put(self._parameters[parameter.name].detach(), new)
 
-    def base(self, fragment: int) -> Tensor | None:
-        """What the server last sent."""
-        return self._bases.get(fragment)
-
-    def held(self, fragment: int) -> Tensor:
-        """The same, where there is one."""
-        return self._bases[fragment]
+    @property
+    def bases(self) -> dict[int, Tensor]:
+        """Fragment → what the server last sent of it, fp32 `[1, n]`: not a copy."""
+        return dict(self._bases)
 
     def identity(self, fragment: int) -> str:
-        """Of the base."""
+        """The identity of the fragment's base, as the server computes it."""
         return identity_of(self._bases[fragment])
 
     @torch.no_grad()
     def encode(self, fragment: int, chunks: Chunks) -> list[memoryview]:
         """The delta, as chunks, which last until the next one of this fragment is encoded."""
-        pieces, base = self._pieces(fragment), self._bases[fragment]
-        row, delta = self._outbox(fragment, chunks.nbytes), _room(chunks)
+        view, room = self._view(fragment), _room(chunks)
+        row = self._outbox(fragment, chunks.nbytes)
         for index, span in chunks.spans():
-            part = pieces.read(span, delta[:, : span.stop - span.start])
-            torch.sub(pieces.rounded(span, base[:, span]), part, out=part)
-            if fragment in self._hidden:
-                part.sub_(self._hidden[fragment][:, span])
-            chunks.encode_into(chunks.part(index, row), index, part)
+            delta = self._delta(fragment, view, span, room)
+            chunks.encode_into(chunks.part(index, row), index, delta)
         return [chunks.part(index, row) for index in range(chunks.count)]
 
     @torch.no_grad()
-    def adopt(
+    def apply(
         self,
         fragment: int,
-        sent: Sequence[memoryview] | None,
+        sent: Sequence[memoryview],
         update: Sequence[tuple[UpdateKind, Path]],
         codec: Codec,
         mix: float = 0.0,
     ) -> str:
-        """Make the new base of files of news, and the weights of it; returns the base's identity.
+        """Make the new base of the files of an update, and the weights of it.
 
-        `sent` None: nothing was submitted, or it was refused and is given up.
+        Args:
+            sent: the chunks that `encode` gave for the submission which the update answers.
+            mix: the share of its own weights that the worker keeps.
+
+        Returns:
+            The identity of the new base; another one than the server's if something was damaged.
         """
-        pieces, base = self._pieces(fragment), self._bases[fragment]
+        view, base = self._view(fragment), self._bases[fragment]
         chunks, identity = Chunks(base.shape[1], codec), RowIdentity()
         read, room = _reader(chunks, update), _room(chunks)
         for index, span in chunks.spans():
-            part = base[:, span]
-            kept = pieces.read(span, room[:, : part.shape[1]])
-            before = None if pieces.is_exact or not mix else kept.clone()
-            kept.sub_(pieces.rounded(span, part))
-            if fragment in self._hidden:
-                kept.add_(self._hidden[fragment][:, span])
-            if sent is not None:
-                chunks.add(index, sent[index], kept)
-            read(index, part)
-            identity.add(part)
-            if pieces.is_exact:
-                pieces.write(span, kept.add_(part), mix)
-                continue
-            if before is not None:
-                kept.lerp_(before.sub_(pieces.rounded(span, part)), mix)
-            self._write_rounded(fragment, pieces, span, kept)
-        pieces.close()
+            beyond = self._delta(fragment, view, span, room).neg_()
+            chunks.add(index, sent[index], beyond)
+            read(index, base[:, span])
+            identity.add(base[:, span])
+            self._write_beyond(fragment, view, span, beyond, mix)
+        view.close()
         return str(identity)
 
     def load(self, fragment: int, update: Sequence[tuple[UpdateKind, Path]], codec: Codec) -> None:
         """The base from nothing; the weights stay."""
-        n = self.shape.size(fragment)
-        base = self._bases[fragment] = torch.empty(1, n, dtype=torch.float32, device="cpu")
-        chunks = Chunks(n, codec)
+        base = self._bases[fragment] = self._empty_row(fragment)
+        chunks = Chunks(base.shape[1], codec)
         read = _reader(chunks, update)
         for index, span in chunks.spans():
             read(index, base[:, span])
@@ -148,35 +136,43 @@ class WorkerWeights:
     @torch.no_grad()
     def beyond_base(self, fragment: int) -> Tensor:
         """What the weights have that the base has not, `[1, n]`."""
-        pieces, base = self._pieces(fragment), self._bases[fragment]
-        everything = slice(0, base.shape[1])
-        beyond = pieces.read(everything, torch.empty_like(base))
-        beyond.sub_(pieces.rounded(everything, base))
-        return beyond.add_(self._hidden[fragment]) if fragment in self._hidden else beyond
+        base = self._bases[fragment]
+        room = torch.empty_like(base)
+        return self._delta(fragment, self._view(fragment), _all_of(base), room).neg_()
 
     @torch.no_grad()
-    def settle(self, fragment: int, kept: Tensor | None = None) -> None:
-        """The weights become the base, and `kept` on top."""
-        base, pieces = self._bases[fragment], self._pieces(fragment)
-        everything = slice(0, base.shape[1])
+    def restore(self, fragment: int, beyond: Tensor | None = None) -> None:
+        """Set the weights to the base, and add `beyond`, `[1, n]`, where it is given."""
+        base, view = self._bases[fragment], self._view(fragment, read=False)
         self._hidden.pop(fragment, None)
-        if kept is None or pieces.is_exact:
-            pieces.write(everything, base if kept is None else base + kept)
+        if beyond is None:
+            view.write(_all_of(base), base)
         else:
-            self._write_rounded(fragment, pieces, everything, kept)
-        pieces.close()
+            self._write_beyond(fragment, view, _all_of(base), beyond)
+        view.close()
 
     # ------------------------------------------------------------------ how
 
-    def _write_rounded(
-        self, fragment: int, pieces: RowView | GatheredRowView, span: slice, kept: Tensor
-    ) -> None:
-        """The base and `kept` become the weights, rounded once; what that hides is remembered."""
+    def _delta(self, fragment: int, view: RowView, span: slice, room: Tensor) -> Tensor:
+        """What the server does not know yet, negated: base - weights - hidden, in `room`."""
         base = self._bases[fragment][:, span]
-        new = base + kept
-        pieces.write(span, new)
-        held = pieces.rounded(span, new).sub_(pieces.rounded(span, base))
-        hidden = kept - held
+        delta = view.delta(span, base, room[:, : base.shape[1]])
+        if fragment in self._hidden:
+            delta.sub_(self._hidden[fragment][:, span])
+        return delta
+
+    def _write_beyond(
+        self, fragment: int, view: RowView, span: slice, beyond: Tensor, mix: float = 0.0
+    ) -> None:
+        """Base and `beyond` become the weights, rounded once; what that hides is remembered."""
+        base = self._bases[fragment][:, span]
+        if view.is_exact:
+            view.write(span, base + beyond, mix)
+            return
+        if mix:
+            beyond.lerp_(view.delta(span, base, torch.empty_like(base)).neg_(), mix)
+        view.write(span, base + beyond)
+        hidden = rounding_lost(base, beyond, partial(view.rounded, span))
         if fragment not in self._hidden and hidden.any():
             shape = self._bases[fragment].shape
             self._hidden[fragment] = torch.zeros(shape, dtype=torch.bfloat16, device="cpu")
@@ -189,23 +185,30 @@ class WorkerWeights:
             self._outboxes[fragment] = fresh_memory(nbytes)
         return self._outboxes[fragment]
 
-    def _pieces(self, fragment: int) -> RowView | GatheredRowView:
+    def _view(self, fragment: int, *, read: bool = True) -> RowView:
+        """The parameters as a row; of several ranks it is gathered, unless it is only written."""
         parameters = [
             self._parameters[one.name].detach() for one in self.shape.of_fragment(fragment)
         ]
         if self._ranks.alone and not self._sharded:
-            return RowView(parameters)
-        return GatheredRowView(
-            [(parameter.numel(), parameter.dtype) for parameter in parameters],
-            partial(self.row, fragment),
-            partial(self._write, fragment),
-        )
+            return RowView.of(parameters)
+        row = self.row(fragment) if read else self._empty_row(fragment)
+        flats = [view.view(-1) for view in self.shape.views(fragment, row).values()]
+        return RowView(flats, [p.dtype for p in parameters], partial(self._write, fragment, row))
 
-    def _write(self, fragment: int, row: Tensor, mix: float) -> None:
-        self._ranks.say("write", fragment, mix)
+    def _empty_row(self, fragment: int) -> Tensor:
+        return torch.empty(1, self.shape.size(fragment), dtype=torch.float32, device="cpu")
+
+    @torch.no_grad()
+    def _write(self, fragment: int, row: Tensor) -> None:
+        self._ranks.say("write", fragment)
         for name, view in self.shape.views(fragment, row).items():
             self._ranks.broadcast(view)
-            put(self._parameters[name].detach(), view, mix)
+            put(self._parameters[name].detach(), view)
+
+
+def _all_of(row: Tensor) -> slice:
+    return slice(0, row.shape[1])
 
 
 def _room(chunks: Chunks) -> Tensor:

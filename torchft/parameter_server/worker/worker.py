@@ -22,7 +22,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ from torchft.parameter_server.worker.weights import WorkerWeights, named_paramet
 from torchft.quantization import codec_of
 from torchft.step_hooks import StepHooks
 from torchft.strategies.parts.broken import begin_anew, states_of
-from torchft.strategies.rounds_schedule import Schedule, due
+from torchft.strategies.rounds_schedule import RoundSchedule, next_fragment
 from torchft.strategies.trained import TrainedModel
 from torchft.uncopied import Uncopied
 
@@ -55,6 +55,20 @@ _END_S = 30.0
 """So long the end waits for the last submissions to be sent, and again for their round."""
 _APART = 4
 """So many times as long as it waits for a round, the first rank may keep the others waiting."""
+
+
+@dataclass
+class _FragmentCounts:
+    """What this process counts of one fragment."""
+
+    version: int
+    """Outer steps in its base."""
+    number: int = 0
+    """Submissions until now."""
+    steps: int = 0
+    """Inner steps since the last submission."""
+    tokens: int = 0
+    """Trained on since then, as far as they were summed up over the ranks."""
 
 
 class DiLoCoWorker(Uncopied):
@@ -104,10 +118,7 @@ class DiLoCoWorker(Uncopied):
         shape = ModelShape.of(parameters.items(), 1)
         self._weights = WorkerWeights(parameters, shape, self._ranks)
         self._submissions: dict[int, PendingSubmission] = {}
-        self._versions: dict[int, int] = {}
-        self._numbers: dict[int, int] = {}
-        self._steps: dict[int, int] = {}
-        self._trained: dict[int, int] = {}
+        self._fragments: list[_FragmentCounts] = []
         self._fresh = 0
         self._began: float | None = None
         self._rate = 0.0
@@ -170,7 +181,7 @@ class DiLoCoWorker(Uncopied):
     def version(self) -> int:
         """Outer steps in these weights; of several fragments, the least; of several ranks, as the
         first one knows."""
-        return min(self._versions.values(), default=0) if self.active else 0
+        return min((of.version for of in self._fragments), default=0) if self.active else 0
 
     @property
     def sync_every(self) -> int:
@@ -180,7 +191,7 @@ class DiLoCoWorker(Uncopied):
     @property
     def bases(self) -> dict[int, Tensor]:
         """Fragment → what this worker and the server hold alike, fp32 `[1, n]`: not a copy."""
-        return {fragment: self._weights.held(fragment) for fragment in sorted(self._versions)}
+        return self._weights.bases
 
     def metrics(self) -> dict[str, float]:
         """For logs."""
@@ -217,8 +228,8 @@ class DiLoCoWorker(Uncopied):
             self._rate = seen if not self._rate else self._rate + (seen - self._rate) / 10
         self.local_step += 1
         self._fresh += 1 if self._tokens is None else max(1, int(self._tokens()))
-        for fragment in self._versions:
-            self._steps[fragment] += 1
+        for of in self._fragments:
+            of.steps += 1
         if self._schedule.advance():
             self._together(lambda: self._slot(wait=self._in_flight == 0))
         self._began = time.monotonic()
@@ -264,7 +275,7 @@ class DiLoCoWorker(Uncopied):
         settings = SharedSettings(**agreed)
         self._weights.shape = self._weights.shape.in_fragments(fragments)
         self._codec = codec_of(settings.codec)
-        self._schedule = Schedule(settings.sync_every, settings.fragments)
+        self._schedule = RoundSchedule(settings.sync_every, settings.fragments)
         default = 0 if settings.fragments == 1 else 1
         self._in_flight = default if self.options.in_flight is None else self.options.in_flight
 
@@ -277,8 +288,8 @@ class DiLoCoWorker(Uncopied):
             self._ranks.say("tokens")
         if self._tokens is not None or not self._ranks.leads:
             self._fresh = self._ranks.total(self._fresh)
-        for fragment in self._versions:
-            self._trained[fragment] += self._fresh
+        for of in self._fragments:
+            of.tokens += self._fresh
         self._fresh = 0
 
     def _make_connection(self, shape: ModelShape) -> None:
@@ -302,11 +313,10 @@ class DiLoCoWorker(Uncopied):
 
     def _row(self, fragment: int) -> Tensor:
         """For a server without weights: the base, or these weights, which are the first."""
-        base = self._weights.base(fragment)
-        if base is None:
-            self._hear_agreed()
-            base = self._weights.row(fragment)
-        return base
+        if fragment in self._weights.bases:
+            return self._weights.bases[fragment]
+        self._hear_agreed()
+        return self._weights.row(fragment)
 
     def _hear_agreed(self) -> None:
         agreed = asdict(self._connection.agreed)
@@ -325,31 +335,32 @@ class DiLoCoWorker(Uncopied):
         self._connection.start()
 
     def _take_over(self) -> None:
+        self._fragments = []
         for fragment in self._weights.shape.fragments:
             at = fragment.index
             update = self._connection.fetch(at, self.options.timeout_s)
             self._weights.load(at, update.files, self._codec)
             update.drop()
-            self._weights.settle(at)
-            self._versions[at] = update.version
-            self._numbers[at] = self._steps[at] = self._trained[at] = 0
+            self._weights.restore(at)
+            self._fragments.append(_FragmentCounts(update.version))
 
     def _submit(self) -> PendingSubmission | None:
-        fragment = due(self._versions, self._submissions.keys())
-        if fragment is None or not self._steps[fragment]:
+        fragment = next_fragment([of.version for of in self._fragments], self._submissions.keys())
+        if fragment is None or not (of := self._fragments[fragment]).steps:
             return None
-        chunks = Chunks(self._weights.shape.size(fragment), self._codec)
-        self._numbers[fragment] += 1
+        of.number += 1
         submission = PendingSubmission(
-            fragment,
-            self._versions[fragment],
-            self._weights.identity(fragment),
-            self._numbers[fragment],
-            self._steps[fragment],
-            self._trained[fragment],
-            self._weights.encode(fragment, chunks),
+            fragment=fragment,
+            base=of.version,
+            identity=self._weights.identity(fragment),
+            number=of.number,
+            steps=of.steps,
+            tokens=of.tokens,
+            chunks=self._weights.encode(
+                fragment, Chunks(self._weights.shape.size(fragment), self._codec)
+            ),
         )
-        self._steps[fragment] = self._trained[fragment] = 0
+        of.steps = of.tokens = 0
         self._submissions[fragment] = submission
         self.last_send_bytes = submission.nbytes
         self._connection.launch(submission)
@@ -378,10 +389,10 @@ class DiLoCoWorker(Uncopied):
             if submission.refused is not None:
                 self._give_up(submission)
             elif submission.update is not None:
-                self._adopt(submission, submission.update)
+                self._apply(submission, submission.update)
 
-    def _adopt(self, submission: PendingSubmission, update: DownloadedUpdate) -> None:
-        identity = self._weights.adopt(
+    def _apply(self, submission: PendingSubmission, update: DownloadedUpdate) -> None:
+        identity = self._weights.apply(
             submission.fragment, submission.chunks, update.files, self._codec, self.options.mix
         )
         if identity != update.identity:
@@ -392,10 +403,10 @@ class DiLoCoWorker(Uncopied):
             update.drop()
             update = self._connection.fetch(submission.fragment, self.options.timeout_s)
             self._weights.load(submission.fragment, update.files, self._codec)
-            self._weights.settle(submission.fragment, kept)
+            self._weights.restore(submission.fragment, kept)
         self.last_receive_bytes = sum(path.stat().st_size for _, path in update.files)
         update.drop()
-        self._versions[submission.fragment] = update.version
+        self._fragments[submission.fragment].version = update.version
         self.sync_count += 1
 
     def _give_up(self, submission: PendingSubmission) -> None:
@@ -407,7 +418,7 @@ class DiLoCoWorker(Uncopied):
             submission.refused,
         )
         self.refused += 1
-        self._weights.settle(submission.fragment)
+        self._weights.restore(submission.fragment)
         self._ranks.say("anew")
         self._begin_anew()
 
@@ -432,8 +443,8 @@ class DiLoCoWorker(Uncopied):
         self._connection.leave()
         self._until(lambda: all(f.over.is_set() for f in last), time.monotonic() + _END_S)
         self._land()
-        for fragment in self._versions.keys() - self._submissions.keys():
-            self._weights.settle(fragment)
+        for fragment in self._weights.bases.keys() - self._submissions.keys():
+            self._weights.restore(fragment)
         self._ranks.say("counts", self.sync_count, self.refused)
 
     def _until(self, done: Callable[[], bool], end: float, through_outages: bool = False) -> bool:
