@@ -50,8 +50,8 @@ class Telling(DiLoCoWorker):
             self.told.append(f"{self.local_step}: submit {submission.fragment}")
         return submission
 
-    def _adopt(self, submission: Any, update: Any) -> None:
-        super()._adopt(submission, update)
+    def _apply(self, submission: Any, update: Any) -> None:
+        super()._apply(submission, update)
         self.told.append(f"{self.local_step}: apply {submission.fragment}")
 
 

@@ -198,8 +198,8 @@ class DiLoCo(Recipe):
                 self.local.set_weights(fragment, news)
             return
         mine = self.local.weights(fragment)
-        mixed = [mixed(new.to(w.device), w, self.mix) for new, w in zip(news, mine, strict=True)]
-        self.local.set_weights(fragment, mixed)
+        values = [mixed(new.to(w.device), w, self.mix) for new, w in zip(news, mine, strict=True)]
+        self.local.set_weights(fragment, values)
         self.local.release(mine, reusable=True)
 
     def go_on_after(self, rounds: int) -> None:
