@@ -33,9 +33,9 @@ from text import (
 )
 from transformer import GPT, SIZES, GPTConfig
 
+from torchft.arguments import at_least
 from torchft.errors import SettingsError
 from torchft.experiments import Trainer
-from torchft.numbers import at_least
 from torchft.simulator import Result
 from torchft.strategies import (
     DeMoStrategy,

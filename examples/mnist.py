@@ -24,9 +24,9 @@ from pictures import NotThere, Pictures, digits, mnist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from torchft.arguments import at_least
 from torchft.errors import SettingsError
 from torchft.experiments import Trainer, describe_machine
-from torchft.numbers import at_least
 from torchft.simulator import Result
 from torchft.strategies import (
     DeMoStrategy,

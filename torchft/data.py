@@ -15,7 +15,7 @@ from torch.utils import data
 from torch.utils.data.distributed import DistributedSampler as _TorchSampler
 
 from torchft import settings
-from torchft.errors import SettingsError
+from torchft.arguments import check_integer
 
 __all__ = ["DistributedSampler"]
 
@@ -64,5 +64,5 @@ def _in_a_group() -> bool:
 
 
 def _check(rank_name: str, rank: int, count_name: str, count: int) -> None:
-    if not 0 <= rank < count:
-        raise SettingsError(f"{rank_name}={rank} must be from 0 to {count_name}-1 = {count - 1}")
+    check_integer(count_name, count, least=1)
+    check_integer(rank_name, rank, least=0, below=count)

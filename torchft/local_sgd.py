@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchft import settings
+from torchft.arguments import check_integer
 from torchft.errors import SettingsError
 from torchft.quantization import Codec
 from torchft.replicated import check_inner
 from torchft.step_hooks import check_optimizer
 from torchft.strategies import diloco, local_sgd
 from torchft.strategies.buffers import LEFT
-from torchft.strategies.checks import check_whole
 from torchft.strategies.fragments import SEQUENTIAL
 from torchft.strategies.local import Fragment, local_part
 from torchft.strategies.parts.outer import ModelOuter
@@ -85,7 +85,7 @@ class LocalSGD(StrategyHooks):
     ) -> None:
         check_inner(optimizer)
         if samples is not None:
-            check_whole(samples=samples)
+            check_integer("samples", samples)
         recipe = local_sgd.LocalSGD(
             sync_every,
             backup=backup,
@@ -276,11 +276,8 @@ class DiLoCo(StrategyHooks):
 def _refuse(fragments: object, bucket_cap_mb: int | None) -> None:
     if isinstance(fragments, nn.Module):
         raise SettingsError("model_fragments is a list of modules: for one fragment pass [model]")
-    if bucket_cap_mb is None:
-        return
-    check_whole(bucket_cap_mb=bucket_cap_mb)
-    if bucket_cap_mb <= 0:
-        raise SettingsError(f"bucket_cap_mb={bucket_cap_mb} must be above 0")
+    if bucket_cap_mb is not None:
+        check_integer("bucket_cap_mb", bucket_cap_mb, least=1)
 
 
 def _parts(modules: list[nn.Module], fragments: int | None, pattern: str) -> int:

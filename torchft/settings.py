@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from datetime import timedelta
 
+from torchft.arguments import check_choice, check_integer, check_number, integer_from, number_from
 from torchft.errors import SettingsError
 
 __all__ = [
@@ -111,52 +112,62 @@ def required(name: str, why: str) -> str:
     return value
 
 
-def integer(name: str, default: int) -> int:
-    """The variable as a whole number; SettingsError when it is none."""
+def integer(name: str, default: int, *, least: int | None = None) -> int:
+    """The variable as an integer, `default` where it is unset.
+
+    Raises:
+        SettingsError: if the variable is not an integer, or below `least`.
+    """
     value = text(name)
     if value is None:
         return default
-    try:
-        return int(value)
-    except ValueError:
-        raise SettingsError(f"{name}={value!r} is not a whole number") from None
+    check_integer(name, integer_from(value), least=least)
+    return int(value)
 
 
 def integer_or_none(name: str) -> int | None:
-    """The variable as a whole number, None where it is unset; SettingsError when it is none."""
+    """The variable as an integer, None where it is unset.
+
+    Raises:
+        SettingsError: if the variable is not an integer.
+    """
     return None if text(name) is None else integer(name, 0)
 
 
 def number_or_none(name: str) -> float | None:
-    """The variable as a number, None where it is unset; SettingsError when it is none."""
+    """The variable as a number, None where it is unset.
+
+    Raises:
+        SettingsError: if the variable is not a finite number.
+    """
     value = text(name)
     if value is None:
         return None
-    try:
-        return float(value)
-    except ValueError:
-        raise SettingsError(f"{name}={value!r} is not a number") from None
+    check_number(name, number_from(value))
+    return float(value)
 
 
 def boolean_or_none(name: str) -> bool | None:
-    """1, true and yes, 0, false and no; None where it is unset; SettingsError for all else."""
+    """The variable as True (1, true, yes) or False (0, false, no), None where it is unset.
+
+    Raises:
+        SettingsError: if the variable is anything else.
+    """
     value = text(name)
     words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
     if value is None:
         return None
-    if value.lower() not in words:
-        raise SettingsError(f"{name}={value!r}: give 1 or 0")
+    check_choice(name, value.lower(), words)
     return words[value.lower()]
 
 
 def timeout(name: str, default: timedelta) -> timedelta:
-    """The variable as a timeout of whole seconds; it wins over `default`."""
-    if text(name) is None:
-        return default
-    seconds = integer(name, 0)
-    if seconds <= 0:
-        raise SettingsError(f"{name}={seconds} is no timeout: give a number of seconds above 0")
-    return timedelta(seconds=seconds)
+    """The variable as a timeout in seconds, an integer; it wins over `default`.
+
+    Raises:
+        SettingsError: if the variable is not an integer, or below 1.
+    """
+    return default if text(name) is None else timedelta(seconds=integer(name, 0, least=1))
 
 
 def for_child(**changes: str | None) -> dict[str, str]:

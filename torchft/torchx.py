@@ -22,6 +22,7 @@ from typing import Dict, Optional
 import torchx.specs as specs  # type: ignore[import-untyped]
 
 from torchft import settings
+from torchft.arguments import check_integer
 
 __all__ = ["hsdp"]
 
@@ -60,10 +61,8 @@ def hsdp(
         gpu: devices for each group
         memMB: memory for each group, in MB
     """
-    if replicas < 1 or workers_per_replica < 1:
-        raise ValueError(
-            f"replicas={replicas} and workers_per_replica={workers_per_replica} must be 1 or more"
-        )
+    check_integer("replicas", replicas, least=1)
+    check_integer("workers_per_replica", workers_per_replica, least=1)
     resource = specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h)
     lighthouse = settings.text(settings.LIGHTHOUSE, LIGHTHOUSE)
     assert lighthouse is not None

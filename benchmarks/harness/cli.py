@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from harness import machine
 from harness.figures import Figure, Result
 from harness.show import as_lines
+from torchft.arguments import above_zero, at_least
 
 __all__ = ["Findings", "option", "run"]
 
@@ -79,26 +80,13 @@ def _parser(name: str, doc: str | None, usual: Any) -> argparse.ArgumentParser:
 
 def _reader(default: Any) -> Callable[[str], Any]:
     if isinstance(default, tuple):
-        return _whole_numbers
-    return _whole_number if isinstance(default, int) else _number
+        return _integers
+    return at_least(1) if isinstance(default, int) else above_zero
 
 
 def _typed(default: Any) -> str:
     return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
-def _number(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return value
-
-
-def _whole_number(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def _whole_numbers(text: str) -> tuple[int, ...]:
-    return tuple(_whole_number(part) for part in text.split(","))
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(map(at_least(1), text.split(",")))

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from torchft import DistributedDataParallel, Manager, Optimizer, ProcessGroupGloo
+from torchft.arguments import at_least
 from torchft.digest import digest
 from torchft.launch.finish_barrier import FinishBarrier
 from torchft.launch.inside import average_inside, meet_inside
@@ -32,7 +33,6 @@ from torchft.launch.script import (
     show_events,
     which_group,
 )
-from torchft.numbers import at_least
 from torchft.toy.byte_model import ByteCorpus, ByteTransformer, Order, next_byte_loss
 
 STEPS = 10_000  # then it ends; some minutes on a laptop

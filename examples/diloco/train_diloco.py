@@ -22,6 +22,7 @@ from datetime import timedelta
 import torch
 
 from torchft import Manager, ProcessGroupGloo
+from torchft.arguments import at_least
 from torchft.digest import digest
 from torchft.launch.finish_barrier import FinishBarrier
 from torchft.launch.inside import average_inside, meet_inside
@@ -34,7 +35,6 @@ from torchft.launch.script import (
     which_group,
 )
 from torchft.local_sgd import DiLoCo
-from torchft.numbers import at_least
 from torchft.toy.byte_model import ByteCorpus, ByteTransformer, Order, next_byte_loss
 
 SYNC_EVERY = 100  # inner steps of each group between two outer steps

@@ -14,8 +14,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from torchft import settings
+from torchft.arguments import at_least
 from torchft.errors import SettingsError
-from torchft.numbers import at_least
 
 __all__ = ["Asked", "Data", "Diloco", "Model", "Train", "command_line", "read"]
 

@@ -129,7 +129,7 @@ def test_an_unreadable_corpus_is_named(tmp_path: Path) -> None:
 def test_a_number_that_trains_nothing_is_refused(script: Path, flag: str) -> None:
     done = run_alone(script, f"{flag}=-3")
     assert done.returncode == 2
-    assert f"argument {flag}: -3 is too small: it must be at least 1" in done.stderr
+    assert f"argument {flag}: -3: it must be an integer, at least 1" in done.stderr
 
 
 @pytest.mark.parametrize("script", [DILOCO, DDP])

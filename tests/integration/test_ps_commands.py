@@ -158,7 +158,7 @@ def test_a_dry_run_shows_what_would_be_run(capsys: pytest.CaptureFixture[str]) -
         (["server", "-o", "x", "-n", "2", "--dn-buffer-size", "4"], "add --async"),
         (["server", "-o", "x", "-n", "2", "--port", "0"], "needs --auth-token-file"),
         (["server", "-o", "x", "-n", "2", "--no-auth", "--tls-cert", "x"], "both --tls-cert"),
-        (["server", "-o", "x", "-n", "0"], "must be at least 1"),
+        (["server", "-o", "x", "-n", "0"], "must be an integer, at least 1"),
         (["server", "-o", "x"], "-n/--num-workers"),
         (["worker", "--server", "x:1"], "say what to run"),
         (["worker", "--server", "x:1", "--", "no-such-command"], "cannot run no-such-command"),

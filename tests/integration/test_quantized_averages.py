@@ -60,7 +60,7 @@ def test_what_a_codec_cannot_hold_is_refused_and_the_step_goes_on(tmp_path: Path
             manager.allreduce(torch.ones(3, dtype=torch.int64), should_quantize=True)
         with pytest.raises(SettingsError, match="no float64: cast it"):
             manager.allreduce(torch.ones(3).double(), should_quantize="fp32")
-        with pytest.raises(SettingsError, match="no codec 'int5': give one of fp32, bf16"):
+        with pytest.raises(SettingsError, match="codec='int5': it must be one of fp32, bf16"):
             manager.allreduce(torch.ones(3), should_quantize="int5")
         with pytest.raises(SettingsError, match="unsaid goes with a codec"):
             manager.allreduce(torch.ones(3), unsaid=torch.ones(3))

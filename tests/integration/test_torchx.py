@@ -59,7 +59,7 @@ def test_in_an_image_torchrun_is_the_images() -> None:
 
 @pytest.mark.parametrize("wrong", [{"replicas": 0}, {"workers_per_replica": 0}])
 def test_a_group_needs_a_worker(wrong: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="must be 1 or more"):
+    with pytest.raises(ValueError, match="at least 1"):
         hsdp(**wrong)  # type: ignore[arg-type]
 
 

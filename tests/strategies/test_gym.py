@@ -168,7 +168,7 @@ class TestCodec:
 
     @pytest.mark.parametrize("unknown", ["int5", "", True, 8])
     def test_one_that_does_not_exist_is_refused(self, cls: Any, unknown: Any) -> None:
-        with pytest.raises(SettingsError, match=r"give one of fp32, bf16, fp8, int8, int4"):
+        with pytest.raises(SettingsError, match=r"it must be one of fp32, bf16, fp8, int8, int4"):
             cls(codec=unknown)
 
 

@@ -87,11 +87,11 @@ def test_its_rounds_open_every_so_many_steps() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"place": "after"}, r"Other.place is 'after': it must be one of Place.\w+, Place.\w+"),
-        ({"by": "average"}, "Other.by is 'average': it must be one of By.AVERAGE"),
-        ({"delay": 1.5}, "Other.delay is 1.5: it must be a whole number"),
-        ({"every": 2.5}, "Other.every=2.5 must be a whole number"),
-        ({"every": 0}, "Other.every=0: a round is due every 1 or more steps"),
+        ({"place": "after"}, r"Other.place='after': it must be one of Place.\w+, Place.\w+"),
+        ({"by": "average"}, "Other.by='average': it must be one of By.AVERAGE"),
+        ({"delay": 1.5}, "Other.delay=1.5: it must be an integer"),
+        ({"every": 2.5}, "Other.every=2.5: it must be an integer"),
+        ({"every": 0}, "Other.every=0: it must be an integer, at least 1"),
         ({"H": 10}, "Other has H=10, which decides nothing.*set every"),
         ({"sync_every": 5}, "Other has sync_every=5, which decides nothing"),
         ({"contribution": Recipe.contribution}, "Other has no method contribution"),

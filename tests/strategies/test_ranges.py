@@ -22,17 +22,17 @@ from torchft.strategies import (
 )
 
 WRONG: list[tuple[Callable[[], Any], str]] = [
-    (lambda: DiLoCoStrategy(max_norm="x"), "max_norm='x': it must be a number above 0"),  # type: ignore[arg-type]
-    (lambda: DiLoCoStrategy(max_norm=True), "max_norm=True: it must be a number above 0"),
-    (lambda: Inner(max_norm=float("inf")), "max_norm=inf: it must be a number above 0"),
-    (lambda: DeMoStrategy(max_norm=-1), "max_norm=-1: it must be a number above 0"),
+    (lambda: DiLoCoStrategy(max_norm="x"), "max_norm='x': it must be a number, above 0"),  # type: ignore[arg-type]
+    (lambda: DiLoCoStrategy(max_norm=True), "max_norm=True: it must be a number, above 0"),
+    (lambda: Inner(max_norm=float("inf")), "max_norm=inf: it must be a finite number, above 0"),
+    (lambda: DeMoStrategy(max_norm=-1), "max_norm=-1: it must be a number, above 0"),
     (lambda: DeMoStrategy(compression_decay="x"), "compression_decay='x': .* 0 and below 1"),  # type: ignore[arg-type]
-    (lambda: DeMoStrategy(compression_topk=2.5), "compression_topk=2.5: .* whole number"),  # type: ignore[arg-type]
+    (lambda: DeMoStrategy(compression_topk=2.5), "compression_topk=2.5: .* an integer"),  # type: ignore[arg-type]
     (lambda: DeMoStrategy(weight_decay="x"), "weight_decay='x': .* at least 0"),  # type: ignore[arg-type]
-    (lambda: SPARTAStrategy(p_sparta="x"), "p='x': it must be a number above 0 and at most 1"),  # type: ignore[arg-type]
-    (lambda: TopKStrategy(topk="x"), "topk='x': it must be a whole number at least 1"),  # type: ignore[arg-type]
-    (lambda: TopKStrategy(decay=[0.9]), r"decay=\[0.9\]: it must be a number at least 0"),  # type: ignore[arg-type]
-    (lambda: FedAvgStrategy(island_size="x"), "island_size='x': it must be a whole number"),  # type: ignore[arg-type]
+    (lambda: SPARTAStrategy(p_sparta="x"), "p='x': it must be a number, above 0 and at most 1"),  # type: ignore[arg-type]
+    (lambda: TopKStrategy(topk="x"), "topk='x': it must be an integer, at least 1"),  # type: ignore[arg-type]
+    (lambda: TopKStrategy(decay=[0.9]), r"decay=\[0.9\]: it must be a number, at least 0"),  # type: ignore[arg-type]
+    (lambda: FedAvgStrategy(island_size="x"), "island_size='x': it must be an integer"),  # type: ignore[arg-type]
     (lambda: ScheduleSpec("lambda_cosine", warmup_steps="x"), "warmup_steps='x': .* at least 0"),
     (lambda: OptimSpec(torch.optim.AdamW, lr=[1e-3, 1e-4]), r"AdamW: lr=\[.*\] must be one numb"),
     (lambda: OptimSpec(torch.optim.AdamW, lr="1e-3"), "AdamW: lr='1e-3' must be one number"),

@@ -180,7 +180,7 @@ class TestFedAvgWeighs:
         group = alone()
         LocalSGDDoor(group.manager, group.model, group.inner, 3, samples=1200)
         assert group.manager.described["weighting"] == ["samples"]
-        with pytest.raises(SettingsError, match=r"samples=1\.5 must be a whole number"):
+        with pytest.raises(SettingsError, match=r"samples=1\.5: it must be an integer"):
             LocalSGDDoor(group.manager, group.model, group.inner, 3, samples=1.5)  # type: ignore[arg-type]
 
     def test_without_anybody_who_knows_it_is_refused(self) -> None:

@@ -16,17 +16,8 @@ PACKAGE = Path(__file__).parents[2] / "torchft"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 BASE = {
-    *(
-        "best_effort",
-        "digest",
-        "errors",
-        "finite",
-        "futures",
-        "lazy_names",
-        "ledger",
-        "numbers",
-        "ordered",
-    ),
+    *("arguments", "best_effort", "digest", "errors", "finite", "futures", "lazy_names"),
+    *("ledger", "ordered"),
     *("parameter_marks", "peers", "records", "settings", "step_hooks", "step_watch"),
     *("timeouts", "uncopied", "untraced", "version", "work"),
 }

@@ -91,11 +91,11 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        (["--nodes", "0"], "--nodes: 0 is too small: it must be at least 1"),
-        (["--nodes", "two"], "'two' is not a whole number"),
-        (["--every", "0"], "--every: 0 is too small"),
+        (["--nodes", "0"], "--nodes: 0: it must be an integer, at least 1"),
+        (["--nodes", "two"], "'two': it must be an integer, at least 1"),
+        (["--every", "0"], "--every: 0: it must be an integer, at least 1"),
         (["--seeds", "-1"], "at least 0"),
-        (["--jobs", "0"], "--jobs: 0 is too small"),
+        (["--jobs", "0"], "--jobs: 0: it must be an integer, at least 1"),
         (["--equal", "time"], "invalid choice: 'time'"),
         (["--lr", "fast"], "invalid float value: 'fast'"),
         (["--strategies", "diloko"], "nothing is called 'diloko': did you mean diloco?"),

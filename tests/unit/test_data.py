@@ -41,7 +41,7 @@ def test_ranks_come_from_torchrun_by_default(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("ranks", [(2, 2, 0, 1), (-1, 2, 0, 1), (0, 2, 1, 1), (0, 0, 0, 1)])
 def test_a_rank_beyond_its_count_is_refused(ranks: tuple[int, int, int, int]) -> None:
-    with pytest.raises(SettingsError, match="must be from 0"):
+    with pytest.raises(SettingsError, match="must be an integer, at least"):
         DistributedSampler(range(8), *ranks)
 
 

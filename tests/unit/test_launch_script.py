@@ -74,8 +74,8 @@ def failing(error: Exception) -> int:
 @pytest.mark.parametrize(
     ("group", "groups", "said"),
     [
-        ("x", "2", "REPLICA_GROUP_ID='x' is not a whole number"),
-        ("0", "0", "NUM_REPLICA_GROUPS=0: it must be at least 1"),
+        ("x", "2", "REPLICA_GROUP_ID='x': it must be an integer"),
+        ("0", "0", "NUM_REPLICA_GROUPS=0: it must be an integer, at least 1"),
         ("2", "2", "REPLICA_GROUP_ID=2: with NUM_REPLICA_GROUPS=2 it must be from 0 to 1"),
         ("-1", "2", "REPLICA_GROUP_ID=-1: with NUM_REPLICA_GROUPS=2 it must be from 0 to 1"),
     ],
@@ -118,7 +118,7 @@ def test_the_shared_flags_have_the_scripts_own_default(capsys: pytest.CaptureFix
     assert parser.description == "Trains."
     with pytest.raises(SystemExit):
         parser.parse_args(["--finish-together-s=-1"])
-    assert "-1 is too small: it must be at least 0" in capsys.readouterr().err
+    assert "-1: it must be an integer, at least 0" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- the end

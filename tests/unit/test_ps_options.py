@@ -20,7 +20,10 @@ NAN, INF = float("nan"), float("inf")
     ("make", "name"),
     [
         (lambda: ServerOptions(Path("x"), Rules(1), norm_bound=NAN), "norm_bound=nan"),
-        (lambda: ServerOptions(Path("x"), Rules(1), norm_bound=INF), "0: no bound"),
+        (
+            lambda: ServerOptions(Path("x"), Rules(1), norm_bound=INF),
+            "norm_bound=inf: it must be a finite number",
+        ),
         (lambda: OuterOptions(lr=NAN), "outer_lr=nan"),
         (lambda: OuterOptions(lr=INF), "outer_lr=inf"),
         (lambda: OuterOptions(momentum=NAN), "outer_momentum=nan"),
@@ -30,7 +33,7 @@ NAN, INF = float("nan"), float("inf")
         (lambda: WorkerOptions(heartbeat_interval_s=NAN), "heartbeat_interval_s"),
         (lambda: WorkerOptions(timeout_s=NAN), "timeout_s"),
         (lambda: WorkerOptions(mix=NAN), "mix=nan"),
-        (lambda: WorkerOptions(sync_every=10**7), "from 1 to 1000000"),
+        (lambda: WorkerOptions(sync_every=10**7), "at least 1 and at most 1000000"),
     ],
 )
 def test_a_number_that_is_none_or_has_no_end(make: Callable[[], object], name: str) -> None:

@@ -327,7 +327,7 @@ def test_a_codec_is_found_by_name() -> None:
 
 
 def test_an_unknown_name_is_told_which_there_are() -> None:
-    with pytest.raises(SettingsError, match=r"no codec 'int3': give one of fp32, .*int4"):
+    with pytest.raises(SettingsError, match=r"codec='int3': it must be one of fp32, .*int4"):
         codec_of("int3")
 
 

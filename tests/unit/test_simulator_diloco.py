@@ -322,7 +322,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a negative interval": ({"diloco_interval": -1}, "diloco_interval=-1"),
     "no evaluation": ({"eval_iters": 0}, "eval_iters=0"),
     "no minibatch": ({"max_minibatch_size": 0}, "max_minibatch_size=0"),
-    "no step": ({"max_local_step": 0}, "^max_local_step=0: it must be a whole number"),
+    "no step": ({"max_local_step": 0}, "^max_local_step=0: it must be an integer"),
     "half a step": ({"max_local_step": 1.5}, "^max_local_step=1.5"),
     "no checkpoint": ({"ckpt_interval": 0, "save_dir": "kept"}, "ckpt_interval=0"),
     "no folder": ({"ckpt_interval": 2}, "save_dir"),

@@ -50,7 +50,7 @@ def experiment(**settings: Any) -> Experiment:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_nodes": 0}, "num_nodes=0: it must be a whole number from 1 on"),
+        ({"num_nodes": 0}, "num_nodes=0: it must be an integer, at least 1"),
         ({"num_nodes": -2}, "num_nodes=-2"),
         ({"num_nodes": 2.0}, "num_nodes=2.0"),
         ({"num_nodes": None}, "num_nodes=None"),
@@ -62,7 +62,7 @@ def experiment(**settings: Any) -> Experiment:
         ({"events": [Joins(1, 2, donor=7)]}, "the donor must be one of the nodes 0 to 3"),
         ({"max_steps": 0}, "max_steps=0"),
         ({"num_epochs": -1}, "num_epochs=-1"),
-        ({"seed": None}, "seed=None: it must be a whole number"),
+        ({"seed": None}, "seed=None: it must be an integer"),
         ({"max_steps": None}, "max_steps or num_epochs"),
         ({"batch_size": 11}, "batch_size=11 is more than the 10 samples of node 0"),
         ({"num_nodes": 41}, "40 samples are too few for 41 nodes"),
@@ -83,13 +83,13 @@ def experiment(**settings: Any) -> Experiment:
         ({"events": [3]}, r"3 among the events is none: use Dies\(node, step\)"),
         ({"events": [Dies]}, "Dies among the events is none"),
         ({"events": "Dies"}, "events is a str: give a list"),
-        ({"events": [Dies(1, 2.5)]}, r"Dies\(node=1, step=2.5.*: step must be a whole number"),
-        ({"events": [Dies(True, 2)]}, "node must be a whole number"),
-        ({"events": [Dies(1, 2, 3)]}, "in_round must be True or False"),
+        ({"events": [Dies(1, 2.5)]}, r"Dies\(node=1, step=2.5.*: step=2.5: it must be an integer"),
+        ({"events": [Dies(True, 2)]}, "node=True: it must be an integer"),
+        ({"events": [Dies(1, 2, 3)]}, "in_round=3: it must be one of True, False"),
         ({"events": [Dies(1, 2), Dies(1, 3)]}, "at that step .events count steps from 0"),
         ({"weather": "fast"}, r"weather='fast' is no Weather: use torchft.simulator.Weather\(…\)"),
-        ({"shuffle": "no"}, "shuffle='no': it must be True or False"),
-        ({"deterministic": 1}, "deterministic=1: it must be True or False"),
+        ({"shuffle": "no"}, "shuffle='no': it must be one of True, False"),
+        ({"deterministic": 1}, "deterministic=1: it must be one of True, False"),
         ({"dataloader_kwargs": {"drop_last": True}}, "dataloader_kwargs has drop_last"),
     ],
     ids=str,
@@ -108,7 +108,7 @@ def test_cuda_that_is_not_there_is_not_replaced() -> None:
 
 
 def test_an_h_of_true_is_refused_with_the_strategy() -> None:
-    with pytest.raises(SettingsError, match="H=True: nodes synchronise every 1 or more"):
+    with pytest.raises(SettingsError, match="H=True: it must be an integer, at least 1"):
         DiLoCoStrategy(H=True)
 
 

@@ -45,11 +45,11 @@ def test_a_speed_without_a_measurement_is_refused() -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"up_bps": 0}, "up_bps=0 must be above 0"),
-        ({"down_bps": -1}, "down_bps=-1 must be above 0"),
-        ({"latency_s": -0.1}, "latency_s=-0.1 must be 0 or more"),
-        ({"step_s": 0}, "step_s=0 must be above 0"),
-        ({"speed": float("nan")}, "speed=nan must be above 0"),
+        ({"up_bps": 0}, "up_bps=0: it must be a number, above 0"),
+        ({"down_bps": -1}, "down_bps=-1: it must be a number, above 0"),
+        ({"latency_s": -0.1}, "latency_s=-0.1: it must be a number, at least 0"),
+        ({"step_s": 0}, "step_s=0: it must be a number, above 0"),
+        ({"speed": float("nan")}, "speed=nan: it must be a finite number, above 0"),
         ({"step_s": 1.0, "speed": 2.0}, "give step_s, or a speed"),
     ],
 )
@@ -199,7 +199,7 @@ def test_a_trace_file_joins_the_events(tmp_path: Path) -> None:
         ("step,node,event,why\n1,1,dies,power\n", True, "t:2 .*no column why"),
         ("step,node\n1,1\n", True, "t:2 .*event missing"),
         ("step,node,event\n1,1,dies,8\n", True, "t:2 .*no column None"),
-        ('{"step": 1, "node": 1.5, "event": "dies"}', False, "t:1 .*1.5 is not a whole number"),
+        ('{"step": 1, "node": 1.5, "event": "dies"}', False, "t:1 .*1.5: it must be an integer"),
         ('{"step": 1, "node": 0', False, "t:1 is no JSON"),
         ("[1]", False, "t:1 is no JSON object"),
         ('{"step": 1, "node": 0, "event": "dies", "in_round": "maybe"}', False, "neither true nor"),

@@ -17,13 +17,14 @@ from datetime import timedelta
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from torchft.arguments import check_integer, check_number
 from torchft.checkpointing.download import Address, Download
 from torchft.checkpointing.server import MAX_PARTS, SnapshotServer
 from torchft.checkpointing.snapshot import Snapshot
 from torchft.checkpointing.stream import ProgressDeadline
 from torchft.checkpointing.transport import LIMIT, CheckpointTransport
 from torchft.checkpointing.window import Window
-from torchft.errors import HealError, PhaseError, SettingsError
+from torchft.errors import HealError, PhaseError
 
 __all__ = ["HTTPTransport"]
 
@@ -46,10 +47,8 @@ class HTTPTransport(CheckpointTransport[T]):
     """
 
     def __init__(self, timeout: timedelta, num_chunks: int, *, hostname: str | None = None) -> None:
-        if not 0 <= num_chunks <= MAX_PARTS:
-            raise SettingsError(f"num_chunks must be between 0 and {MAX_PARTS}, got {num_chunks}")
-        if timeout <= timedelta(0):
-            raise SettingsError(f"the transport's timeout must be positive, got {timeout}")
+        check_integer("num_chunks", num_chunks, least=0, most=MAX_PARTS)
+        check_number("timeout", timeout.total_seconds(), above=0)
         self._timeout_s = timeout.total_seconds()
         self._parts = max(1, num_chunks)
         self._hostname = hostname if hostname is not None else _resolvable_hostname()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from torchft.arguments import above_zero, at_least
 from torchft.cli import report
 from torchft.demo.options import CODECS, DEFAULT_STEPS, STRATEGIES, DemoOptions
-from torchft.numbers import at_least, seconds
 
 __all__ = ["add_command"]
 
@@ -96,7 +96,7 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--keep", type=Path, metavar="FOLDER", help="a new folder for logs and step records")
     add(
         "--timeout",
-        type=seconds,
+        type=above_zero,
         default=300.0,
         metavar="SECONDS",
         help="give up a run that is not over by then (300)",

@@ -6,8 +6,8 @@ import argparse
 import shlex
 from pathlib import Path
 
+from torchft.arguments import above_zero, at_least
 from torchft.cli import report
-from torchft.numbers import at_least, seconds
 
 __all__ = ["add_command"]
 
@@ -39,7 +39,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         default="bf16",
         help="how numbers travel (bf16)",
     )
-    add("--grace", type=seconds, default=3.0, metavar="SECONDS", help="of a silent worker (3)")
+    add("--grace", type=above_zero, default=3.0, metavar="SECONDS", help="of a silent worker (3)")
     add("--keep", type=Path, metavar="FOLDER", help="a new folder for logs and checkpoints")
     add(
         "--train",
@@ -49,7 +49,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     add(
         "--timeout",
-        type=seconds,
+        type=above_zero,
         default=900.0,
         metavar="SECONDS",
         help="give up a run that is not over by then (900)",

@@ -9,8 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torchft.arguments import at_least
 from torchft.errors import SettingsError
-from torchft.numbers import at_least
 
 if TYPE_CHECKING:
     from torchft.parameter_server.auth import Tokens

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torchft import settings
+from torchft.arguments import at_least
 from torchft.errors import SettingsError
-from torchft.numbers import at_least
 
 __all__ = ["add_command", "environment_of"]
 

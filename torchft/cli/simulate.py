@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torchft.arguments import at_least
 from torchft.errors import SettingsError
 from torchft.experiments.config import (
     MODELS,
@@ -20,7 +21,6 @@ from torchft.experiments.config import (
     read_weather,
 )
 from torchft.experiments.folders import check_folder
-from torchft.numbers import at_least
 
 if TYPE_CHECKING:
     from torchft.experiments.runs import RunReport

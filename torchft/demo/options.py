@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from torchft.arguments import check_choice, check_integer
 from torchft.demo.scenario import Scenario
 from torchft.errors import SettingsError
 
@@ -42,15 +43,12 @@ class DemoOptions:
     """A run that is not over by then is given up."""
 
     def __post_init__(self) -> None:
-        if self.strategy not in STRATEGIES:
-            raise SettingsError(f"strategy {self.strategy!r}: use one of {', '.join(STRATEGIES)}")
-        if self.codec is not None and self.codec not in CODECS:
-            raise SettingsError(f"codec {self.codec!r}: use one of {', '.join(CODECS)}")
-        for name, least in (("replicas", 1), ("workers", 1), ("sync_every", 1)):
-            if getattr(self, name) < least:
-                raise SettingsError(f"{name}={getattr(self, name)}: it must be at least {least}")
-        if self.target < 1:
-            raise SettingsError(f"steps={self.steps}: it must be at least 1")
+        check_choice("strategy", self.strategy, STRATEGIES)
+        if self.codec is not None:
+            check_choice("codec", self.codec, CODECS)
+        for name in ("replicas", "workers", "sync_every"):
+            check_integer(name, getattr(self, name), least=1)
+        check_integer("steps", self.target, least=1)
         if self.heartbeat_timeout_ms < 300:
             raise SettingsError(
                 f"heartbeat_timeout_ms={self.heartbeat_timeout_ms}: groups tell every 100 ms that "

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from torchft.arguments import check_integer
 from torchft.errors import SettingsError
 from torchft.experiments.describe import differences
 
@@ -60,8 +61,7 @@ class CheckpointFolder:
     """The files of one run."""
 
     def __init__(self, folder: str | Path, *, keep: int = 3) -> None:
-        if keep < 1:
-            raise SettingsError(f"keep_checkpoints={keep} must be 1 or more")
+        check_integer("keep_checkpoints", keep, least=1)
         self.folder = Path(folder)
         self._keep = keep
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+from torchft.arguments import check_integer, check_number
 from torchft.errors import SettingsError
 from torchft.simulator.faults import FaultEvent, NodeProfile, RandomFailures, Weather
 
@@ -131,14 +132,12 @@ class SimulateConfig:
         for name in ("strategies", "nodes", "every", "lr", "seeds"):
             _check_swept(name, getattr(self, name))
         for name in ("steps", "batch_size", "micro_batch_size", "validate_every", "val_samples"):
-            value = getattr(self, name)
-            _check(value is None or value >= 1, f"{name}={value} must be 1 or more")
-        for name in ("nodes", "every"):
-            low = min(getattr(self, name))
-            _check(low >= 1, f"{name}: {low} must be 1 or more")
-        _check(min(self.lr) > 0, f"lr: {min(self.lr)} must be above 0")
-        _check(min(self.seeds) >= 0, f"seeds: {min(self.seeds)} must be 0 or more")
-        _check(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps} must be 0 or more")
+            if (value := getattr(self, name)) is not None:
+                check_integer(name, value, least=1)
+        for name, least in (("nodes", 1), ("every", 1), ("seeds", 0)):
+            check_integer(name, min(getattr(self, name)), least=least)
+        check_number("lr", min(self.lr), above=0)
+        check_integer("warmup_steps", self.warmup_steps, least=0)
         _check_names("model", self.model, MODELS)
         for strategy in self.strategies:
             _check_names("strategies", strategy.name, STRATEGIES)

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from torchft.arguments import check_integer
 from torchft.errors import SettingsError
 from torchft.experiments.checkpoint import write_whole
 from torchft.experiments.devices import usable_devices
@@ -122,10 +123,10 @@ class DilocoSimulatorConfig:
             SettingsError: which option, and what would do.
         """
         for name in ("num_nodes", "diloco_interval", "batch_size", "eval_iters"):
-            _check_count(name, getattr(self, name))
+            check_integer(name, getattr(self, name), least=1)
         for name in ("eval_interval", "ckpt_interval", "max_minibatch_size", "max_local_step"):
             if getattr(self, name) is not None:
-                _check_count(name, getattr(self, name))
+                check_integer(name, getattr(self, name), least=1)
         self._check_calls()
         if self.async_sparta_delay:
             raise SettingsError(
@@ -147,11 +148,6 @@ class DilocoSimulatorConfig:
         for name in ("model_kwargs", "optimizer_kwargs", "outer_optimizer_kwargs"):
             if not isinstance(getattr(self, name), Mapping):
                 raise SettingsError(f"{name}={getattr(self, name)!r}: give a dict of arguments")
-
-
-def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise SettingsError(f"{name}={value!r}: it must be a whole number, 1 or more")
 
 
 def _check_callable(name: str, value: object) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from torchft.errors import SettingsError
+from torchft.arguments import check_integer
 from torchft.toy.byte_model import ByteTransformer, Shape, next_byte_loss
 
 __all__ = ["MODELS", "Cnn", "Gpt", "Mlp"]
@@ -30,8 +30,8 @@ class Mlp(nn.Module):
     ) -> None:
         super().__init__()
         sizes = [inputs, *hidden]
-        if min(*sizes, classes) < 1:
-            raise SettingsError(f"every size must be 1 or more, got {sizes} and {classes} classes")
+        for size in (*sizes, classes):
+            check_integer("size", size, least=1)
         layers: list[nn.Module] = [nn.Flatten()]
         for before, after in pairwise(sizes):
             layers += [nn.Linear(before, after), nn.ReLU()]
@@ -47,8 +47,8 @@ class Cnn(nn.Module):
 
     def __init__(self, channels: int = 16, classes: int = CLASSES) -> None:
         super().__init__()
-        if min(channels, classes) < 1:
-            raise SettingsError(f"every size must be 1 or more, got {channels} and {classes}")
+        check_integer("channels", channels, least=1)
+        check_integer("classes", classes, least=1)
         self.layers = nn.Sequential(
             nn.Conv2d(1, channels, 3, padding=1),
             nn.ReLU(),

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from torchft import strategies
+from torchft.arguments import check_integer
 from torchft.errors import SettingsError
 from torchft.experiments import datasets, models
 from torchft.experiments.config import SimulateConfig, StrategyConfig
 from torchft.strategies import OptimSpec, Strategy
-from torchft.strategies.ranges import check_number
 
 __all__ = ["data_name", "data_of", "has_interval", "model_of", "strategy_of"]
 
@@ -91,7 +91,7 @@ def data_of(config: SimulateConfig) -> tuple[Any, Any]:
     if name == "digits":
         return datasets.digits()
     context = config.model_options.get("context", 64)
-    check_number("model_options.context", context, least=1, whole=True)
+    check_integer("model_options.context", context, least=1)
     if name == "stdlib-text":
         return datasets.text(context=context)
     if ":" not in name:

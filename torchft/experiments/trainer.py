@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from torchft.arguments import check_integer
 from torchft.errors import SettingsError
 from torchft.experiments.callbacks import Callbacks
 from torchft.experiments.checkpoint import Saved
@@ -299,8 +300,8 @@ def _needed(name: str, value: _T | None) -> _T:
 
 
 def _check_interval(name: str, value: int | None, least: int = 1) -> None:
-    if value is not None and (not isinstance(value, int) or value < least):
-        raise SettingsError(f"{name}={value!r}: it must be a whole number from {least} on")
+    if value is not None:
+        check_integer(name, value, least=least)
 
 
 def _check_processes(

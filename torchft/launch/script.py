@@ -26,8 +26,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from torchft import settings
+from torchft.arguments import at_least
 from torchft.errors import SettingsError, TorchftError, UnreachableError
-from torchft.numbers import at_least
 
 __all__ = [
     "joining",
@@ -91,9 +91,7 @@ def which_group() -> tuple[int, int]:
     Raises:
         SettingsError: REPLICA_GROUP_ID or NUM_REPLICA_GROUPS is none.
     """
-    groups = settings.integer("NUM_REPLICA_GROUPS", 2)
-    if groups < 1:
-        raise SettingsError(f"NUM_REPLICA_GROUPS={groups}: it must be at least 1")
+    groups = settings.integer("NUM_REPLICA_GROUPS", 2, least=1)
     group = settings.integer("REPLICA_GROUP_ID", 0)
     if not 0 <= group < groups:
         raise SettingsError(

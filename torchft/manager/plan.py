@@ -22,8 +22,9 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Protocol
 
+from torchft.arguments import check_integer
 from torchft.checkpointing.transport import LIMIT
-from torchft.errors import PhaseError, SettingsError
+from torchft.errors import PhaseError
 from torchft.peers import Place
 
 __all__ = [
@@ -107,10 +108,9 @@ class Options:
         return self.timeout * LIMIT
 
     def __post_init__(self) -> None:
-        if self.min_replica_size < 1:
-            raise SettingsError(f"min_replica_size={self.min_replica_size}: give at least 1")
-        if self.max_retries is not None and self.max_retries < 0:
-            raise SettingsError(f"max_retries={self.max_retries}: give 0 or more, or None")
+        check_integer("min_replica_size", self.min_replica_size, least=1)
+        if self.max_retries is not None:
+            check_integer("max_retries", self.max_retries, least=0)
 
 
 class QuorumLike(Protocol):

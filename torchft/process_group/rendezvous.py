@@ -19,6 +19,7 @@ from ipaddress import ip_address
 
 from torch.distributed import Store
 
+from torchft.arguments import check_integer
 from torchft.errors import CollectiveError, MismatchError, SettingsError
 from torchft.process_group.attempt import Deadline
 from torchft.process_group.sockets import Address
@@ -38,8 +39,7 @@ class Seat:
     replica_id: str
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.world_size:
-            raise SettingsError(f"rank {self.rank} is not below world_size {self.world_size}")
+        check_integer("rank", self.rank, least=0, below=self.world_size)
 
     def __str__(self) -> str:
         return f"rank {self.rank} ({self.replica_id})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from torchft.errors import SettingsError
+from torchft.arguments import check_choice
 from torchft.quantization.codec import Codec
 from torchft.quantization.float8 import Float8
 from torchft.quantization.integers import Int4, Int8
@@ -30,8 +30,7 @@ def codec_of(codec: str | Codec) -> Codec:
     """
     if isinstance(codec, Codec):
         return codec
-    if codec not in _CODECS:
-        raise SettingsError(f"no codec {codec!r}: give one of {', '.join(_CODECS)}, or a Codec")
+    check_choice("codec", codec, _CODECS, otherwise="a Codec")
     return _CODECS[codec]
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
+from torchft.arguments import check_choice, check_integer
 from torchft.errors import SettingsError
 
 __all__ = [
@@ -178,7 +179,7 @@ def check_events(num_nodes: int, events: Sequence[Event]) -> None:
     """
     check_list(events)
     for event in events:
-        _check_whole(event)
+        _check_types(event)
     ordered = sorted(events, key=lambda event: event.step)
     present = set(range(num_nodes)) - _absent_at_start(ordered)
     if not present:
@@ -234,16 +235,12 @@ def check_list(events: object) -> None:
             )
 
 
-def _check_whole(event: Event) -> None:
+def _check_types(event: Event) -> None:
     for name, value in asdict(event).items():
         if name == "in_round":
-            right = isinstance(value, bool)
-        else:
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            right = whole or (name == "donor" and value is None)
-        if not right:
-            must = "True or False" if name == "in_round" else "a whole number"
-            raise SettingsError(f"{event}: {name} must be {must}")
+            check_choice(f"{event}: {name}", value, (True, False))
+        elif name != "donor" or value is not None:
+            check_integer(f"{event}: {name}", value)
 
 
 def _absent_at_start(ordered: Sequence[Event]) -> set[int]:

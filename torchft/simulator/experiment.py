@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from torchft.arguments import check_choice, check_integer
 from torchft.errors import SettingsError
 from torchft.simulator.copies import copied
 from torchft.simulator.events import Event, check_events, check_list
@@ -79,9 +80,10 @@ class Experiment:
             SettingsError: which setting, and what would do.
         """
         for name in ("num_nodes", "batch_size", "micro_batch_size", "max_steps", "num_epochs"):
-            _check_count(name, getattr(self, name))
-        if not isinstance(self.seed, int):
-            raise SettingsError(f"seed={self.seed!r}: it must be a whole number")
+            value = getattr(self, name)
+            if value is not None or name in ("num_nodes", "batch_size"):
+                check_integer(name, value, least=1)
+        check_integer("seed", self.seed)
         if self.max_steps is None and self.num_epochs is None:
             raise SettingsError("say how long to train: max_steps or num_epochs")
         if not isinstance(self.strategy, Strategy):
@@ -105,9 +107,7 @@ class Experiment:
 
     def _check_types(self) -> None:
         for name in ("shuffle", "deterministic", "digests"):
-            value = getattr(self, name)
-            if not isinstance(value, bool):
-                raise SettingsError(f"{name}={value!r}: it must be True or False")
+            check_choice(name, getattr(self, name), (True, False))
         check_list(self.events)
         if self.weather is not None and not isinstance(self.weather, Weather):
             raise SettingsError(
@@ -249,13 +249,6 @@ def _what(value: object) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}: give an instance, {value.__name__}(…)"
     return f"a {type(value).__name__}"
-
-
-def _check_count(name: str, value: object) -> None:
-    if value is None and name not in ("num_nodes", "batch_size"):
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise SettingsError(f"{name}={value!r}: it must be a whole number from 1 on")
 
 
 def _check_model_factory(model: nn.Module | Callable[[], nn.Module]) -> None:

@@ -26,6 +26,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from torchft.arguments import check_integer, check_number, integer_from
 from torchft.errors import SettingsError
 from torchft.simulator.events import Dies, Event, Joins, check_events
 
@@ -56,12 +57,12 @@ class NodeProfile:
     """Seconds until the first bit of a message arrives."""
 
     def __post_init__(self) -> None:
-        for name in ("speed", "up_bps", "down_bps"):
-            _check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0")
-        _check(math.isfinite(self.speed), f"speed={self.speed} is no factor")
-        _check(0 <= self.latency_s < math.inf, f"latency_s={self.latency_s} must be 0 or more")
+        check_number("speed", self.speed, above=0)
+        check_number("up_bps", self.up_bps, above=0, finite=False)
+        check_number("down_bps", self.down_bps, above=0, finite=False)
+        check_number("latency_s", self.latency_s, least=0)
         if self.step_s is not None:
-            _check(0 < self.step_s < math.inf, f"step_s={self.step_s} must be above 0")
+            check_number("step_s", self.step_s, above=0)
             _check(self.speed == 1.0, "give step_s, or a speed relative to the measured step")
 
     def seconds_a_step(self, measured_s: float | None) -> float:
@@ -117,9 +118,9 @@ class RandomFailures:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check(0 <= self.rate <= 1, f"rate={self.rate} is no chance: use 0 to 1 per step")
-        _check(self.away_steps >= 1, f"away_steps={self.away_steps} must be 1 or more")
-        _check(0 <= self.in_round <= 1, f"in_round={self.in_round} is no share: use 0 to 1")
+        check_number("rate", self.rate, least=0, most=1)
+        check_integer("away_steps", self.away_steps, least=1)
+        check_number("in_round", self.in_round, least=0, most=1)
 
     def draw(self, num_nodes: int, steps: int) -> list[FaultEvent]:
         """Of one run. Which node fails when follows from the seed alone."""
@@ -158,10 +159,9 @@ class Weather:
         object.__setattr__(self, "nodes", tuple(self.nodes))
         object.__setattr__(self, "events", tuple(self.events))
         _check(len(self.nodes) > 0, "weather needs one node at least")
-        wait = self.heartbeat_timeout_s
-        _check(0 <= wait < math.inf, f"heartbeat_timeout_s={wait} must be 0 or more")
+        check_number("heartbeat_timeout_s", self.heartbeat_timeout_s, least=0)
         if self.pace_s is not None:
-            _check(0 < self.pace_s < math.inf, f"pace_s={self.pace_s} must be above 0")
+            check_number("pace_s", self.pace_s, above=0)
         both = self.failures is not None and bool(self.events or self.trace)
         _check(not both, "give events (or a trace) or failures by chance, not both")
 
@@ -274,17 +274,17 @@ def _event_of(row: Mapping[str, Any]) -> FaultEvent:
     missing = sorted({"node", "event"} - row.keys())
     _check(not missing, f"{' and '.join(missing)} missing")
     return FaultEvent(
-        node=_whole(row["node"]),
+        node=_integer("node", row["node"]),
         event=row["event"],
-        step=_whole(row["step"]) if row.get("step") is not None else None,
+        step=_integer("step", row["step"]) if row.get("step") is not None else None,
         time_s=float(row["time_s"]) if row.get("time_s") is not None else None,
         in_round=_truth(row.get("in_round", False)),
     )
 
 
-def _whole(cell: object) -> int:
-    if isinstance(cell, bool) or not isinstance(cell, int | str):
-        raise SettingsError(f"{cell!r} is not a whole number")
+def _integer(name: str, cell: Any) -> int:
+    value = integer_from(cell) if isinstance(cell, str) else cell
+    check_integer(name, value)
     return int(cell)
 
 

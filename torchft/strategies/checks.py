@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from torchft.arguments import check_choice, check_integer
 from torchft.errors import SettingsError
 from torchft.peers import Place
 from torchft.strategies.inner import Inner
@@ -25,7 +26,6 @@ __all__ = [
     "check_among_groups",
     "check_recipes",
     "check_values",
-    "check_whole",
     "contributed",
     "inner_of",
     "recipes_of",
@@ -112,31 +112,14 @@ def check_recipes(recipes: Sequence[Recipe]) -> None:
         _check_recipe(recipe)
 
 
-def check_whole(**settings: object) -> None:
-    """Each of these counts something.
-
-    Raises:
-        SettingsError: which one is no whole number.
-    """
-    for name, value in settings.items():
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise SettingsError(f"{name}={value!r} must be a whole number")
-
-
 def _check_recipe(recipe: Recipe) -> None:
     from torchft.strategies.recipe import By, Recipe
 
     name = type(recipe).__name__
     for setting, kind in (("place", Place), ("by", By)):
-        value = getattr(recipe, setting)
-        if not isinstance(value, kind):
-            known = ", ".join(f"{kind.__name__}.{one.name}" for one in kind)
-            raise SettingsError(f"{name}.{setting} is {value!r}: it must be one of {known}")
-    if not isinstance(recipe.delay, int) or isinstance(recipe.delay, bool) or recipe.delay < 0:
-        raise SettingsError(f"{name}.delay is {recipe.delay!r}: it must be a whole number, 0 or up")
-    check_whole(**{f"{name}.every": recipe.every})
-    if recipe.every < 1:
-        raise SettingsError(f"{name}.every={recipe.every}: a round is due every 1 or more steps")
+        check_choice(f"{name}.{setting}", getattr(recipe, setting), kind)
+    check_integer(f"{name}.delay", recipe.delay, least=0)
+    check_integer(f"{name}.every", recipe.every, least=1)
     _check_period(recipe)
     needed = ["contribution", "adopt", *(["islands"] if recipe.by is By.ISLANDS else [])]
     for method in needed:

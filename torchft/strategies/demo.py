@@ -21,13 +21,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchft.arguments import check_integer, check_number
 from torchft.errors import SettingsError
 from torchft.peers import Place
 from torchft.strategies.local import Fragment
 from torchft.strategies.optim_spec import OptimSpec
 from torchft.strategies.parts.dct import Blocks, dct, inverse_dct
 from torchft.strategies.parts.largest import SENDERS, check_mean_over, largest, mean_of, packed
-from torchft.strategies.ranges import check_number
 from torchft.strategies.recipe import By, Recipe
 
 __all__ = ["DeMo"]
@@ -58,8 +58,8 @@ class DeMo(Recipe):
         mean_over: str = SENDERS,
     ) -> None:
         check_number("compression_decay", decay, least=0, below=1)
-        check_number("compression_topk", topk, least=1, whole=True)
-        check_number("compression_chunk", chunk, least=1, whole=True)
+        check_integer("compression_topk", topk, least=1)
+        check_integer("compression_chunk", chunk, least=1)
         if max_norm is not None:
             check_number("max_norm", max_norm, above=0)
         self.decay, self.topk, self.chunk, self.max_norm = decay, topk, chunk, max_norm

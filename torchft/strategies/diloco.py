@@ -39,10 +39,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchft.arguments import check_integer
 from torchft.errors import SettingsError
 from torchft.quantization import ErrorFeedback
 from torchft.strategies.buffers import LEFT, check_buffers
-from torchft.strategies.checks import check_whole
 from torchft.strategies.fragments import SEQUENTIAL, check_pattern
 from torchft.strategies.local import Fragment
 from torchft.strategies.parts.backup import Backup
@@ -279,7 +279,12 @@ def check_schedule(every: int, fragments: int, delay: int, mix: float) -> None:
     Raises:
         SettingsError: also a ValueError.
     """
-    check_whole(sync_every=every, fragments=fragments, fragment_sync_delay=delay)
+    for name, value in (
+        ("sync_every", every),
+        ("fragments", fragments),
+        ("fragment_sync_delay", delay),
+    ):
+        check_integer(name, value)
     if fragments < 1:
         raise SettingsError("there is no fragment to synchronise")
     if every < fragments:

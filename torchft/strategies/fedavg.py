@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
+from torchft.arguments import check_integer
 from torchft.strategies.local_sgd import LocalSGD
 from torchft.strategies.parts.agreed import generator
 from torchft.strategies.parts.precision import SharedDtype
-from torchft.strategies.ranges import check_number
 from torchft.strategies.recipe import By
 
 __all__ = ["FedAvg"]
@@ -44,7 +44,7 @@ class FedAvg(LocalSGD):
         backup_device: torch.device | str | None = "cpu",
     ) -> None:
         if island_size is not None:
-            check_number("island_size", island_size, least=1, whole=True)
+            check_integer("island_size", island_size, least=1)
         super().__init__(
             every,
             backup=island_size is None,

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import torch
 
+from torchft.arguments import check_integer
 from torchft.errors import SettingsError
 from torchft.quantization import Codec
 from torchft.strategies.all_reduce import AllReduce
@@ -42,7 +43,6 @@ from torchft.strategies.named import (
     Averaged,
     Optim,
     Scheduler,
-    check_interval,
     inner_step_of,
     one_of,
 )
@@ -111,7 +111,7 @@ class FedAvgStrategy(Averaged):
         weighting: str | None = None,
         shared_dtype: SharedDtype = torch.float32,
     ) -> None:
-        check_interval("H", H)
+        check_integer("H", H, least=1)
         optim = one_of(
             optim_spec=optim_spec, inner_optim=inner_optim, inner_optim_spec=inner_optim_spec
         )
@@ -153,7 +153,7 @@ class LocalSGDStrategy(Averaged):
         buffers: str = LEFT,
         shared_dtype: SharedDtype = torch.float32,
     ) -> None:
-        check_interval("H", H)
+        check_integer("H", H, least=1)
         optim = one_of(
             optim_spec=optim_spec, inner_optim=inner_optim, inner_optim_spec=inner_optim_spec
         )
@@ -183,7 +183,7 @@ class DiLoCoStrategy(Averaged):
         error_feedback: bool = False,
         shared_dtype: SharedDtype = torch.float32,
     ) -> None:
-        check_interval("H", H)
+        check_integer("H", H, least=1)
         optim = one_of(
             optim_spec=optim_spec, inner_optim=inner_optim, inner_optim_spec=inner_optim_spec
         )
@@ -238,7 +238,7 @@ class StreamingDiLoCoStrategy(Averaged):
         error_feedback: bool = False,
         shared_dtype: SharedDtype = torch.float32,
     ) -> None:
-        check_interval("H", H)
+        check_integer("H", H, least=1)
         optim = one_of(
             optim_spec=optim_spec, inner_optim=inner_optim, inner_optim_spec=inner_optim_spec
         )
@@ -294,7 +294,7 @@ class SPARTAStrategy(Averaged):
         codec: Codec | str | None = None,
         shared_dtype: SharedDtype = torch.float32,
     ) -> None:
-        check_interval("sparta_interval", sparta_interval)
+        check_integer("sparta_interval", sparta_interval, least=1)
         optim = one_of(
             optim_spec=optim_spec, inner_optim=inner_optim, inner_optim_spec=inner_optim_spec
         )
@@ -327,8 +327,8 @@ class SPARTADiLoCoStrategy(Averaged):
         error_feedback: bool = False,
         shared_dtype: SharedDtype = torch.float32,
     ) -> None:
-        check_interval("H", H)
-        check_interval("sparta_interval", sparta_interval)
+        check_integer("H", H, least=1)
+        check_integer("sparta_interval", sparta_interval, least=1)
         optim = one_of(
             optim_spec=optim_spec, inner_optim=inner_optim, inner_optim_spec=inner_optim_spec
         )

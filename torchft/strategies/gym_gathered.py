@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from torchft.arguments import check_integer, check_number
 from torchft.errors import SettingsError
 from torchft.strategies.demo import DeMo
 from torchft.strategies.named import (
@@ -13,7 +14,6 @@ from torchft.strategies.named import (
     Named,
     Optim,
     Scheduler,
-    check_interval,
     inner_step_of,
     one_of,
 )
@@ -21,7 +21,6 @@ from torchft.strategies.optim_spec import OptimSpec, ensure_optim_spec
 from torchft.strategies.parts.chunks import MODEL
 from torchft.strategies.parts.largest import SENDERS
 from torchft.strategies.parts.precision import SharedDtype
-from torchft.strategies.ranges import check_number
 from torchft.strategies.top_k import TopK
 
 __all__ = ["DeMoStrategy", "TopKStrategy"]
@@ -111,7 +110,7 @@ class TopKStrategy(Named):
         chunks_of: str = MODEL,
         shared_dtype: SharedDtype = torch.float32,
     ) -> None:
-        check_interval("H", H)
+        check_integer("H", H, least=1)
         optim = one_of(
             optim_spec=optim_spec, inner_optim=inner_optim, inner_optim_spec=inner_optim_spec
         )

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from torchft.arguments import check_number
 from torchft.errors import SettingsError
 from torchft.strategies.lr_schedule import ScheduleSpec
 from torchft.strategies.optim_spec import OptimSpec
 from torchft.strategies.parts.coupling import check_steps, couples_nodes
-from torchft.strategies.ranges import check_number
 
 __all__ = ["Inner", "InnerOptimizer"]
 

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchft.arguments import check_integer
 from torchft.errors import SettingsError
 from torchft.strategies.buffers import LEFT, check_buffers
-from torchft.strategies.checks import check_whole
 from torchft.strategies.local import Fragment
 from torchft.strategies.parts.backup import Backup
 from torchft.strategies.parts.precision import (
@@ -60,7 +60,7 @@ class LocalSGD(Recipe):
         backup_device: torch.device | str | None = "cpu",
         pin_memory: bool = True,
     ) -> None:
-        check_whole(sync_every=every)
+        check_integer("sync_every", every, least=1)
         if every < 1:
             raise SettingsError(f"sync_every={every}: weights are averaged every 1 or more steps")
         self.buffers = check_buffers(buffers)

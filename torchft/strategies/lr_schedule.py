@@ -13,9 +13,9 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
+from torchft.arguments import check_number
 from torchft.errors import SettingsError
 from torchft.strategies.optim_spec import check_arguments, plain
-from torchft.strategies.ranges import check_number
 
 __all__ = ["LAMBDA_COSINE", "ScheduleSpec", "warmup_cosine"]
 

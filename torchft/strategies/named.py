@@ -24,7 +24,6 @@ __all__ = [
     "Named",
     "Optim",
     "Scheduler",
-    "check_interval",
     "inner_step_of",
     "one_of",
 ]
@@ -60,13 +59,6 @@ class Averaged(Named):
         for recipe in self.recipes:
             recipe.codec = by
         check_codecs(self.recipes)
-
-
-def check_interval(name: str, steps: int) -> None:
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise SettingsError(
-            f"{name}={steps!r}: nodes synchronise every 1 or more whole inner steps"
-        )
 
 
 def inner_step_of(

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchft.arguments import check_integer, check_number
 from torchft.strategies.local import Fragment
 from torchft.strategies.parts import chunks
 from torchft.strategies.parts.backup import Backup
@@ -37,7 +38,6 @@ from torchft.strategies.parts.chunks import MODEL
 from torchft.strategies.parts.largest import SENDERS, check_mean_over, largest, mean_of, packed
 from torchft.strategies.parts.outer import FlatOuter, OuterFactory
 from torchft.strategies.parts.precision import SharedDtype, check_shared_dtype, weights_as
-from torchft.strategies.ranges import check_number
 from torchft.strategies.recipe import By, Recipe
 
 __all__ = ["TopK"]
@@ -66,7 +66,7 @@ class TopK(Recipe):
         backup_device: torch.device | str | None = None,
     ) -> None:
         for name, count in {"every": every, "topk": topk, "chunk": chunk}.items():
-            check_number(name, count, least=1, whole=True)
+            check_integer(name, count, least=1)
         check_number("decay", decay, least=0, most=1)
         chunks.check_chunks_of(chunks_of, chunk)
         self.every, self.topk, self.chunk, self.decay = every, topk, chunk, decay

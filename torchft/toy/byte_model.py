@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from torchft.arguments import check_integer
 from torchft.errors import SettingsError
 from torchft.toy.corpus import ByteCorpus, CorpusError, Order
 
@@ -35,8 +36,8 @@ class Shape:
     layers: int = 2
 
     def __post_init__(self) -> None:
-        if min(self.context, self.width, self.heads, self.layers) < 1:
-            raise SettingsError(f"every size must be 1 or more, got {self}")
+        for name in ("context", "width", "heads", "layers"):
+            check_integer(name, getattr(self, name), least=1)
         if self.width % self.heads:
             raise SettingsError(f"{self.heads} heads do not divide a width of {self.width}")
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from torchft.arguments import check_integer
 from torchft.errors import SettingsError
 from torchft.toy.text import CorpusError, name_of, read_text
 
@@ -106,11 +107,8 @@ class Order:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.windows, self.shards, self.rows) < 1:
-            raise SettingsError(
-                f"windows, shards and rows must be 1 or more, got {self.windows}, "
-                f"{self.shards} and {self.rows}"
-            )
+        for name in ("windows", "shards", "rows"):
+            check_integer(name, getattr(self, name), least=1)
 
     def batch(self, number: int, *, shard: int = 0) -> list[int]:
         """Where the windows of batch `number` of this shard start.

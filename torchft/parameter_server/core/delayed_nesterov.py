@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchft.errors import SettingsError
+from torchft.arguments import check_integer
 from torchft.strategies.local import Fragment
 from torchft.strategies.parts.outer import Flats
 
@@ -28,8 +28,7 @@ class DelayedNesterov:
     """An outer step over flat rows, as `FlatOuter`; `buffer` is N."""
 
     def __init__(self, *, lr: float, momentum: float, buffer: int) -> None:
-        if buffer < 1:
-            raise SettingsError(f"a buffer of {buffer} submissions: it must be at least 1")
+        check_integer("buffer", buffer, least=1)
         self.lr, self.momentum, self.buffer = lr, momentum, buffer
         self._rows: list[Tensor] = []
         self._sums: list[Tensor] = []

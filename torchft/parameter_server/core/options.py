@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -10,10 +9,11 @@ from typing import Any
 
 import torch
 
+from torchft.arguments import check_choice, check_integer, check_number
 from torchft.errors import SettingsError
 from torchft.parameter_server.core.delayed_nesterov import DelayedNesterov
 from torchft.parameter_server.core.rules import Mode, Rules
-from torchft.quantization import codec_of
+from torchft.quantization import codec_names
 from torchft.strategies.optim_spec import OptimSpec
 from torchft.strategies.parts.outer import FlatOuter
 
@@ -37,14 +37,8 @@ class SharedSettings:
 
     def __post_init__(self) -> None:
         for name in ("sync_every", "fragments"):
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= MOST:
-                raise SettingsError(
-                    f"{name}={str(value)[:40]}: it must be a whole number from 1 to {MOST}"
-                )
-        if not isinstance(self.codec, str):
-            raise SettingsError(f"codec={str(self.codec)[:40]!r}: give the name of a codec")
-        codec_of(self.codec)
+            check_integer(name, getattr(self, name), least=1, most=MOST)
+        check_choice("codec", self.codec, codec_names())
         if self.fragments > self.sync_every:
             raise SettingsError(
                 f"{self.fragments} fragments do not fit into {self.sync_every} steps: each needs "
@@ -72,12 +66,10 @@ class OuterOptions:
     are expected; 0: momentum moves with every submission."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.lr < math.inf:
-            raise SettingsError(f"outer_lr={self.lr:g}: it must be above 0, and finite")
-        if not 0 <= self.momentum < 1:
-            raise SettingsError(f"outer_momentum={self.momentum:g}: it must be from 0 to below 1")
-        if self.dn_buffer_size is not None and self.dn_buffer_size < 0:
-            raise SettingsError(f"dn_buffer_size={self.dn_buffer_size}: it must be at least 0")
+        check_number("outer_lr", self.lr, above=0)
+        check_number("outer_momentum", self.momentum, least=0, below=1)
+        if self.dn_buffer_size is not None:
+            check_integer("dn_buffer_size", self.dn_buffer_size, least=0)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -132,12 +124,8 @@ class ServerOptions:
 
     def __post_init__(self) -> None:
         for name in ("save_every", "save_total_limit"):
-            if getattr(self, name) < 0:
-                raise SettingsError(f"{name}={getattr(self, name)}: it must be at least 0")
-        if not 0 <= self.norm_bound < math.inf:
-            raise SettingsError(
-                f"norm_bound={self.norm_bound:g}: it must be at least 0, and finite; 0: no bound"
-            )
+            check_integer(name, getattr(self, name), least=0)
+        check_number("norm_bound", self.norm_bound, least=0)
         if self.dylu and self.rules.mode is Mode.SYNCHRONOUS:
             raise SettingsError(
                 "dylu gives slower workers fewer steps, which a synchronous round cannot use: "

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torchft.arguments import check_integer, check_number
 from torchft.parameter_server.core.refused import Refused
 from torchft.parameter_server.core.shape import ModelShape
 from torchft.parameter_server.core.submission import Submission
@@ -33,27 +34,25 @@ def text(data: Mapping[str, Any], name: str) -> str:
     return value
 
 
-def whole_number(data: Mapping[str, Any], name: str, least: int = 0) -> int:
-    """The field `name` of a request: a whole number, `least` or more.
+def integer(data: Mapping[str, Any], name: str, least: int = 0) -> int:
+    """The field `name` of a request: an integer from `least` to 2**53.
 
     Raises:
         Refused: it is none.
     """
-    value = data.get(name)
-    if type(value) is not int or not least <= value <= _LARGEST:
-        raise Refused(f"{name}: give a whole number from {least} to 2**53, not {str(value)[:40]}")
+    value: int = data.get(name)  # type: ignore[assignment]
+    check_integer(name, value, least=least, most=_LARGEST, error=Refused)
     return value
 
 
 def real(data: Mapping[str, Any], name: str) -> float:
-    """The field `name` of a request: a number that is not negative, 0 where it is absent.
+    """The field `name` of a request: a number from 0 on, below 1e12; 0 where it is absent.
 
     Raises:
         Refused: it is none.
     """
     value = data.get(name, 0.0)
-    if type(value) not in (int, float) or not 0 <= value < 1e12:
-        raise Refused(f"{name}: give a number from 0 on, not {str(value)[:40]}")
+    check_number(name, value, least=0, below=1e12, error=Refused)
     return float(value)
 
 
@@ -118,7 +117,7 @@ class SubmissionOffer:
         """
         who = WorkerSession.of(data)
         least = {"fragment": 0, "base": 0, "number": 1, "steps": 0, "tokens": 1}
-        numbers = {name: whole_number(data, name, low) for name, low in least.items()}
+        numbers = {name: integer(data, name, low) for name, low in least.items()}
         parts = (who.worker, who.session, numbers["fragment"], numbers["number"])
         upload = hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()[:32]
         submission = Submission(who.worker, who.session, **numbers, upload=upload)

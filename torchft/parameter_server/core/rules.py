@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from enum import StrEnum
 
+from torchft.arguments import check_integer, check_number
 from torchft.errors import SettingsError
 
 __all__ = ["Departure", "Mode", "Refusal", "Rules", "Waiting"]
@@ -74,23 +74,21 @@ class Rules:
     max_members: int = 4096
 
     def __post_init__(self) -> None:
-        for name, least in (("workers", 1), ("min_workers", 1), ("max_members", 1)):
-            if getattr(self, name) < least:
-                raise SettingsError(f"{name}={getattr(self, name)}: it must be at least {least}")
+        for name in ("workers", "min_workers", "max_members"):
+            check_integer(name, getattr(self, name), least=1)
         if self.min_workers > self.workers:
             raise SettingsError(
                 f"min_workers={self.min_workers} of {self.workers} expected workers: no round "
                 "could close; lower it, or expect more workers"
             )
-        if not 0 < self.grace_s < math.inf:
-            raise SettingsError(f"grace_s={self.grace_s:g}: give seconds above 0, and finite")
+        check_number("grace_s", self.grace_s, above=0)
         if self.heartbeat_timeout_s and not self.heartbeat_timeout_s >= self.grace_s:
             raise SettingsError(
                 f"heartbeat_timeout_s={self.heartbeat_timeout_s:g} is shorter than "
                 f"grace_s={self.grace_s:g}: a member would be gone before it counts as silent"
             )
-        if self.max_staleness is not None and self.max_staleness < 0:
-            raise SettingsError(f"max_staleness={self.max_staleness}: it must be at least 0")
+        if self.max_staleness is not None:
+            check_integer("max_staleness", self.max_staleness, least=0)
 
     @property
     def beat_s(self) -> float:

@@ -43,9 +43,9 @@ from torchft.parameter_server.core.requests import (
     Registration,
     SubmissionOffer,
     WorkerSession,
+    integer,
     real,
     text,
-    whole_number,
 )
 from torchft.parameter_server.server.page import headers, page
 from torchft.parameter_server.server.state import ServerState
@@ -201,7 +201,7 @@ class HttpService:
         return web.Response(text=metrics_of(self._report()))
 
     async def _update(self, data: dict[str, Any]) -> dict[str, Any]:
-        fragment, base = whole_number(data, "fragment"), whole_number(data, "base")
+        fragment, base = integer(data, "fragment"), integer(data, "base")
         wait_s = min(real(data, "wait_s"), LONGEST_WAIT_S)
         update = await self.state.update(fragment, base, text(data, "identity"), wait_s)
         return asdict(update) if update else {"waiting": self.state.why_open(fragment)}
@@ -268,9 +268,9 @@ class HttpService:
                 if not self.state.kick(text(data, "worker")):
                     raise NotFound("there is no such worker")
             case "update_num_workers":
-                workers = whole_number(data, "num_workers", 1)
+                workers = integer(data, "num_workers", 1)
                 given = "min_workers" in data
-                self.state.expect(workers, whole_number(data, "min_workers", 1) if given else None)
+                self.state.expect(workers, integer(data, "min_workers", 1) if given else None)
             case "update_optimizer":
                 return web.json_response(self._update_optimizer(data))
             case "shutdown":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import socket
 import uuid
 from dataclasses import dataclass, fields
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torchft import settings
+from torchft.arguments import check_choice, check_integer, check_number
 from torchft.errors import SettingsError
 from torchft.parameter_server.auth import Scope, default_token_file, find_token
 from torchft.parameter_server.core.options import MOST
@@ -49,21 +49,18 @@ class WorkerOptions:
 
     def __post_init__(self) -> None:
         for name in ("sync_every", "num_fragments"):
-            if not 1 <= getattr(self, name) <= MOST:
-                raise SettingsError(f"{name}={getattr(self, name)}: it must be from 1 to {MOST}")
+            check_integer(name, getattr(self, name), least=1, most=MOST)
         if self.num_fragments > self.sync_every:
             raise SettingsError(
                 f"num_fragments={self.num_fragments} do not fit into sync_every={self.sync_every} "
                 "steps: each needs a step of its own"
             )
-        if self.codec not in codec_names():
-            raise SettingsError(f"no codec {self.codec!r}: give one of {', '.join(codec_names())}")
-        if not 0 <= self.mix < 1:
-            raise SettingsError(f"mix={self.mix:g}: it must be from 0 to below 1")
-        if not (0 <= self.heartbeat_interval_s < math.inf and self.timeout_s > 0):
-            raise SettingsError("heartbeat_interval_s is at least 0, timeout_s above 0")
-        if self.in_flight is not None and self.in_flight < 0:
-            raise SettingsError(f"in_flight={self.in_flight}: it must be at least 0")
+        check_choice("codec", self.codec, codec_names())
+        check_number("mix", self.mix, least=0, below=1)
+        check_number("heartbeat_interval_s", self.heartbeat_interval_s, least=0)
+        check_number("timeout_s", self.timeout_s, above=0, finite=False)
+        if self.in_flight is not None:
+            check_integer("in_flight", self.in_flight, least=0)
 
     @classmethod
     def resolve(cls, **explicit: Any) -> WorkerOptions:

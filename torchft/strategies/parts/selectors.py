@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from torchft.arguments import check_number
 from torchft.strategies.parts.agreed import generator, permuted
-from torchft.strategies.ranges import check_number
 
 __all__ = [
     "IndexSelector",
