@@ -215,9 +215,9 @@ class Replicated(Uncopied):
         optimizers, the clock. Shares storage."""
         return self._strategy.shared_state_dict()
 
-    def _refuse_late_load(self) -> None:
+    def _refuse_late_load(self, until: str = "the first step") -> None:
         if self._joined:
-            raise PhaseError("training has begun: load a checkpoint before the first step")
+            raise PhaseError(f"training has begun: load a checkpoint before {until}")
 
     def _weights_and_optimizer(self) -> State:
         models = [module.state_dict() for module in self._modules]

@@ -102,7 +102,7 @@ class StrategyHooks(Replicated):
         Raises:
             PhaseError: it has been entered.
         """
-        self._refuse_late_load()
+        self._refuse_late_load("entering the context")
         self._strategy.load_state_dict(state)
         self._loaded = True
 
