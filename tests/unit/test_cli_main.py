@@ -167,6 +167,6 @@ def test_help_teaches(
 
 
 def test_the_launcher_imports_no_torch() -> None:
-    heavy = "import sys, torchft.cli.main, torchft.demo.demo; print('torch' in sys.modules)"
+    heavy = "import sys, torchft.cli.main, torchft.demo.group_demo; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

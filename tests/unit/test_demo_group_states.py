@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torchft.demo.run import row_of, state_of
+from torchft.demo.group_run import line_of, row_of, state_of
 from torchft.launch.group import Group, Life
 from torchft.launch.monitor import GroupMonitor
 from torchft.records import StepRecord
@@ -72,5 +72,11 @@ def test_a_killed_group_is_dead_and_a_good_one_has_ended() -> None:
 
 
 def test_a_row_counts_the_committed_step() -> None:
-    row = row_of(group(), watch(record(NOW, 7)), NOW)
-    assert (row.step, row.loss, row.members, row.participants) == (8, 2.0, 1, 1)
+    seen = watch(record(NOW, 7))
+    assert row_of("training", seen) == ["0", "training", "8", "2.000", "1", "1", "0"]
+
+
+def test_a_group_in_a_line() -> None:
+    assert line_of("training", watch(record(NOW, 7))) == "0 training step 8 loss 2.000 of 1"
+    assert line_of("dead", watch(record(NOW, 7))) == "0 dead"
+    assert row_of("dead", watch()) == ["0", "dead", "0", "-", "0", "0", "0"]

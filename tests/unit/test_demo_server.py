@@ -9,19 +9,11 @@ from typing import Any
 
 import pytest
 
+from torchft.demo.scenario import Controller, EndIn, Kill, Snapshot, Start
+from torchft.demo.server_demo import line_of
 from torchft.demo.server_monitor import ServerMonitor, WorkerMonitor
-from torchft.demo.server_scenario import (
-    Controller,
-    EndAt,
-    KillServer,
-    KillWorker,
-    Snapshot,
-    Stage,
-    StartServer,
-    StartWorker,
-)
-from torchft.demo.server_summary import ServerSummary, WorkerResult, held_by_workers, text_of
-from torchft.demo.server_view import ServerFrame, WorkerRow
+from torchft.demo.server_scenario import STAGES
+from torchft.demo.server_summary import ServerSummary, WorkerResult, held_by_workers
 from torchft.errors import SettingsError, UnreachableError
 
 # ---------------------------------------------------------------------- the story
@@ -33,12 +25,12 @@ def snapshot(version: int, *members: str, steps: int = 0, syncs: int = 0) -> Sna
         version=version,
         members=frozenset(members),
         steps=everybody,
-        syncs={"a": version, "c": syncs},
+        rounds={"a": version, "c": syncs},
     )
 
 
 def test_the_story_from_start_to_end() -> None:
-    controller = Controller()
+    controller = Controller(STAGES)
     told = [
         controller.decide(at)
         for at in (
@@ -58,21 +50,21 @@ def test_the_story_from_start_to_end() -> None:
         )
     ]
     assert [act for act in told if act is not None] == [
-        KillWorker("b"),
-        StartWorker("c"),
-        KillServer(),
-        StartServer(),
-        EndAt(17),
+        Kill("b"),
+        Start("c"),
+        Kill("the server"),
+        Start("the server"),
+        EndIn(3),
     ]
-    assert told.index(KillWorker("b")) == 2
-    assert told.index(StartServer()) == 9
-    assert controller.stage is Stage.ENDING
+    assert told.index(Kill("b")) == 2
+    assert told.index(Start("the server")) == 9
+    assert controller.done
 
 
 def test_nobody_is_killed_before_both_are_members() -> None:
-    controller = Controller()
+    controller = Controller(STAGES)
     assert controller.decide(snapshot(9, "a")) is None
-    assert controller.stage is Stage.GATHERING
+    assert controller.waits == "until both workers have closed some rounds"
 
 
 # ---------------------------------------------------------------------- what is seen
@@ -130,30 +122,10 @@ def test_bytes_are_counted_over_both_lives_of_the_server() -> None:
 
 # ---------------------------------------------------------------------- what is said
 
-FRAME = ServerFrame(
-    elapsed_s=12.0,
-    server="up",
-    version=7,
-    waiting="waiting for b",
-    megabytes=3.4,
-    rows=[
-        WorkerRow(name="a", state="training", step=70, rounds=7, loss=2.5),
-        WorkerRow(name="b", state="killed", step=30, rounds=3, loss=2.9),
-    ],
-)
 
-
-def test_the_picture() -> None:
-    assert FRAME.in_words() == "server up, 7 rounds; a training, step 70, loss 2.500; b killed"
-    rich = pytest.importorskip("rich.console")
-    import io
-
-    console = rich.Console(file=io.StringIO(), width=100)
-    console.print(FRAME.table())
-    text = console.file.getvalue()
-    assert "server up: 7 rounds, 3.4 MB" in text
-    assert "waiting for b" in text
-    assert "killed" in text
+def test_a_worker_in_a_line() -> None:
+    rows = [["a", "training", "70", "7", "2.500"], ["b", "killed", "30", "3", "2.900"]]
+    assert [*map(line_of, rows)] == ["a training, step 70, loss 2.500", "b killed"]
 
 
 def worker(name: str, **more: Any) -> WorkerResult:
@@ -194,7 +166,8 @@ GOOD = ServerSummary(
 
 def test_a_good_run_says_what_happened() -> None:
     assert GOOD.good
-    assert text_of(GOOD).splitlines() == [
+    assert GOOD.text().splitlines() == [
+        "",
         "17 rounds in 60.0 s; 5.0 MB moved: 2.0 to the server, 3.0 from it",
         "  a: 100 steps, 10 rounds, exit code 0; held-out loss 5.500 → 2.500",
         "     longest time between two steps: 3.10 s at b's kill, 0.20 s at the server's",
@@ -224,7 +197,7 @@ def test_a_good_run_says_what_happened() -> None:
 def test_a_run_that_is_not_good_says_why(change: dict[str, Any], words: str) -> None:
     summary = dataclasses.replace(GOOD, **change)
     assert not summary.good
-    assert words in text_of(summary)
+    assert words in summary.text()
 
 
 def test_a_server_that_saved_nothing(tmp_path: Path) -> None:

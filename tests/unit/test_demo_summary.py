@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from torchft.demo.final_report import FinalReport
-from torchft.demo.summary import GroupResult, KillResult, Summary, text_of
+from torchft.demo.summary import GroupResult, KillResult, Summary
 from torchft.launch.accounts import Account
 
 
@@ -46,22 +46,22 @@ def run(*groups: GroupResult, **fields: object) -> Summary:
 def test_equal_digests_are_a_good_run() -> None:
     summary = run(group(0), group(1))
     assert summary.good
-    assert "digests: equal in all groups, dddddddd" in text_of(summary)
-    assert text_of(summary).startswith("ddp, 2 groups, seed 4: 200 steps in 21.5 s")
+    assert "digests: equal in all groups, dddddddd" in summary.text()
+    assert summary.text().lstrip().startswith("ddp, 2 groups, seed 4: 200 steps in 21.5 s")
 
 
 def test_different_digests_are_not() -> None:
     summary = run(group(0), group(1, endings=[final_report(1, digest="e" * 64)]))
     assert not summary.good
-    assert "NOT EQUAL" in text_of(summary)
-    assert "group 1: rank 0 eeeeeeeeeeeeeeee; exit codes 0" in text_of(summary)
+    assert "NOT EQUAL" in summary.text()
+    assert "group 1: rank 0 eeeeeeeeeeeeeeee; exit codes 0" in summary.text()
 
 
 def test_a_group_that_tells_no_digest_is_not_a_good_run() -> None:
     summary = run(group(0), group(1, endings=[], codes=[-9, 1]))
     assert not summary.good
-    assert "INCOMPLETE" in text_of(summary)
-    assert "group 1: none; exit codes -9, 1" in text_of(summary)
+    assert "INCOMPLETE" in summary.text()
+    assert "group 1: none; exit codes -9, 1" in summary.text()
 
 
 def test_every_rank_must_tell_its_digest() -> None:
@@ -81,7 +81,7 @@ def test_an_exit_code_at_the_end_is_a_bad_run() -> None:
 def test_a_run_that_was_given_up_says_why() -> None:
     summary = run(group(0, endings=[]), trouble="group 0 ended with exit code 1")
     assert not summary.good
-    assert "given up: group 0 ended with exit code 1" in text_of(summary)
+    assert "given up: group 0 ended with exit code 1" in summary.text()
 
 
 def test_a_run_that_is_stopped_before_any_group_is_up_ends_with_one_line() -> None:
@@ -92,24 +92,24 @@ def test_a_run_that_is_stopped_before_any_group_is_up_ends_with_one_line() -> No
         stopped_by=2,
         folder=Path("/tmp/run"),
     )
-    assert text_of(stopped) == "stopped by SIGINT before any group was up; logs: /tmp/run"
+    assert stopped.text() == "stopped by SIGINT before any group was up; logs: /tmp/run"
 
 
 def test_a_run_that_is_stopped_later_tells_how_far_it_came() -> None:
     early = group(0, endings=[], discarded=["error"], committed=0)
     stopped = run(early, trouble="stopped by SIGINT", stopped_by=2)
-    assert "given up: stopped by SIGINT" in text_of(stopped)
+    assert "given up: stopped by SIGINT" in stopped.text()
 
 
 def test_the_kill_is_told_in_seconds() -> None:
     kill = KillResult(group=1, step=80, next_commit_s=1.534, full_again_s=None)
-    text = text_of(run(group(0), group(1), kill=kill))
+    text = run(group(0), group(1), kill=kill).text()
     assert "group 1 was killed after its step 80" in text
     assert "next commit: 1.53, to full membership: never" in text
 
 
 def test_the_table_names_the_used_buckets_and_ends_with_the_wall_time() -> None:
-    text = text_of(run(group(0), group(1)))
+    text = run(group(0), group(1)).text()
     assert [line.split() for line in text.splitlines() if line.startswith("  compute")] == [
         ["compute", "19.80", "19.80"]
     ]
@@ -128,10 +128,10 @@ def test_the_table_names_the_used_buckets_and_ends_with_the_wall_time() -> None:
 def test_time_without_a_name_is_remarked_on(seconds: dict[str, float], remark: str) -> None:
     odd = run(group(0, account=Account(wall_s=20.0, seconds=seconds)))
     assert odd.good
-    assert remark in text_of(odd)
+    assert remark in odd.text()
 
 
 def test_discarded_steps_are_told_with_their_reason() -> None:
-    text = text_of(run(group(0, discarded=["error: connection reset"])))
+    text = run(group(0, discarded=["error: connection reset"])).text()
     assert "200 committed, 1 discarded" in text
     assert "discarded: error: connection reset" in text

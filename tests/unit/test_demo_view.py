@@ -7,18 +7,21 @@ import sys
 
 import pytest
 
-from torchft.demo.view import Frame, PlainView, RichView, Row, choose_view
+from torchft.demo.view import Frame, PlainView, RichView, choose_view
 
 
 def frame(elapsed_s: float, step: int = 7) -> Frame:
-    training = Row(
-        number=0, state="training", step=step, loss=4.25, members=1, participants=1, discarded=0
+    return Frame(
+        elapsed_s=elapsed_s,
+        title="until step 100",
+        columns=("group", "state", "step", "loss"),
+        rows=[["0", "training", str(step), "4.250"], ["1", "starting: worker", "7", "-"]],
+        line=f"0 training step {step} loss 4.250 of 1; 1 dead",
+        caption="waiting for b",
     )
-    dead = Row(number=1, state="dead", step=7, loss=4.3, members=2, participants=2, discarded=0)
-    return Frame(elapsed_s=elapsed_s, target=100, rows=[training, dead])
 
 
-def test_news_are_lines_at_once() -> None:
+def test_events_are_lines_at_once() -> None:
     out = io.StringIO()
     with PlainView(out) as view:
         view.tell(12.34, "group 1 is killed")
@@ -57,14 +60,17 @@ def test_a_terminal_without_rich_gets_lines_and_is_told_why(
     assert "rich is not installed: pip install '.[demo]'" in out.getvalue()
 
 
-def test_the_table_has_a_row_for_each_group() -> None:
+def test_the_table_has_a_row_for_each_process() -> None:
     from rich.console import Console
 
-    from torchft.demo.view import _table
-
     console = Console(file=io.StringIO(), width=100)
-    console.print(_table(frame(3.0)))
+    console.print(frame(3.0).table())
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "training" in text
-    assert "dead" in text
-    assert "4.250" in text
+    for words in (
+        "3.0 s, until step 100",
+        "training",
+        "starting: worker",
+        "4.250",
+        "waiting for b",
+    ):
+        assert words in text

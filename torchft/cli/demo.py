@@ -123,13 +123,9 @@ def _add_kill_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(typed: argparse.Namespace) -> int:
     """Do what was typed; returns the exit code."""
-    from torchft.demo.demo import run_demo
-    from torchft.demo.summary import text_of
+    from torchft.demo.group_demo import run_demo
 
-    summary = run_demo(options_of(typed), report.view_for(typed))
-    text = text_of(summary)
-    report.show(summary, f"\n{text}" if summary.began else text, as_json=typed.json)
-    return report.exit_code(summary)
+    return report.show(run_demo(options_of(typed), report.view_for(typed)), as_json=typed.json)
 
 
 def options_of(typed: argparse.Namespace) -> DemoOptions:

@@ -63,7 +63,6 @@ def run(typed: argparse.Namespace) -> int:
 
     from torchft.demo.server_demo import run_server_demo
     from torchft.demo.server_options import ServerDemoOptions, trainer
-    from torchft.demo.server_summary import text_of
     from torchft.launch.folder import run_folder
 
     options = ServerDemoOptions(
@@ -75,7 +74,6 @@ def run(typed: argparse.Namespace) -> int:
         timeout_s=typed.timeout,
     )
     summary = run_server_demo(options, report.view_for(typed))
-    report.show(summary, f"\n{text_of(summary)}", as_json=typed.json)
     if typed.keep is None and summary.good:
         shutil.rmtree(options.folder)
-    return report.exit_code(summary)
+    return report.show(summary, as_json=typed.json)

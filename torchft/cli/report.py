@@ -6,12 +6,13 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torchft.demo.run import RunSummary
     from torchft.demo.view import View
 
-__all__ = ["add_json_flag", "exit_code", "show", "view_for"]
+__all__ = ["add_json_flag", "show", "view_for"]
 
 
 def add_json_flag(parser: argparse.ArgumentParser) -> None:
@@ -31,16 +32,12 @@ def view_for(typed: argparse.Namespace) -> View:
     return choose_view(sys.stderr if typed.json else None)
 
 
-def show(summary: Any, text: str, *, as_json: bool) -> None:
-    """Print `summary`, a dataclass with a property `good`, or `text`, which says the same."""
+def show(summary: RunSummary, *, as_json: bool) -> int:
+    """Print `summary` and return the exit code: 0 when good, 1 when not, 128 + n after signal n."""
     if as_json:
         print(json.dumps({"good": summary.good, **asdict(summary)}, default=str))
     else:
-        print(text)
-
-
-def exit_code(summary: Any) -> int:
-    """0 if the run is good, 1 if not, 128 + n after signal n."""
+        print(summary.text())
     if summary.stopped_by is not None:
-        return 128 + int(summary.stopped_by)
+        return 128 + summary.stopped_by
     return 0 if summary.good else 1

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torchft.arguments import check_choice, check_integer
-from torchft.demo.scenario import Scenario
+from torchft.demo.group_scenario import Scenario
 from torchft.errors import SettingsError
 
 __all__ = ["CODECS", "STRATEGIES", "DemoOptions"]
@@ -63,7 +63,7 @@ class DemoOptions:
 
     @property
     def scenario(self) -> Scenario | None:
-        """Who is killed when; None: nobody."""
+        """Who is killed when; None where nobody is."""
         if not self.kill:
             return None
         return Scenario.from_seed(self.seed, groups=self.replicas, steps=self.target)

@@ -1,135 +1,99 @@
-"""What a demo run does and when: a pure decision from a seed and the reports of the groups.
+"""What happens in a demo and when: a pure decision from what is seen of the run.
 
-All groups come up; in the middle part of the run one of them is killed; when the others have
-committed a step without it, it is started again; it heals, and the run ends together. The seed
-chooses the victim, the step, and how much later than that step the kill comes, so that it falls
-anywhere inside a step.
+A scenario is a sequence of stages. Each lasts until its condition holds and may end with an action,
+which the controller returns once.
 
-    scenario = Scenario.from_seed(seed=7, groups=3, steps=200)
-    controller = Controller(scenario)
-    act = controller.decide(snapshot)        # → Kill(group=1), then Restart(group=1), else None
+    controller = Controller(stages)
+    action = controller.decide(snapshot)        # → Kill("group 1"), Start("group 1"), …, or None
 """
 
 from __future__ import annotations
 
-import enum
-import random
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 
-from torchft.errors import SettingsError
-
-__all__ = ["Act", "Controller", "Kill", "Restart", "Scenario", "Snapshot", "Stage"]
-
-MIDDLE = (0.3, 0.5)
-"""The part of the run, as fractions of its steps, in which the kill begins."""
-
-WITHIN_S = 0.1
-"""The kill comes at most this much after its step: a few steps, so any moment of one."""
-
-RESTART_AT_LATEST_S = 10.0
-"""A victim is started again by then, even if the others have not gone on."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scenario:
-    """Who is killed, and when."""
-
-    victim: int
-    at_step: int
-    """The clock starts when the victim has committed this step …"""
-    after_s: float
-    """… and stops this many seconds later."""
-
-    @classmethod
-    def from_seed(cls, seed: int, *, groups: int, steps: int) -> Scenario:
-        """The same seed gives the same scenario.
-
-        Raises:
-            SettingsError: too few groups to lose one, or steps to have a middle part.
-        """
-        if groups < 2:
-            raise SettingsError(
-                f"{groups} group cannot lose one and go on: give --replicas 2 or more"
-            )
-        if steps < 4:
-            raise SettingsError(f"a run of {steps} steps has no middle: give --steps 4 or more")
-        dice = random.Random(seed)
-        first, last = (int(part * steps) for part in MIDDLE)
-        return cls(
-            victim=dice.randrange(groups),
-            at_step=dice.randint(max(1, first), max(1, last)),
-            after_s=dice.uniform(0, WITHIN_S),
-        )
-
-
-class Stage(enum.Enum):
-    """Where in the scenario the run is."""
-
-    BEGINNING = "until the victim reaches its step"
-    AIMED = "until the moment of the kill"
-    DOWN = "until the others have gone on"
-    RETURNING = "until the end"
+__all__ = ["Action", "Controller", "EndIn", "Kill", "Snapshot", "Stage", "Start"]
 
 
 @dataclass(frozen=True)
 class Kill:
-    """SIGKILL this group's whole process tree now."""
+    """Send SIGKILL to this process and everything below it, now."""
 
-    group: int
+    process: str
 
 
 @dataclass(frozen=True)
-class Restart:
-    """Start this group again."""
+class Start:
+    """Start this process, for the first time or again."""
 
-    group: int
+    process: str
 
 
-Act = Kill | Restart
+@dataclass(frozen=True)
+class EndIn:
+    """Tell the workers to end when this many more rounds have closed."""
+
+    rounds: int
+
+
+Action = Kill | Start | EndIn
 
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """What is known of the run at one moment."""
+    """What is known of a run at one moment; each demo fills in what its stages ask for."""
 
-    now: float
+    now: float = 0.0
     """`time.monotonic()`, seconds."""
-    victim_step: int
-    """Steps that the victim has committed."""
-    all_took_part: bool
+    steps: Mapping[str, int] = field(default_factory=dict)
+    """Process → steps that it has committed (a group) or taken (a worker)."""
+    all_took_part: bool = False
     """Whether there has been a step with every group in it."""
-    went_on: bool
-    """Whether the others have committed a step without the victim since the kill."""
+    went_on: bool = False
+    """Whether the other groups have committed a step without the victim since the kill."""
+    version: int = 0
+    """Rounds that the parameter server has closed, as last heard."""
+    members: Set[str] = frozenset()
+    """Workers that the parameter server knows."""
+    rounds: Mapping[str, int] = field(default_factory=dict)
+    """Worker → rounds that it has taken part in."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a scenario."""
+
+    waits: str
+    """What it waits for, in words that follow "it waited"."""
+    is_over: Callable[[Snapshot, Snapshot], bool]
+    """Asked with what is seen now, and what was seen when the stage began."""
+    action: Action | None = None
+    """What to do when the stage is over."""
 
 
 class Controller:
-    """Follows a scenario; None as a scenario is a run without a kill."""
+    """Goes through the stages of a scenario, forward only; without stages nothing happens."""
 
-    def __init__(self, scenario: Scenario | None) -> None:
-        self.scenario = scenario
-        self.stage = Stage.BEGINNING
-        self._mark = 0.0
-        """When this part began."""
+    def __init__(self, stages: Sequence[Stage] = ()) -> None:
+        self._left = list(stages)
+        self._began: Snapshot | None = None
+        """What was seen when the present stage began; None: the first one has not begun."""
 
-    def decide(self, snapshot: Snapshot) -> Act | None:
-        """What to do now, if anything. Each act is told once."""
-        if self.scenario is None:
-            return None
-        if self.stage is Stage.BEGINNING and self._is_reached(snapshot):
-            self._turn_to(Stage.AIMED, snapshot.now)
-        if self.stage is Stage.AIMED and snapshot.now >= self._mark + self.scenario.after_s:
-            self._turn_to(Stage.DOWN, snapshot.now)
-            return Kill(self.scenario.victim)
-        late = snapshot.now >= self._mark + RESTART_AT_LATEST_S
-        if self.stage is Stage.DOWN and (snapshot.went_on or late):
-            self._turn_to(Stage.RETURNING, snapshot.now)
-            return Restart(self.scenario.victim)
+    @property
+    def done(self) -> bool:
+        """Whether every stage is over."""
+        return not self._left
+
+    @property
+    def waits(self) -> str:
+        """What the present stage waits for, in words."""
+        return self._left[0].waits if self._left else "until all have ended"
+
+    def decide(self, snapshot: Snapshot) -> Action | None:
+        """Return what to do now, or None. Each action is returned once."""
+        self._began = self._began or snapshot
+        while self._left and self._left[0].is_over(snapshot, self._began):
+            over, self._began = self._left.pop(0), snapshot
+            if over.action is not None:
+                return over.action
         return None
-
-    def _is_reached(self, snapshot: Snapshot) -> bool:
-        assert self.scenario is not None
-        return snapshot.all_took_part and snapshot.victim_step >= self.scenario.at_step
-
-    def _turn_to(self, stage: Stage, now: float) -> None:
-        self.stage = stage
-        self._mark = now

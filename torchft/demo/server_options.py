@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torchft import settings
-from torchft.demo import server_scenario as scenario
+from torchft.demo.server_scenario import FIRST, JOINER, VICTIM
 from torchft.launch.group import Group
 
 __all__ = ["ServerDemoOptions", "trainer"]
@@ -87,7 +87,7 @@ class ServerDemoOptions:
 
 def names() -> tuple[str, ...]:
     """All workers, in the order of their shards."""
-    return (scenario.FIRST, scenario.VICTIM, scenario.JOINER)
+    return (FIRST, VICTIM, JOINER)
 
 
 def free_port() -> int:

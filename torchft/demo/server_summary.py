@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchft.demo.run import RunSummary
 from torchft.digest import digest
 from torchft.errors import SettingsError
 from torchft.parameter_server.core.shape import ModelShape
 from torchft.parameter_server.server.checkpoints import Checkpoints
 
-__all__ = ["ServerSummary", "WorkerResult", "held_by_workers", "read_result", "text_of"]
+__all__ = ["ServerSummary", "WorkerResult", "held_by_workers", "read_result"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +46,8 @@ class WorkerResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerSummary:
-    """The whole run."""
+class ServerSummary(RunSummary):
+    """A whole run with a parameter server."""
 
     workers: Sequence[WorkerResult]
     told: bool
@@ -62,11 +63,6 @@ class ServerSummary:
     server_code: int | None
     server_digest: str | None
     """Of what its workers hold, by its last checkpoint."""
-    wall_s: float
-    trouble: str | None
-    stopped_by: int | None
-    """The number of the signal that ended the run, if one did."""
-    folder: Path
 
     @property
     def survivors(self) -> list[WorkerResult]:
@@ -86,9 +82,20 @@ class ServerSummary:
 
     @property
     def good(self) -> bool:
-        """What the exit code tells."""
+        """Whether all happened, nothing was lost and the weights are equal."""
         ended = self.server_code == 0 and all(worker.code == 0 for worker in self.survivors)
         return self.trouble is None and self.told and ended and self.kept and self.equal
+
+    def text(self) -> str:
+        """Describe the run in lines of plain text."""
+        parts = ["", _headline(self), *_workers(self), *_server(self), *_digests(self)]
+        if self.trouble is not None:
+            parts.append(f"given up: {self.trouble}")
+        elif not self.told:
+            parts.append("not all that was to happen has happened")
+        if not self.good:
+            parts.append(f"logs: {self.folder}")
+        return "\n".join(parts)
 
 
 def held_by_workers(output: Path) -> str:
@@ -112,18 +119,6 @@ def held_by_workers(output: Path) -> str:
 def read_result(path: Path) -> dict[str, Any]:
     """A worker's last word; empty: there is none."""
     return dict(json.loads(path.read_text())) if path.exists() else {}
-
-
-def text_of(summary: ServerSummary) -> str:
-    """Lines of plain text."""
-    parts = [_headline(summary), *_workers(summary), *_server(summary), *_digests(summary)]
-    if summary.trouble is not None:
-        parts.append(f"given up: {summary.trouble}")
-    elif not summary.told:
-        parts.append("not all that was to happen has happened")
-    if not summary.good:
-        parts.append(f"logs: {summary.folder}")
-    return "\n".join(parts)
 
 
 def _headline(summary: ServerSummary) -> str:

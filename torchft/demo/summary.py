@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from torchft.demo.final_report import FinalReport
+from torchft.demo.run import RunSummary
 from torchft.launch.accounts import Account
 from torchft.ledger import Bucket
 
-__all__ = ["GroupResult", "KillResult", "Summary", "text_of"]
+__all__ = ["GroupResult", "KillResult", "Summary"]
 
 OTHER_LIMIT = 0.02
 """More of a group's wall time than this in `other` is remarked on."""
@@ -53,22 +53,15 @@ class KillResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Summary:
-    """The whole run."""
+class Summary(RunSummary):
+    """A whole run of replica groups."""
 
     groups: Sequence[GroupResult]
     workers: int
     """Ranks in a group."""
     seed: int
     strategy: str
-    wall_s: float
     kill: KillResult | None
-    trouble: str | None = None
-    """Why the run was given up, if it was."""
-    stopped_by: int | None = None
-    """The number of the signal that ended it, if one did."""
-    folder: Path | None = None
-    """Where the logs are. Of a good run they may be gone."""
 
     @property
     def digests(self) -> list[str]:
@@ -88,7 +81,7 @@ class Summary:
 
     @property
     def good(self) -> bool:
-        """What the exit code tells."""
+        """Whether every group ended with exit code 0 and all digests are equal."""
         ended = all(group.codes and group.codes[-1] == 0 for group in self.groups)
         return self.trouble is None and ended and self.equal
 
@@ -112,14 +105,13 @@ class Summary:
                 )
         return found
 
-
-def text_of(summary: Summary) -> str:
-    """The summary as lines of plain text: one line of a run that was stopped before it began."""
-    if summary.stopped_by is not None and not summary.began:
-        return f"{summary.trouble} before any group was up; logs: {summary.folder}"
-    parts = [_headline(summary), *_steps(summary), *_kill(summary), "", *_ledgers(summary), ""]
-    parts += [*_digests(summary), *summary.remarks, *_trouble(summary)]
-    return "\n".join(parts)
+    def text(self) -> str:
+        """Describe the run in lines of text; in one if it was stopped before it began."""
+        if self.stopped_by is not None and not self.began:
+            return f"{self.trouble} before any group was up; logs: {self.folder}"
+        parts = ["", _headline(self), *_steps(self), *_kill(self), "", *_ledgers(self), ""]
+        parts += [*_digests(self), *self.remarks, *_trouble(self)]
+        return "\n".join(parts)
 
 
 def _headline(summary: Summary) -> str:

@@ -1,6 +1,6 @@
 """What a person sees while a run goes on: a live table in a terminal, plain lines elsewhere.
 
-Both get the same two things: news, a line each, which stay; and frames, the state right now, which
+Both get the same two things: events, a line each, which stay; and frames, the present state, which
 the table redraws and the plain view prints once in a while.
 """
 
@@ -14,72 +14,63 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, TextIO
 
-__all__ = ["Frame", "Picture", "PlainView", "RichView", "Row", "View", "choose_view"]
+__all__ = ["Frame", "PlainView", "RichView", "View", "choose_view", "loss_text"]
 
 PLAIN_EVERY_S = 2.0
 """How often the plain view tells a frame that differs from the one before."""
 
 
-class Picture(Protocol):
-    """A state right now, for both views."""
-
-    @property
-    def elapsed_s(self) -> float:
-        """Since the beginning."""
-        ...
-
-    def in_words(self) -> str:
-        """A line."""
-        ...
-
-    def table(self) -> Any:
-        """A table of rich's."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One group right now."""
-
-    number: int
-    state: str
-    """starting (and with what), training, dead, healed, ended."""
-    step: int
-    loss: float | None
-    members: int
-    """Groups in its quorum."""
-    participants: int
-    """Those that contribute."""
-    discarded: int
-
-
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """All groups right now."""
+    """The present state of a run: a table for the live view, a line for the plain one."""
 
     elapsed_s: float
-    target: int
-    """Steps to be committed."""
-    rows: Sequence[Row]
-
-    def in_words(self) -> str:
-        """A line."""
-        return "; ".join(map(_in_words, self.rows))
+    """Seconds since the beginning."""
+    title: str
+    columns: Sequence[str]
+    """Headings; the second column is the state, which is coloured."""
+    rows: Sequence[Sequence[str]]
+    line: str
+    """The same in one line."""
+    caption: str = ""
 
     def table(self) -> Any:
-        """A row for each group."""
-        return _table(self)
+        """Return the table as `rich` draws it."""
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=f"{self.elapsed_s:.1f} s, {self.title}", caption=self.caption or None)
+        for heading in self.columns:
+            table.add_column(heading, justify="left" if heading == "state" else "right")
+        for name, state, *cells in self.rows:
+            table.add_row(name, Text(state, style=COLOURS.get(state.split(":")[0], "")), *cells)
+        return table
+
+
+COLOURS = {
+    "training": "green",
+    "starting": "cyan",
+    "healed": "yellow",
+    "alone": "yellow",
+    "dead": "red",
+    "killed": "red",
+}
+
+
+def loss_text(loss: float | None) -> str:
+    """Return a loss in nats with three digits, or a dash where there is none yet."""
+    return "-" if loss is None else f"{loss:.3f}"
 
 
 class View(AbstractContextManager["View"], Protocol):
     """Where a run is shown, from `with` until its end."""
 
-    def tell(self, elapsed_s: float, news: str) -> None:
-        """Something happened."""
+    def tell(self, elapsed_s: float, event: str) -> None:
+        """Show one line about something that happened."""
         ...
 
-    def show(self, frame: Picture) -> None:
-        """How it stands."""
+    def show(self, frame: Frame) -> None:
+        """Show the present state."""
         ...
 
 
@@ -98,11 +89,11 @@ class PlainView:
     def __exit__(self, *error: object) -> None:
         return None
 
-    def tell(self, elapsed_s: float, news: str) -> None:
-        self._line(elapsed_s, news)
+    def tell(self, elapsed_s: float, event: str) -> None:
+        self._line(elapsed_s, event)
 
-    def show(self, frame: Picture) -> None:
-        text = frame.in_words()
+    def show(self, frame: Frame) -> None:
+        text = frame.line
         if frame.elapsed_s >= self._next_s and text != self._told:
             self._next_s = frame.elapsed_s + self._every_s
             self._told = text
@@ -113,7 +104,7 @@ class PlainView:
 
 
 class RichView:
-    """A table that is redrawn in place, below the news."""
+    """A table that is redrawn in place, below the event."""
 
     def __init__(self, *, every_s: float = 0.1) -> None:
         from rich.console import Console
@@ -135,48 +126,19 @@ class RichView:
     ) -> None:
         self._live.__exit__(kind, error, trace)
 
-    def tell(self, elapsed_s: float, news: str) -> None:
+    def tell(self, elapsed_s: float, event: str) -> None:
         from rich.text import Text
 
-        self._live.console.print(Text(f"{elapsed_s:6.1f} s  {news}"))
+        self._live.console.print(Text(f"{elapsed_s:6.1f} s  {event}"))
 
-    def show(self, frame: Picture) -> None:
+    def show(self, frame: Frame) -> None:
         if time.monotonic() - self._drawn >= self._every_s:
             self._drawn = time.monotonic()
             self._live.update(frame.table(), refresh=True)
 
 
-COLOURS = {"training": "green", "healed": "yellow", "dead": "red", "starting": "cyan"}
-
-
-def _table(frame: Frame) -> Any:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=f"{frame.elapsed_s:.1f} s, until step {frame.target}")
-    for heading in ("group", "state", "step", "loss", "members", "take part", "discarded"):
-        table.add_column(heading, justify="left" if heading == "state" else "right")
-    for row in frame.rows:
-        state = Text(row.state, style=COLOURS.get(row.state.split(":")[0], ""))
-        figures = (row.members, row.participants, row.discarded)
-        table.add_row(
-            str(row.number), state, str(row.step), _loss(row.loss), *(str(f) for f in figures)
-        )
-    return table
-
-
-def _in_words(row: Row) -> str:
-    if row.state.startswith(("starting", "dead", "ended")):
-        return f"{row.number} {row.state}"
-    return f"{row.number} {row.state} step {row.step} loss {_loss(row.loss)} of {row.members}"
-
-
-def _loss(loss: float | None) -> str:
-    return "-" if loss is None else f"{loss:.3f}"
-
-
 def choose_view(out: TextIO | None = None) -> View:
-    """The table when `out` (standard output) is a terminal and rich is installed, else lines."""
+    """Return the table if `out` (standard output) is a terminal and rich is there, else lines."""
     out = out or sys.stdout
     if not out.isatty():
         return PlainView(out)

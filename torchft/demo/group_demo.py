@@ -15,10 +15,9 @@ from urllib.parse import urlsplit
 
 from torchft import settings
 from torchft.demo.final_report import read_final_reports
+from torchft.demo.group_run import GroupRun
 from torchft.demo.options import DemoOptions
 from torchft.demo.outcome import group_result, kill_result
-from torchft.demo.run import Run
-from torchft.demo.scenario import Controller
 from torchft.demo.summary import Summary
 from torchft.demo.train_options import TrainOptions
 from torchft.demo.view import View
@@ -81,13 +80,13 @@ def _forked(options: DemoOptions, view: View) -> Iterator[list[prefork.Forked]]:
             process.discard()
 
 
-def make_run(options: DemoOptions, view: View, folder: Path, lighthouse: str) -> Run:
-    """Everything that is needed, nothing started yet."""
+def make_run(options: DemoOptions, view: View, folder: Path, lighthouse: str) -> GroupRun:
+    """Return a run with everything that it needs; nothing is started yet."""
     numbers = range(options.replicas)
-    return Run(
+    return GroupRun(
         [make_group(number, options, folder, lighthouse) for number in numbers],
         RunMonitor([GroupMonitor(number, records_of(folder, number)) for number in numbers]),
-        Controller(options.scenario),
+        options.scenario,
         view,
         starting=Starting(folder, groups=options.replicas, workers=options.workers),
         target=options.target,
@@ -104,20 +103,20 @@ def _plan(options: DemoOptions) -> str:
     return f"{options.replicas} groups train by {options.strategy} to step {options.target}; {kill}"
 
 
-def summarise(options: DemoOptions, run: Run, folder: Path) -> Summary:
-    """What a run that has ended came to."""
+def summarise(options: DemoOptions, run: GroupRun, folder: Path) -> Summary:
+    """Return the figures of a run that has ended."""
     endings = read_final_reports(folder)
     scenario = options.scenario
     return Summary(
         groups=[
-            group_result(group, watch, [e for e in endings if e.group == group.number])
-            for group, watch in zip(run.groups, run.watch.groups, strict=True)
+            group_result(group, monitor, [e for e in endings if e.group == group.number])
+            for group, monitor in zip(run.groups, run.monitor.groups, strict=True)
         ],
         workers=options.workers,
         seed=options.seed,
         strategy=options.strategy,
         wall_s=run.elapsed_s,
-        kill=kill_result(run.groups[scenario.victim], run.watch, run.killed_id)
+        kill=kill_result(run.groups[scenario.victim], run.monitor, run.killed_id)
         if scenario
         else None,
         trouble=run.trouble,
