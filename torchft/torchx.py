@@ -8,7 +8,7 @@ torchx's schedulers treat all roles as one job: its local one ends every group w
 good, and Slurm and Kubernetes restart all. For groups that may come and go on a cluster, submit
 one job a group. Within a job, torchrun restarts the workers of a group that failed, `max_restarts`
 times, whatever the reason. A wrong setting or a lighthouse that is not there would be met again
-each time: the examples then ask their torchrun to end at once (`torchft.launch.script`), and
+each time: the examples then ask their torchrun to end at once (`torchft.script`), and
 scripts of your own may do the same, or be run with `--max_restarts 0`.
 """
 

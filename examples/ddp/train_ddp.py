@@ -13,7 +13,6 @@ TORCH_CPP_LOG_LEVEL=ERROR keeps torch's own warnings away.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from datetime import timedelta
 from typing import Any
@@ -21,17 +20,15 @@ from typing import Any
 import torch
 
 from torchft import DistributedDataParallel, Manager, Optimizer, ProcessGroupGloo
-from torchft.arguments import at_least
 from torchft.digest import digest
-from torchft.launch.finish_barrier import FinishBarrier
-from torchft.launch.inside import average_inside, meet_inside
-from torchft.launch.script import (
+from torchft.script import (
+    FinishBarrier,
+    JobRank,
+    at_least,
+    average_inside,
     joining,
-    require_torchrun,
     run_script,
     shared_flags,
-    show_events,
-    which_group,
 )
 from torchft.toy.byte_model import ByteCorpus, ByteTransformer, Order, next_byte_loss
 
@@ -47,11 +44,8 @@ SEED = 0
 
 def main() -> None:
     arguments = command_line()
-    require_torchrun()
-    show_events()  # who takes part, who heals, what went wrong
-    group, groups = which_group()
-    rank, ranks = meet_inside(TIMEOUT)  # a group may have several ranks, and is one trainer
-    device = pick_device(group)
+    job = JobRank.join(TIMEOUT)  # a group may have several ranks, and is one trainer
+    device = job.device()
 
     # What is trained, and on what: each rank of each group reads a shard of its own.
     torch.manual_seed(SEED)
@@ -59,8 +53,7 @@ def main() -> None:
     adamw = torch.optim.AdamW(module.parameters(), lr=LR)
     corpus = ByteCorpus.load(arguments.corpus)
     context = module.shape.context
-    order = Order(windows=corpus.windows(context), shards=groups * ranks, rows=ROWS, seed=SEED)
-    shard = group * ranks + rank
+    order = Order(windows=corpus.windows(context), shards=job.shards, rows=ROWS, seed=SEED)
 
     # What a group that joins gets from one that trains.
     def save() -> dict[str, Any]:
@@ -79,18 +72,18 @@ def main() -> None:
             min_replica_size=MIN_GROUPS,
             timeout=TIMEOUT,
             connect_timeout=TIMEOUT,
-            replica_id=f"group_{group}",
+            replica_id=f"group_{job.group}",
         )
     try:
         barrier = FinishBarrier(
-            steps=arguments.steps, groups=groups, patience_s=arguments.finish_together_s
+            steps=arguments.steps, groups=job.groups, patience_s=arguments.finish_together_s
         )
         manager.register_state_dict_fn("together", barrier.load_state_dict, barrier.state_dict)
         model = DistributedDataParallel(manager, module)
         optimizer = Optimizer(manager, adamw)
         while not barrier.reached:
             optimizer.zero_grad()  # begin: who is there? who heals, and from whom?
-            batch = order.batch(manager.current_step(), shard=shard)
+            batch = order.batch(manager.current_step(), shard=job.shard)
             inputs, targets = (part.to(device) for part in corpus.batch(batch, context=context))
             loss = next_byte_loss(model, inputs, targets)
             loss.backward()  # communicate: averages travel while it goes on
@@ -103,7 +96,7 @@ def main() -> None:
             for news in barrier.committed(step, there):
                 say(news)
             if step % SAY_EVERY == 0:
-                say(f"step {step}, {there} of {groups} groups, loss {loss.item():.4f}")
+                say(f"step {step}, {there} of {job.groups} groups, loss {loss.item():.4f}")
         manager.settle()  # whoever missed the last step heals from the others
         step = manager.current_step()
         say(f"step {step}, digest of weights and optimizer: {digest(save())}")
@@ -117,14 +110,6 @@ def command_line() -> argparse.Namespace:
         "--steps", type=at_least(1), default=STEPS, metavar="N", help=f"to be committed ({STEPS})"
     )
     return parser.parse_args()
-
-
-def pick_device(group: int) -> torch.device:
-    """One group a device where there are devices, else the CPU with one thread."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", group % torch.cuda.device_count())
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    return torch.device("cpu")
 
 
 def say(text: str) -> None:

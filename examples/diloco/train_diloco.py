@@ -15,26 +15,23 @@ or all at once: `cd examples/diloco && torchx run`.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from datetime import timedelta
 
 import torch
 
 from torchft import Manager, ProcessGroupGloo
-from torchft.arguments import at_least
 from torchft.digest import digest
-from torchft.launch.finish_barrier import FinishBarrier
-from torchft.launch.inside import average_inside, meet_inside
-from torchft.launch.script import (
+from torchft.local_sgd import DiLoCo
+from torchft.script import (
+    FinishBarrier,
+    JobRank,
+    at_least,
+    average_inside,
     joining,
-    require_torchrun,
     run_script,
     shared_flags,
-    show_events,
-    which_group,
 )
-from torchft.local_sgd import DiLoCo
 from torchft.toy.byte_model import ByteCorpus, ByteTransformer, Order, next_byte_loss
 
 SYNC_EVERY = 100  # inner steps of each group between two outer steps
@@ -51,11 +48,8 @@ SEED = 0
 
 def main() -> None:
     arguments = command_line()
-    require_torchrun()
-    show_events()  # who takes part, who heals, what went wrong
-    group, groups = which_group()
-    rank, ranks = meet_inside(TIMEOUT)  # a group may have several ranks, and is one trainer
-    device = pick_device(group)
+    job = JobRank.join(TIMEOUT)  # a group may have several ranks, and is one trainer
+    device = job.device()
 
     # What is trained, and on what: each rank of each group reads a shard of its own.
     torch.manual_seed(SEED)
@@ -64,8 +58,7 @@ def main() -> None:
     outer = torch.optim.SGD(model.parameters(), lr=OUTER_LR, momentum=OUTER_MOMENTUM, nesterov=True)
     corpus = ByteCorpus.load(arguments.corpus)
     context = model.shape.context
-    order = Order(windows=corpus.windows(context), shards=groups * ranks, rows=ROWS, seed=SEED)
-    shard = group * ranks + rank
+    order = Order(windows=corpus.windows(context), shards=job.shards, rows=ROWS, seed=SEED)
 
     # From here on the other groups know of this one. DiLoCo itself hands a group that joins the
     # global weights and the outer momentum; the inner optimizer comes along so that it is warm.
@@ -78,18 +71,18 @@ def main() -> None:
             use_async_quorum=False,
             timeout=TIMEOUT,
             connect_timeout=TIMEOUT,
-            replica_id=f"group_{group}",
+            replica_id=f"group_{job.group}",
         )
     try:
         barrier = FinishBarrier(
-            steps=arguments.outer_steps, groups=groups, patience_s=arguments.finish_together_s
+            steps=arguments.outer_steps, groups=job.groups, patience_s=arguments.finish_together_s
         )
         manager.register_state_dict_fn("together", barrier.load_state_dict, barrier.state_dict)
         inner_steps = 0
         with DiLoCo(manager, [model], inner, outer, sync_every=arguments.sync_every):
             while not barrier.reached:
                 outer_steps = manager.current_step()
-                batch = order.batch(inner_steps, shard=shard)
+                batch = order.batch(inner_steps, shard=job.shard)
                 inputs, targets = (part.to(device) for part in corpus.batch(batch, context=context))
                 inner.zero_grad()
                 loss = next_byte_loss(model, inputs, targets)
@@ -103,7 +96,7 @@ def main() -> None:
                     done, there = manager.current_step(), manager.num_participants()
                     say(
                         f"Number of outer optimizer steps completed: [{done}] "
-                        f"loss = {loss.item()}, {there} of {groups} groups"
+                        f"loss = {loss.item()}, {there} of {job.groups} groups"
                     )
                     for news in barrier.committed(done, there):
                         say(news)
@@ -131,14 +124,6 @@ def command_line() -> argparse.Namespace:
         help=f"inner steps in an outer one ({SYNC_EVERY})",
     )
     return parser.parse_args()
-
-
-def pick_device(group: int) -> torch.device:
-    """One group a device where there are devices, else the CPU with one thread."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", group % torch.cuda.device_count())
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    return torch.device("cpu")
 
 
 def say(text: str) -> None:

@@ -27,7 +27,7 @@ FRONTS = {
 }
 ROOMS = {
     *("checkpointing", "collectives", "compat", "demo", "experiments", "launch", "manager"),
-    *("network_namespaces", "parameter_server", "process_group", "quantization"),
+    *("network_namespaces", "parameter_server", "process_group", "quantization", "script"),
     *("simulator", "strategies", "toy", "verify"),
 }
 FACES = {"cli", "integrations", "torchx"}
@@ -48,6 +48,7 @@ MAY_IMPORT: dict[str, Set[str]] = {
     "simulator": {"quantization", "strategies"},
     "toy": frozenset(),
     "launch": EXTENSION,
+    "script": frozenset(),
     "network_namespaces": frozenset(),
     # `local_node` is a real group: it makes a manager.
     "experiments": EXTENSION

@@ -6,11 +6,11 @@ from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
-from torchft.launch import inside
 from torchft.ledger import Ledger
 from torchft.manager.plan import Options, WorldSizeMode
 from torchft.manager.progress import Progress
 from torchft.manager.vote import Closer
+from torchft.script import ranks
 from torchft.timeouts import inside_group
 
 T = timedelta(seconds=20)
@@ -67,6 +67,6 @@ def test_the_process_group_of_an_examples_ranks_waits_as_long_as_a_vote(monkeypa
         PrefixStore=lambda *_: None,
         init_process_group=lambda *_, timeout, **__: made.append(timeout),
     )
-    monkeypatch.setattr(inside, "distributed", fake)
-    inside.meet_inside(T)
+    monkeypatch.setattr(ranks, "distributed", fake)
+    ranks.meet_inside(T)
     assert made == [inside_group(T)] * 2

@@ -26,10 +26,10 @@ from torchft.ddp import DistributedDataParallel
 from torchft.demo.final_report import FinalReport
 from torchft.demo.train_options import TrainOptions
 from torchft.digest import digest
-from torchft.launch.inside import average_inside, meet_inside
 from torchft.launch.starting import wait_for_start
 from torchft.ledger import Bucket
 from torchft.local_sgd import DiLoCo, LocalSGD
+from torchft.script.ranks import average_inside, meet_inside
 from torchft.toy.byte_model import ByteTransformer, next_byte_loss
 from torchft.toy.corpus import ByteCorpus, Order
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from torchft.launch.finish_barrier import FinishBarrier
+from torchft.script.finish_barrier import FinishBarrier
 
 
 class Clock:

@@ -1,13 +1,4 @@
-"""What a training script in a shell owes its user: flags, who takes part is seen, and what is wrong
-is said once, in a last line.
-
-    sys.exit(run_script(main, "train.py"))      # and `main` begins with:
-    arguments = shared_flags(__doc__, finish_together_s=60).parse_args()
-    require_torchrun()
-    show_events()
-    group, groups = which_group()
-    with joining():
-        manager = Manager(...)
+"""The command line of a training script: flags, log lines, and one last line about what is wrong.
 
 Exit codes: 1 for what went wrong, 2 for what was typed or set wrongly. torchrun restarts a worker
 that failed; where that cannot help, because the same setting or the same absent lighthouse would
@@ -40,7 +31,12 @@ __all__ = [
 
 
 def shared_flags(doc: str | None, *, finish_together_s: int) -> argparse.ArgumentParser:
-    """A command line with what all examples have, about the first line of `doc`; add your own."""
+    """Return a parser with `--finish-together-s` and `--corpus`; add your own flags to it.
+
+    Args:
+        doc: the script's docstring; its first line becomes the description.
+        finish_together_s: the default of that flag, seconds.
+    """
     about = (doc or "").partition("\n")[0]
     parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
     parser.add_argument(
@@ -62,7 +58,7 @@ def shared_flags(doc: str | None, *, finish_together_s: int) -> argparse.Argumen
 
 
 def require_torchrun() -> None:
-    """End with the lines to type where torchrun or the lighthouse's address is missing."""
+    """Exit with the lines to type where torchrun or the lighthouse's address is missing."""
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in needed if settings.text(name) is None]
     if missing:
@@ -79,17 +75,17 @@ def require_torchrun() -> None:
 
 
 def show_events() -> None:
-    """Quorums, heals and errors as plain lines, those of rank 0 only."""
+    """Log quorums, heals and errors of rank 0 as plain lines, and warnings of the other ranks."""
     logging.basicConfig(format="%(message)s")
     first = settings.integer("RANK", 0) == 0
     logging.getLogger("torchft.manager").setLevel(logging.INFO if first else logging.WARNING)
 
 
 def which_group() -> tuple[int, int]:
-    """The number of this group and how many there are, from the environment; by default 0 of 2.
+    """Read the number of this group and how many there are; by default group 0 of 2.
 
     Raises:
-        SettingsError: REPLICA_GROUP_ID or NUM_REPLICA_GROUPS is none.
+        SettingsError: REPLICA_GROUP_ID or NUM_REPLICA_GROUPS is not such a number.
     """
     groups = settings.integer("NUM_REPLICA_GROUPS", 2, least=1)
     group = settings.integer("REPLICA_GROUP_ID", 0)
@@ -103,10 +99,10 @@ def which_group() -> tuple[int, int]:
 
 @contextlib.contextmanager
 def joining() -> Iterator[None]:
-    """Where a group makes its manager: who cannot be reached now is away, not slow.
+    """Wrap the making of the manager: a lighthouse that does not answer then is taken for absent.
 
     Raises:
-        UnreachableError: for any TimeoutError inside.
+        UnreachableError: instead of any TimeoutError inside the block.
     """
     try:
         yield
@@ -115,7 +111,7 @@ def joining() -> Iterator[None]:
 
 
 def run_script(main: Callable[[], None], name: str) -> int:
-    """Run `main` of the script `name`; an error of ours is one last line. Returns the exit code.
+    """Run `main` of the script `name`, print an error of this package as one line; return the code.
 
     From here on SIGTERM is raised as SystemExit, so that `finally` runs and frees the ports. The
     other groups miss this one a heartbeat timeout later.

@@ -1,9 +1,8 @@
-"""How a group of an example keeps company with the others: it says when it starts alone, and it
-ends with them.
+"""How the groups of a job end with the same step, though one may be away just then.
 
 After the last wanted step a group goes on until a step is committed in which *all* groups took
 part: they read that from the same quorum, so all end with the same step. For a group that is away,
-the others wait that long and no longer. Who missed the last step heals `reached` with the rest.
+the others wait that long and no longer. A group that missed the last step heals `reached` too.
 """
 
 from __future__ import annotations
@@ -11,18 +10,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
-from torchft.launch.inside import first_rank_says
+from torchft.script.ranks import first_rank_says
 
 __all__ = ["FinishBarrier"]
 
 
 class FinishBarrier:
-    """Whether a group has reached its end.
+    """Decides when a group may stop training so that all groups end with the same step.
+
+    Register `state_dict` and `load_state_dict` with the manager, for a group that heals.
 
     Args:
-        steps: that the groups are to commit.
-        groups: that train together.
-        patience_s: how long after the last wanted step a missing group is waited for.
+        steps: how many steps the groups are to commit.
+        groups: how many groups train together.
+        patience_s: how long after the last wanted step to wait for a missing group, seconds.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class FinishBarrier:
         self._waits_since: float | None = None
 
     def committed(self, step: int, participants: int) -> Iterator[str]:
-        """Call after each committed step, and exhaust: what is worth a line."""
+        """Call this after each committed step; yields lines that are worth printing."""
         if step == 1 and participants == 1 < self._groups:
             yield f"starts afresh from step 0, alone: none of the other {self._groups - 1} is there"
         if step < self._steps:
@@ -66,9 +67,9 @@ class FinishBarrier:
             yield f"ends at step {step} without {missing} of {self._groups} groups"
 
     def state_dict(self) -> dict[str, bool]:
-        """What a group that heals needs to know."""
+        """Return what a group that heals needs to know."""
         return {"reached": self.reached}
 
     def load_state_dict(self, state: dict[str, bool]) -> None:
-        """Another group may have reached the end in a step that this one missed."""
+        """Take over what another group knows: it may have ended in a step that this one missed."""
         self.reached = state["reached"]

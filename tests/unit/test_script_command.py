@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from torchft.errors import CollectiveError, SettingsError, TorchftError, UnreachableError
-from torchft.launch import script as shell
-from torchft.launch.script import (
+from torchft.script import command as shell
+from torchft.script.command import (
     joining,
     require_torchrun,
     run_script,
