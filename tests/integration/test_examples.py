@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -34,13 +35,38 @@ TORCHRUN_SETS = {
 MakeGroup = Callable[..., Group]
 
 
-def run_alone(script: Path, *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k not in TORCHRUN_SETS}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
-    environment.pop("TORCHFT_LIGHTHOUSE", None)
-    environment |= {k: v for k, v in variables.items() if k == "TORCHFT_LIGHTHOUSE"}
-    command = [sys.executable, str(script), *flags]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+@dataclass(frozen=True)
+class Done:
+    returncode: int
+    stderr: str
+
+
+@pytest.fixture
+def run_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., Done]]:
+    """Runs a script in this process, as far as it gets without another group."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(script: Path, *flags: str, **variables: str) -> Done:
+        for name in (*TORCHRUN_SETS, "TORCHFT_LIGHTHOUSE"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "argv", [str(script), *flags])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(script), run_name="__main__")
+        code = end.value.code
+        said = capsys.readouterr().err
+        if isinstance(code, str):  # Python prints it and ends with 1
+            return Done(1, f"{said}{code}\n")
+        return Done(int(code or 0), said)
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
+
+
+RunAlone = Callable[..., Done]
 
 
 def free_port() -> int:
@@ -99,7 +125,7 @@ def wait_for_end(group: Group, *, within_s: float = 120) -> str:
 
 
 @pytest.mark.parametrize("script", [DILOCO, DDP])
-def test_without_torchrun_it_says_how_to_start_it(script: Path) -> None:
+def test_without_torchrun_it_says_how_to_start_it(run_alone: RunAlone, script: Path) -> None:
     done = run_alone(script)
     assert done.returncode == 1
     assert "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT not set: start this" in done.stderr
@@ -107,14 +133,14 @@ def test_without_torchrun_it_says_how_to_start_it(script: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_without_a_lighthouse_it_says_how_to_start_one() -> None:
+def test_without_a_lighthouse_it_says_how_to_start_one(run_alone: RunAlone) -> None:
     done = run_alone(DILOCO, **TORCHRUN_SETS)
     assert done.returncode == 1
     assert "TORCHFT_LIGHTHOUSE is not set" in done.stderr
     assert "torchft_lighthouse --min_replicas 1" in done.stderr
 
 
-def test_an_unreadable_corpus_is_named(tmp_path: Path) -> None:
+def test_an_unreadable_corpus_is_named(run_alone: RunAlone, tmp_path: Path) -> None:
     missing = tmp_path / "absent.txt"
     lighthouse = {"TORCHFT_LIGHTHOUSE": "http://127.0.0.1:1"}
     done = run_alone(DILOCO, f"--corpus={missing}", **TORCHRUN_SETS, **lighthouse)
@@ -126,14 +152,16 @@ def test_an_unreadable_corpus_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("script", "flag"), [(DDP, "--steps"), (DILOCO, "--outer-steps"), (DILOCO, "--sync-every")]
 )
-def test_a_number_that_trains_nothing_is_refused(script: Path, flag: str) -> None:
+def test_a_number_that_trains_nothing_is_refused(
+    run_alone: RunAlone, script: Path, flag: str
+) -> None:
     done = run_alone(script, f"{flag}=-3")
     assert done.returncode == 2
     assert f"argument {flag}: -3: it must be an integer, at least 1" in done.stderr
 
 
 @pytest.mark.parametrize("script", [DILOCO, DDP])
-def test_a_group_that_there_is_not_is_refused(script: Path) -> None:
+def test_a_group_that_there_is_not_is_refused(run_alone: RunAlone, script: Path) -> None:
     lighthouse = {"TORCHFT_LIGHTHOUSE": "http://127.0.0.1:1"}
     done = run_alone(script, **TORCHRUN_SETS, **lighthouse, REPLICA_GROUP_ID="2")
     assert done.returncode == 2
