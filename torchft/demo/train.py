@@ -86,7 +86,7 @@ class Trainee:
         return manager
 
     def begin(self) -> None:
-        """FinishBarrier with the other groups; with those that train when it comes back."""
+        """Start together with the other groups, or with those that train when it comes back."""
         options = self.options
         with self.manager.ledger.spending(Bucket.QUORUM):
             wait_for_start(
