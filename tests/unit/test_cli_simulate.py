@@ -16,7 +16,7 @@ from torchft.cli import simulate
 from torchft.cli.main import main, parser
 from torchft.experiments.config import SimulateConfig, StrategyConfig, from_mapping
 from torchft.experiments.tables import as_yaml
-from torchft.simulator.faults import NodeProfile, Weather
+from torchft.simulator.network import NetworkModel, NodeProfile
 
 
 @pytest.fixture(autouse=True)
@@ -52,13 +52,13 @@ def test_without_flags_it_is_the_default() -> None:
 
 
 def test_every_flag_reaches_its_setting(tmp_path: Path) -> None:
-    weather = tmp_path / "w.yaml"
-    weather.write_text("nodes: [{step_s: 2}]")
+    network = tmp_path / "w.yaml"
+    network.write_text("nodes: [{step_s: 2}]")
     asked = config(
         *("--strategies", "diloco", "demo", "--nodes", "2", "4", "--every", "5", "10"),
         *("--lr", "0.1", "0.2", "--seeds", "0", "7", "--model", "gpt", "--data", "stdlib-text"),
         *("--steps", "9", "--batch-size", "3", "--equal", "steps", "--schedule", "cosine"),
-        *("--weather", str(weather), "--target-loss", "1.5", "--device", "cuda"),
+        *("--network", str(network), "--target-loss", "1.5", "--device", "cuda"),
         *("--set", "max-norm=1.0", "--set", "optimizer_options={weight_decay: 0.1}"),
     )
     assert asked == SimulateConfig(
@@ -73,7 +73,7 @@ def test_every_flag_reaches_its_setting(tmp_path: Path) -> None:
         batch_size=3,
         equal="steps",
         schedule="cosine",
-        weather=Weather(nodes=[NodeProfile(step_s=2.0)]),
+        network=NetworkModel(nodes=[NodeProfile(step_s=2.0)]),
         target_loss=1.5,
         device="cuda",
         max_norm=1.0,
@@ -103,7 +103,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         (["--set", "steps"], "--set steps: write it as NAME=VALUE"),
         (["--set", "stepps=3"], "there is no setting stepps: did you mean steps?"),
         (["--set", "nodes=[1"], "the value is no YAML"),
-        (["--weather", "absent.yaml"], "cannot read absent.yaml"),
+        (["--network", "absent.yaml"], "cannot read absent.yaml"),
         (["absent.yaml"], "cannot read absent.yaml"),
         (["--node", "3"], "unrecognized arguments: --node"),
         (["--nodes", "64"], "would end after"),
@@ -171,7 +171,7 @@ def test_json_is_all_that_is_printed(
     assert code == 0
     assert [row["strategy"] for row in found["rows"]] == ["all_reduce", "diloco"]
     assert (found["failures"], found["skipped"], found["out"]) == ([], 0, str(tmp_path))
-    assert found["rows"][1]["weather_utilisation"] > 0
+    assert found["rows"][1]["network_utilisation"] > 0
 
 
 def test_a_run_that_fails_is_told_and_ends_with_1(

@@ -18,11 +18,12 @@ from torchft.experiments.config import (
     from_mapping,
     needed,
     read_config,
-    read_weather,
+    read_part,
     whole,
 )
 from torchft.experiments.tables import as_yaml
-from torchft.simulator.faults import FaultEvent, NodeProfile, Weather
+from torchft.simulator.faults import FaultEvent, FaultSchedule
+from torchft.simulator.network import NetworkModel, NodeProfile
 
 
 def test_nothing_said_is_the_default() -> None:
@@ -46,13 +47,13 @@ def test_one_strategy_with_two_options_has_two_labels() -> None:
     ("wrong", "said"),
     [
         ({"strategys": 1}, "there is no setting strategys: did you mean strategies?"),
-        ({"weather": {"node": []}}, "no setting weather.node: did you mean nodes?"),
+        ({"network": {"node": []}}, "no setting network.node: did you mean nodes?"),
         (
-            {"weather": {"nodes": [{"up_bp": 1}]}},
-            "no setting weather.nodes.0.up_bp: did you mean up_bps",
+            {"network": {"nodes": [{"up_bp": 1}]}},
+            "no setting network.nodes.0.up_bp: did you mean up_bps",
         ),
-        ({"networks": {"a": {"evnts": []}}}, "no setting networks.a.evnts: did you mean events?"),
-        ({"weather": {"failures": {"rat": 0.1}}}, "failures.rat: did you mean rate?"),
+        ({"networks": {"a": {"nods": []}}}, "no setting networks.a.nods: did you mean nodes?"),
+        ({"faults": {"failures": {"rat": 0.1}}}, "failures.rat: did you mean rate?"),
         ({"zzz": 1}, "there is no setting zzz: there are autocast, "),
         ({"strategies": [{"nam": "diloco"}]}, "no setting strategies.0.nam: did you mean name?"),
         ({"strategies": ["dilocco"]}, "nothing is called 'dilocco': did you mean diloco?"),
@@ -68,8 +69,8 @@ def test_one_strategy_with_two_options_has_two_labels() -> None:
         ({"lr": 0}, "lr=0.0: it must be a number, above 0"),
         ({"seeds": [-1]}, "seeds=-1: it must be an integer, at least 0"),
         ({"equal": "time"}, "equal: .*'tokens' or 'steps', not 'time'"),
-        ({"weather": {"nodes": [{"latency_s": -1}]}}, "weather.nodes.0: latency_s=-1"),
-        ({"networks": {"a": {"failures": {"rate": 0.1}}}}, "networks.a has events"),
+        ({"network": {"nodes": [{"latency_s": -1}]}}, "network.nodes.0: latency_s=-1"),
+        ({"networks": {"a": {"failures": {"rate": 0.1}}}}, "no setting networks.a.failures"),
     ],
 )
 def test_what_cannot_be_is_refused_in_words(wrong: dict[str, Any], said: str) -> None:
@@ -80,17 +81,17 @@ def test_what_cannot_be_is_refused_in_words(wrong: dict[str, Any], said: str) ->
 
 def test_all_mistakes_are_told_at_once() -> None:
     with pytest.raises(SettingsError) as refused:
-        from_mapping({"nodess": 1, "weather": {"pace": 1}})
+        from_mapping({"nodess": 1, "faults": {"pace": 1}})
     assert "nodess" in str(refused.value)
-    assert "weather.pace" in str(refused.value)
+    assert "faults.pace" in str(refused.value)
 
 
 CONFIGS = [
     {},
     {"strategies": [{"name": "diloco", "label": "x", "options": {"outer": {"lr": 0.4}}}]},
-    {"weather": None},
-    {"weather": {"nodes": [{"step_s": 1, "up_bps": 8}], "failures": {"rate": 0.1}}},
-    {"weather": {"events": [{"node": 1, "event": "dies", "step": 3}]}, "networks": {"a": {}}},
+    {"network": None},
+    {"network": {"nodes": [{"step_s": 1, "up_bps": 8}]}, "faults": {"failures": {"rate": 0.1}}},
+    {"faults": {"events": [{"node": 1, "event": "dies", "step": 3}]}, "networks": {"a": {}}},
     {"nodes": [2, 4], "equal": "steps", "max_norm": 1.0, "data": "a/b.txt"},
 ]
 
@@ -121,22 +122,23 @@ def test_the_difference_alone_gives_the_configuration_back(
 
 def test_toml_says_the_same(tmp_path: Path) -> None:
     path = tmp_path / "sweep.toml"
-    path.write_text("nodes = [2, 4]\n[weather]\npace_s = 0.5\n[[weather.nodes]]\nstep_s = 0.2\n")
+    path.write_text("nodes = [2, 4]\n[faults]\npace_s = 0.5\n[[network.nodes]]\nstep_s = 0.2\n")
     config = from_mapping(read_config(path))
     assert config.nodes == (2, 4)
-    assert config.weather == Weather(nodes=[NodeProfile(step_s=0.2)], pace_s=0.5)
+    assert config.network == NetworkModel(nodes=[NodeProfile(step_s=0.2)])
+    assert config.faults == FaultSchedule(pace_s=0.5)
 
 
-def test_weather_and_its_trace_are_looked_for_beside_the_file(tmp_path: Path) -> None:
+def test_faults_and_their_trace_are_looked_for_beside_the_file(tmp_path: Path) -> None:
     (tmp_path / "sky").mkdir()
-    (tmp_path / "sweep.yaml").write_text("weather: sky/rain.yaml\nnetworks: {b: sky/sun.yaml}\n")
+    (tmp_path / "sweep.yaml").write_text("faults: sky/rain.yaml\nnetworks: {b: sky/sun.yaml}\n")
     (tmp_path / "sky/rain.yaml").write_text("trace: fails.csv\n")
     (tmp_path / "sky/sun.yaml").write_text("nodes: [{step_s: 1}]\n")
     (tmp_path / "sky/fails.csv").write_text("step,node,event\n1,1,dies\n")
     config = from_mapping(read_config(tmp_path / "sweep.yaml"))
-    assert config.weather == Weather(trace=tmp_path / "sky/fails.csv")
-    assert len(config.weather.to_events(2, 5)) == 1
-    assert config.networks == {"b": Weather(nodes=[NodeProfile(step_s=1.0)])}
+    assert config.faults == FaultSchedule(trace=tmp_path / "sky/fails.csv")
+    assert len(config.faults.to_events(2, 5)) == 1
+    assert config.networks == {"b": NetworkModel(nodes=[NodeProfile(step_s=1.0)])}
 
 
 @pytest.mark.parametrize(
@@ -156,7 +158,7 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path, name: str, text: str, sa
 
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(SettingsError, match=r"cannot read absent\.yaml"):
-        read_weather("absent.yaml")
+        read_part("absent.yaml")
 
 
 def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
@@ -174,9 +176,9 @@ def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_an_event_in_a_configuration_is_an_event() -> None:
-    config = from_mapping({"weather": {"events": [{"node": 1, "event": "dies", "time_s": 2.5}]}})
-    assert config.weather is not None
-    assert config.weather.events == (FaultEvent(node=1, event="dies", time_s=2.5),)
+    config = from_mapping({"faults": {"events": [{"node": 1, "event": "dies", "time_s": 2.5}]}})
+    assert config.faults is not None
+    assert config.faults.events == (FaultEvent(node=1, event="dies", time_s=2.5),)
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "simulate"
@@ -185,6 +187,15 @@ EXAMPLES = Path(__file__).parents[2] / "examples" / "simulate"
 def test_the_examples_are_good() -> None:
     sweep = from_mapping(read_config(EXAMPLES / "sweep.yaml"))
     assert len(sweep.strategies) == 4
-    weather = from_mapping({"weather": read_weather(EXAMPLES / "weather.yaml")}).weather
-    assert weather is not None
-    assert len(weather.to_events(4, 300)) == 4
+    faults = from_mapping({"faults": read_part(EXAMPLES / "faults.yaml")}).faults
+    assert faults is not None
+    assert len(faults.to_events(4, 300)) == 4
+    network = from_mapping({"network": read_part(EXAMPLES / "network.yaml")}).network
+    assert network is not None and network.slowest_step_s(4) == 0.25
+
+
+def test_the_old_setting_weather_is_split() -> None:
+    with pytest.warns(DeprecationWarning, match="network and faults"):
+        config = from_mapping({"weather": {"nodes": [{"step_s": 1}], "pace_s": 2.0}})
+    assert config.network == NetworkModel(nodes=[NodeProfile(step_s=1.0)])
+    assert config.faults == FaultSchedule(pace_s=2.0)

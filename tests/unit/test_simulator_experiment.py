@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torchft.errors import SettingsError
 from torchft.simulator.events import Dies, Joins
 from torchft.simulator.experiment import Experiment
-from torchft.simulator.faults import FaultEvent, Weather
+from torchft.simulator.faults import FaultEvent, FaultSchedule
 from torchft.simulator.loop import run_stacked
+from torchft.simulator.network import NetworkModel
+from torchft.simulator.weather import Weather
 from torchft.strategies import AllReduce, DiLoCoStrategy, Inner, LocalSGD, Strategy
 
 
@@ -87,7 +89,8 @@ def experiment(**settings: Any) -> Experiment:
         ({"events": [Dies(True, 2)]}, "node=True: it must be an integer"),
         ({"events": [Dies(1, 2, 3)]}, "in_round=3: it must be one of True, False"),
         ({"events": [Dies(1, 2), Dies(1, 3)]}, "at that step .events count steps from 0"),
-        ({"weather": "fast"}, r"weather='fast' is no Weather: use torchft.simulator.Weather\(…\)"),
+        ({"network": "fast"}, "network='fast': give a torchft.simulator.NetworkModel"),
+        ({"faults": [Dies(1, 1)]}, "give a torchft.simulator.FaultSchedule"),
         ({"shuffle": "no"}, "shuffle='no': it must be one of True, False"),
         ({"deterministic": 1}, "deterministic=1: it must be one of True, False"),
         ({"dataloader_kwargs": {"drop_last": True}}, "dataloader_kwargs has drop_last"),
@@ -143,9 +146,9 @@ def test_it_travels_with_its_parts() -> None:
     assert run_stacked(there).history == run_stacked(one).history
 
 
-def test_events_of_the_weather_come_too() -> None:
-    stormy = Weather(events=[FaultEvent(node=2, event="dies", step=2)])
-    one = experiment(model=Fits(), events=[Dies(1, 1)], weather=stormy)
+def test_events_of_the_fault_schedule_come_too() -> None:
+    faults = FaultSchedule(events=[FaultEvent(node=2, event="dies", step=2)])
+    one = experiment(model=Fits(), events=[Dies(1, 1)], faults=faults, network=NetworkModel())
     assert one.all_events() == [Dies(1, 1), Dies(2, 2)]
     result = run_stacked(one)
     assert result.alive == [0, 3]
@@ -196,3 +199,11 @@ def test_an_event_after_the_end_is_said_not_to_happen() -> None:
         UserWarning, match=r"Dies\(node=1, step=3.*does not happen: .* after 3 steps"
     ):
         experiment(events=[Dies(1, 3)], max_steps=3).check()
+
+
+def test_the_old_setting_weather_gives_both() -> None:
+    old = Weather(events=[FaultEvent(node=2, event="dies", step=2)], heartbeat_timeout_s=7.0)
+    with pytest.warns(DeprecationWarning, match="network and faults"):
+        one = experiment(model=Fits(), weather=old)
+    assert one.all_events() == [Dies(2, 2)]
+    assert one.network is not None and one.network.heartbeat_timeout_s == 7.0

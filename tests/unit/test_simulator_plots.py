@@ -78,7 +78,7 @@ def report(
 
 
 def sweep(*reports: RunReport, **settings: Any) -> Sweep:
-    config = from_mapping({"weather": ONE_SECOND, **settings})
+    config = from_mapping({"network": ONE_SECOND, **settings})
     return Sweep(config, list(reports), [], skipped=0)
 
 
@@ -103,7 +103,7 @@ def test_time_is_measured_to_what_every_run_reached() -> None:
     found = sweep(report(), report("fedavg", start=24.0))
     # The last ten losses of the second are 14 … 5.
     assert target_of(found) == 9.5
-    times = [row.weathers["weather"].to_loss_s for row in rows_of(found)]
+    times = [row.networks["network"].to_loss_s for row in rows_of(found)]
     # The first has 14 … 5 in the steps that end at 7 … 16 s.
     assert [time.mean for time in times if time] == [16.0, 20.0]
 
@@ -111,7 +111,7 @@ def test_time_is_measured_to_what_every_run_reached() -> None:
 def test_or_to_what_is_asked_for_which_some_never_reach() -> None:
     found = sweep(report(), report("fedavg", start=24.0), target_loss=6.0)
     rows = rows_of(found)
-    assert [row.weathers["weather"].to_loss_s is None for row in rows] == [False, True]
+    assert [row.networks["network"].to_loss_s is None for row in rows] == [False, True]
     assert "never" in as_table(rows, target_of(found))
 
 
@@ -132,8 +132,8 @@ def test_each_network_has_its_columns() -> None:
     found = sweep(report(), networks={"dsl": slow})
     (row,) = rows_of(found)
     # Four rounds of half a megabyte, a second each.
-    assert {name: one.elapsed_s.mean for name, one in row.weathers.items()} == {
-        "weather": 20.0,
+    assert {name: one.elapsed_s.mean for name, one in row.networks.items()} == {
+        "network": 20.0,
         "dsl": 24.0,
     }
     assert "s to loss 5.5 (dsl)" in as_table([row], target_of(found))
@@ -144,7 +144,7 @@ def test_csv_has_every_figure() -> None:
     first, second = csv.DictReader(io.StringIO(as_csv(rows)))
     assert (first["strategy"], first["every"], first["loss"]) == ("diloco", "5", "3.5")
     assert (second["strategy"], second["every"], second["loss_spread"]) == ("all_reduce", "", "")
-    assert float(first["weather_utilisation"]) == 1.0
+    assert float(first["network_utilisation"]) == 1.0
 
 
 def test_without_a_run_there_are_no_rows() -> None:
@@ -207,9 +207,9 @@ def test_bytes_alone_can_be_zero(tmp_path: Path) -> None:
     assert len(write_plots(sweep(alone), tmp_path)) == 3
 
 
-def test_without_weather_there_is_no_time(tmp_path: Path) -> None:
+def test_without_a_network_there_is_no_time(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    found = Sweep(SimulateConfig(weather=None), [report()], [], skipped=0)
+    found = Sweep(SimulateConfig(network=None), [report()], [], skipped=0)
     assert [path.name for path in write_plots(found, tmp_path)] == [
         "loss_by_steps.png",
         "loss_by_bytes.png",

@@ -18,10 +18,10 @@ from torchft.experiments.datasets import digits, text
 from torchft.experiments.registry import DATA_OF
 from torchft.experiments.runs import RunReport
 from torchft.experiments.sweep import Failure, experiment_of, plan, run_one, run_sweep
-from torchft.simulator.faults import NodeProfile, Weather
 from torchft.simulator.feed import Feed
-from torchft.simulator.forecast import forecast
 from torchft.simulator.loop import run_stacked
+from torchft.simulator.network import NetworkModel, NodeProfile
+from torchft.simulator.simulated_time import forecast
 
 HERE = "tests.helpers.sweeps"
 
@@ -100,12 +100,12 @@ def test_what_has_ended_is_not_run_again(tmp_path: Path) -> None:
     ("change", "runs"),
     [
         ({"networks": {"lan": {"nodes": [{"step_s": 1}]}}}, 0),
-        ({"weather": {"nodes": [{"step_s": 1}], "heartbeat_timeout_s": 1}}, 0),
-        ({"weather": None}, 0),
+        ({"network": {"nodes": [{"step_s": 1}], "heartbeat_timeout_s": 1}}, 0),
+        ({"network": None}, 0),
         ({"target_loss": 1.0}, 0),
         ({"strategies": [{"name": "all_reduce", "label": "mean"}, "diloco"]}, 0),
         ({"strategies": ["all_reduce", {"name": "diloco", "options": {"outer": "sgd"}}]}, 1),
-        ({"weather": {"events": [{"node": 1, "event": "dies", "step": 8}]}}, 2),
+        ({"faults": {"events": [{"node": 1, "event": "dies", "step": 8}]}}, 2),
         ({"batch_size": 8}, 2),
         ({"max_norm": 1.0}, 2),
     ],
@@ -162,22 +162,22 @@ def test_the_threads_are_given_back(tmp_path: Path) -> None:
 
 def test_one_run_is_asked_about_two_networks(tmp_path: Path) -> None:
     (report,) = run_sweep(tiny(strategies="all_reduce"), tmp_path).reports
-    fast = report.forecast(Weather(nodes=[NodeProfile(step_s=1.0)]))
-    slow = report.forecast(Weather(nodes=[NodeProfile(step_s=1.0, up_bps=64.0)]))
+    fast = report.forecast(NetworkModel(nodes=[NodeProfile(step_s=1.0)]))
+    slow = report.forecast(NetworkModel(nodes=[NodeProfile(step_s=1.0, up_bps=64.0)]))
     # Each step sends 16 bytes, 128 bits, at 64 a second.
     assert (fast.elapsed_s, slow.elapsed_s) == (12.0, 36.0)
 
 
 def test_a_result_brings_its_forecast_and_can_be_asked_again() -> None:
-    config = tiny(strategies="diloco", weather={"nodes": [{"step_s": 1.0, "up_bps": 64.0}]})
+    config = tiny(strategies="diloco", network={"nodes": [{"step_s": 1.0, "up_bps": 64.0}]})
     (spec,) = plan(config)
     result = run_stacked(experiment_of(config, spec, registry.data_of(config)))
     # Three rounds of 16 bytes, 2 s each.
     assert result.simulated.elapsed_s == 12 + 6
-    assert forecast(result, Weather(nodes=[NodeProfile(step_s=2.0)])).elapsed_s == 24
-    relative = forecast(result, Weather(nodes=[NodeProfile(speed=0.5)]), measured_s=3.0)
+    assert forecast(result, NetworkModel(nodes=[NodeProfile(step_s=2.0)])).elapsed_s == 24
+    relative = forecast(result, NetworkModel(nodes=[NodeProfile(speed=0.5)]), measured_s=3.0)
     assert relative.elapsed_s == 72
-    assert forecast(result, Weather()).elapsed_s > 0  # as fast as this machine
+    assert forecast(result, NetworkModel()).elapsed_s > 0  # as fast as this machine
 
 
 def test_failures_are_in_the_forecast(tmp_path: Path) -> None:
@@ -185,11 +185,11 @@ def test_failures_are_in_the_forecast(tmp_path: Path) -> None:
         {"node": 1, "event": "dies", "step": 2, "in_round": True},
         {"node": 1, "event": "joins", "step": 5},
     ]
-    weather = {"nodes": [{"step_s": 1.0}], "events": events, "heartbeat_timeout_s": 7}
-    config = tiny(strategies="diloco", weather=weather)
+    network = {"nodes": [{"step_s": 1.0}], "heartbeat_timeout_s": 7}
+    config = tiny(strategies="diloco", network=network, faults={"events": events})
     (report,) = run_sweep(config, tmp_path).reports
-    assert config.weather is not None
-    simulated = report.forecast(config.weather)
+    assert config.network is not None
+    simulated = report.forecast(config.network)
     # The round of step 3 fails, 8 node-steps with it; the node heals in that of step 7.
     assert simulated.elapsed_s == 12 + 7
     assert (simulated.lost.rounds, simulated.lost.node_steps, simulated.lost.heals) == (1, 8, 1)
@@ -214,8 +214,14 @@ def test_failures_are_in_the_forecast(tmp_path: Path) -> None:
         ({"data": None}, "say what tests.helpers.sweeps:Line learns from"),
         ({"batch_size": 500}, "batch_size=500 is more than the 32 samples"),
         ({"device": "cuda:77"}, "device='cuda:77'"),
-        ({"weather": {"events": [{"node": 5, "event": "dies", "step": 1}]}}, "nodes are 0 to 1"),
-        ({"weather": {"events": [{"node": 1, "event": "dies", "time_s": 1}]}}, "give pace_s"),
+        ({"faults": {"events": [{"node": 5, "event": "dies", "step": 1}]}}, "nodes are 0 to 1"),
+        (
+            {
+                "network": {},
+                "faults": {"events": [{"node": 1, "event": "dies", "time_s": 1}]},
+            },
+            "give pace_s",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_runs(

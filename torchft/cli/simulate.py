@@ -18,7 +18,7 @@ from torchft.experiments.config import (
     from_mapping,
     needed,
     read_config,
-    read_weather,
+    read_part,
 )
 from torchft.experiments.folders import check_folder
 
@@ -44,7 +44,7 @@ examples:
   torchft simulate                               three strategies, 4 nodes: half a minute
   torchft simulate --strategies diloco fedavg --nodes 2 4 8 --every 10 50 --seeds 0 1 2 --jobs 2
   torchft simulate sweep.yaml --steps 1000       a file, and flags over it
-  torchft simulate --weather dsl.yaml            another network: nothing is trained again
+  torchft simulate --network dsl.yaml            another network: nothing is trained again
   torchft simulate --model gpt --data my_texts/ --set optimizer=sgd --set max_norm=1.0
   torchft simulate sweep.yaml --dry-run          what would run, and what is not by default
 
@@ -94,7 +94,9 @@ def _add_setting_flags(group: argparse._ArgumentGroup) -> None:
         "the steps (tokens)",
     )
     add("--schedule", choices=("constant", "cosine"), help="of the learning rate (constant)")
-    add("--weather", type=Path, metavar="FILE", help="speeds, links, failures, joins")
+    add("--network", type=Path, metavar="FILE", help="speeds and links of the nodes")
+    add("--faults", type=Path, metavar="FILE", help="failures and joins of nodes")
+    add("--weather", type=Path, help=argparse.SUPPRESS)  # both of them, of an earlier release
     add("--target-loss", type=float, metavar="LOSS", help="time is measured to it (all reached it)")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (cpu)")
     add(
@@ -147,8 +149,9 @@ def config_of(typed: argparse.Namespace) -> SimulateConfig:
     given = {} if typed.config is None else read_config(typed.config)
     given |= {name: value for name in FLAGS if (value := getattr(typed, name)) is not None}
     given |= dict(_setting(one) for one in typed.set)
-    if typed.weather is not None:
-        given["weather"] = read_weather(typed.weather)
+    for name in ("network", "faults", "weather"):
+        if (path := getattr(typed, name)) is not None:
+            given[name] = read_part(path)
     source = "the flags" if typed.config is None else f"{typed.config} with the flags"
     return from_mapping(given, source=source)
 

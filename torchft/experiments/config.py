@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import importlib
 import tomllib
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,9 @@ from typing import Any, Literal
 
 from torchft.arguments import check_integer, check_number
 from torchft.errors import SettingsError
-from torchft.simulator.faults import FaultEvent, NodeProfile, RandomFailures, Weather
+from torchft.simulator.faults import FaultEvent, FaultSchedule, RandomFailures
+from torchft.simulator.network import NetworkModel, NodeProfile
+from torchft.simulator.weather import split_weather
 
 __all__ = [
     "DATA",
@@ -31,8 +34,8 @@ __all__ = [
     "from_mapping",
     "needed",
     "read_config",
+    "read_part",
     "read_settings",
-    "read_weather",
     "whole",
 ]
 
@@ -50,8 +53,10 @@ STRATEGIES = (
 MODELS = ("mlp", "cnn", "gpt")
 DATA = ("digits", "stdlib-text")
 
-EVERYDAY = Weather(nodes=(NodeProfile(step_s=0.1, up_bps=100e6, down_bps=100e6, latency_s=0.02),))
-"""Simulated time needs some weather: a tenth of a second a step, 100 Mbit/s, 20 ms."""
+EVERYDAY = NetworkModel(
+    nodes=(NodeProfile(step_s=0.1, up_bps=100e6, down_bps=100e6, latency_s=0.02),)
+)
+"""The network unless another is given: a tenth of a second a step, 100 Mbit/s, 20 ms."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,10 +126,12 @@ class SimulateConfig:
     deterministic: bool = False
     """Average as `deterministic=True` does over real processes, and count its bytes."""
 
-    weather: Weather | None = EVERYDAY
-    """Speeds, links, failures and joins."""
-    networks: dict[str, Weather] = field(default_factory=dict)
-    """Further weathers by name: simulated time under each, without events."""
+    network: NetworkModel | None = EVERYDAY
+    """Speeds and links, for simulated time. None: there is no simulated time."""
+    networks: dict[str, NetworkModel] = field(default_factory=dict)
+    """Further networks by name: simulated time on each."""
+    faults: FaultSchedule | None = None
+    """Failures and joins."""
     target_loss: float | None = None
     """Time-to-loss is the time to this training loss. None: what every run of the sweep reached."""
 
@@ -141,14 +148,11 @@ class SimulateConfig:
         _check_names("model", self.model, MODELS)
         for strategy in self.strategies:
             _check_names("strategies", strategy.name, STRATEGIES)
-        for name, network in self.networks.items():
-            own = network.events or network.trace or network.failures
-            _check(not own, f"networks.{name} has events: those belong into weather")
 
     @property
-    def all_weathers(self) -> dict[str, Weather]:
-        """By name; the one with the events is called weather."""
-        first = {} if self.weather is None else {"weather": self.weather}
+    def all_networks(self) -> dict[str, NetworkModel]:
+        """All networks by name; the setting `network` is the first, under that name."""
+        first = {} if self.network is None else {"network": self.network}
         return {**first, **self.networks}
 
 
@@ -168,32 +172,34 @@ def from_mapping(given: Mapping[str, Any], *, source: str = "the configuration")
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """What a configuration file says. Weather may be a file of its own, named relative to it.
+    """What a configuration file says. Networks and faults may be files of their own, named relative
+    to it.
 
     Raises:
         SettingsError: a file cannot be read, or is neither YAML nor TOML.
     """
     given, folder = read_settings(path), Path(path).parent
-    if "weather" in given:
-        given["weather"] = _weather(given["weather"], folder)
+    for name in ("network", "faults", "weather"):
+        if name in given:
+            given[name] = _part(given[name], folder)
     if isinstance(given.get("networks"), dict):
-        given["networks"] = {k: _weather(one, folder) for k, one in given["networks"].items()}
+        given["networks"] = {k: _part(one, folder) for k, one in given["networks"].items()}
     return given
 
 
-def read_weather(path: str | Path) -> dict[str, Any]:
-    """What a weather file says. A trace is named relative to it.
+def read_part(path: str | Path) -> dict[str, Any]:
+    """What a file of a network or of faults says. A trace is named relative to it.
 
     Raises:
         SettingsError: as `read_config`.
     """
-    given: dict[str, Any] = _weather(read_settings(path), Path(path).parent)
+    given: dict[str, Any] = _part(read_settings(path), Path(path).parent)
     return given
 
 
-def _weather(given: Any, folder: Path) -> Any:
+def _part(given: Any, folder: Path) -> Any:
     if isinstance(given, str):
-        return read_weather(folder / given)
+        return read_part(folder / given)
     if isinstance(given, dict) and isinstance(given.get("trace"), str):
         return {**given, "trace": folder / given["trace"]}
     return given
@@ -283,6 +289,11 @@ def _default(one: dataclasses.Field[Any]) -> Any:
 def _spread(given: Mapping[str, Any]) -> dict[str, Any]:
     """A single value where a list is swept, and a name where a strategy stands, are fine."""
     spread = dict(given)
+    if "weather" in spread:
+        warnings.warn("the setting weather is now network and faults", DeprecationWarning, 3)
+        old = spread.pop("weather")
+        network, faults = split_weather(old) if isinstance(old, Mapping) else (old, None)
+        spread = {"network": network, "faults": faults, **spread}
     for name in ("strategies", "nodes", "every", "lr", "seeds"):
         value = spread.get(name)
         if value is not None and not isinstance(value, list | tuple):
@@ -311,8 +322,9 @@ def _known_at(where: Sequence[object]) -> list[str]:
     """The settings that there are at a place."""
     homes: dict[str, type] = {
         "strategies": StrategyConfig,
-        "weather": Weather,
-        "networks": Weather,
+        "network": NetworkModel,
+        "networks": NetworkModel,
+        "faults": FaultSchedule,
         "nodes": NodeProfile,
         "events": FaultEvent,
         "failures": RandomFailures,
@@ -346,7 +358,8 @@ def _check(good: bool, otherwise: str) -> None:
 _OWNERS: tuple[Any, ...] = (
     SimulateConfig,
     StrategyConfig,
-    Weather,
+    NetworkModel,
+    FaultSchedule,
     NodeProfile,
     FaultEvent,
     RandomFailures,

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 
-from torchft.errors import SettingsError
 from torchft.experiments.describe import describe, shape_of_model
 from torchft.simulator.experiment import Experiment
 from torchft.simulator.feed import is_factory
@@ -25,8 +24,7 @@ def identity_of(experiment: Experiment) -> dict[str, Any]:
         SettingsError: the strategy is in use already, so it is no description of a new run.
     """
     strategy = experiment.strategy
-    if hasattr(strategy, "local"):
-        raise SettingsError(f"this {type(strategy).__name__} is in use: make one for each run")
+    strategy.check_unused()
     return {
         "strategy": describe(strategy),
         "num_nodes": experiment.num_nodes,

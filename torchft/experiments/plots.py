@@ -16,8 +16,8 @@ from torchft.experiments.config import needed
 from torchft.experiments.runs import RunReport, RunSpec
 from torchft.experiments.sweep import Sweep
 from torchft.experiments.tables import MEGA, WINDOW, grouped
-from torchft.simulator.faults import Weather
-from torchft.simulator.forecast import smoothed
+from torchft.simulator.network import NetworkModel
+from torchft.simulator.simulated_time import smoothed
 
 __all__ = ["Line", "lines_of", "write_plots"]
 
@@ -92,10 +92,10 @@ def write_plots(sweep: Sweep, folder: Path) -> list[Path]:
             lines_of(sweep, _megabytes), "MB sent by a node", folder / "loss_by_bytes.png", log=True
         ),
     ]
-    for name, weather in sweep.config.all_weathers.items():
-        suffix = "" if name == "weather" else f"_{name}"
+    for name, network in sweep.config.all_networks.items():
+        suffix = "" if name == "network" else f"_{name}"
         path = folder / f"loss_by_time{suffix}.png"
-        written.append(_draw(lines_of(sweep, _seconds(weather)), "simulated seconds", path))
+        written.append(_draw(lines_of(sweep, _seconds(network)), "simulated seconds", path))
     return written
 
 
@@ -107,8 +107,8 @@ def _megabytes(report: RunReport) -> Sequence[float]:
     return [sent / MEGA for sent in report.bytes_by_step]
 
 
-def _seconds(weather: Weather) -> Axis:
-    return lambda report: report.forecast(weather).step_ends_s
+def _seconds(network: NetworkModel) -> Axis:
+    return lambda report: report.forecast(network).step_ends_s
 
 
 def _draw(lines: Sequence[Line], axis: str, path: Path, *, log: bool = False) -> Path:

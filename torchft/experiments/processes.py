@@ -25,12 +25,12 @@ from torchft.launch.guard import check_guarded
 from torchft.records import StepRecord, read_step_records
 from torchft.simulator.events import Dies, Event, Joins
 from torchft.simulator.experiment import Experiment
-from torchft.simulator.forecast import forecast
 from torchft.simulator.node import NodeError
 from torchft.simulator.program import SPMDStrategy
 from torchft.simulator.replay import events_of, heals_of, round_records_of, rounds_of
 from torchft.simulator.result import Result, StepRow
 from torchft.simulator.seeds import kept_rng
+from torchft.simulator.simulated_time import forecast
 from torchft.strategies.checks import check_among_groups
 
 __all__ = ["run_processes"]
@@ -93,8 +93,8 @@ def run_processes(
     experiment.warn_of_silence(result.rounds)
     result.seconds["train"] = perf_counter() - started
     result.seconds["steps"] = log.compute_s
-    if experiment.weather is not None:
-        result.simulated = forecast(result, experiment.weather)
+    if experiment.network is not None:
+        result.simulated = forecast(result, experiment.network)
     return result
 
 

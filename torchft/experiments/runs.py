@@ -1,6 +1,6 @@
 """One run of a sweep: what it is, and what it leaves. Both are JSON, so that a sweep can go on.
 
-The records of rounds, heals and deaths are kept whole: simulated time under any weather follows
+The records of rounds, heals and deaths are kept whole: simulated time on any network follows
 from them, without another run.
 """
 
@@ -20,15 +20,15 @@ from torchft.errors import SettingsError
 from torchft.experiments.config import SimulateConfig, StrategyConfig, whole
 from torchft.peers import Place
 from torchft.simulator.events import Dies, Event
-from torchft.simulator.faults import Weather
-from torchft.simulator.forecast import Forecast, forecast_records
+from torchft.simulator.network import NetworkModel
 from torchft.simulator.peers import HealRecord, RoundRecord
+from torchft.simulator.simulated_time import Forecast, forecast_records
 
 __all__ = ["RunReport", "RunSpec", "key_of", "read_report", "write_report"]
 
 ANOTHER_MATTER = (
     *("strategies", "nodes", "every", "lr", "seeds", "steps", "equal"),  # in the specification
-    *("weather", "networks", "target_loss"),  # but for the events, no part of the learning
+    *("network", "networks", "faults", "target_loss"),  # of these only the events change learning
 )
 
 
@@ -102,8 +102,8 @@ class RunReport:
         """Mean bytes that a node sent in rounds."""
         return self.bytes_by_step[-1] if self.losses else 0.0
 
-    def forecast(self, weather: Weather) -> Forecast:
-        """Its simulated time under some weather."""
+    def forecast(self, network: NetworkModel) -> Forecast:
+        """The simulated time that this run takes on `network`."""
         node_steps = sum(map(len, self.losses))
         return forecast_records(
             num_nodes=self.spec.nodes,
@@ -111,7 +111,7 @@ class RunReport:
             rounds=self.rounds,
             heals=self.heals,
             deaths=self.deaths,
-            weather=weather,
+            network=network,
             measured_s=self.cpu_s / node_steps,
         )
 

@@ -120,7 +120,8 @@ def experiment_of(config: SimulateConfig, spec: RunSpec, data: Data) -> Experime
         device=config.device,
         autocast=config.autocast,
         deterministic=config.deterministic,
-        weather=config.weather,
+        network=config.network,
+        faults=config.faults,
     )
 
 
@@ -216,8 +217,8 @@ def files(config: SimulateConfig, specs: Sequence[RunSpec], out: Path) -> dict[R
 
 
 def _key(config: SimulateConfig, spec: RunSpec) -> str:
-    weather = config.weather
-    events = [] if weather is None else weather.to_events(spec.nodes, spec.steps)
+    faults = config.faults
+    events = [] if faults is None else faults.to_events(spec.nodes, spec.steps, config.network)
     return key_of(config, spec, events)
 
 

@@ -14,7 +14,7 @@ from torchft.experiments.config import difference, needed, whole
 from torchft.experiments.machine import describe_machine
 from torchft.experiments.runs import RunReport, RunSpec
 from torchft.experiments.sweep import Sweep
-from torchft.simulator.forecast import Forecast, smoothed
+from torchft.simulator.simulated_time import Forecast, smoothed
 
 __all__ = [
     "TableRow",
@@ -47,7 +47,7 @@ class MeanSpread:
 
 @dataclass(frozen=True)
 class NetworkFigures:
-    """One combination under one weather."""
+    """What one combination takes on one network."""
 
     elapsed_s: MeanSpread
     to_loss_s: MeanSpread | None
@@ -70,7 +70,7 @@ class TableRow:
     """That a node sent."""
     steps_per_s: MeanSpread
     """Here, in wall time."""
-    weathers: dict[str, NetworkFigures]
+    networks: dict[str, NetworkFigures]
 
     def plain(self) -> dict[str, Any]:
         """Names and numbers."""
@@ -87,7 +87,7 @@ class TableRow:
             **_both("megabytes_per_node", self.megabytes),
             **_both("steps_per_s", self.steps_per_s),
         }
-        for name, found in self.weathers.items():
+        for name, found in self.networks.items():
             flat |= _both(f"{name}_elapsed_s", found.elapsed_s)
             flat |= _both(f"{name}_to_loss_s", found.to_loss_s)
             flat |= _both(f"{name}_utilisation", found.utilisation)
@@ -122,16 +122,16 @@ def rows_of(sweep: Sweep) -> list[TableRow]:
             train_loss=_figure(smoothed(r.train_losses, WINDOW)[-1] for r in reports),
             megabytes=_figure(report.bytes_per_node / MEGA for report in reports),
             steps_per_s=_figure(report.steps_per_s for report in reports),
-            weathers={
-                name: _in_weather([report.forecast(weather) for report in reports], target)
-                for name, weather in sweep.config.all_weathers.items()
+            networks={
+                name: _on_network([report.forecast(network) for report in reports], target)
+                for name, network in sweep.config.all_networks.items()
             },
         )
         for group, reports in grouped(sweep.reports).items()
     ]
 
 
-def _in_weather(simulated: Sequence[Forecast], target: float | None) -> NetworkFigures:
+def _on_network(simulated: Sequence[Forecast], target: float | None) -> NetworkFigures:
     assert target is not None  # there is a run
     times = [run.time_to_loss(target, window=WINDOW) for run in simulated]
     reached = [time for time in times if time is not None]
@@ -175,8 +175,8 @@ def as_table(rows: Sequence[TableRow], target: float | None) -> str:
 
 def _heads(rows: Sequence[TableRow], target: float | None) -> list[str]:
     heads = ["strategy", "nodes", "every", "lr", "steps", "seeds", "loss", "MB/node", "it/s"]
-    for name in rows[0].weathers if rows else ():
-        at = "" if name == "weather" else f" ({name})"
+    for name in rows[0].networks if rows else ():
+        at = "" if name == "network" else f" ({name})"
         heads += [f"s to loss {target:.3g}{at}", f"utilised{at}", f"lost node-steps{at}"]
     return heads
 
@@ -187,7 +187,7 @@ def _cells(row: TableRow) -> list[str]:
     cells = [spec.strategy.shown, str(spec.nodes), every, f"{spec.lr:g}"]
     cells += [str(spec.steps), str(row.seeds)]
     cells += [str(row.loss), str(row.megabytes), f"{row.steps_per_s.mean:.0f}"]
-    for found in row.weathers.values():
+    for found in row.networks.values():
         cells.append("never" if found.to_loss_s is None else str(found.to_loss_s))
         cells += [f"{found.utilisation.mean:.0%}", f"{found.lost_node_steps.mean:.0f}"]
     return cells

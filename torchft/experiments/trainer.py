@@ -32,7 +32,9 @@ from torchft.experiments.validation import Validator
 from torchft.launch.guard import check_guarded
 from torchft.simulator.events import Event
 from torchft.simulator.experiment import Experiment
+from torchft.simulator.faults import FaultSchedule
 from torchft.simulator.loop import run_stacked
+from torchft.simulator.network import NetworkModel
 from torchft.simulator.node import TrainNode
 from torchft.simulator.program import (
     SPMDProgram,
@@ -115,6 +117,8 @@ class Trainer:
         processes: bool = False,
         deterministic: bool = False,
         digests: bool = False,
+        network: NetworkModel | None = None,
+        faults: FaultSchedule | None = None,
         weather: Any = None,
         events: Sequence[Event] = (),
     ) -> nn.Module:
@@ -152,7 +156,9 @@ class Trainer:
             deterministic: real processes compute the same bits as the simulation, which then has
                 one thread as each of them has.
             digests: keep each node's digest after every synchronisation.
-            weather: speeds and networks, and failures by simulated time or by chance.
+            network: speeds and links of the nodes, for `result.simulated`.
+            faults: failures and joins by step, by simulated time or at random.
+            weather: deprecated; network and faults in one.
             events: failures and joins at steps.
 
         Raises:
@@ -186,6 +192,8 @@ class Trainer:
             several=processes,
             deterministic=deterministic,
             digests=digests,
+            network=network,
+            faults=faults,
             weather=weather,
             events=events,
         )

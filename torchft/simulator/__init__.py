@@ -15,24 +15,27 @@ from torchft.lazy_names import lazy_names
 if TYPE_CHECKING:
     from torchft.simulator.events import Dies, Discards, Joins, Misses
     from torchft.simulator.experiment import Experiment
-    from torchft.simulator.faults import FaultEvent, NodeProfile, RandomFailures, Weather
+    from torchft.simulator.faults import FaultEvent, FaultSchedule, RandomFailures
     from torchft.simulator.feed import Feed
-    from torchft.simulator.forecast import Forecast, forecast
     from torchft.simulator.loop import Simulation, run_stacked
+    from torchft.simulator.network import NetworkModel, NodeProfile
     from torchft.simulator.node import NodeError, TrainNode
     from torchft.simulator.program import SPMDProgram
     from torchft.simulator.replay import events_of
     from torchft.simulator.result import Result
+    from torchft.simulator.simulated_time import Forecast, forecast
 
 __all__ = [
     "Dies",
     "Discards",
     "Experiment",
     "FaultEvent",
+    "FaultSchedule",
     "Feed",
     "Forecast",
     "Joins",
     "Misses",
+    "NetworkModel",
     "NodeError",
     "NodeProfile",
     "RandomFailures",
@@ -40,7 +43,6 @@ __all__ = [
     "SPMDProgram",
     "Simulation",
     "TrainNode",
-    "Weather",
     "events_of",
     "forecast",
     "run_stacked",
@@ -57,10 +59,11 @@ __getattr__, __dir__ = lazy_names(
     {
         "events": ["Dies", "Discards", "Joins", "Misses"],
         "experiment": ["Experiment"],
-        "faults": ["FaultEvent", "NodeProfile", "RandomFailures", "Weather"],
+        "faults": ["FaultEvent", "FaultSchedule", "RandomFailures"],
         "feed": ["Feed"],
-        "forecast": ["Forecast", "forecast"],
+        "simulated_time": ["Forecast", "forecast"],
         "loop": ["Simulation", "run_stacked"],
+        "network": ["NetworkModel", "NodeProfile"],
         "node": ["NodeError", "TrainNode"],
         "program": ["SPMDProgram"],
         "replay": ["events_of"],
@@ -71,6 +74,7 @@ __getattr__, __dir__ = lazy_names(
         "NodeWeather": "torchft.simulator.NodeProfile",
         "Run": "torchft.simulator.Simulation",
         "SimulatedRun": "torchft.simulator.Forecast",
+        "Weather": "torchft.simulator.weather.Weather",
         "WeatherEvent": "torchft.simulator.FaultEvent",
         "zoo": "torchft.experiments.models",
     },

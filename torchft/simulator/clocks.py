@@ -23,7 +23,7 @@ from dataclasses import dataclass, fields
 from typing import Protocol
 
 from torchft.peers import Place
-from torchft.simulator.faults import NodeProfile
+from torchft.simulator.network import NodeProfile
 
 __all__ = [
     "Clocks",

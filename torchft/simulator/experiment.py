@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import torch
@@ -22,11 +22,13 @@ from torchft.arguments import check_choice, check_integer
 from torchft.errors import SettingsError
 from torchft.simulator.copies import copied
 from torchft.simulator.events import Event, check_events, check_list
-from torchft.simulator.faults import Weather
+from torchft.simulator.faults import FaultSchedule
 from torchft.simulator.feed import Feed
+from torchft.simulator.network import NetworkModel
 from torchft.simulator.node import TrainNode
 from torchft.simulator.program import SPMDStrategy
 from torchft.simulator.seeds import kept_rng, seed_everything, seed_of
+from torchft.simulator.weather import Weather
 from torchft.strategies.checks import check_recipes
 from torchft.strategies.inner import Inner
 from torchft.strategies.strategy import Strategy
@@ -69,9 +71,21 @@ class Experiment:
     node_cls: type[TrainNode] = TrainNode
     dataloader_kwargs: Mapping[str, Any] | None = None
     events: Sequence[Event] = ()
-    weather: Weather | None = None
-    """Speeds, networks and failures."""
+    network: NetworkModel | None = None
+    """Speeds and links, for the simulated time of the run."""
+    faults: FaultSchedule | None = None
+    """Failures and joins besides `events`."""
+    weather: InitVar[Weather | None] = None
+    """Deprecated: network and faults in one."""
     _feed: Feed | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self, weather: Any) -> None:
+        if weather is None:
+            return
+        if not isinstance(weather, Weather):
+            raise SettingsError(f"weather={weather!r}: give network=NetworkModel(…)")
+        warnings.warn("weather is now network and faults", DeprecationWarning, stacklevel=3)
+        self.network, self.faults = weather, weather.faults
 
     def check(self) -> None:
         """Refuse what cannot run.
@@ -109,10 +123,10 @@ class Experiment:
         for name in ("shuffle", "deterministic", "digests"):
             check_choice(name, getattr(self, name), (True, False))
         check_list(self.events)
-        if self.weather is not None and not isinstance(self.weather, Weather):
-            raise SettingsError(
-                f"weather={self.weather!r} is no Weather: use torchft.simulator.Weather(…)"
-            )
+        for name, kind in (("network", NetworkModel), ("faults", FaultSchedule)):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise SettingsError(f"{name}={value!r}: give a torchft.simulator.{kind.__name__}")
 
     def _warn_of_late_events(self) -> None:
         """No error: a run that stops early and resumes has the events of the whole."""
@@ -199,10 +213,10 @@ class Experiment:
         return self._feed
 
     def all_events(self) -> list[Event]:
-        """Those given, and those of the weather."""
+        """All failures and joins of the run: those of `events`, then those of `faults`."""
         events = list(self.events)
-        if self.weather is not None:
-            events += self.weather.to_events(self.num_nodes, self.total_steps)
+        if self.faults is not None:
+            events += self.faults.to_events(self.num_nodes, self.total_steps, self.network)
         return events
 
     def make_model(self) -> nn.Module:

@@ -1,18 +1,14 @@
-"""Weather: how fast each node and its link are, who fails, and who comes when.
+"""Who fails and who comes back in a run: given by step, by simulated time, or at random.
 
-It comes in two halves. Speeds, bandwidths and latencies change no learning, only time: they are
-applied afterwards, to the record of a run (`torchft.simulator.forecast`), so one run can be
-asked about many networks. Failures and joins do change the learning: they become events of the run.
-
-    Weather(
-        nodes=[NodeProfile(step_s=0.1, up_bps=100e6, down_bps=1e9, latency_s=0.02)],
+    FaultSchedule(
         events=[
             FaultEvent(node=1, event="dies", step=40),
             FaultEvent(node=1, event="joins", step=60),
         ],
     )
 
-Pure but for `read_trace`, which reads one file, when the events are asked for.
+Failures and joins change what a run learns, so they become its events (`events.py`). Pure but for
+`read_trace`, which reads one file when the events are asked for.
 """
 
 from __future__ import annotations
@@ -29,55 +25,14 @@ from typing import Any, Literal
 from torchft.arguments import check_integer, check_number, integer_from
 from torchft.errors import SettingsError
 from torchft.simulator.events import Dies, Event, Joins, check_events
+from torchft.simulator.network import NetworkModel
 
-__all__ = ["FaultEvent", "NodeProfile", "RandomFailures", "Weather", "parse_trace", "read_trace"]
-
-HEARTBEAT_TIMEOUT_S = 5.0
-"""The lighthouse's default: so long is a silent group waited for."""
+__all__ = ["FaultEvent", "FaultSchedule", "RandomFailures", "parse_trace", "read_trace"]
 
 
 def _check(good: bool, otherwise: str) -> None:
     if not good:
         raise SettingsError(otherwise)
-
-
-@dataclass(frozen=True, kw_only=True)
-class NodeProfile:
-    """One node and its link. What is left out costs no time."""
-
-    step_s: float | None = None
-    """Seconds of one inner step. None: those that the run measured, divided by `speed`."""
-    speed: float = 1.0
-    """2 is twice as fast as measured. Not together with `step_s`."""
-    up_bps: float = math.inf
-    """Bits per second that leave the node."""
-    down_bps: float = math.inf
-    """Bits per second that reach it."""
-    latency_s: float = 0.0
-    """Seconds until the first bit of a message arrives."""
-
-    def __post_init__(self) -> None:
-        check_number("speed", self.speed, above=0)
-        check_number("up_bps", self.up_bps, above=0, finite=False)
-        check_number("down_bps", self.down_bps, above=0, finite=False)
-        check_number("latency_s", self.latency_s, least=0)
-        if self.step_s is not None:
-            check_number("step_s", self.step_s, above=0)
-            _check(self.speed == 1.0, "give step_s, or a speed relative to the measured step")
-
-    def seconds_a_step(self, measured_s: float | None) -> float:
-        """Of one inner step, `measured_s` being what the run took.
-
-        Raises:
-            SettingsError: only a speed is known, and nothing was measured.
-        """
-        if self.step_s is not None:
-            return self.step_s
-        if measured_s is None:
-            raise SettingsError(
-                "a speed is relative to a measured step, and none was measured: give step_s"
-            )
-        return measured_s / self.speed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +44,7 @@ class FaultEvent:
     step: int | None = None
     """Counted from 0."""
     time_s: float | None = None
-    """Since the start; becomes a step by the weather's pace."""
+    """Since the start; becomes a step by the schedule's pace."""
     in_round: bool = False
     """It dies while it communicates, so that the round fails for all."""
 
@@ -139,44 +94,40 @@ class RandomFailures:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weather:
-    """Of all nodes."""
+class FaultSchedule:
+    """Which nodes fail and come back in a run, and when.
 
-    nodes: Sequence[NodeProfile] = (NodeProfile(),)
-    """Entry i is node i's; the last stands for all further nodes."""
+    Raises:
+        SettingsError: events and random failures are both given, or `pace_s` is not above 0.
+    """
+
     events: Sequence[FaultEvent] = ()
     trace: Path | None = None
     """A file of further events, see `read_trace`."""
     failures: RandomFailures | None = None
     """Further events by chance; not together with events or a trace."""
-    heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S
-    """So long do the others wait for a node that died."""
     pace_s: float | None = None
     """Seconds per step, communication included, by which the times of events become steps.
-    None: the slowest node's compute alone."""
+    None: the compute of the slowest node alone."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "nodes", tuple(self.nodes))
         object.__setattr__(self, "events", tuple(self.events))
-        _check(len(self.nodes) > 0, "weather needs one node at least")
-        check_number("heartbeat_timeout_s", self.heartbeat_timeout_s, least=0)
         if self.pace_s is not None:
             check_number("pace_s", self.pace_s, above=0)
         both = self.failures is not None and bool(self.events or self.trace)
         _check(not both, "give events (or a trace) or failures by chance, not both")
 
-    def of(self, node: int) -> NodeProfile:
-        """This node's."""
-        return self.nodes[min(node, len(self.nodes) - 1)]
-
     def to_events(
-        self, num_nodes: int, steps: int, *, measured_s: float | None = None
+        self, num_nodes: int, steps: int, network: NetworkModel | None = None
     ) -> list[Event]:
-        """What happens in a run of `steps` steps, by step; what is later than that does not.
+        """List what happens in a run of `steps` steps, by step; later events are left out.
+
+        Args:
+            network: gives the pace of events that have a time, where `pace_s` does not.
 
         Raises:
             SettingsError: a node that does not exist, that dies twice, that joins while it is
-                there; or nobody is left.
+                there; nobody is left; or an event has a time, and nothing gives a pace.
         """
         wanted = [*self.events, *(read_trace(self.trace) if self.trace else ())]
         if self.failures is not None:
@@ -184,29 +135,27 @@ class Weather:
         for event in wanted:
             last = num_nodes - 1
             _check(event.node <= last, f"{event}: the nodes are 0 to {last}")
-        timed = [(self._step_of(event, num_nodes, measured_s), event) for event in wanted]
-        # Who joins comes before who dies, so that a relief is there in time.
+        pace_s = self.pace_s
+        if pace_s is None and network is not None:
+            pace_s = network.slowest_step_s(num_nodes)
+        timed = [(_step_of(event, pace_s), event) for event in wanted]
+        # Joins come before deaths of the same step, so that a replacement is there in time.
         timed.sort(key=lambda one: (one[0], one[1].event == "dies", one[1].node))
         happening = [_event_at(step, event) for step, event in timed if step < steps]
         check_events(num_nodes, happening)
         return happening
 
-    def _step_of(self, event: FaultEvent, num_nodes: int, measured_s: float | None) -> int:
-        if event.step is not None:
-            return event.step
-        assert event.time_s is not None
-        return math.ceil(event.time_s / self._pace(num_nodes, measured_s) - 1e-9)
 
-    def _pace(self, num_nodes: int, measured_s: float | None) -> float:
-        if self.pace_s is not None:
-            return self.pace_s
-        nodes = [self.of(node) for node in range(num_nodes)]
-        if measured_s is None and any(node.step_s is None for node in nodes):
-            raise SettingsError(
-                "events at a time need a pace: give pace_s, the seconds of one step, or step_s of "
-                "every node"
-            )
-        return max(node.seconds_a_step(measured_s) for node in nodes)
+def _step_of(event: FaultEvent, pace_s: float | None) -> int:
+    if event.step is not None:
+        return event.step
+    assert event.time_s is not None
+    if pace_s is None:
+        raise SettingsError(
+            "events at a time need a pace: give pace_s, the seconds of one step, or step_s of "
+            "every node of the network"
+        )
+    return math.ceil(event.time_s / pace_s - 1e-9)
 
 
 def _event_at(step: int, event: FaultEvent) -> Event:

@@ -21,11 +21,11 @@ from torchft.digest import digest
 from torchft.peers import Place
 from torchft.simulator.events import Membership
 from torchft.simulator.experiment import Experiment
-from torchft.simulator.forecast import forecast
 from torchft.simulator.node import finite_losses, noted
 from torchft.simulator.peers import HealRecord, RoundRecord, StackedPeers
 from torchft.simulator.result import Result, StepRow, mean_model
 from torchft.simulator.seeds import kept_rng, seed_node
+from torchft.simulator.simulated_time import forecast
 from torchft.simulator.stacked import StackedLocal
 from torchft.simulator.threads import one_thread
 
@@ -63,8 +63,8 @@ def run_stacked(
     result = run.result
     experiment.warn_of_silence(result.rounds)
     result.seconds["train"] = perf_counter() - started - result.seconds["setup"]
-    if experiment.weather is not None:
-        result.simulated = forecast(result, experiment.weather)
+    if experiment.network is not None:
+        result.simulated = forecast(result, experiment.network)
     return result
 
 

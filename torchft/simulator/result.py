@@ -59,7 +59,7 @@ class Result:
     Of real processes: `train` from their start to their end, and `steps` is what all of them
     together spent in forward and backward passes."""
     simulated: Any = None
-    """Under the given weather: times, and what was lost."""
+    """On the given network: times, and what was lost."""
 
     @property
     def bytes_sent(self) -> list[int]:

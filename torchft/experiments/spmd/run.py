@@ -16,12 +16,12 @@ from torchft.experiments.spmd.node import SPMDProcess
 from torchft.experiments.validation import Validation
 from torchft.peers import Place
 from torchft.simulator.experiment import Experiment
-from torchft.simulator.forecast import forecast
 from torchft.simulator.node import NodeError
 from torchft.simulator.peers import RoundRecord
 from torchft.simulator.program import SPMDStrategy
 from torchft.simulator.result import Result, StepRow
 from torchft.simulator.seeds import kept_rng
+from torchft.simulator.simulated_time import forecast
 
 __all__ = ["run_program"]
 
@@ -57,8 +57,8 @@ def run_program(experiment: Experiment, *, method: str | None = None) -> Result:
     experiment.warn_of_silence(result.rounds)
     result.seconds["train"] = perf_counter() - started
     result.seconds["steps"] = log.compute_s
-    if experiment.weather is not None:
-        result.simulated = forecast(result, experiment.weather)
+    if experiment.network is not None:
+        result.simulated = forecast(result, experiment.network)
     return result
 
 

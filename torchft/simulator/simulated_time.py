@@ -1,4 +1,4 @@
-"""How long a run would have taken in some weather: its record is read, and clocks are moved by it.
+"""How long a run would have taken on some network: its record moves the clocks of the nodes.
 
 What each thing costs is in `torchft.simulator.clocks`. Pure: no clock of this computer is read.
 """
@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 from torchft.peers import Place
 from torchft.simulator.clocks import Clocks, HealLike, Lost, NodeSeconds, RoundLike
 from torchft.simulator.events import Dies
-from torchft.simulator.faults import Weather
+from torchft.simulator.network import NetworkModel
 
 __all__ = ["Forecast", "ForecastStep", "forecast", "forecast_records", "smoothed"]
 
@@ -30,7 +30,7 @@ class ForecastStep:
 
 @dataclass(frozen=True)
 class Forecast:
-    """A run under one weather."""
+    """The simulated time of a run on one network."""
 
     elapsed_s: float
     nodes: tuple[NodeSeconds, ...]
@@ -96,11 +96,13 @@ class StepLike(Protocol):
     def losses(self) -> Mapping[int, float]: ...
 
 
-def forecast(result: ResultLike, weather: Weather, *, measured_s: float | None = None) -> Forecast:
-    """How long the run of `result` takes in this weather, and where the time goes.
+def forecast(
+    result: ResultLike, network: NetworkModel, *, measured_s: float | None = None
+) -> Forecast:
+    """How long the run of `result` takes on this network, and where the time goes.
 
-    The weather may be another than the one the run had: speeds and links change no learning. Only
-    failures and joins do, and those are the run's own, whatever `weather.events` says.
+    The network may be another than the one the run had: speeds and links change no learning. Only
+    failures and joins do, and those are the run's own.
 
         slow, fast = forecast(result, dsl), forecast(result, fibre)
 
@@ -109,7 +111,7 @@ def forecast(result: ResultLike, weather: Weather, *, measured_s: float | None =
     in the next run.
 
     Raises:
-        SettingsError: the weather gives speeds, and nothing was measured.
+        SettingsError: the network gives speeds, and nothing was measured.
     """
     if measured_s is None:
         measured_s = _measured(result)
@@ -119,7 +121,7 @@ def forecast(result: ResultLike, weather: Weather, *, measured_s: float | None =
         rounds=result.rounds,
         heals=result.heals,
         deaths=[event for event in result.events if isinstance(event, Dies)],
-        weather=weather,
+        network=network,
         measured_s=measured_s,
     )
 
@@ -131,14 +133,14 @@ def forecast_records(
     rounds: Sequence[RoundLike],
     heals: Sequence[HealLike] = (),
     deaths: Sequence[Dies] = (),
-    weather: Weather,
+    network: NetworkModel,
     measured_s: float | None = None,
 ) -> Forecast:
     """`forecast` of bare records. `losses`: by step, the loss of each node that computed in it."""
-    links = [weather.of(node) for node in range(num_nodes)]
+    links = [network.of(node) for node in range(num_nodes)]
     pace = [link.seconds_a_step(measured_s) for link in links]
     record = _Record(rounds, heals, deaths)
-    clocks = Clocks(links, weather.heartbeat_timeout_s, _there_at_first(losses, record, num_nodes))
+    clocks = Clocks(links, network.heartbeat_timeout_s, _there_at_first(losses, record, num_nodes))
     steps: list[ForecastStep] = []
     for step, computed in enumerate(losses):
         before = [spent.copy() for spent in clocks.spent]

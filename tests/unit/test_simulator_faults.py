@@ -1,4 +1,4 @@
-"""What the weather says of nodes and links, and which events it brings."""
+"""What a network model says of nodes and links, and which events a fault schedule brings."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torchft.errors import SettingsError
 from torchft.simulator.events import Dies, Joins, check_events
 from torchft.simulator.faults import (
     FaultEvent,
-    NodeProfile,
+    FaultSchedule,
     RandomFailures,
-    Weather,
     parse_trace,
     read_trace,
 )
+from torchft.simulator.network import NetworkModel, NodeProfile
 
 
 def dies(node: int, step: int | None = None, **more: object) -> FaultEvent:
@@ -29,8 +29,8 @@ def joins(node: int, step: int | None = None, **more: object) -> FaultEvent:
 
 
 def test_the_last_node_stands_for_all_further_ones() -> None:
-    weather = Weather(nodes=[NodeProfile(step_s=1.0), NodeProfile(step_s=2.0)])
-    assert [weather.of(node).step_s for node in range(4)] == [1.0, 2.0, 2.0, 2.0]
+    network = NetworkModel(nodes=[NodeProfile(step_s=1.0), NodeProfile(step_s=2.0)])
+    assert [network.of(node).step_s for node in range(4)] == [1.0, 2.0, 2.0, 2.0]
 
 
 def test_a_node_twice_as_fast_takes_half_of_what_was_measured() -> None:
@@ -75,20 +75,20 @@ def test_an_event_that_cannot_be_is_refused(wrong: dict[str, object], said: str)
 
 
 def test_events_come_in_the_order_of_their_steps() -> None:
-    weather = Weather(events=[joins(1, 60), dies(1, 40, in_round=True)])
-    assert weather.to_events(2, 100) == [
+    faults = FaultSchedule(events=[joins(1, 60), dies(1, 40, in_round=True)])
+    assert faults.to_events(2, 100) == [
         Dies(node=1, step=40, in_round=True),
         Joins(node=1, step=60),
     ]
 
 
 def test_what_is_later_than_the_run_does_not_happen() -> None:
-    assert Weather(events=[dies(1, 99), joins(1, 100)]).to_events(2, 100) == [Dies(1, 99)]
+    assert FaultSchedule(events=[dies(1, 99), joins(1, 100)]).to_events(2, 100) == [Dies(1, 99)]
 
 
 def test_a_relief_that_comes_in_the_step_of_a_death_is_there_in_time() -> None:
-    weather = Weather(events=[dies(0, 5), joins(1, 5)])
-    assert weather.to_events(2, 10) == [Joins(1, 5), Dies(0, 5)]
+    faults = FaultSchedule(events=[dies(0, 5), joins(1, 5)])
+    assert faults.to_events(2, 10) == [Joins(1, 5), Dies(0, 5)]
 
 
 @pytest.mark.parametrize(
@@ -104,27 +104,29 @@ def test_a_relief_that_comes_in_the_step_of_a_death_is_there_in_time() -> None:
 )
 def test_a_story_that_cannot_happen_is_refused(events: list[FaultEvent]) -> None:
     with pytest.raises(SettingsError):
-        Weather(events=events).to_events(2, 10)
+        FaultSchedule(events=events).to_events(2, 10)
 
 
 def test_a_time_becomes_a_step_by_the_slowest_nodes_pace() -> None:
-    nodes = [NodeProfile(step_s=0.5), NodeProfile(step_s=2.0)]
-    weather = Weather(nodes=nodes, events=[dies(1, time_s=8.0), joins(1, time_s=8.5)])
-    assert weather.to_events(2, 100) == [Dies(1, 4), Joins(1, 5)]
+    network = NetworkModel(nodes=[NodeProfile(step_s=0.5), NodeProfile(step_s=2.0)])
+    faults = FaultSchedule(events=[dies(1, time_s=8.0), joins(1, time_s=8.5)])
+    assert faults.to_events(2, 100, network) == [Dies(1, 4), Joins(1, 5)]
 
 
 def test_a_time_becomes_a_step_by_the_given_pace() -> None:
-    assert Weather(events=[dies(1, time_s=3.0)], pace_s=0.1).to_events(2, 100) == [Dies(1, 30)]
+    assert FaultSchedule(events=[dies(1, time_s=3.0)], pace_s=0.1).to_events(2, 100) == [
+        Dies(1, 30)
+    ]
 
 
 def test_a_time_without_a_pace_is_refused() -> None:
     with pytest.raises(SettingsError, match="give pace_s"):
-        Weather(events=[dies(1, time_s=8.0)]).to_events(2, 100)
+        FaultSchedule(events=[dies(1, time_s=8.0)]).to_events(2, 100, NetworkModel())
 
 
 def test_chance_and_a_script_do_not_mix() -> None:
     with pytest.raises(SettingsError, match="not both"):
-        Weather(events=[dies(1, 1)], failures=RandomFailures(rate=0.1))
+        FaultSchedule(events=[dies(1, 1)], failures=RandomFailures(rate=0.1))
 
 
 @given(
@@ -138,9 +140,9 @@ def test_chance_never_tells_an_impossible_story(
     rate: float, away: int, in_round: float, seed: int, nodes: int
 ) -> None:
     failures = RandomFailures(rate=rate, away_steps=away, in_round=in_round, seed=seed)
-    events = Weather(failures=failures).to_events(nodes, 60)
+    events = FaultSchedule(failures=failures).to_events(nodes, 60)
     check_events(nodes, events)
-    assert events == Weather(failures=failures).to_events(nodes, 60)
+    assert events == FaultSchedule(failures=failures).to_events(nodes, 60)
     assert all(event.node != 0 for event in events)
 
 
@@ -154,7 +156,7 @@ def test_a_rate_is_met_on_average() -> None:
     assert 410 <= len(deaths) <= 540
 
 
-def test_another_seed_is_another_weather() -> None:
+def test_another_seed_is_another_schedule() -> None:
     drawn = [RandomFailures(rate=0.05, seed=seed).draw(4, 200) for seed in (0, 1)]
     assert drawn[0] != drawn[1]
 
@@ -184,8 +186,8 @@ def test_a_trace_in_json_lines() -> None:
 def test_a_trace_file_joins_the_events(tmp_path: Path) -> None:
     path = tmp_path / "failures.csv"
     path.write_text(CSV)
-    weather = Weather(trace=path, events=[joins(2, 10)])
-    assert weather.to_events(3, 100) == [
+    faults = FaultSchedule(trace=path, events=[joins(2, 10)])
+    assert faults.to_events(3, 100) == [
         Joins(2, 10),
         Dies(1, 40, in_round=True),
         Joins(1, 60),
@@ -217,4 +219,18 @@ def test_a_missing_trace_is_named() -> None:
 
 def test_an_event_of_a_node_that_there_is_not_is_refused_even_if_it_comes_after_the_end() -> None:
     with pytest.raises(SettingsError, match=r"node=9.*the nodes are 0 to 2"):
-        Weather(events=[dies(9, 1000)]).to_events(3, 40)
+        FaultSchedule(events=[dies(9, 1000)]).to_events(3, 40)
+
+
+def test_the_old_weather_is_a_network_with_its_faults() -> None:
+    with pytest.warns(DeprecationWarning, match="Weather is now"):
+        from torchft.simulator import Weather
+
+    old = Weather(nodes=[NodeProfile(step_s=2.0)], events=[dies(1, time_s=8.0)], pace_s=0.5)
+    assert old.of(0).step_s == 2.0
+    assert old.faults.to_events(2, 100) == [Dies(1, 16)]
+
+
+def test_a_network_without_nodes_is_refused() -> None:
+    with pytest.raises(SettingsError, match="at least one node"):
+        NetworkModel(nodes=[])

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torchft.peers import Place
 from torchft.simulator.clocks import NodeSeconds, heal_seconds, round_seconds
 from torchft.simulator.events import Dies
-from torchft.simulator.faults import NodeProfile, Weather
-from torchft.simulator.forecast import Forecast, forecast_records, smoothed
+from torchft.simulator.network import NetworkModel, NodeProfile
+from torchft.simulator.simulated_time import Forecast, forecast_records, smoothed
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Heal:
 
 
 def run(
-    weather: Weather,
+    network: NetworkModel,
     steps: int,
     rounds: Sequence[Round] = (),
     *,
@@ -60,18 +60,18 @@ def run(
         {node: 10.0 - step for node in range(nodes) if step not in gone.get(node, range(0))}
         for step in range(steps)
     ]
-    return forecast_records(num_nodes=nodes, losses=losses, rounds=rounds, weather=weather, **more)
+    return forecast_records(num_nodes=nodes, losses=losses, rounds=rounds, network=network, **more)
 
 
-def unequal(**link: float) -> Weather:
+def unequal(**link: float) -> NetworkModel:
     """Node 0 takes 1 s a step, node 1 takes 3 s."""
     nodes = [NodeProfile(step_s=1.0, **link), NodeProfile(step_s=3.0, **link)]
-    return Weather(nodes=nodes, heartbeat_timeout_s=5.0)
+    return NetworkModel(nodes=nodes, heartbeat_timeout_s=5.0)
 
 
 def test_alone_a_node_only_computes() -> None:
     records = [Round(step, members=(0,), nbytes=1000) for step in range(4)]
-    slow = Weather(nodes=[NodeProfile(step_s=2.0, up_bps=1, down_bps=1, latency_s=100)])
+    slow = NetworkModel(nodes=[NodeProfile(step_s=2.0, up_bps=1, down_bps=1, latency_s=100)])
     simulated = run(slow, 4, records, nodes=1)
     assert simulated.nodes == (NodeSeconds(compute_s=8.0),)
     assert (simulated.elapsed_s, simulated.utilisation) == (8.0, 1.0)
@@ -118,8 +118,8 @@ def test_a_heal_takes_the_slower_of_both_directions() -> None:
 
 def test_a_death_between_rounds_delays_the_next_one_by_the_heartbeat_timeout() -> None:
     rounds = [Round(0), Round(1, members=(0,))]
-    weather = replace(unequal(), nodes=[NodeProfile(step_s=1.0)])
-    simulated = run(weather, 2, rounds, away={1: range(1, 2)}, deaths=[Dies(1, 1)])
+    network = replace(unequal(), nodes=[NodeProfile(step_s=1.0)])
+    simulated = run(network, 2, rounds, away={1: range(1, 2)}, deaths=[Dies(1, 1)])
     # Dead at 1 s, known at 6 s.
     assert simulated.nodes[0] == NodeSeconds(compute_s=2.0, wait_s=4.0)
     assert simulated.nodes[1] == NodeSeconds(compute_s=1.0, away_s=5.0)
@@ -170,7 +170,7 @@ def test_one_that_heals_at_a_round_makes_the_others_wait_for_its_transfer() -> N
     nodes = [NodeProfile(step_s=1.0, up_bps=8.0, down_bps=8.0)]
     records = [Round(0, members=(0,)), Round(1, counted=(0,)), Round(2)]
     simulated = run(
-        Weather(nodes=nodes), 3, records, away={1: range(2)}, heals=[Heal(1, 1, 0, nbytes=10)]
+        NetworkModel(nodes=nodes), 3, records, away={1: range(2)}, heals=[Heal(1, 1, 0, nbytes=10)]
     )
     assert simulated.nodes[0] == NodeSeconds(compute_s=3.0, wait_s=10.0)
     assert simulated.nodes[1] == NodeSeconds(compute_s=1.0, away_s=2.0, heal_s=10.0)
@@ -182,7 +182,7 @@ def test_one_that_heals_before_a_gradient_step_computes_after_its_transfer() -> 
     nodes = [NodeProfile(step_s=1.0, up_bps=8.0)]
     records = [Round(0, members=(0,), place=Place.BEFORE), Round(1, place=Place.BEFORE)]
     simulated = run(
-        Weather(nodes=nodes), 2, records, away={1: range(1)}, heals=[Heal(1, 1, 0, nbytes=10)]
+        NetworkModel(nodes=nodes), 2, records, away={1: range(1)}, heals=[Heal(1, 1, 0, nbytes=10)]
     )
     assert simulated.nodes[0] == NodeSeconds(compute_s=2.0, wait_s=10.0)
     assert simulated.nodes[1] == NodeSeconds(compute_s=1.0, away_s=1.0, heal_s=10.0)
@@ -192,7 +192,7 @@ def test_two_that_heal_from_one_share_its_uplink() -> None:
     nodes = [NodeProfile(step_s=1.0, up_bps=8.0)]
     heals = [Heal(0, node, 0, nbytes=10) for node in (1, 2)]
     simulated = run(
-        Weather(nodes=nodes),
+        NetworkModel(nodes=nodes),
         1,
         [Round(0, members=(0, 1, 2), counted=(0,))],
         nodes=3,
@@ -202,9 +202,9 @@ def test_two_that_heal_from_one_share_its_uplink() -> None:
     assert simulated.elapsed_s == 21.0
 
 
-def slow_uplinks() -> Weather:
+def slow_uplinks() -> NetworkModel:
     """Node 0 takes 1 s a step, node 1 takes 2 s; both send a byte a second."""
-    return Weather(
+    return NetworkModel(
         nodes=[NodeProfile(step_s=1.0, up_bps=8.0), NodeProfile(step_s=2.0, up_bps=8.0)],
         heartbeat_timeout_s=5.0,
     )
@@ -326,7 +326,7 @@ def worlds(draw: st.DrawFn) -> dict[str, Any]:
 def test_every_nodes_seconds_add_up_to_the_whole(
     world: dict[str, Any], nodes: list[NodeProfile], timeout: float
 ) -> None:
-    simulated = run(Weather(nodes=nodes, heartbeat_timeout_s=timeout), **world)
+    simulated = run(NetworkModel(nodes=nodes, heartbeat_timeout_s=timeout), **world)
     for node in simulated.nodes:
         assert node.elapsed_s == pytest.approx(simulated.elapsed_s)
         assert min(vars(node).values()) >= 0
@@ -350,7 +350,7 @@ def test_a_slower_node_or_link_never_finishes_sooner(
     value = before / factor if change.endswith("bps") else before * factor
     worse = [*nodes]
     worse[which] = replace(nodes[which], **{change: value})
-    good, bad = run(Weather(nodes=nodes), **world), run(Weather(nodes=worse), **world)
+    good, bad = run(NetworkModel(nodes=nodes), **world), run(NetworkModel(nodes=worse), **world)
     slack = 1e-9 * good.elapsed_s
     pairs = zip(good.step_ends_s, bad.step_ends_s, strict=True)
     assert all(later >= sooner - slack for sooner, later in pairs)
@@ -362,7 +362,7 @@ def test_more_bytes_never_finish_sooner(
     world: dict[str, Any], nodes: list[NodeProfile], more: int
 ) -> None:
     fuller = [replace(r, nbytes=r.nbytes + more) for r in world["rounds"]]
-    good = run(Weather(nodes=nodes), **world)
-    bad = run(Weather(nodes=nodes), **{**world, "rounds": fuller})
+    good = run(NetworkModel(nodes=nodes), **world)
+    bad = run(NetworkModel(nodes=nodes), **{**world, "rounds": fuller})
     assert bad.elapsed_s >= good.elapsed_s * (1 - 1e-9)
     assert sum(bad.bytes_sent) > sum(good.bytes_sent)
