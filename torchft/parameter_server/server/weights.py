@@ -102,7 +102,12 @@ class ServerWeights:
         ]
         self._steps = [Fragment(chunk, (chunk,)) for chunk in range(firsts[-1])]
         """What the outer optimizer takes for fragments: chunks of the rows."""
-        outer.bind(self._steps, list(self._flats()))
+        flats = [
+            FlatRow([row.weights[:, span]])
+            for fragment, row in enumerate(self._rows)
+            for _, span in self.chunks(fragment).spans()
+        ]
+        outer.bind(self._steps, flats)
         self._stepping = False
         """Also after a step that failed."""
 
@@ -126,7 +131,10 @@ class ServerWeights:
         newest = row.published
         steps = range(base + 1, newest.version + 1)
         known = row.identities.get(base) == identity and all(v in row.deltas for v in steps)
-        if not known or len(steps) * self.chunks(fragment).nbytes > self._full(fragment).nbytes:
+        if (
+            not known
+            or len(steps) * self.chunks(fragment).nbytes > self.chunks(fragment, Identity()).nbytes
+        ):
             return None
         files = tuple(row.deltas[version] for version in steps)
         return WeightUpdate(newest.version, newest.identity, UpdateKind.DELTAS, files)
@@ -233,11 +241,6 @@ class ServerWeights:
         if self._stepping:
             raise OSError(errno.EIO, "an outer step failed, and the server ends")
 
-    def _flats(self) -> Iterator[FlatRow]:
-        for fragment, row in enumerate(self._rows):
-            for _, span in self.chunks(fragment).spans():
-                yield FlatRow([row.weights[:, span]])
-
     def _steps_of(self, fragment: int) -> list[Fragment]:
         first = self._rows[fragment].first
         return self._steps[first : first + self.chunks(fragment).count]
@@ -257,24 +260,17 @@ class ServerWeights:
         self._forget(row, close.version)
         row.published = Published(close.version, identity)
 
-    def _full(self, fragment: int) -> Chunks:
-        return self.chunks(fragment, Identity())
-
     def _all_of(self, fragment: int) -> WeightUpdate:
-        at = self._rows[fragment].published
-        name = self._write_full(fragment, at.version, at.identity)
-        return WeightUpdate(at.version, at.identity, UpdateKind.FULL, (name,))
-
-    def _write_full(self, fragment: int, version: int, identity: str) -> str:
-        row, chunks = self._rows[fragment], self._full(fragment)
-        name = row.full.get(version)
-        if name is None:
-            name = _full_name(fragment, version, identity)
+        row, chunks = self._rows[fragment], self.chunks(fragment, Identity())
+        at = row.published
+        if at.version not in row.full:
+            name = _full_name(fragment, at.version, at.identity)
             with (self.folder / name).open("wb") as file:
                 for index, span in chunks.spans():
                     file.write(chunks.encode(index, row.sent[:, span]))
-            row.full[version] = name
-        return name
+            row.full[at.version] = name
+        files = (row.full[at.version],)
+        return WeightUpdate(at.version, at.identity, UpdateKind.FULL, files)
 
     def _forget(self, row: _Row, version: int) -> None:
         """Delete updates that nobody is told of any more; who reads one keeps the file."""
@@ -292,7 +288,7 @@ class FlatRow:
     flats: list[Tensor]
 
     def in_shape(self, flats: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Always raises SettingsError: a chunk is a part of a row, without parameters."""
+        """Raises SettingsError always: a chunk is a part of a row and has no parameters."""
         raise SettingsError(
             "the server steps flat chunks of the weights, so its outer optimizer must step number "
             "by number, as SGD does"
