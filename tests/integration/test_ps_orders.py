@@ -109,8 +109,8 @@ def test_a_change_that_cannot_be_changes_nothing(tmp_path: Path) -> None:
         for wrong, words in [
             ({"lr": 0}, "above 0"),
             ({"momentum": 1}, "below 1"),
-            ({"lr": "much"}, "give a number"),
-            ({"lr": float("inf")}, "give a number"),
+            ({"lr": "much"}, "must be a number"),
+            ({"lr": float("inf")}, "must be a finite number"),
             ({}, "give lr, momentum, or both"),
             ({"lr": 1, "decay": 1}, "give lr, momentum, or both"),
         ]:
