@@ -218,5 +218,5 @@ def test_bytes_a_step_are_what_the_document_says(name: str) -> None:
     shown = f"{a_step / 1e6:.2f} MB" if a_step > 1e6 else f"{a_step / 1e3:.0f} KB"
     assert shown == said
     text = (ROOT / "docs" / "strategies.md").read_text()
-    example = next(line for line in text.splitlines() if line.startswith("For example"))
+    example = next(line for line in text.splitlines() if line.startswith("Example:"))
     assert re.search(rf"{name}[^.;]*?\b{said}", example)
