@@ -180,7 +180,7 @@ class Unasked:
 def test_what_cannot_be_averaged_is_refused_before_anything_is_sent() -> None:
     with pytest.raises(ValueError, match="floating-point numbers, not torch"):
         QuantizedMean(Unasked(), torch.ones(2, dtype=torch.int32), [0, 1], "int8")  # type: ignore[arg-type]
-    with pytest.raises(SettingsError, match="no codec 'int5'"):
+    with pytest.raises(SettingsError, match="'int5': it must be one of"):
         QuantizedMean(Unasked(), torch.ones(2), [0, 1], "int5")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="cast it before"):
         QuantizedMean(Unasked(), torch.ones(2).double(), [0, 1], "fp32")  # type: ignore[arg-type]

@@ -144,7 +144,7 @@ class TestCodec:
         self, door: Callable[..., nn.Module]
     ) -> None:
         manager = InProcessManager(Node(World(Script(1)), 0, 1))
-        with pytest.raises(SettingsError, match="no codec 'int5'"):
+        with pytest.raises(SettingsError, match="'int5': it must be one of"):
             door(manager, nn.Linear(2, 3), should_quantize="int5")
         with pytest.raises(SettingsError, match="no float64"):
             door(manager, nn.Linear(2, 3).double(), should_quantize="fp32")

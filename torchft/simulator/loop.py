@@ -192,7 +192,9 @@ class Simulation:
         self.step = state["step"]
         self.local.load_state_dict(state["local"])
         self.strategy.load_state_dict(state["strategy"])
-        self.peers.membership.load_state_dict(state["membership"])
+        # Checkpoints up to 1.0.0-alpha.1 call it "attendance".
+        members = "membership" if "membership" in state else "attendance"
+        self.peers.membership.load_state_dict(state[members])
         self.result.history[:] = [StepRow(**row) for row in state["history"]]
         self.peers.rounds[:] = [
             RoundRecord(**{**record, "place": Place[record["place"]]}) for record in state["rounds"]
