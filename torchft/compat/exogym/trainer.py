@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchft import simulator, strategies
+from torchft import experiments, strategies
 from torchft.experiments.devices import usable_device, usable_devices
 from torchft.simulator.node import TrainNode
 from torchft.simulator.program import SPMDProgram
@@ -19,7 +19,7 @@ from torchft.simulator.program import SPMDProgram
 __all__ = ["LocalTrainer", "Trainer"]
 
 
-class Trainer(simulator.Trainer):
+class Trainer(experiments.Trainer):
     """As `torchft.experiments.Trainer`, but
 
     - a strategy that calls collectives itself, and nodes that have several CUDA devices, run as
@@ -62,7 +62,7 @@ class Trainer(simulator.Trainer):
         log_dir: str | Path = "logs",
         **settings: Any,
     ) -> nn.Module:
-        """As `torchft.simulator.Trainer.fit`; see the class for what differs.
+        """As `torchft.experiments.Trainer.fit`; see the class for what differs.
 
         `processes` None: real processes where the strategy needs them.
         """
