@@ -7,15 +7,17 @@ import pkgutil
 
 import pytest
 
+PACKAGES = ["torchft.experiments", "torchft.parameter_server", "torchft.simulator"]
 
-@pytest.mark.parametrize("package", ["torchft.simulator", "torchft.experiments"])
+
+@pytest.mark.parametrize("package", PACKAGES)
 def test_no_public_name_is_hidden_by_a_module_of_the_same_name(package: str) -> None:
     module = importlib.import_module(package)
     modules = {one.name for one in pkgutil.iter_modules(module.__path__)}
     assert not set(module.__all__) & modules
 
 
-@pytest.mark.parametrize("package", ["torchft.simulator", "torchft.experiments"])
+@pytest.mark.parametrize("package", PACKAGES)
 def test_every_public_name_loads(package: str) -> None:
     module = importlib.import_module(package)
     assert all(getattr(module, name) is not None for name in module.__all__)

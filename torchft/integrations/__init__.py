@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from torchft.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from torchft.integrations.transformers import DiLoCoCallback
 
 __all__ = ["DiLoCoCallback"]
 
-_HOMES = {"DiLoCoCallback": "transformers"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__ = lazy_names(__name__, {"transformers": ["DiLoCoCallback"]})

@@ -6,8 +6,9 @@ use: a worker needs no HTTP server.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from torchft.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from torchft.parameter_server.core.options import OuterOptions, ServerOptions
@@ -27,21 +28,13 @@ __all__ = [
     "ServerOptions",
 ]
 
-_HOMES = {
-    "Address": "server.server",
-    "DiLoCoClient": "worker.client",
-    "DiLoCoServer": "server.server",
-    "DiLoCoWorker": "worker.worker",
-    "Mode": "core.rules",
-    "OuterOptions": "core.options",
-    "Rules": "core.rules",
-    "ServerOptions": "core.options",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "core.options": ["OuterOptions", "ServerOptions"],
+        "core.rules": ["Mode", "Rules"],
+        "server.server": ["Address", "DiLoCoServer"],
+        "worker.client": ["DiLoCoClient"],
+        "worker.worker": ["DiLoCoWorker"],
+    },
+)
