@@ -126,8 +126,9 @@ def above_zero(typed: str) -> float:
     Raises:
         argparse.ArgumentTypeError: if it is no such number.
     """
-    if reason := _misfit(number_from(typed), Real, above=0):
-        raise argparse.ArgumentTypeError(f"{_shown(number_from(typed))}: {reason}")
+    value = number_from(typed)
+    if reason := _misfit(value, Real, above=0):
+        raise argparse.ArgumentTypeError(f"{_shown(value)}: {reason}")
     return float(typed)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from torchft.errors import SettingsError
 from torchft.experiments.local_nodes import LocalNodes, Start
-from torchft.experiments.real_node import RealNode, take_models, warm_up
+from torchft.experiments.real_node import RealNode, complete, warm_up
 from torchft.experiments.spmd.run import run_program
 from torchft.launch.guard import check_guarded
 from torchft.records import StepRecord, read_step_records
@@ -30,7 +30,6 @@ from torchft.simulator.program import SPMDStrategy
 from torchft.simulator.replay import events_of, heals_of, round_records_of, rounds_of
 from torchft.simulator.result import Result, StepRow
 from torchft.simulator.seeds import kept_rng
-from torchft.simulator.simulated_time import forecast
 from torchft.strategies.checks import check_among_groups
 
 __all__ = ["run_processes"]
@@ -88,14 +87,7 @@ def run_processes(
         told = [read_step_records(path) for path in sorted(records.glob("node_*.jsonl"))]
     result = _result(experiment, log, [record for life in told for record in life])
     keep(result)
-    with kept_rng(experiment.torch_device):
-        take_models(result, experiment, ends)
-    experiment.warn_of_silence(result.rounds)
-    result.seconds["train"] = perf_counter() - started
-    result.seconds["steps"] = log.compute_s
-    if experiment.network is not None:
-        result.simulated = forecast(result, experiment.network)
-    return result
+    return complete(result, experiment, ends, began=started, compute_s=log.compute_s)
 
 
 def _starts(experiment: Experiment) -> list[Start]:

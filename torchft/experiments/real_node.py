@@ -23,6 +23,7 @@ from torchft.simulator.experiment import Experiment
 from torchft.simulator.node import finite_losses, noted
 from torchft.simulator.result import Result, mean_model
 from torchft.simulator.seeds import kept_rng, seed_node
+from torchft.simulator.simulated_time import forecast
 from torchft.simulator.trained import Trained
 from torchft.strategies.recipe import Recipe
 from torchft.strategies.strategy import Strategy
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from torchft.manager.background_round import BackgroundRound
     from torchft.manager.peers import ManagedRound
 
-__all__ = ["RealNode", "device_of", "take_models", "to_bytes", "warm_up"]
+__all__ = ["RealNode", "complete", "device_of", "to_bytes", "warm_up"]
 
 _ROWS = 100
 """So many steps are told at once, if no round commits before."""
@@ -298,7 +299,7 @@ def _from_bytes(state: bytes) -> dict[str, Any]:
     return loaded
 
 
-def take_models(result: Result, experiment: Experiment, ends: dict[int, Any]) -> None:
+def _take_models(result: Result, experiment: Experiment, ends: dict[int, Any]) -> None:
     """Put into `result` what the processes left, and their mean.
 
     Of a node that was killed and not started again, it is the model that it began with.
@@ -311,6 +312,28 @@ def take_models(result: Result, experiment: Experiment, ends: dict[int, Any]) ->
     result.alive = sorted(ends)
     living = [result.models[node] for node in result.alive]
     result.model = mean_model(living, experiment.remake_model)
+
+
+def complete(
+    result: Result, experiment: Experiment, ends: dict[int, Any], *, began: float, compute_s: float
+) -> Result:
+    """Add to `result` what is known when all processes have ended: models, times, a forecast.
+
+    Args:
+        result: what the nodes reported while they ran.
+        experiment: what they ran.
+        ends: node → what its process returned.
+        began: `time.perf_counter()` at the start of the run, seconds.
+        compute_s: seconds that the nodes spent in their inner steps, together.
+    """
+    with kept_rng(experiment.torch_device):
+        _take_models(result, experiment, ends)
+    experiment.warn_of_silence(result.rounds)
+    result.seconds["train"] = perf_counter() - began
+    result.seconds["steps"] = compute_s
+    if experiment.network is not None:
+        result.simulated = forecast(result, experiment.network)
+    return result
 
 
 def warm_up(experiment: Experiment) -> None:

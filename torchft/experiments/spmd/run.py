@@ -11,7 +11,7 @@ from typing import Any
 
 from torchft.errors import SettingsError
 from torchft.experiments.local_nodes import LocalNodes, Start
-from torchft.experiments.real_node import take_models, warm_up
+from torchft.experiments.real_node import complete, warm_up
 from torchft.experiments.spmd.node import SPMDProcess
 from torchft.experiments.validation import Validation
 from torchft.peers import Place
@@ -21,7 +21,6 @@ from torchft.simulator.peers import RoundRecord
 from torchft.simulator.program import SPMDStrategy
 from torchft.simulator.result import Result, StepRow
 from torchft.simulator.seeds import kept_rng
-from torchft.simulator.simulated_time import forecast
 
 __all__ = ["run_program"]
 
@@ -52,14 +51,7 @@ def run_program(experiment: Experiment, *, method: str | None = None) -> Result:
         )
         ends = nodes.run()
     result = log.result(experiment)
-    with kept_rng(experiment.torch_device):
-        take_models(result, experiment, ends)
-    experiment.warn_of_silence(result.rounds)
-    result.seconds["train"] = perf_counter() - started
-    result.seconds["steps"] = log.compute_s
-    if experiment.network is not None:
-        result.simulated = forecast(result, experiment.network)
-    return result
+    return complete(result, experiment, ends, began=started, compute_s=log.compute_s)
 
 
 def _check_program(experiment: Experiment) -> None:
