@@ -73,6 +73,8 @@ struct Schedule {
     /// The request to the lighthouse that is on its way.
     in_flight: Option<(Round, Member)>,
     round: Round,
+    /// A request of this round did not reach the lighthouse.
+    was_away: bool,
 }
 
 impl Schedule {
@@ -93,6 +95,7 @@ impl Schedule {
             voting: BTreeMap::new(),
             in_flight: None,
             round: Round(0),
+            was_away: false,
         }
     }
 
@@ -194,8 +197,13 @@ impl Schedule {
             expected || effects.is_empty(),
             "a late answer had an effect"
         );
-        let last =
-            kind.is_none_or(|kind| !matches!(kind, FailureKind::Unreachable | FailureKind::Failed));
+        let last = match kind {
+            Some(FailureKind::Unreachable | FailureKind::Failed) => false,
+            // After an absence the others had no time to reach the lighthouse again.
+            Some(FailureKind::Deadline) => !self.was_away,
+            Some(FailureKind::Refused | FailureKind::StateLost) | None => true,
+        };
+        self.was_away |= expected && kind == Some(FailureKind::Unreachable);
         self.carry_out(effects);
         assert!(
             !expected || !last || self.asking.is_empty(),
@@ -246,6 +254,7 @@ impl Schedule {
                 GatherEffect::RoundBegins(round) => {
                     assert!(round > self.round);
                     self.round = round;
+                    self.was_away = false;
                     let effects = self.vote.begin();
                     self.count(&effects);
                     assert!(self.voting.is_empty(), "a vote outlived its round");
