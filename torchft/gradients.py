@@ -83,7 +83,7 @@ class GradientAverager(ABC):
         return describe_values(change.created)
 
     def holds(self, parameter: nn.Parameter) -> bool:
-        """As `StepListener`."""
+        """What must be equal in all groups; see `StepListener`."""
         return self.trained.holds(parameter)
 
     def before_vote(self, *, idle: bool) -> None:

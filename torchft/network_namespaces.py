@@ -62,7 +62,7 @@ class Link:
 
     @property
     def queue_bytes(self) -> int:
-        """What may wait."""
+        """How many bytes may wait in the link's queue."""
         return round(self.mbit_s * 1e6 / 8 * self.queue_ms / 1e3)
 
     def shaping(self, interface: str) -> list[str]:
@@ -124,6 +124,9 @@ class Host:
 
         It sees a burst of packets as one before the card has cut it, so that headers are missing;
         `Network.sent` has them.
+
+        Raises:
+            LookupError: the host has no such interface.
         """
         with self.inside():
             for line in Path("/proc/thread-self/net/dev").read_text().splitlines():

@@ -136,30 +136,30 @@ class OptimizerWrapper(Uncopied, Optimizer):
         return committed and not found.infinity
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """To the wrapped optimizer."""
+        """Add a parameter group to the wrapped optimizer."""
         self.optim.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's."""
+        """The state dict of the wrapped optimizer."""
         return self.optim.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Into the wrapped optimizer."""
+        """Load a state dict into the wrapped optimizer."""
         self.optim.load_state_dict(state_dict)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The wrapped optimizer's."""
+        """The parameter groups of the wrapped optimizer."""
         return self.optim.param_groups
 
     @property
     def state(self) -> Any:  # type: ignore[override]
-        """The wrapped optimizer's."""
+        """The per-parameter state of the wrapped optimizer."""
         return self.optim.state
 
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The wrapped optimizer's."""
+        """The default settings of the wrapped optimizer."""
         return self.optim.defaults
 
     def register_step_pre_hook(self, hook: Any) -> RemovableHandle:
@@ -171,23 +171,23 @@ class OptimizerWrapper(Uncopied, Optimizer):
         return self.optim.register_step_post_hook(hook)
 
     def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
-        """On the wrapped optimizer."""
+        """Register the hook on the wrapped optimizer."""
         return self.optim.register_state_dict_pre_hook(hook, prepend)
 
     def register_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
-        """On the wrapped optimizer."""
+        """Register the hook on the wrapped optimizer."""
         return self.optim.register_state_dict_post_hook(hook, prepend)
 
     def register_load_state_dict_pre_hook(
         self, hook: Any, prepend: bool = False
     ) -> RemovableHandle:
-        """On the wrapped optimizer."""
+        """Register the hook on the wrapped optimizer."""
         return self.optim.register_load_state_dict_pre_hook(hook, prepend)
 
     def register_load_state_dict_post_hook(
         self, hook: Any, prepend: bool = False
     ) -> RemovableHandle:
-        """On the wrapped optimizer."""
+        """Register the hook on the wrapped optimizer."""
         return self.optim.register_load_state_dict_post_hook(hook, prepend)
 
     def __repr__(self) -> str:

@@ -141,7 +141,7 @@ class FormedAtOnce:
 
     @property
     def formed(self) -> bool:
-        """It has."""
+        """True: the round formed before it was returned."""
         return True
 
     def meet(self) -> bool:
@@ -150,7 +150,7 @@ class FormedAtOnce:
 
 
 class Peers(Protocol):
-    """The other groups."""
+    """The other members that a strategy exchanges numbers with."""
 
     def compare(self, setting: str, value: str) -> None:
         """Before the first round: a setting that decides about what travels. Groups that meet with

@@ -47,18 +47,18 @@ class PureDistributedDataParallel(Uncopied, nn.Module):
         self._averager.leave_with(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's."""
+        """Run the forward pass of the wrapped module."""
         self._averager.before_forward()
         output = self.module(*args, **kwargs)
         self._averager.backward.expect(output)
         return output
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's, without a prefix."""
+        """The state dict of the wrapped module, without a prefix."""
         return self.module.state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Into the module."""
+        """Load a state dict into the wrapped module."""
         return self.module.load_state_dict(*args, **kwargs)
 
 

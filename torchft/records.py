@@ -93,7 +93,11 @@ class LineWriter:
         self._torn = self._ends_torn()
 
     def write(self, line: bytes) -> None:
-        """Write `line`, which is given without its end."""
+        """Write `line`, which is given without its end.
+
+        Raises:
+            OSError: the file cannot be written, or the disk is full.
+        """
         line = (b"\n" if self._torn else b"") + line + b"\n"
         written = self._file.write(line)
         if written != len(line):

@@ -105,7 +105,11 @@ def text(name: str, default: str | None = None) -> str | None:
 
 
 def required(name: str, why: str) -> str:
-    """The variable, or a SettingsError that says what it is for."""
+    """The variable, which must be set; `why` says what it is for.
+
+    Raises:
+        SettingsError: it is unset or empty.
+    """
     value = text(name)
     if value is None:
         raise SettingsError(f"the environment variable {name} is not set: {why}")

@@ -61,7 +61,7 @@ class StepWatch:
         """Since it began to look."""
 
     def begin(self) -> None:
-        """Look, until `end`."""
+        """Watch the parameters' gradients, until `end` is called."""
         self.saw_backward = False
         self._handles = [
             parameter.register_post_accumulate_grad_hook(self._looking_at(at))
@@ -69,7 +69,7 @@ class StepWatch:
         ]
 
     def end(self) -> None:
-        """Look no longer."""
+        """Stop watching and take all hooks off the parameters."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -79,7 +79,7 @@ class StepWatch:
         self._stepping = True
 
     def stepped(self) -> None:
-        """A step has ended."""
+        """Note that a step of the optimizer has ended."""
         self._stepping, self._stepped = False, True
         self.forget()
 

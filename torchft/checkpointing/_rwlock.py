@@ -52,12 +52,12 @@ class RWLock:
             self._changed.notify_all()
 
     def w_locked(self) -> bool:
-        """Whether somebody writes now."""
+        """Whether a writer holds the lock now."""
         return self._writing
 
     @contextmanager
     def r_lock(self, timeout: float | None = None) -> Iterator[None]:
-        """Read inside a `with`."""
+        """Hold the lock for reading inside a `with` block."""
         self.r_acquire(timeout)
         try:
             yield
@@ -66,7 +66,7 @@ class RWLock:
 
     @contextmanager
     def w_lock(self, timeout: float | None = None) -> Iterator[None]:
-        """Write inside a `with`."""
+        """Hold the lock for writing inside a `with` block."""
         self.w_acquire(timeout)
         try:
             yield

@@ -36,7 +36,7 @@ _MAX_ERROR_BYTES = 4096
 
 @dataclass(frozen=True)
 class Address:
-    """Where a donor serves."""
+    """Host and port at which a donor serves its state."""
 
     host: str
     port: int

@@ -70,7 +70,7 @@ class HTTPTransport(CheckpointTransport[T]):
         return self._bytes_received + (under_way.nbytes if under_way is not None else 0)
 
     def metadata(self) -> str:
-        """`http://{hostname}:{port}/checkpoint/`."""
+        """The address for peers to fetch from: `http://{hostname}:{port}/checkpoint/`."""
         host = f"[{self._hostname}]" if ":" in self._hostname else self._hostname
         return f"http://{host}:{self._server.port}/checkpoint/"
 

@@ -90,12 +90,13 @@ class Leaf:
 
     @property
     def nbytes(self) -> int:
+        """How many bytes of the payload it takes."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
 class Head:
-    """What the header says, checked."""
+    """The checked fields of a header: step, window, tree and leaves."""
 
     step: int
     window: str

@@ -53,7 +53,7 @@ class Snapshot:
 
 
 class Part:
-    """What one connection carries."""
+    """The share of a state that one connection carries."""
 
     def __init__(self, snapshot: Snapshot, blocks: list[Block]) -> None:
         self._snapshot = snapshot

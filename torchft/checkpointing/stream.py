@@ -27,7 +27,7 @@ class PeerGone(ConnectionError):
 
 
 class Deadline:
-    """A moment, `seconds` from now."""
+    """A moment that lies `seconds` after its creation."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.seconds = seconds
@@ -35,7 +35,11 @@ class Deadline:
         self._at = clock() + seconds
 
     def remaining(self) -> float:
-        """Seconds that are left, more than 0. Raises TimeoutError when none are."""
+        """Seconds that are left, more than 0.
+
+        Raises:
+            TimeoutError: no time is left.
+        """
         left = self._at - self._clock()
         if left <= 0:
             raise TimeoutError(f"not done within {self.seconds:g} s")
@@ -74,7 +78,11 @@ class ProgressDeadline(Deadline):
         self._at = min(self._clock() + self.seconds, self._end)
 
     def remaining(self) -> float:
-        """As `Deadline.remaining`."""
+        """Seconds that are left, more than 0.
+
+        Raises:
+            TimeoutError: no time is left; says how many bytes have moved.
+        """
         if self._clock() >= self._end:
             raise TimeoutError(f"{self.nbytes} bytes in {self._limit_s:g} s, and not done")
         try:
@@ -146,7 +154,7 @@ class Stream:
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Close the socket."""
+        """Close the socket; closing twice does no harm."""
         self._socket.close()
 
     def _recv_into(self, memory: memoryview, flags: int) -> int:

@@ -35,7 +35,11 @@ def add_command(
 
 
 def run(top: argparse.ArgumentParser, typed: argparse.Namespace) -> int:
-    """Print the script; returns the exit code."""
+    """Print the completion script of a shell; returns the exit code.
+
+    Raises:
+        TorchftError: shtab is not installed.
+    """
     try:
         import shtab
     except ImportError:

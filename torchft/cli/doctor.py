@@ -86,5 +86,5 @@ def text_of(check: Check) -> str:
 
 
 def exit_code(checks: Sequence[Check]) -> int:
-    """1 if something fails."""
+    """The exit code of all checks: 1 if one failed, else 0."""
     return int(any(check.status is Status.FAIL for check in checks))

@@ -26,7 +26,7 @@ that cannot be used; 128 + n after signal n.
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of the whole command line."""
+    """The argument parser of the whole `torchft` command."""
     top: argparse.ArgumentParser = CommandParser(
         prog="torchft",
         description=ABOUT,

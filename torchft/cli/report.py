@@ -16,7 +16,7 @@ __all__ = ["add_json_flag", "show", "view_for"]
 
 
 def add_json_flag(parser: argparse.ArgumentParser) -> None:
-    """Add `--json`."""
+    """Add the option `--json` to a parser."""
     parser.add_argument(
         "--json",
         action="store_true",

@@ -116,15 +116,19 @@ class OrderedMean(Work):
             self._send_mean()
 
     def get_future(self) -> Future[list[Tensor]]:
-        """PhaseError: nothing completes by itself here."""
+        """Refuse: nothing completes by itself here.
+
+        Raises:
+            PhaseError: always.
+        """
         raise PhaseError("an ordered mean has no future: its second half is done by who waits")
 
     def is_completed(self) -> bool:
-        """Whether the mean is there."""
+        """Whether the tensor already holds the mean."""
         return self._done
 
     def synchronize(self) -> None:
-        """The same as `wait`."""
+        """Wait without a deadline, as `wait` does."""
         self.wait()
 
     def _send_chunks(self) -> None:

@@ -99,10 +99,10 @@ class QuantizedMean(OrderedMean):
 
 
 def adds(op: ReduceOp | ReduceOp.RedOpType) -> bool:
-    """Whether `op` is SUM; else it is AVG.
+    """Whether `op` is SUM; it is AVG otherwise.
 
     Raises:
-        NotImplementedError: neither.
+        NotImplementedError: it is neither.
     """
     summed, averaged = op == ReduceOp.SUM, op == ReduceOp.AVG
     if not (summed or averaged):

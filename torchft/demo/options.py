@@ -58,7 +58,7 @@ class DemoOptions:
 
     @property
     def target(self) -> int:
-        """Steps to be committed."""
+        """How many steps the run has to commit."""
         return DEFAULT_STEPS[self.strategy] if self.steps is None else self.steps
 
     @property
@@ -70,5 +70,5 @@ class DemoOptions:
 
     @property
     def min_groups(self) -> int:
-        """One group may be missing."""
+        """How many groups a quorum needs: one may be missing."""
         return max(1, self.replicas - 1)

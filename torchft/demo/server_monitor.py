@@ -52,12 +52,12 @@ class WorkerMonitor:
         self._lines = LineFollower(log)
 
     def poll(self) -> None:
-        """Read what is new."""
+        """Read what the worker has logged since the last call."""
         self.steps += [step for line in self._lines.poll() if (step := Step.of(line)) is not None]
 
     @property
     def last(self) -> Step | None:
-        """The newest step."""
+        """The newest step that was read, None before the first."""
         return self.steps[-1] if self.steps else None
 
     def longest_pause(self, since: float, until: float) -> float:
@@ -88,7 +88,7 @@ class ServerMonitor:
         self._before = (0, 0)
 
     def poll(self) -> None:
-        """Ask, if it is time."""
+        """Ask the server for its status, if it is time."""
         now = self._clock()
         if now < self._asked_at + ASK_EVERY_S:
             return
@@ -117,5 +117,5 @@ class ServerMonitor:
 
     @property
     def members(self) -> frozenset[str]:
-        """Workers that it knows."""
+        """The workers that the server knows of."""
         return frozenset(self.status.get("workers", ()))

@@ -20,7 +20,7 @@ DILOCO = [sys.executable, "-m", "torchft.cli.diloco_agent"]
 
 @dataclass(frozen=True, kw_only=True)
 class ServerDemoOptions:
-    """What was asked for."""
+    """What was asked for on the command line of `demo-server`."""
 
     train: Sequence[str]
     """The workers' command. It is given `--num-shards`, `--shard-index`, `--output-dir` and
@@ -36,12 +36,12 @@ class ServerDemoOptions:
 
     @property
     def output(self) -> Path:
-        """The server's."""
+        """The output folder of the parameter server."""
         return self.folder / "server"
 
     @property
     def tokens(self) -> Path:
-        """Of the server's first start."""
+        """The file of tokens that the server's first start writes."""
         return self.folder / "tokens.json"
 
     @property
@@ -50,11 +50,11 @@ class ServerDemoOptions:
         return self.folder / "end"
 
     def output_of(self, worker: str) -> Path:
-        """A worker's."""
+        """The output folder of the worker of that name."""
         return self.folder / f"worker_{worker}"
 
     def server(self, port: int) -> Group:
-        """Not started yet."""
+        """The server's process, which is not started yet."""
         flags = [
             *("-o", str(self.output), "-n", "2", "--port", str(port), "--save-every", "5"),
             *("--grace", str(self.grace_s), "--auth-token-file", str(self.tokens)),

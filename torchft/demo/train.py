@@ -160,7 +160,7 @@ def step_back() -> None:
 
 
 def train_ddp(trainee: Trainee) -> dict[str, Any]:
-    """Gradients averaged in every step."""
+    """Train with gradients that are averaged in every step."""
     manager = trainee.manager
     manager.register_state_dict_fn("model", trainee.model.load_state_dict, trainee.model.state_dict)
     model = DistributedDataParallel(
@@ -179,7 +179,7 @@ def train_ddp(trainee: Trainee) -> dict[str, Any]:
 
 
 def train_local_sgd(trainee: Trainee) -> dict[str, Any]:
-    """Weights averaged every few steps."""
+    """Train with weights that are averaged every few steps."""
     manager, options = trainee.manager, trainee.options
     with LocalSGD(
         manager,
@@ -257,7 +257,7 @@ LOOPS: dict[str, Callable[[Trainee], dict[str, Any]]] = {
 
 
 def main(arguments: list[str]) -> None:
-    """Train as one rank."""
+    """Train as one rank of one group, as torchrun starts it."""
     # SystemExit, so that `finally` runs: the manager leaves its quorum and frees its port.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     torch.set_num_threads(1)

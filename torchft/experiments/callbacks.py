@@ -51,7 +51,7 @@ class Figures:
         }
 
     def validation(self, found: dict[str, Any]) -> Row:
-        """Of one entry of `Result.validations`."""
+        """The figures of one entry of `Result.validations`."""
         return {
             **self._at(found["step"]),
             "local_loss": found["local_loss"],
@@ -61,7 +61,7 @@ class Figures:
         }
 
     def correlation(self, found: dict[str, Any]) -> Row:
-        """Of one entry of `Result.correlations`."""
+        """The figures of one entry of `Result.correlations`."""
         return {**self._at(found["step"]), **{k: v for k, v in found.items() if k != "step"}}
 
     def past(self, result: Result) -> Iterator[tuple[Kind, Row]]:
@@ -205,7 +205,7 @@ class Callbacks:
             self._stack.callback(self._progress.close)
 
     def look(self, nodes: Sequence[TrainNode], step: int) -> dict[str, Any]:
-        """An entry of `Result.validations`."""
+        """Validate the nodes now; returns an entry of `Result.validations`."""
         assert self.validator is not None
         seen = self.validator(nodes)
         return {"step": step, "local_loss": seen.local_loss, **asdict(seen)}

@@ -33,7 +33,7 @@ _SHOWN = 4
 
 @dataclass(frozen=True)
 class Saved:
-    """What one file holds."""
+    """The content of one checkpoint file of a run."""
 
     step: int
     identity: dict[str, Any]
@@ -58,7 +58,7 @@ class Saved:
 
 
 class CheckpointFolder:
-    """The files of one run."""
+    """The folder that holds the checkpoint files of one run."""
 
     def __init__(self, folder: str | Path, *, keep: int = 3) -> None:
         check_integer("keep_checkpoints", keep, least=1)
@@ -66,7 +66,7 @@ class CheckpointFolder:
         self._keep = keep
 
     def all(self) -> list[Path]:
-        """Oldest first."""
+        """The paths of all its checkpoints, the oldest first."""
         found = [path for path in self.folder.glob("step_*.pt") if _NAME.fullmatch(path.name)]
         return sorted(found, key=lambda path: int(path.stem.removeprefix("step_")))
 

@@ -61,7 +61,7 @@ EVERYDAY = NetworkModel(
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyConfig:
-    """One strategy of a sweep."""
+    """The name and the settings of one strategy in a sweep."""
 
     name: str
     """A known one, or "package.module:factory", which is called with the options."""
@@ -206,7 +206,11 @@ def _part(given: Any, folder: Path) -> Any:
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """A YAML or TOML file of names and values."""
+    """A YAML or TOML file of names and values.
+
+    Raises:
+        SettingsError: the file cannot be read as settings.
+    """
     path = Path(path)
     try:
         text = path.read_text()

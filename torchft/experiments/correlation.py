@@ -23,7 +23,7 @@ _CHUNK = 1 << 18
 
 @dataclass(frozen=True)
 class Correlation:
-    """One comparison."""
+    """One comparison of the nodes' weights at one step."""
 
     nodes: int
     pearson: float | None

@@ -72,7 +72,7 @@ class TrainStats:
 
 @dataclass(frozen=True)
 class EvalStats:
-    """Of one evaluation."""
+    """The figures that one evaluation of the model gave."""
 
     loss: float
     perplexity: float
@@ -358,13 +358,13 @@ def overridden(simulator: DilocoProcess) -> list[str]:
 
 
 class DilocoProgram(SPMDProgram):
-    """A subclass as a program."""
+    """Runs a subclass of `DilocoSimulator` with a process for each node."""
 
     def __init__(self, simulator: DilocoProcess) -> None:
         self.simulator = simulator
 
     def spmd_main(self, node: SPMDNode) -> None:
-        """The life of one process."""
+        """Run the whole training of one node's process."""
         simulator = self.simulator
         simulator._begin(node)
         try:
@@ -374,6 +374,6 @@ class DilocoProgram(SPMDProgram):
             simulator._cleanup()
 
     def spmd_settings(self) -> dict[str, Any]:
-        """Whose methods are called."""
+        """The class whose overridden methods the program calls, as plain data."""
         name = type(self.simulator).__name__
         return {"strategy": name, "overrides": overridden(self.simulator)}

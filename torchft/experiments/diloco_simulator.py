@@ -56,7 +56,7 @@ def _outer_defaults() -> dict[str, Any]:
 
 @dataclass(kw_only=True)
 class DilocoSimulatorConfig:
-    """All options, for `DilocoSimulator(config)`."""
+    """All options of a simulation, for `DilocoSimulator(config)`."""
 
     model_cls: Callable[..., nn.Module]
     loss_fn: Callable[[Any, Any], Tensor]

@@ -44,7 +44,7 @@ def identity_of(experiment: Experiment) -> dict[str, Any]:
 
 
 def config_of(experiment: Experiment) -> dict[str, Any]:
-    """All settings as plain data."""
+    """All settings of an experiment as plain data."""
     return {
         **identity_of(experiment),
         "strategy": experiment.strategy.config(),

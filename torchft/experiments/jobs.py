@@ -24,7 +24,7 @@ Job = TypeVar("Job")
 
 @dataclass(frozen=True)
 class Ended(Generic[Job]):
-    """A job that is over."""
+    """A job that is over, with what it left."""
 
     job: Job
     error: str | None

@@ -59,7 +59,7 @@ class NodeTask:
 
 
 class LocalNode:
-    """One process of one node."""
+    """One process of one node, with its model and its manager."""
 
     manager: Manager
 
@@ -109,7 +109,7 @@ class LocalNode:
         return self.manager
 
     def peers(self, *, deterministic: bool = False) -> ManagedPeers:
-        """The other nodes."""
+        """The other nodes, to exchange numbers with."""
         return ManagedPeers(self.manager, deterministic=deterministic)
 
     def joined(self) -> None:
@@ -129,11 +129,11 @@ class LocalNode:
         self._tell("report", news)
 
     def kill_self(self) -> None:
-        """As a preempted machine does."""
+        """End this process by SIGKILL, as a preempted machine does."""
         os.kill(os.getpid(), signal.SIGKILL)
 
     def close(self) -> None:
-        """Leave the others."""
+        """Leave the other nodes and free the connections."""
         if hasattr(self, "manager"):
             self.manager.shutdown()
 

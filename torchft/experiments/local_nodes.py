@@ -57,7 +57,7 @@ class NodeFailed(TorchftError):
 
 @dataclass(frozen=True)
 class Start:
-    """A process of a node."""
+    """How the process of one node is started."""
 
     node: int
     at: int | None = None

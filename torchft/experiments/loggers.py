@@ -55,7 +55,7 @@ class Logger(Protocol):
         ...
 
     def log(self, kind: Kind, row: Row) -> None:
-        """One row of a kind."""
+        """Write one row of figures of this kind."""
         ...
 
     def close(self) -> None:
@@ -103,7 +103,7 @@ class CSVLogger:
         file.write(_csv(row.values()))
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files of all kinds of rows."""
         while self._files:
             self._files.popitem()[1].close()
 
@@ -140,7 +140,7 @@ class WandbLogger:
         self._run.log({name: value for name, value in row.items() if value is not None})
 
     def close(self) -> None:
-        """Finish the run."""
+        """Finish the run at Weights & Biases."""
         if self._run is not None:
             self._run.finish()
             self._run = None
@@ -174,7 +174,7 @@ class TensorBoardLogger:
                 self._writer.add_scalar(f"{kind}/{name}", value, row[self._column])
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write the events that are left, and close the file."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None

@@ -27,7 +27,7 @@ Axis = Callable[[RunReport], Sequence[float]]
 
 @dataclass(frozen=True)
 class Line:
-    """One combination along one axis."""
+    """The points of one combination of settings along one axis."""
 
     label: str
     x: list[float]
@@ -39,7 +39,7 @@ class Line:
 
 
 def lines_of(sweep: Sweep, axis: Axis) -> list[Line]:
-    """A line for each combination."""
+    """One line of points for each combination of settings."""
     groups = grouped(sweep.reports)
     return [_line(_label(group, list(groups)), reports, axis) for group, reports in groups.items()]
 

@@ -62,7 +62,7 @@ class ProgressBar:
             self._bar.set_postfix(self._shown, refresh=False)
 
     def step(self, loss: float) -> None:
-        """One step is done."""
+        """Move the bar on by one step that is done."""
         self._done += 1
         self.show(loss=loss)
         if self._bar is not None:

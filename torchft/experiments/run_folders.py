@@ -70,7 +70,7 @@ class RunFolders:
 
     @property
     def logs(self) -> Path:
-        """The folder of its logs."""
+        """The folder that holds the logs of a run."""
         return self._roots[0] / self.name
 
     def check_logs(self) -> None:

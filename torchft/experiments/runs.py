@@ -46,7 +46,7 @@ class RunSpec:
 
     @property
     def group(self) -> RunSpec:
-        """The same for all seeds."""
+        """The name of its combination, which is the same for all seeds."""
         return replace(self, seed=0)
 
     def __str__(self) -> str:
@@ -56,7 +56,7 @@ class RunSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class RunReport:
-    """What a run leaves."""
+    """The figures that one run of a sweep leaves behind."""
 
     spec: RunSpec
     parameters: int

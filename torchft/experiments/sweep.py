@@ -106,7 +106,7 @@ def check_runs(config: SimulateConfig, specs: Sequence[RunSpec], data: Data) -> 
 
 
 def experiment_of(config: SimulateConfig, spec: RunSpec, data: Data) -> Experiment:
-    """What a specification describes."""
+    """The experiment that a specification of a run describes."""
     return Experiment(
         model=registry.model_of(config),
         train_dataset=data[0],

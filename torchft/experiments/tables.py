@@ -34,7 +34,7 @@ MEGA = 1e6
 
 @dataclass(frozen=True)
 class MeanSpread:
-    """Of several seeds."""
+    """The mean and the spread of a figure over several seeds."""
 
     mean: float
     spread: float | None
@@ -47,7 +47,7 @@ class MeanSpread:
 
 @dataclass(frozen=True)
 class NetworkFigures:
-    """What one combination takes on one network."""
+    """The figures of one combination of settings on one network."""
 
     elapsed_s: MeanSpread
     to_loss_s: MeanSpread | None
@@ -58,7 +58,7 @@ class NetworkFigures:
 
 @dataclass(frozen=True)
 class TableRow:
-    """One combination."""
+    """The figures of one combination of settings, over all seeds."""
 
     spec: RunSpec
     seeds: int
@@ -73,7 +73,7 @@ class TableRow:
     networks: dict[str, NetworkFigures]
 
     def plain(self) -> dict[str, Any]:
-        """Names and numbers."""
+        """The row as a flat dict of names and numbers."""
         spec = self.spec
         flat: dict[str, Any] = {
             "strategy": spec.strategy.shown,
@@ -162,7 +162,7 @@ def with_machine(sweep: Sweep, rows: Sequence[TableRow]) -> str:
 
 
 def as_table(rows: Sequence[TableRow], target: float | None) -> str:
-    """Markdown, for people."""
+    """The rows as a table in Markdown, for people."""
     head, cells = _heads(rows, target), [_cells(row) for row in rows]
     # What never happened, or is the same everywhere by default, needs no column.
     kept = [at for at, name in enumerate(head) if not name.startswith("lost") or _any(cells, at)]
@@ -206,7 +206,7 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def as_csv(rows: Sequence[TableRow]) -> str:
-    """Every figure, for machines."""
+    """The rows as CSV with every figure, for machines."""
     plain = [row.plain() for row in rows]
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(plain[0]) if plain else ["strategy"])

@@ -257,7 +257,7 @@ class Trainer:
         return self._minibatch_size(experiment, force=force_recalculate)
 
     def clear_minibatch_cache(self) -> None:
-        """Forget what `find_minibatch_size` has found."""
+        """Forget the sizes that `find_minibatch_size` has found."""
         self._minibatch_sizes.clear()
 
     def _set_minibatch_size(

@@ -36,7 +36,7 @@ _Batch = tuple[Any, int]
 
 @dataclass(frozen=True)
 class Validation:
-    """One look."""
+    """The losses of one validation, at one step."""
 
     local_losses: dict[int, float]
     """By node, of its own model, on its own held-out data where a factory gives each its own."""

@@ -54,7 +54,7 @@ class GroupMonitor:
         return leading
 
     def add(self, record: StepRecord) -> None:
-        """One more of rank 0."""
+        """Take in one more event of the group's rank 0."""
         self.records.append(record)
         if not record.committed:
             self.discarded.append(record)
@@ -102,7 +102,7 @@ class GroupMonitor:
 
 
 class RunMonitor:
-    """All groups of a run."""
+    """Follows all groups of a run by their events."""
 
     def __init__(self, groups: Sequence[GroupMonitor]) -> None:
         self.groups = list(groups)

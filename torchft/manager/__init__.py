@@ -244,7 +244,7 @@ class Manager(Uncopied):
     def set_state_dict_fns(
         self, load_state_dict: Callable[[Any], None], state_dict: Callable[[], Any]
     ) -> None:
-        """Deprecated: use `register_state_dict_fn`."""
+        """Register state under the name `default`. Deprecated: use `register_state_dict_fn`."""
         self.register_state_dict_fn("set_state_dict_fns", load_state_dict, state_dict)
 
     def offer_copies(self) -> None:

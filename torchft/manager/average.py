@@ -43,16 +43,16 @@ _LOOKS_WITHOUT_A_MEMBER = 10
 
 
 class Members(Protocol):
-    """Among whom something is averaged."""
+    """The members of a process group among whom something is averaged."""
 
     @property
     def retired(self) -> bool:
-        """They were abandoned."""
+        """Whether the group of these members was abandoned."""
         ...
 
     @property
     def lost(self) -> bool:
-        """One of them has left."""
+        """Whether one of the members has left since."""
         ...
 
 
@@ -137,7 +137,7 @@ class Average(Work):
         return self._future
 
     def synchronize(self) -> None:
-        """The same as `wait`."""
+        """Wait without a deadline, as `wait` does."""
         self.wait()
 
     def block_current_stream(self) -> None:
@@ -145,7 +145,7 @@ class Average(Work):
         self.wait()
 
     def is_completed(self) -> bool:
-        """Whether the result is there."""
+        """Whether the tensor already holds the result."""
         return self._finished
 
     def _complete(self, arrived: Future) -> None:
@@ -262,21 +262,21 @@ class Done(Work):
         self._tensor = tensor
 
     def wait(self, timeout: timedelta | None = None) -> bool:
-        """True."""
+        """Return True, since there is nothing to wait for."""
         return True
 
     def get_future(self) -> Future[torch.Tensor]:
-        """Already there."""
+        """The future, which was complete from the start."""
         future = future_on(self._tensor)
         future.set_result(self._tensor)
         return future
 
     def synchronize(self) -> None:
-        """Nothing to wait for."""
+        """Do nothing, since there is nothing to wait for."""
 
     def block_current_stream(self) -> None:
-        """Nothing to wait for."""
+        """Do nothing, since there is nothing to wait for."""
 
     def is_completed(self) -> bool:
-        """True."""
+        """True, since it was complete from the start."""
         return True

@@ -20,7 +20,7 @@ __all__ = ["StepListener", "StepListeners"]
 
 
 class StepListener(Protocol):
-    """Called on the training thread."""
+    """What is called on the training thread in each step."""
 
     kind: str
     """What it is, in the words that a difference between groups is told with."""

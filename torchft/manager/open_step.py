@@ -55,7 +55,7 @@ class Means:
 
 
 class OpenStep:
-    """One step of a manager."""
+    """One step of a manager that is not voted on yet."""
 
     def __init__(self, transaction: Transaction, means: Means) -> None:
         self.transaction = transaction
@@ -103,7 +103,7 @@ class OpenStep:
         return self._means.communicator.ordered_mean(self.transaction, tensor, called)
 
     def allgather(self, tensor: torch.Tensor) -> tuple[Work, list[torch.Tensor]]:
-        """As `Manager.allgather`."""
+        """Gather a tensor of all groups, as `Manager.allgather` does."""
         _refuse_sparse("allgather", tensor)
         return self._means.communicator.gather(self.transaction, tensor)
 
@@ -128,12 +128,12 @@ class OpenStep:
             average.wait(self._means.timeout)
 
     def report_error(self, error: Exception) -> None:
-        """Discard it, because of `error`."""
+        """Have the step discarded because of `error`."""
         # All see the same average, so nobody waits for whoever finds it broken.
         self.transaction.report(error, at_home=isinstance(error, NotFiniteError))
 
     def errored(self) -> ExceptionWithTraceback | None:
-        """Why it will be discarded."""
+        """The error that will discard the step, None without one."""
         return self.transaction.error
 
     def carried(self) -> dict[str, Any]:
@@ -148,7 +148,7 @@ class OpenStep:
         }
 
     def wrap_future(self, fut: Future[T], default: T, timeout: timedelta | None) -> Future[T]:
-        """As `Manager.wrap_future`."""
+        """Guard a future with a deadline, as `Manager.wrap_future` does."""
 
         def or_default(done: Future[T]) -> T:
             try:

@@ -80,7 +80,7 @@ class ManagedPeers:
 
 
 class ManagedRound(FormedAtOnce):
-    """One step of the manager."""
+    """A round that is one step of the manager."""
 
     def __init__(
         self, step: OpenStep, opening: bool = False, *, deterministic: bool = False

@@ -45,7 +45,7 @@ __all__ = [
 
 
 class Phase(enum.Enum):
-    """Where the manager's step stands."""
+    """The phase in which the manager's step stands."""
 
     IDLE = "idle"
     OPEN = "open"
@@ -195,7 +195,7 @@ class Plan:
 
     @property
     def name(self) -> str:
-        """This group's replica id."""
+        """The replica id of this group in the quorum."""
         return self.members[self.replica_rank]
 
 

@@ -75,6 +75,6 @@ class Progress:
         return {"step": self.step, "batches_committed": self.batches_committed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from there."""
+        """Go on from the step that `state` holds."""
         self.step = state["step"]
         self.batches_committed = state["batches_committed"]

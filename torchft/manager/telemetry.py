@@ -73,7 +73,7 @@ _SAY_AWAY_S = 30.0
 
 
 class StepLog:
-    """The voice of one manager."""
+    """Writes the log lines and step records of one manager."""
 
     def __init__(self, group: ReplicaGroup, ledger: Ledger) -> None:
         self._group = group
@@ -140,7 +140,7 @@ class StepLog:
         )
 
     def error(self, step: int, error: Exception) -> None:
-        """Say what discards this step."""
+        """Log the error that discards this step."""
         kind = type(error).__name__
         self.say(logging.WARNING, step, "%s: %s; the step is discarded", kind, error)
         _errors.warning("%s", error, extra={**self._labels(step), "error": type(error).__name__})
@@ -209,7 +209,7 @@ class StepLog:
         return {bucket: max(began[bucket], last.get(bucket, 0.0)) for bucket in began}
 
     def close(self) -> None:
-        """Close the file of records."""
+        """Close the file of step records, if there is one."""
         if self._records is not None:
             self._try.last(self._records.close)
 

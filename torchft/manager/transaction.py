@@ -125,7 +125,7 @@ class Transaction:
 
     @property
     def failed(self) -> bool:
-        """Whether an error was reported."""
+        """Whether an error was reported, which discards the step."""
         return self.error is not None
 
     @property

@@ -20,14 +20,14 @@ _current = threading.local()
 
 
 class Account:
-    """Payload bytes handed to the wire."""
+    """Counts the payload bytes that were handed to the wire."""
 
     def __init__(self) -> None:
         self.bytes_sent = 0
         self._counting = threading.Lock()  # DDP's hooks communicate from autograd's threads
 
     def add(self, sent: int) -> None:
-        """So many more."""
+        """Count `sent` more bytes, from any thread."""
         with self._counting:
             self.bytes_sent += sent
 

@@ -42,7 +42,7 @@ class Deadline:
 
     @staticmethod
     def after(timeout: timedelta) -> Deadline:
-        """`timeout` from now."""
+        """The deadline that lies `timeout` from now."""
         return Deadline(timeout, time.monotonic() + timeout.total_seconds())
 
     def left(self) -> timedelta:
@@ -50,7 +50,7 @@ class Deadline:
         return timedelta(seconds=max(0.001, self.at - time.monotonic()))
 
     def passed(self) -> bool:
-        """Whether it is too late."""
+        """Whether the moment has been reached or passed."""
         return time.monotonic() >= self.at
 
     def __str__(self) -> str:

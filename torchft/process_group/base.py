@@ -78,7 +78,7 @@ class ProcessGroup(TorchProcessGroup):
         raise self._lacks("set_timeout")
 
     def size(self) -> int:
-        """How many members there are."""
+        """How many members the process group has."""
         raise self._lacks("size")
 
     def getBackendName(self) -> str:
@@ -205,7 +205,11 @@ class ProcessGroup(TorchProcessGroup):
         return create
 
     def unregister(self) -> None:
-        """Take it out of torch's registry. Without a `register` before, PhaseError."""
+        """Take it out of torch's registry.
+
+        Raises:
+            PhaseError: it is not registered.
+        """
         if self._registered is None:
             raise PhaseError("not registered: call register first")
         dist.destroy_process_group(self)
@@ -213,7 +217,11 @@ class ProcessGroup(TorchProcessGroup):
 
     @property
     def group_name(self) -> str:
-        """The name that torch gave it. PhaseError unless it is registered."""
+        """The name that torch gave it when it was registered.
+
+        Raises:
+            PhaseError: it is not registered.
+        """
         if self._registered is None:
             raise PhaseError("a group has a name only between register and unregister")
         return self._group_name

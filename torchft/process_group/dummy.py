@@ -60,20 +60,20 @@ class ProcessGroupDummy(ProcessGroup):
         self.configure_count += 1
 
     def abort(self) -> None:
-        """Nothing is ever pending."""
+        """Do nothing, since no operation is ever pending."""
 
     def shutdown(self) -> None:
-        """Nothing to free."""
+        """Do nothing, since there is nothing to free."""
 
     def set_timeout(self, timeout: timedelta) -> None:
-        """Nothing ever waits."""
+        """Do nothing, since no operation ever waits."""
 
     def size(self) -> int:
-        """1."""
+        """1, since the process is its only member."""
         return 1
 
     def getBackendName(self) -> str:
-        """`torchft-dummy`."""
+        """The name of its backend, `torchft-dummy`."""
         return "torchft-dummy"
 
     @untraced  # by torch's DistributedDataParallel, in the backward pass

@@ -98,7 +98,7 @@ class Generation:
 
     @property
     def retired(self) -> bool:
-        """Whether its operations are refused."""
+        """Whether it was retired, so that new operations are refused."""
         return self.error is not None
 
     @property
@@ -107,7 +107,7 @@ class Generation:
         return not all(map(sockets.is_open, self._own))
 
     def size(self) -> int:
-        """How many members it has."""
+        """How many members the generation was made for."""
         return self._size
 
     def set_timeout(self, timeout: timedelta) -> None:

@@ -48,7 +48,7 @@ class ProcessGroupGloo(ProcessGroupWrapper):
         self._stores = StoreClients()
 
     def getBackendName(self) -> str:
-        """`torchft-gloo`."""
+        """The name of its backend, `torchft-gloo`."""
         return "torchft-gloo"
 
     def shutdown(self) -> None:
@@ -62,7 +62,11 @@ class ProcessGroupGloo(ProcessGroupWrapper):
         input_tensors: list[list[Tensor]],
         opts: ReduceScatterOptions | None = None,
     ) -> Work:
-        """RuntimeError: gloo has none."""
+        """Refuse the operation, which gloo does not have.
+
+        Raises:
+            RuntimeError: always.
+        """
         raise RuntimeError("gloo has no reduce_scatter: use allreduce or alltoall_base")
 
     def reduce_scatter_tensor_coalesced(
@@ -71,7 +75,11 @@ class ProcessGroupGloo(ProcessGroupWrapper):
         input_tensors: list[Tensor],
         opts: ReduceScatterOptions | None = None,
     ) -> Work:
-        """RuntimeError: gloo has none."""
+        """Refuse the operation, which gloo does not have.
+
+        Raises:
+            RuntimeError: always.
+        """
         raise RuntimeError("gloo has no reduce_scatter: use allreduce or alltoall_base")
 
     def _make(

@@ -42,7 +42,11 @@ class ManagedProcessGroup(ProcessGroupWrapper):
 
     @untraced  # by torch's DistributedDataParallel, in the backward pass
     def allreduce(self, tensors: list[Tensor], opts: AnyAllreduceOptions) -> Work:
-        """All-reduce exactly one tensor; SettingsError for more."""
+        """All-reduce exactly one tensor by the manager, in place.
+
+        Raises:
+            SettingsError: there is not exactly one tensor.
+        """
         if len(tensors) != 1:
             raise SettingsError(f"a managed all-reduce takes one tensor, not {len(tensors)}")
         op = opts.reduceOp if isinstance(opts, AllreduceOptions) else opts
@@ -50,7 +54,7 @@ class ManagedProcessGroup(ProcessGroupWrapper):
 
     @untraced  # by torch's DistributedDataParallel, of buffers
     def broadcast(self, tensor_list: list[Tensor], opts: BroadcastOptions | None = None) -> Work:
-        """By the manager's group, unmanaged."""
+        """Broadcast by the manager's process group, without the manager."""
         return super().broadcast(tensor_list, opts)
 
     def size(self) -> int:
@@ -66,7 +70,11 @@ class ManagedProcessGroup(ProcessGroupWrapper):
         return self._manager.errored()
 
     def configure(self, store_addr: str, replica_id: str, rank: int, world_size: int) -> None:
-        """NotImplementedError: the manager does that."""
+        """Refuse: the manager configures its process group itself.
+
+        Raises:
+            NotImplementedError: always.
+        """
         raise self._lacks("configure: its manager configures it")
 
     def abort(self, errored: bool = True) -> None:
@@ -74,5 +82,5 @@ class ManagedProcessGroup(ProcessGroupWrapper):
         self._manager._pg.abort()
 
     def set_timeout(self, timeout: timedelta) -> None:
-        """Deadline of the manager's group."""
+        """Set the deadline of operations in the manager's process group."""
         self._manager._pg.set_timeout(timeout)

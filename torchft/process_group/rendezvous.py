@@ -65,13 +65,13 @@ class Member:
 
     @staticmethod
     def here(seat: Seat, listen: Address | None) -> Member:
-        """This process in `seat`."""
+        """This process as the member that takes `seat`."""
         host = socket.gethostname()
         return Member(seat.rank, seat.world_size, seat.replica_id, host, _network(), listen)
 
     @staticmethod
     def read(text: bytes | str) -> Member:
-        """The member that wrote `text`."""
+        """The member whose announcement in the store is `text`."""
         fields = json.loads(text)
         listen = fields.pop("listen")
         return Member(**fields, listen=(str(listen[0]), int(listen[1])) if listen else None)

@@ -46,7 +46,13 @@ class StoreClients:
         self._changing = threading.Lock()
 
     def client(self, store_addr: str, timeout: timedelta) -> Store:
-        """As `create_store_client`, on the connection of before if its store still answers."""
+        """A client of the store, on the earlier connection if the store still answers on it.
+
+        Raises:
+            SettingsError: the address has another form.
+            CollectiveError: the host has no address, or the store does not answer.
+            TimeoutError: no answer within `timeout`.
+        """
         host, port, prefix = _parse(store_addr)
         deadline = Deadline.after(timeout)
         key = (os.getpid(), host, port, timeout)

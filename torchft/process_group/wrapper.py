@@ -49,7 +49,11 @@ class ProcessGroupWrapper(ProcessGroup):
 
     @property
     def parent(self) -> ProcessGroup | Generation:
-        """Whom operations go to. AssertionError before the first configure."""
+        """The group or generation that operations go to.
+
+        Raises:
+            AssertionError: it was not configured yet.
+        """
         parent = self._generation or self._pg
         if parent is None:
             raise AssertionError(f"{type(self).__name__}: call configure first")

@@ -76,7 +76,7 @@ class Blockwise(Codec):
 
     @abstractmethod
     def code_bytes(self, n: int) -> int:
-        """Bytes of `n` codes."""
+        """How many bytes `n` codes take, without scales."""
 
     @abstractmethod
     def pack(self, scaled: Tensor, codes: Tensor) -> None:
@@ -92,7 +92,7 @@ class Blockwise(Codec):
     # ------------------------------------------------------------------ what they share
 
     def encoded_bytes(self, n: int) -> int:
-        """Scales and codes."""
+        """How many bytes the scales and codes of `n` numbers take."""
         return SCALE_BYTES * self._blocks(n) + self.code_bytes(n)
 
     @torch.no_grad()
@@ -125,7 +125,7 @@ class Blockwise(Codec):
         return self._decode(encoded, out, add=False)
 
     def decode_add_(self, total: Tensor, encoded: Tensor) -> Tensor:
-        """Tile by tile."""
+        """Decode and add tile by tile, so that no second row is in memory."""
         return self._decode(encoded, total, add=True)
 
     @torch.no_grad()

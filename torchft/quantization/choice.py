@@ -18,7 +18,7 @@ _CODECS: dict[str, Codec] = {
 
 
 def codec_names() -> tuple[str, ...]:
-    """Those that `codec_of` knows."""
+    """The names of the codecs that `codec_of` knows."""
     return tuple(_CODECS)
 
 

@@ -25,7 +25,7 @@ class Float8(Blockwise):
     unit = 2.0**8
 
     def code_bytes(self, n: int) -> int:
-        """One each."""
+        """One byte for each of `n` codes."""
         return n
 
     def pack(self, scaled: Tensor, codes: Tensor) -> None:

@@ -23,15 +23,15 @@ class Int8(Blockwise):
     step = 1 / 253
 
     def code_bytes(self, n: int) -> int:
-        """One each."""
+        """One byte for each of `n` codes."""
         return n
 
     def pack(self, scaled: Tensor, codes: Tensor) -> None:
-        """Two's complement."""
+        """The codes as bytes, in two's complement."""
         codes.view(torch.int8).copy_(scaled.round_())
 
     def unpack(self, codes: Tensor, numbers: Tensor) -> None:
-        """A cast."""
+        """The codes from their bytes, by a cast."""
         numbers.copy_(codes.view(torch.int8))
 
 

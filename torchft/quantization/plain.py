@@ -51,7 +51,11 @@ class Identity(_Plain):
     wire = torch.float32
 
     def check(self, dtype: torch.dtype) -> None:
-        """Not fp64 either: it would lose digits."""
+        """Refuse what is no floating-point dtype, and fp64, which would lose digits.
+
+        Raises:
+            SettingsError: the dtype cannot be encoded without loss.
+        """
         super().check(dtype)
         if dtype == torch.float64:
             raise SettingsError(
@@ -68,7 +72,7 @@ class Identity(_Plain):
         return super().encode(values)
 
     def error_bound(self, values: Tensor) -> Tensor:
-        """None."""
+        """Zeros: no number changes when it is encoded."""
         return torch.zeros_like(values, dtype=torch.float32)
 
 
@@ -83,7 +87,7 @@ class BFloat16(_Plain):
     wire = torch.bfloat16
 
     def error_bound(self, values: Tensor) -> Tensor:
-        """|x|·2⁻⁸ + 2⁻¹³³."""
+        """|x|·2⁻⁸ + 2⁻¹³³ for each number; infinity where bf16 overflows."""
         sizes = values.detach().to(torch.float32).abs()
         bound = sizes * 2.0**-8 + 2.0**-133
         return bound.masked_fill_(sizes.to(self.wire).isinf(), torch.inf)

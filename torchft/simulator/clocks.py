@@ -92,22 +92,22 @@ class NodeSeconds:
 
     @property
     def elapsed_s(self) -> float:
-        """All of it."""
+        """The sum of all its kinds of seconds."""
         return sum(getattr(self, one.name) for one in fields(self))
 
     def since(self, before: NodeSeconds) -> NodeSeconds:
-        """What was added since `before`."""
+        """The seconds that were added since the copy `before`."""
         pairs = {o.name: (getattr(self, o.name), getattr(before, o.name)) for o in fields(self)}
         return NodeSeconds(**{name: now - then for name, (now, then) in pairs.items()})
 
     def copy(self) -> NodeSeconds:
-        """As it is now."""
+        """A copy that later seconds do not change."""
         return NodeSeconds(**vars(self))
 
 
 @dataclass
 class Lost:
-    """What failures cost."""
+    """How many steps and seconds were lost to failures."""
 
     deaths: int = 0
     rounds: int = 0
@@ -159,7 +159,7 @@ class Clocks:
         self.lost = Lost()
 
     def compute(self, node: int, seconds: float) -> None:
-        """One inner step."""
+        """Account for one inner step of the nodes."""
         self.now[node] += seconds
         self.spent[node].compute_s += seconds
         self.at_stake[node] += 1
@@ -243,7 +243,7 @@ class Clocks:
         )
 
     def end(self) -> float:
-        """Everybody waits for the last."""
+        """Let every node wait for the one that ends last."""
         there = [node for node in range(len(self.now)) if node not in self.left_at]
         elapsed = max(self.now)
         self.wait_until(there, elapsed)

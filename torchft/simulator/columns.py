@@ -22,7 +22,7 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class ColumnRange:
-    """Where a parameter lies."""
+    """The columns of the matrix in which one parameter lies."""
 
     matrix: int
     columns: range
@@ -56,7 +56,7 @@ def columns_of(places: Sequence[ColumnRange]) -> dict[int, list[range]]:
 
 
 def matrix(rows: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros `[rows, size]`."""
+    """A matrix of zeros, `[rows, size]`."""
     step = _ALIGNMENT // dtype.itemsize
     return torch.zeros(rows, -(-size // step) * step, dtype=dtype, device=device)[:, :size]
 

@@ -156,7 +156,7 @@ class Membership:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse."""
+        """Go on from a state that `state_dict` returned."""
         self.alive = list(state["alive"])
         self.waiting = dict(state["waiting"])
         self.lives = list(state["lives"])

@@ -193,7 +193,7 @@ class Experiment:
 
     @property
     def total_steps(self) -> int:
-        """Inner steps of each node."""
+        """How many inner steps each node takes."""
         limits = [] if self.max_steps is None else [self.max_steps]
         if self.num_epochs is not None:
             limits.append(self.num_epochs * self.feed().batches_per_epoch)

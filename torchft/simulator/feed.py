@@ -103,7 +103,7 @@ class Feed:
         return self._own
 
     def samples(self, node: int) -> int:
-        """How many `node` has."""
+        """How many samples `node` has in an epoch."""
         return self._shard(node).samples
 
     @property

@@ -69,7 +69,7 @@ def run_stacked(
 
 
 class Simulation:
-    """A run between its steps."""
+    """A run of an experiment that stands between two steps."""
 
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment

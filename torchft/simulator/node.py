@@ -38,7 +38,7 @@ class NodeError(TorchftError):
 
 
 class TrainNode:
-    """One node."""
+    """One simulated node: its model, its optimizer and its loss."""
 
     batch_size: int | None = None
     """Samples of a batch, where that is known."""

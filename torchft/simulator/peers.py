@@ -28,7 +28,7 @@ __all__ = ["HealRecord", "RoundRecord", "StackedPeers", "StackedRound"]
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """A round that has closed."""
+    """What happened in one round that has closed."""
 
     step: int
     """Inner step in which it closed, from 0."""
@@ -52,7 +52,7 @@ class RoundRecord:
 
 @dataclass(frozen=True)
 class HealRecord:
-    """A node got another's state."""
+    """Which node got the state of which other node."""
 
     step: int
     node: int
@@ -93,7 +93,7 @@ class StackedPeers:
             self.local.die(node)
 
     def open(self, place: Place) -> StackedRound:
-        """Heal whoever waits, and begin."""
+        """Heal the nodes that wait for it, then begin a round."""
         healed = self.membership.admit()
         for node, donor in healed:
             self._heal(node, donor)
@@ -153,7 +153,7 @@ class StackedPeers:
 
 
 class StackedRound(FormedAtOnce):
-    """One round."""
+    """A round among nodes that are rows of one process."""
 
     opening = False
 
@@ -212,7 +212,7 @@ class StackedRound(FormedAtOnce):
         return mean
 
     def gather(self, tensors: Sequence[Tensor]) -> _Ready:
-        """The counted rows."""
+        """The rows of the nodes that are counted."""
         before = self._collectives
         self._kind = self._kind if before else "gather"
         for tensor in tensors:
@@ -244,7 +244,7 @@ class StackedRound(FormedAtOnce):
         return _Ready(means)
 
     def carried(self) -> dict[str, Any]:
-        """Nothing: see `StackedPeers.take_over`."""
+        """An empty dict, since nothing needs to travel: see `StackedPeers.take_over`."""
         return {}
 
     def fail(self, error: Exception) -> None:

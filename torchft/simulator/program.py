@@ -47,7 +47,7 @@ class SPMDStrategy(Strategy):
         self.val_interval: int | None = None
 
     def config(self) -> dict[str, Any]:
-        """The program's settings."""
+        """The settings of the program as plain data."""
         return {"strategy": type(self.program).__name__, **self.program.spmd_settings()}
 
     def bind(

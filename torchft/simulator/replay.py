@@ -45,7 +45,7 @@ class RealRound:
 
     @property
     def committed(self) -> list[str]:
-        """Those for which it committed."""
+        """The nodes for which the round committed."""
         return [one for one in self.members if one in self.records and self.records[one].committed]
 
     @property
@@ -164,7 +164,7 @@ class _Story:
 
 
 def heals_of(rounds: Sequence[RealRound]) -> list[HealRecord]:
-    """Who got whose state."""
+    """Which node got whose state, from the records of a run."""
     return [
         HealRecord(one.opened, _node_of(life), donor, _bytes_healed(one.records[life]))
         for one in rounds

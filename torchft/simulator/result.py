@@ -19,7 +19,7 @@ __all__ = ["Result", "StepRow", "averaged_tensors", "mean_model"]
 
 @dataclass(frozen=True)
 class StepRow:
-    """One inner step."""
+    """The losses of all nodes in one inner step."""
 
     step: int
     losses: dict[int, float]
@@ -28,7 +28,7 @@ class StepRow:
 
     @property
     def loss(self) -> float:
-        """The mean over the nodes."""
+        """The mean of the losses over the nodes."""
         return sum(self.losses.values()) / len(self.losses)
 
 
@@ -63,7 +63,7 @@ class Result:
 
     @property
     def bytes_sent(self) -> list[int]:
-        """By each node, in rounds."""
+        """How many bytes each node has sent in rounds."""
         sent = [0] * self.num_nodes
         for record in self.rounds:
             for node, amount in record.bytes_per_node.items():

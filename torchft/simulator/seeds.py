@@ -65,7 +65,7 @@ class Generators:
 
     @classmethod
     def now(cls, device: torch.device) -> Self:
-        """As they stand."""
+        """The state of all generators at this moment."""
         on_device = None
         if device.type == "cuda":
             on_device = torch.cuda.get_rng_state(device)
@@ -76,7 +76,7 @@ class Generators:
         )
 
     def restore(self) -> None:
-        """They go on from there."""
+        """Set all generators back to this state."""
         torch.set_rng_state(self.torch_state)
         np.random.set_state(self.numpy_state)
         random.setstate(self.python_state)

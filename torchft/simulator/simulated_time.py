@@ -20,7 +20,7 @@ __all__ = ["Forecast", "ForecastStep", "forecast", "forecast_records", "smoothed
 
 @dataclass(frozen=True)
 class ForecastStep:
-    """One step in simulated time."""
+    """When one step began and ended, in simulated time."""
 
     end_s: float
     """When the last node that was there had ended it."""
@@ -30,7 +30,7 @@ class ForecastStep:
 
 @dataclass(frozen=True)
 class Forecast:
-    """The simulated time of a run on one network."""
+    """How long a run takes on one network, in simulated time."""
 
     elapsed_s: float
     nodes: tuple[NodeSeconds, ...]

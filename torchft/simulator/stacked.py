@@ -168,7 +168,7 @@ class StackedLocal:
     # --- what a strategy sees
 
     def split(self, parts: int, pattern: str = SEQUENTIAL) -> list[Fragment]:
-        """Cut as everywhere."""
+        """Cut the model into fragments, by the rule of all runtimes."""
         return cut(self.names, self._nbytes, parts, pattern)
 
     def views(self, fragment: Fragment, flats: Sequence[Tensor]) -> list[Tensor]:
@@ -186,7 +186,7 @@ class StackedLocal:
 
     @torch.no_grad()
     def delta(self, fragment: Fragment, base: Sequence[Tensor]) -> list[Tensor]:
-        """`base - weights`, made anew."""
+        """`base - weights` for each parameter, in new tensors."""
         return [
             delta_into(torch.empty_like(w, dtype=b.dtype), b.to(w.device), w)
             for b, w in zip(base, self.weights(fragment), strict=True)
@@ -333,7 +333,7 @@ class StackedLocal:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse."""
+        """Go on from a state that `state_dict` returned."""
         for mine, theirs in zip(self._weights, state["weights"], strict=True):
             mine.copy_(theirs)
         for model, saved in zip(self.models, state["buffers"], strict=True):

@@ -35,7 +35,7 @@ class AllReduce(Recipe):
         self.feedback: ErrorFeedback | None = None
 
     def setup(self) -> None:
-        """Nothing is left over yet."""
+        """Make the error-feedback state, if there is to be one."""
         if self.error_feedback:
             self.feedback = feedback_of(self.local, self.local.whole)
             self.own["residual"] = self.feedback.residuals
@@ -50,7 +50,7 @@ class AllReduce(Recipe):
         return sent, self.feedback.draft(sent)
 
     def named(self, fragment: Fragment, received: list[Tensor], draft: Draft) -> dict[str, Tensor]:
-        """By parameter."""
+        """The averaged tensors by the names of their parameters."""
         return self.local.named_views(fragment, received)
 
     def adopt(self, fragment: Fragment, news: list[Tensor], draft: Draft) -> None:

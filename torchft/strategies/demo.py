@@ -115,7 +115,7 @@ class DeMo(Recipe):
 
     @torch.no_grad()
     def apply(self, fragment: Fragment, received: list[Tensor]) -> list[Tensor]:
-        """The sign of the mean."""
+        """Step by the sign of the averaged momentum."""
         means = mean_of(received, self.own["momentum"], self.topk, self.mean_over)
         news = [torch.empty(1, n, dtype=dtype, device=at) for n, dtype, at in self._kinds]
         blocks = [

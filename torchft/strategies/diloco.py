@@ -178,11 +178,11 @@ class DiLoCo(Recipe):
         return delta, self.feedbacks[fragment.index].draft(delta)
 
     def named(self, fragment: Fragment, received: list[Tensor], draft: Draft) -> dict[str, Tensor]:
-        """By parameter."""
+        """The averaged tensors by the names of their parameters."""
         return self.local.named_views(fragment, received)
 
     def apply(self, fragment: Fragment, received: list[Tensor]) -> list[Tensor]:
-        """The outer step."""
+        """Take the outer step with the averaged pseudo-gradient."""
         self.outer.step(fragment, received)
         self.versions[fragment.index] += 1
         return self.backups[fragment.index].flats
@@ -227,7 +227,7 @@ class DiLoCo(Recipe):
         return {**super().own_state_dict(), "inner": inner}
 
     def load_own_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse."""
+        """Load a state that `own_state_dict` returned."""
         super().load_own_state_dict(state)
         for inner, saved in zip(self.inner_backups, state["inner"], strict=True):
             inner.load_state_dict(saved)
@@ -251,11 +251,11 @@ class DiLoCo(Recipe):
         self._healed = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Of every fragment."""
+        """The shared state of every fragment, as plain data."""
         return {str(f.index): self.fragment_state(f) for f in self.fragments}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Into every fragment."""
+        """Load the shared state into every fragment."""
         for fragment in self.fragments:
             self.load_fragment_state(fragment, state[str(fragment.index)])
 

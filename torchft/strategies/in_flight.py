@@ -24,7 +24,7 @@ __all__ = ["InFlight"]
 
 @dataclass(kw_only=True)
 class InFlight:
-    """One round."""
+    """One round that is open while training goes on."""
 
     recipe: Recipe
     fragment: Fragment

@@ -41,7 +41,7 @@ class Inner:
             check_number("max_norm", self.max_norm, above=0)
 
     def config(self) -> dict[str, Any]:
-        """The settings as plain data."""
+        """The settings of the inner step as plain data."""
         schedule = self.schedule.config() if self.schedule is not None else None
         return {"optim": self.optim.config(), "schedule": schedule, "max_norm": self.max_norm}
 

@@ -46,12 +46,12 @@ class Local(Protocol):
 
     @property
     def rows(self) -> int:
-        """Nodes in this process."""
+        """How many nodes live in this process: the leading dimension."""
         ...
 
     @property
     def whole(self) -> Fragment:
-        """All parameters."""
+        """The fragment that holds all parameters of the model."""
         ...
 
     def split(self, parts: int, pattern: str = "sequential") -> Sequence[Fragment]:
@@ -63,7 +63,7 @@ class Local(Protocol):
         ...
 
     def weights(self, fragment: Fragment) -> list[Tensor]:
-        """The parameters."""
+        """The parameters of a fragment, each `[rows, …]`."""
         ...
 
     def delta(self, fragment: Fragment, base: Sequence[Tensor]) -> list[Tensor]:

@@ -108,7 +108,7 @@ class LocalSGD(Recipe):
         return sent, None
 
     def named(self, fragment: Fragment, received: list[Tensor], draft: None) -> dict[str, Tensor]:
-        """By parameter."""
+        """The averaged tensors by the names of their parameters."""
         return self.local.named_views(fragment, received)
 
     @torch.no_grad()

@@ -68,7 +68,7 @@ class ScheduleSpec:
         return self.cls if isinstance(self.cls, str) else self.cls.__name__
 
     def config(self) -> dict[str, Any]:
-        """The settings as plain data."""
+        """The settings of the schedule as plain data."""
         return {"name": self.name, **{k: plain(v) for k, v in self.kwargs.items()}}
 
     def __repr__(self) -> str:

@@ -24,7 +24,7 @@ class Steps(Protocol):
     """A torch optimizer, or what else takes the inner step."""
 
     def step(self) -> object:
-        """Take it."""
+        """Take one step of the inner optimizer."""
         ...
 
 
@@ -101,11 +101,11 @@ class ModelLocal:
         return layout
 
     def of(self, fragment: Fragment) -> list[nn.Parameter]:
-        """The parameters of `fragment`."""
+        """The parameters that belong to `fragment`, in order."""
         return [self.parameters[position] for position in fragment.parameters]
 
     def names_of(self, fragment: Fragment) -> list[str]:
-        """Their names."""
+        """The names of the parameters that belong to `fragment`."""
         return [self.names[position] for position in fragment.parameters]
 
     def views(self, fragment: Fragment, flats: Sequence[Tensor]) -> list[Tensor]:
@@ -119,7 +119,7 @@ class ModelLocal:
 
     @torch.no_grad()
     def weights(self, fragment: Fragment) -> list[Tensor]:
-        """A copy of the parameters."""
+        """A copy of the parameters of a fragment, each `[1, …]`."""
         out = self._take(fragment)
         self.read_weights(fragment, out)
         return out
@@ -154,7 +154,7 @@ class ModelLocal:
 
     @torch.no_grad()
     def select(self, fragment: Fragment, positions: Sequence[Tensor]) -> list[Tensor]:
-        """Some elements of the parameters."""
+        """A copy of the selected elements of the parameters."""
         whole = self.weights(fragment)
         some = [flat[:, at] for flat, at in zip(whole, positions, strict=True)]
         self.release(whole, reusable=True)
@@ -174,7 +174,7 @@ class ModelLocal:
 
     @torch.no_grad()
     def grads(self, fragment: Fragment) -> list[Tensor]:
-        """A copy of the gradients."""
+        """A copy of the gradients of a fragment, each `[1, …]`."""
         out = self._take(fragment)
         for view, parameter in zip(self._views(fragment, out), self.of(fragment), strict=True):
             if parameter.grad is None:

@@ -64,6 +64,11 @@ class Averaged(Named):
 def inner_step_of(
     optim: OptimSpec, max_norm: float | None, scheduler: Scheduler, arguments: Arguments
 ) -> Inner:
+    """The inner step of an optimizer, a gradient norm and a schedule.
+
+    Raises:
+        SettingsError: there are arguments for a schedule but no schedule.
+    """
     if scheduler is not None:
         return Inner(optim, ScheduleSpec(scheduler, **(arguments or {})), max_norm)
     if arguments is not None:
@@ -72,6 +77,11 @@ def inner_step_of(
 
 
 def one_of(*, default: OptimSpec | None = None, **optims: Optim) -> OptimSpec:
+    """The one optimizer that was given under one of several names, else `default`.
+
+    Raises:
+        SettingsError: more than one was given.
+    """
     given = {name: value for name, value in optims.items() if value is not None}
     if len(given) > 1:
         raise SettingsError(f"{' and '.join(given)} name the same optimizer: give one of them")

@@ -33,7 +33,7 @@ __all__ = ["By", "Clock", "Recipe"]
 
 
 class By(enum.Enum):
-    """How the contributions come together."""
+    """How the contributions of the nodes are put together."""
 
     AVERAGE = "average"
     GATHER = "gather"
@@ -120,7 +120,7 @@ class Recipe:
         """
 
     def setup(self) -> None:
-        """Make the recipe's state."""
+        """Make the state of the recipe, before the first step."""
 
     def take_backup(self) -> None:
         """Training begins with the weights as they are now: they are what a discarded round goes
@@ -146,7 +146,7 @@ class Recipe:
         return self.local.whole
 
     def of(self, index: int) -> Fragment:
-        """The fragment of that index."""
+        """The fragment that has the given index."""
         return self.local.whole
 
     def opened(self) -> None:
@@ -183,7 +183,7 @@ class Recipe:
         """The round came to nothing: restore what must not stand."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The shared state."""
+        """The state that all nodes share, as plain data."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

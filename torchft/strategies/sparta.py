@@ -92,7 +92,7 @@ class Sparta(Recipe):
         return self.local.named_views(fragment, whole)
 
     def adopt(self, fragment: Fragment, news: list[Tensor], draft: Draft) -> None:
-        """Their mean, in their place."""
+        """Write the averaged elements to their places in the weights."""
         subset, some = draft
         arrived = iter(news)
         means = [next(arrived).to(p.dtype) if p.shape[1] else p for p in some]

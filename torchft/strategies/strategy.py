@@ -266,7 +266,7 @@ class Strategy:
         return {**self.shared_state_dict(), "own": [r.own_state_dict() for r in self.recipes]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse."""
+        """Go on from a state that `state_dict` returned."""
         self.load_shared_state_dict(state)
         for recipe, theirs in zip(self.recipes, state["own"], strict=True):
             recipe._healed = False

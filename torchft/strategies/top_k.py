@@ -111,7 +111,7 @@ class TopK(Recipe):
 
     @torch.no_grad()
     def apply(self, fragment: Fragment, received: list[Tensor]) -> list[Tensor]:
-        """The outer step."""
+        """Take the outer step with the averaged coefficients."""
         means = mean_of(received, self.own["residual"], self.topk, self.mean_over)
         self.outer.step(fragment, self._chunks.join(means, self.backup.flats))
         return self.backup.flats

@@ -152,7 +152,7 @@ def experiment_of(
 
 @dataclass(frozen=True)
 class Pair:
-    """The same experiment, run twice."""
+    """One experiment that was run in two ways, with its digests."""
 
     real: Result
     simulated: Result

@@ -75,7 +75,7 @@ class ServedDiLoCo(DiLoCo):
         """What nodes hold, by fragment."""
 
     def setup(self) -> None:
-        """All start from the same."""
+        """Start every node from the same weights."""
         super().setup()
         self.bases = [[flat.clone() for flat in backup.flats] for backup in self.backups]
         for at, backup in enumerate(self.backups):

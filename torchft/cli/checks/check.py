@@ -9,7 +9,7 @@ __all__ = ["Check", "Status"]
 
 
 class Status(enum.StrEnum):
-    """How it is."""
+    """How a check of `torchft doctor` went."""
 
     OK = "ok"
     WARN = "warn"
@@ -20,7 +20,7 @@ class Status(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the doctor."""
+    """One checked fact, as a line of `torchft doctor`."""
 
     name: str
     status: Status
@@ -31,15 +31,15 @@ class Check:
 
     @classmethod
     def ok(cls, name: str, found: str) -> Check:
-        """Nothing to do."""
+        """A check that asks for no action."""
         return cls(name, Status.OK, found)
 
     @classmethod
     def warn(cls, name: str, found: str, remedy: str) -> Check:
-        """It may matter."""
+        """A check whose result may matter, with advice."""
         return cls(name, Status.WARN, found, remedy)
 
     @classmethod
     def fail(cls, name: str, found: str, remedy: str) -> Check:
-        """It will not work."""
+        """A check that found what will not work, with advice."""
         return cls(name, Status.FAIL, found, remedy)

@@ -141,7 +141,7 @@ def _judge(address: str, answer: Answer, ours: str | None) -> Check:
 
 
 def major(wire: str | None) -> str:
-    """`1.2` → `1`."""
+    """The first number of a version: `1.2` → `1`."""
     return (wire or "").partition(".")[0]
 
 

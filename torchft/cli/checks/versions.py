@@ -20,7 +20,7 @@ EXTRAS = {"psutil": "demo", "rich": "demo", "torchx": "torchx"}
 
 
 def python(version: tuple[int, int] | None = None) -> Check:
-    """The interpreter."""
+    """Check the version of the Python interpreter."""
     version = sys.version_info[:2] if version is None else version
     name = ".".join(map(str, version))
     if version < LEAST_PYTHON:
@@ -29,7 +29,7 @@ def python(version: tuple[int, int] | None = None) -> Check:
 
 
 def torch(installed: str | None = None) -> Check:
-    """PyTorch."""
+    """Check the installed version of PyTorch."""
     try:
         installed = metadata.version("torch") if installed is None else installed
     except metadata.PackageNotFoundError:

@@ -137,7 +137,7 @@ class SPMDNode:
         self._tell(rows)
 
     def close(self) -> None:
-        """End what loads data."""
+        """End the processes and threads that load data."""
         self._feed.close()
 
 

@@ -29,7 +29,7 @@ __all__ = ["Traffic", "counted"]
 
 @dataclass
 class Traffic:
-    """Since it was last taken."""
+    """The bytes that were sent since they were last read."""
 
     nbytes: int = 0
     """That this process sent."""

@@ -65,7 +65,7 @@ class DiLoCoClient:
         return self._again("POST", path, body, {"Content-Type": "application/json"})
 
     def get(self, path: str) -> dict[str, Any]:
-        """JSON. Raises as `post`."""
+        """Get an answer in JSON; raises the same errors as `post`."""
         return self._again("GET", path, None, {})
 
     def put(

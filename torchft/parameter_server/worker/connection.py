@@ -147,7 +147,7 @@ class ServerConnection:
         self._cache.close()
 
     def pause(self, seconds: float) -> None:
-        """Wait, or until the end."""
+        """Wait for some seconds, or until the connection ends."""
         self._end.wait(seconds)
 
     def leave(self) -> None:

@@ -60,10 +60,10 @@ class DownloadCache:
                 self._have[name] = index + 1
 
     def drop(self, path: Path) -> None:
-        """It has been read."""
+        """Delete a download that has been read."""
         self._have.pop(path.name, None)
         self._pool.retire(path)
 
     def close(self) -> None:
-        """Delete all."""
+        """Delete all files that are left in the cache."""
         self._folder.cleanup()

@@ -14,7 +14,7 @@ __all__ = ["DownloadedUpdate", "PendingSubmission"]
 
 @dataclass(frozen=True)
 class DownloadedUpdate:
-    """News that are here, whole."""
+    """An update of the weights that has been downloaded completely."""
 
     version: int
     identity: str
@@ -22,7 +22,7 @@ class DownloadedUpdate:
     cache: DownloadCache
 
     def drop(self) -> None:
-        """They have been read."""
+        """Delete the files of the update, which have been read."""
         for _, path in self.files:
             self.cache.drop(path)
 
@@ -47,5 +47,5 @@ class PendingSubmission:
 
     @property
     def nbytes(self) -> int:
-        """On the wire."""
+        """How many bytes the submission takes on the wire."""
         return sum(map(len, self.chunks))

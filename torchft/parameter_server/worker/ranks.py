@@ -80,7 +80,7 @@ class Ranks:
 
     @property
     def alone(self) -> bool:
-        """There is no other rank."""
+        """Whether this rank is the only one of its worker."""
         return self._group is None
 
     def together(self, lead: Callable[[], Any], along: Mapping[str, Callable[..., None]]) -> None:
@@ -110,7 +110,7 @@ class Ranks:
             dist.broadcast(tensor, self.members[0], self._group)
 
     def total(self, number: int) -> int:
-        """The sum over the ranks."""
+        """The sum of a value over all ranks."""
         if self.alone:
             return number
         sums = torch.tensor([number], device="cpu")
@@ -118,7 +118,7 @@ class Ranks:
         return int(sums)
 
     def close(self) -> None:
-        """All ranks are done."""
+        """Free what the ranks exchanged messages with, when all are done."""
         if not self.alone:
             dist.destroy_process_group(self._group)
 

@@ -20,7 +20,7 @@ __all__ = ["check_optimizer", "is_sharded", "named_parameters", "put", "unwrappe
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """It is a DTensor."""
+    """Whether a parameter is a DTensor, spread over ranks."""
     return hasattr(parameter, "full_tensor")
 
 

@@ -185,7 +185,7 @@ class DiLoCoWorker(Uncopied):
 
     @property
     def sync_every(self) -> int:
-        """Inner steps to a cycle."""
+        """How many inner steps one cycle of fragments takes."""
         return self._schedule.every if self.active and self._started else self.options.sync_every
 
     @property
@@ -194,7 +194,7 @@ class DiLoCoWorker(Uncopied):
         return self._weights.bases
 
     def metrics(self) -> dict[str, float]:
-        """For logs."""
+        """Figures of the worker by name, for logs."""
         if not self.active:
             return {}
         return {

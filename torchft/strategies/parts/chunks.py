@@ -27,7 +27,7 @@ MODEL, TENSOR = "model", "tensor"
 
 
 class Chunks(Protocol):
-    """A way to cut."""
+    """A way to cut tensors into chunks, and to undo it."""
 
     def zeros(self, rows: int) -> list[Tensor]:
         """`[rows, m, size]` for each size and dtype of chunks."""

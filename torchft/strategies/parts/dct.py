@@ -51,7 +51,7 @@ def dct(x: Tensor) -> Tensor:
 
 
 def inverse_dct(x: Tensor) -> Tensor:
-    """The way back."""
+    """The inverse of the discrete cosine transform above."""
     return _both_sides(x, lambda c: c.T)
 
 

@@ -71,7 +71,7 @@ class InnerBackup:
         return self._saved
 
     def load_state_dict(self, saved: dict[tuple[int, int], Saved]) -> None:
-        """The inverse."""
+        """Go on from a state that `state_dict` returned."""
         self._saved = {
             at: {name: self._copy(value, None) for name, value in state.items()}
             for at, state in saved.items()

@@ -33,7 +33,7 @@ class Flats(Protocol):
 
     @property
     def flats(self) -> Sequence[Tensor]:
-        """`[1, n]` each."""
+        """The tensors of a fragment, flat, each `[1, n]`."""
         ...
 
     def in_shape(self, flats: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -42,13 +42,13 @@ class Flats(Protocol):
 
 
 class Outer(Protocol):
-    """Advances backups."""
+    """An outer optimizer, which advances the backups of fragments."""
 
     leaves_news: bool
     """After a step the model's weights are the new backup already."""
 
     def bind(self, fragments: Sequence[Fragment], backups: Sequence[Backup]) -> None:
-        """Called once, before any step."""
+        """Prepare it for a model; called once, before any step."""
         ...
 
     def described(self) -> str:
@@ -64,7 +64,7 @@ class Outer(Protocol):
         ...
 
     def load_state_dict(self, fragment: Fragment, state: dict[str, Any]) -> None:
-        """The inverse."""
+        """Go on from a state that `state_dict` returned."""
         ...
 
 
@@ -86,7 +86,7 @@ class FlatOuter:
         self._optimizers: list[Optimizer] = []
 
     def bind(self, fragments: Sequence[Fragment], backups: Sequence[Flats]) -> None:
-        """Make the optimizers."""
+        """Make one optimizer for each fragment of the model."""
         check_steps("the outer optimizer", self._factory, torch.device("cpu"))
         self._in_shape = sees_shapes(self._factory)
         self._backups = list(backups)
@@ -117,11 +117,11 @@ class FlatOuter:
                 group.update(settings)
 
     def state_dict(self, fragment: Fragment) -> dict[str, Any]:
-        """The fragment's own optimizer."""
+        """The state of the optimizer of one fragment."""
         return self._optimizers[fragment.index].state_dict()
 
     def load_state_dict(self, fragment: Fragment, state: dict[str, Any]) -> None:
-        """Into the fragment's own optimizer."""
+        """Load a state into the optimizer of one fragment."""
         self._optimizers[fragment.index].load_state_dict(state)
 
 

@@ -26,7 +26,7 @@ __all__ = [
 
 
 class Selector(Protocol):
-    """The joint."""
+    """Which elements of a tensor are meant in a round."""
 
     def __call__(self, numel: int, iteration: int, seed: int) -> Tensor:
         """Positions below `numel`."""
@@ -35,7 +35,7 @@ class Selector(Protocol):
 
 @dataclass(frozen=True)
 class IndexSelector:
-    """All of them, always."""
+    """Selects all elements of a tensor in every round."""
 
     def __call__(self, numel: int, iteration: int, seed: int) -> Tensor:
         """0 … numel - 1."""

@@ -79,7 +79,7 @@ def samples_of(local: Local) -> Tensor:
 
 @torch.no_grad()
 def weighed(weights: Sequence[Tensor], samples: Tensor) -> list[Tensor]:
-    """What a round averages."""
+    """The tensors that a round averages, each times its weight."""
     wide = [w.to(shared_dtype_of(w.dtype, torch.float32)) for w in weights]
     return [*(w * samples.to(w.device) for w in wide), samples.clone()]
 

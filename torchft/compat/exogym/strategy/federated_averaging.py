@@ -45,7 +45,7 @@ class AveragingCommunicator(CommunicationModule):
 
     @torch.no_grad()
     def communicate(self, model: nn.Module, rank: int, num_nodes: int, local_step: int) -> None:
-        """Average."""
+        """Average the parameters among the nodes of each island."""
         island = self._island(rank, num_nodes, local_step)
         for parameter in (p for p in model.parameters() if p.requires_grad):
             if len(island) == num_nodes:

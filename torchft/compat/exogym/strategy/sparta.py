@@ -94,7 +94,7 @@ class SparseCommunicator(CommunicationModule):
 
     @torch.no_grad()
     def communicate(self, model: nn.Module, rank: int, num_nodes: int, local_step: int) -> None:
-        """Average."""
+        """Average the selected elements of the parameters among all nodes."""
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.grad is not None:
                 mask = self.index_selector.get_indices(parameter, local_step)

@@ -93,7 +93,7 @@ class Strategy(SPMDProgram):
         self.local_step += 1
 
     def zero_grad(self) -> None:
-        """Before the forward pass."""
+        """Reset the gradients before the forward pass."""
         self.optim.zero_grad()
 
     def _setup_scheduler(self) -> None:
@@ -103,7 +103,7 @@ class Strategy(SPMDProgram):
             self.scheduler = spec.build(self.optim, self.max_steps)
 
     def spmd_main(self, node: SPMDNode) -> None:
-        """The loop of one process."""
+        """Run the training loop of one process."""
         self.max_steps = node.total_steps
         node.seed_alike(_BEFORE_ALL)
         self._init_node(node.model, node.rank, node.num_nodes)
