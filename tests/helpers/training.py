@@ -16,6 +16,7 @@ from helpers.tiny import Tiny, backward, digest
 from torch import Tensor
 
 from torchft.quantization import BFloat16, Float8, Int4, Int8
+from torchft.seeds import seed63
 from torchft.strategies import (
     AllReduce,
     Clock,
@@ -30,7 +31,6 @@ from torchft.strategies import (
     Strategy,
     TopK,
 )
-from torchft.strategies.parts.agreed import mixed
 from torchft.strategies.parts.outer import ModelOuter
 
 __all__ = ["ROWS", "SEQUENTIAL", "STEPS", "STRIDED", "Row", "Training"]
@@ -83,7 +83,7 @@ def a_third(turn: int, numel: int) -> Tensor:
 
 
 def at_random(turn: int, numel: int) -> Tensor:
-    return RandomIndexSelector(0.02)(numel, turn, mixed(7, 0))
+    return RandomIndexSelector(0.02)(numel, turn, seed63(7, 0))
 
 
 # Tiny's blocks, in bytes of fp32 / 4: unused 3, first.0 42, first.2 56, second.0 7, second.2 24.

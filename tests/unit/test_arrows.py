@@ -18,7 +18,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 BASE = {
     *("arguments", "best_effort", "digest", "errors", "finite", "futures", "lazy_names"),
     *("ledger", "ordered"),
-    *("parameter_marks", "peers", "records", "settings", "step_hooks", "step_watch"),
+    *("parameter_marks", "peers", "records", "seeds", "settings", "step_hooks", "step_watch"),
     *("timeouts", "uncopied", "untraced", "version", "work"),
 }
 FRONTS = {

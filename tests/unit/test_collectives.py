@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import Work
 
 from tests.helpers.ranks import Rank, ranks
-from torchft.collectives import AsIs, OrderedMean, as_bytes
+from torchft.collectives import OrderedMean, QuantizedMean, as_bytes
 from torchft.errors import CollectiveError, PhaseError
 from torchft.ledger import Ledger
 from torchft.manager.average import Average
@@ -221,20 +221,10 @@ def test_it_has_no_future() -> None:
         OrderedMean(Group(), torch.ones(3), [0, 1]).get_future()  # type: ignore[arg-type]
 
 
-class Halves(AsIs):
-    """A codec that loses half of every number's bits."""
-
-    def encode(self, rows: Tensor) -> Tensor:
-        return super().encode(rows.to(torch.bfloat16))
-
-    def decode(self, wire: Tensor, dtype: torch.dtype) -> Tensor:
-        return super().decode(wire, torch.bfloat16).to(dtype)
-
-
 def test_what_travels_is_what_the_codec_makes() -> None:
     group, tensor = Group(), torch.tensor([1.0, 1.001, 3.0, 4.0])
     group.chunks.ended = group.means.ended = True
-    work = OrderedMean(group, tensor, [0, 1], Halves())  # type: ignore[arg-type]
+    work = QuantizedMean(group, tensor, [0, 1], "bf16")  # type: ignore[arg-type]
     assert work._sent.nbytes == 8
     work.wait()
     assert tensor.tolist() == [2.0, 2.5, 2.0, 2.5]

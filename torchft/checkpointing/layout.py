@@ -160,10 +160,10 @@ def decode_head(prefix: bytes, body: bytes) -> Head:
     try:
         fields = json.loads(body)
         step, window, tree, leaves = (fields[k] for k in ("step", "window", "tree", "leaves"))
-        if type(step) is not int or type(window) is not str or type(leaves) is not list:
-            raise TypeError("a field has the wrong type")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise LayoutError(f"the header is malformed: {_brief(error)}") from None
+    if type(step) is not int or type(window) is not str or type(leaves) is not list:
+        raise LayoutError("the header is malformed: a field has the wrong type")
     if len(leaves) > MAX_LEAVES:
         raise LayoutError(f"{len(leaves)} leaves are above the limit of {MAX_LEAVES}")
     return Head(step, window, tree, tuple(_checked_leaf(leaf) for leaf in leaves))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torchft.collectives.ordered import AsIs, Codec, OrderedMean, as_bytes
+from torchft.collectives.ordered import OrderedMean, as_bytes
 from torchft.collectives.quantized import (
     QuantizedMean,
     adds,
@@ -11,8 +11,6 @@ from torchft.collectives.quantized import (
 )
 
 __all__ = [
-    "AsIs",
-    "Codec",
     "OrderedMean",
     "QuantizedMean",
     "adds",

@@ -57,24 +57,31 @@ class QuantizedMean(OrderedMean):
         summed: bool = False,
         unsaid: Tensor | None = None,
     ) -> None:
-        self._numbers = codec_of(codec)
-        self._numbers.check(tensor.dtype)
+        self._codec = codec_of(codec)
+        self._codec.check(tensor.dtype)
         self._unsaid = unsaid
         self._chunk = chunk_of(tensor.numel(), group.size())
         self._summed = summed
-        super().__init__(group, tensor, counted, _OfChunks(self._numbers, self._chunk))
+        super().__init__(group, tensor, counted)
 
     def _send_chunks(self) -> None:
         super()._send_chunks()
         if self._unsaid is not None:
             for member in range(self._sent.shape[0]):  # one by one: all of it is a second tensor
-                said = self._numbers.decode(self._sent[member : member + 1], self._chunk)
+                said = self._codec.decode(self._sent[member : member + 1], self._chunk)
                 take_said(self._unsaid, said, first=member)
 
-    def _encoded(self, mean: Tensor) -> Tensor:
-        encoded = super()._encoded(mean)
+    def _encode(self, rows: Tensor) -> Tensor:
+        return self._codec.encode(rows)
+
+    def _decode(self, wire: Tensor) -> Tensor:
+        """fp32, whatever was encoded, since sums over members need the digits."""
+        return self._codec.decode(wire, self._chunk)
+
+    def _encode_mean(self, mean: Tensor) -> Tensor:
+        encoded = super()._encode_mean(mean)
         if self._unsaid is not None:
-            sent = self._numbers.decode(encoded, self._chunk)
+            sent = self._codec.decode(encoded, self._chunk)
             add_lost(self._unsaid, self._own_rank(), mean, sent, len(self._counted))
         return encoded
 
@@ -87,9 +94,9 @@ class QuantizedMean(OrderedMean):
         if not self._counted:
             return total
         first, *others = self._counted
-        into(total, self._numbers.decode(received[first : first + 1], self._chunk, out=total))
+        into(total, self._codec.decode(received[first : first + 1], self._chunk, out=total))
         for member in others:
-            self._numbers.decode_add_(total, received[member : member + 1])
+            self._codec.decode_add_(total, received[member : member + 1])
         return total.div_(len(self._counted))
 
     def _keep(self) -> None:
@@ -171,20 +178,3 @@ class _Several(Work):
     def synchronize(self) -> None:
         """The same as `wait`."""
         self.wait()
-
-
-class _OfChunks:
-    """A codec for rows of one length. What it decodes to is fp32, whatever was encoded, since
-    sums over members need the digits."""
-
-    def __init__(self, codec: Codec, length: int) -> None:
-        self._codec = codec
-        self._length = length
-
-    def encode(self, rows: Tensor) -> Tensor:
-        """`[k, length]` → `[k, bytes]`."""
-        return self._codec.encode(rows)
-
-    def decode(self, wire: Tensor, dtype: torch.dtype) -> Tensor:
-        """`[k, bytes]` → fp32 `[k, length]`."""
-        return self._codec.decode(wire, self._length)

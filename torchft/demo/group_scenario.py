@@ -32,7 +32,7 @@ def name_of(group: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """Who is killed, and when."""
+    """Which group is killed when, and what the demo waits for."""
 
     victim: int
     at_step: int
@@ -63,7 +63,7 @@ class Scenario:
 
     @property
     def stages(self) -> list[Stage]:
-        """What the controller goes through."""
+        """The stages of the scenario, in the order of the controller."""
         name = name_of(self.victim)
         return [
             Stage(

@@ -90,7 +90,7 @@ class Run(ABC):
         self.finish()
 
     def end(self) -> None:
-        """Stop every process that still runs; none is left on return."""
+        """End all processes that still run."""
         for process in self.processes.values():
             process.ask_to_stop()  # all at once, so that they take their time together
         for process in self.processes.values():
@@ -98,11 +98,11 @@ class Run(ABC):
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since the run was made."""
+        """Seconds since the beginning of the run."""
         return time.monotonic() - self._began
 
     def tell(self, event: str) -> None:
-        """Show one line about something that happened."""
+        """Show one line about what has happened."""
         self._view.tell(self.elapsed_s, event)
 
     @abstractmethod

@@ -61,7 +61,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a scenario."""
+    """One stage of a scenario, with what ends it."""
 
     waits: str
     """What it waits for, in words that follow "it waited"."""
@@ -81,7 +81,7 @@ class Controller:
 
     @property
     def done(self) -> bool:
-        """Whether every stage is over."""
+        """Whether every stage of the scenario is over."""
         return not self._left
 
     @property

@@ -27,7 +27,7 @@ __all__ = ["ServerSummary", "WorkerResult", "held_by_workers", "read_result"]
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerResult:
-    """One that trained."""
+    """What one worker that trained to its end has written."""
 
     name: str
     killed: bool
@@ -47,7 +47,7 @@ class WorkerResult:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSummary(RunSummary):
-    """A whole run with a parameter server."""
+    """What the whole run with a server came to."""
 
     workers: Sequence[WorkerResult]
     told: bool
@@ -66,7 +66,7 @@ class ServerSummary(RunSummary):
 
     @property
     def survivors(self) -> list[WorkerResult]:
-        """Those that were not killed."""
+        """The workers that were not killed in the run."""
         return [worker for worker in self.workers if not worker.killed]
 
     @property
@@ -82,7 +82,7 @@ class ServerSummary(RunSummary):
 
     @property
     def good(self) -> bool:
-        """Whether all happened, nothing was lost and the weights are equal."""
+        """Whether all went as it should: the exit code follows from it."""
         ended = self.server_code == 0 and all(worker.code == 0 for worker in self.survivors)
         return self.trouble is None and self.told and ended and self.kept and self.equal
 

@@ -54,7 +54,7 @@ class KillResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary(RunSummary):
-    """A whole run of replica groups."""
+    """What the whole run of all groups came to."""
 
     groups: Sequence[GroupResult]
     workers: int
@@ -65,7 +65,7 @@ class Summary(RunSummary):
 
     @property
     def digests(self) -> list[str]:
-        """Of all ranks that ended."""
+        """The digests of all ranks that ended by themselves."""
         return [final_report.digest for group in self.groups for final_report in group.endings]
 
     @property
@@ -81,13 +81,13 @@ class Summary(RunSummary):
 
     @property
     def good(self) -> bool:
-        """Whether every group ended with exit code 0 and all digests are equal."""
+        """Whether all went as it should: the exit code follows from it."""
         ended = all(group.codes and group.codes[-1] == 0 for group in self.groups)
         return self.trouble is None and ended and self.equal
 
     @property
     def steps(self) -> int:
-        """Steps that the run committed."""
+        """How many steps the run has committed."""
         return max((e.step for group in self.groups for e in group.endings), default=0)
 
     @property

@@ -22,7 +22,7 @@ PLAIN_EVERY_S = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """The present state of a run: a table for the live view, a line for the plain one."""
+    """How all groups stand at this moment."""
 
     elapsed_s: float
     """Seconds since the beginning."""
@@ -35,7 +35,7 @@ class Frame:
     caption: str = ""
 
     def table(self) -> Any:
-        """Return the table as `rich` draws it."""
+        """A table for rich, with a row for each group."""
         from rich.table import Table
         from rich.text import Text
 
@@ -66,11 +66,11 @@ class View(AbstractContextManager["View"], Protocol):
     """Where a run is shown, from `with` until its end."""
 
     def tell(self, elapsed_s: float, event: str) -> None:
-        """Show one line about something that happened."""
+        """Show one line about what has happened."""
         ...
 
     def show(self, frame: Frame) -> None:
-        """Show the present state."""
+        """Show how all groups stand at this moment."""
         ...
 
 
@@ -90,9 +90,11 @@ class PlainView:
         return None
 
     def tell(self, elapsed_s: float, event: str) -> None:
+        """Print one line about what has happened."""
         self._line(elapsed_s, event)
 
     def show(self, frame: Frame) -> None:
+        """Print how the run stands, in one line."""
         text = frame.line
         if frame.elapsed_s >= self._next_s and text != self._told:
             self._next_s = frame.elapsed_s + self._every_s
@@ -127,11 +129,13 @@ class RichView:
         self._live.__exit__(kind, error, trace)
 
     def tell(self, elapsed_s: float, event: str) -> None:
+        """Print one line about what has happened, above the table."""
         from rich.text import Text
 
         self._live.console.print(Text(f"{elapsed_s:6.1f} s  {event}"))
 
     def show(self, frame: Frame) -> None:
+        """Draw the table of how the run stands anew."""
         if time.monotonic() - self._drawn >= self._every_s:
             self._drawn = time.monotonic()
             self._live.update(frame.table(), refresh=True)

@@ -51,6 +51,9 @@ class Communicator:
         """Reduce over the counted groups, in place. AVG is a sum and a division.
 
         A maximum or minimum is not judged: an infinity in it is most often meant.
+
+        Raises:
+            ValueError: an average of integers is asked for.
         """
         average = reduce_op == ReduceOp.AVG
         if average and not (tensor.is_floating_point() or tensor.is_complex()):

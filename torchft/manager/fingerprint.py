@@ -63,7 +63,9 @@ def same_world_sizes(
 ) -> None:
     """Compare the ranks in each group, by replica rank, before any of them meets another.
 
-    Raises as `exchange` does.
+    Raises:
+        MismatchError: this group differs from the reference. It cannot take part.
+        CollectiveError: another one differs. This step is lost, the next one may be without it.
     """
     right = sizes[reference]
     if sizes[rank] != right:
@@ -92,6 +94,8 @@ def exchange(
     Raises:
         MismatchError: this group differs from the reference. It cannot take part.
         CollectiveError: another one differs. This step is lost, the next one may be without it.
+
+        TimeoutError: a member did not describe itself within `timeout`.
     """
     text = json.dumps(mine, sort_keys=True)
     store.set(f"description/{rank}", text)

@@ -83,7 +83,11 @@ class OpenStep:
         reports: bool = True,
     ) -> Work:
         """As `Manager.allreduce`. Unless it `reports`, an average that is not finite is for the
-        caller to report, who asks `average.is_finite`."""
+        caller to report, who asks `average.is_finite`.
+
+        Raises:
+            SettingsError: `unsaid` without a codec, or a sparse tensor.
+        """
         _refuse_sparse("allreduce", tensor)
         codec = codec_for(should_quantize, tensor.device)
         communicator = self._means.communicator

@@ -141,7 +141,11 @@ class ManagedRound(FormedAtOnce):
     def average_within(
         self, tensors: Sequence[Tensor], islands: Callable[[int], list[list[int]]]
     ) -> NoReturn:
-        """SettingsError: process groups average among all of a quorum."""
+        """Refuse: process groups average among all of a quorum.
+
+        Raises:
+            SettingsError: always.
+        """
         raise SettingsError(
             "replica groups cannot average within islands yet: simulate this strategy, or leave "
             "the islands out"

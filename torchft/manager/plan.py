@@ -63,7 +63,11 @@ FOLLOWS: dict[Phase, frozenset[Phase]] = {
 
 
 def follow(phase: Phase, to: Phase) -> Phase:
-    """`to`, if it may follow `phase`; PhaseError otherwise."""
+    """The phase `to`, if it may follow `phase`.
+
+    Raises:
+        PhaseError: it may not; says what to call first.
+    """
     if to in FOLLOWS[phase]:
         return to
     if phase is Phase.CLOSED:

@@ -184,8 +184,12 @@ class StepLog:
         self._try(lambda: self._opened().append(record))
 
     def note(self, extra: dict[str, Any]) -> None:
-        """For the next record. SettingsError names what JSON cannot hold: at the vote, where the
-        record is written, that would come too late."""
+        """Keep names and values for the next record.
+
+        Raises:
+            SettingsError: JSON cannot hold a value; at the vote, where the record is written, that
+                would be noticed too late.
+        """
         for name, value in extra.items():
             try:
                 json.dumps(value)

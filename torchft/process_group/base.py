@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,9 @@ from torch.distributed.distributed_c10d import (
 )
 
 from torchft.errors import PhaseError
+
+if TYPE_CHECKING:
+    from torchft.process_group.generation import Generation
 
 __all__ = ["ProcessGroup"]
 
@@ -76,6 +79,11 @@ class ProcessGroup(TorchProcessGroup):
     def set_timeout(self, timeout: timedelta) -> None:
         """Deadline of every configure and operation that begins from now on."""
         raise self._lacks("set_timeout")
+
+    @property
+    def generation(self) -> Generation | None:
+        """The members among whom operations run now; None where a group never changes them."""
+        return None
 
     def size(self) -> int:
         """How many members the process group has."""

@@ -184,7 +184,11 @@ def read_trace(path: str | Path) -> list[FaultEvent]:
 
 
 def parse_trace(text: str, *, source: str, as_csv: bool) -> list[FaultEvent]:
-    """The events of a trace that has been read."""
+    """The events of a trace that has been read, as CSV or as JSON lines.
+
+    Raises:
+        SettingsError: a line is no event; names it by `source` and number.
+    """
     lines = text.splitlines()
     rows = _csv_rows(lines) if as_csv else _json_rows(lines, source)
     events = []

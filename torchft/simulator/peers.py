@@ -111,7 +111,11 @@ class StackedPeers:
         return opened
 
     def take_over(self, carried: dict[str, Any]) -> NoReturn:
-        """Nobody has to: a row that heals shares the rounds of its strategy."""
+        """Refuse: a row that heals shares the rounds of its strategy.
+
+        Raises:
+            AssertionError: always.
+        """
         raise AssertionError("rows have no rounds of their own")
 
     def _look_for_lost(self, members: tuple[int, ...]) -> None:

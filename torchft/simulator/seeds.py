@@ -15,23 +15,16 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from torchft.seeds import seed64
+
 __all__ = ["Generators", "kept_rng", "seed_everything", "seed_node", "seed_of"]
 
-_MASK = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
+_MASK63 = (1 << 63) - 1
 
 
 def seed_of(seed: int, node: int, step: int) -> int:
     """64 bits that look unrelated for every seed, node and step."""
-    return _mixed(_mixed(_mixed(seed) + node) + step)
-
-
-def _mixed(value: int) -> int:
-    """The finaliser of splitmix64."""
-    value = (value + _GOLDEN) & _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
+    return seed64(seed, node, step)
 
 
 def seed_node(seed: int, node: int, step: int, device: torch.device) -> None:
@@ -43,7 +36,7 @@ def seed_node(seed: int, node: int, step: int, device: torch.device) -> None:
         with torch.cuda.device(device):
             torch.cuda.manual_seed(mixed)
     elif device.type == "mps":
-        torch.mps.manual_seed(mixed & (_MASK >> 1))
+        torch.mps.manual_seed(mixed & _MASK63)
 
 
 def seed_everything(mixed: int) -> None:

@@ -74,7 +74,12 @@ class ModelLocal:
         self._modules.append(Fragment(index, tuple(range(first, len(self.parameters)))))
 
     def split(self, parts: int, pattern: str = SEQUENTIAL) -> list[Fragment]:
-        """The modules as they were given, or one module cut in that pattern."""
+        """The modules as they were given, or one module cut in that pattern.
+
+        Raises:
+            SettingsError: several modules are asked for another number of fragments or another
+                pattern, or one of them has no parameter of its own.
+        """
         check_pattern(pattern)
         if len(self._modules) == 1:
             # Of a sharded parameter the whole counts, so that all ranks cut alike.

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from torchft.errors import SettingsError
+from torchft.seeds import seed63
 from torchft.strategies.local import Fragment
-from torchft.strategies.parts.agreed import mixed
 from torchft.strategies.parts.precision import (
     SharedDtype,
     check_shared_dtype,
@@ -69,7 +69,7 @@ class Sparta(Recipe):
         """The subset of this round, of each flat tensor."""
         turn = self.clock.steps // self.every - 1
         return [
-            self.selector(numel, turn, mixed(self.seed, flat)).to(device)
+            self.selector(numel, turn, seed63(self.seed, flat)).to(device)
             for flat, (numel, device) in enumerate(self._flats)
         ]
 

@@ -11,32 +11,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["generator", "mixed", "permuted"]
+from torchft.seeds import seed63
 
-_WORD = (1 << 64) - 1
+__all__ = ["generator", "permuted"]
+
 _ROUNDS = 6
-
-
-def mixed(*numbers: int) -> int:
-    """One number of 63 bits from several; close ones give far ones. (splitmix64)"""
-    state = 0
-    for number in numbers:
-        state = (state + (number & _WORD) + 0x9E3779B97F4A7C15) & _WORD
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _WORD
-        state ^= state >> 31
-    return state >> 1
 
 
 def generator(*numbers: int) -> torch.Generator:
     """A generator on the CPU: its numbers are the same beside any device."""
-    return torch.Generator().manual_seed(mixed(*numbers))
+    return torch.Generator().manual_seed(seed63(*numbers))
 
 
 def permuted(numel: int, start: int, stop: int, *seed: int) -> Tensor:
     """Where positions `start` to `stop` of `numel` go: int64, each target once."""
     half = max(1, ((numel - 1).bit_length() + 1) // 2)
-    keys = [mixed(*seed, turn) & 0x7FFFFFFF for turn in range(_ROUNDS)]
+    keys = [seed63(*seed, turn) & 0x7FFFFFFF for turn in range(_ROUNDS)]
     at = _enciphered(torch.arange(start, stop, device="cpu"), half, keys)
     while (outside := (at >= numel).nonzero()[:, 0]).numel():
         at[outside] = _enciphered(at[outside], half, keys)
