@@ -173,6 +173,8 @@ def test_several_tensors_are_summed_or_averaged_in_place() -> None:
 class Unasked:
     """A group that nothing may be sent to."""
 
+    generation = None
+
     def size(self) -> int:
         return 2
 
