@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,7 @@ from torchft.strategies.diloco import DiLoCo
 from torchft.strategies.local import Fragment
 from torchft.strategies.model_local import ModelLocal
 from torchft.strategies.optim_spec import OptimSpec
+from torchft.strategies.parts.deltas import rounding_lost
 from torchft.strategies.recipe import By
 from torchft.strategies.strategy import Strategy
 
@@ -75,7 +76,7 @@ class ServedDiLoCo(DiLoCo):
         """What nodes hold, by fragment."""
 
     def setup(self) -> None:
-        """Start every node from the same weights."""
+        """Remember the weights that all nodes start from."""
         super().setup()
         self.bases = [[flat.clone() for flat in backup.flats] for backup in self.backups]
         for at, backup in enumerate(self.backups):
@@ -83,7 +84,7 @@ class ServedDiLoCo(DiLoCo):
             self.own[f"hidden_{at}"] = [torch.zeros(of, dtype=torch.bfloat16) for of in rows]
 
     def contribution(self, fragment: Fragment) -> tuple[list[Tensor], Any]:
-        """What the server hears, and what it does not."""
+        """The delta as the server decodes it; the draft is what the encoding lost, negated."""
         deltas = self.local.delta(fragment, self.bases[fragment.index])
         for delta, hidden in zip(deltas, self.own[f"hidden_{fragment.index}"], strict=True):
             delta.sub_(hidden)
@@ -91,7 +92,7 @@ class ServedDiLoCo(DiLoCo):
         return heard, [said - delta for said, delta in zip(heard, deltas, strict=True)]
 
     def apply(self, fragment: Fragment, received: list[Tensor]) -> list[Tensor]:
-        """The outer step, and the news of it."""
+        """Take the outer step, and add the encoded difference to what all nodes hold."""
         weights = super().apply(fragment, [ordered_mean(rows) for rows in received])
         bases = self.bases[fragment.index]
         for base, new in zip(bases, weights, strict=True):
@@ -99,19 +100,22 @@ class ServedDiLoCo(DiLoCo):
         return bases
 
     def adopt(self, fragment: Fragment, news: list[Tensor], draft: Any) -> None:
-        """The news, and what was not heard on top."""
+        """Set the weights to what all nodes hold, plus what the encoding lost."""
         kept = list(zip(news, draft, strict=True))
         self.local.set_weights(fragment, [base + unheard for base, unheard in kept])
         dtypes = self.backups[fragment.index].own_dtypes
         hidden = self.own[f"hidden_{fragment.index}"]
         for (base, unheard), dtype, out in zip(kept, dtypes, hidden, strict=True):
             if dtype != base.dtype:
-                held = (base + unheard).to(dtype).float() - base.to(dtype).float()
-                out.copy_(unheard - held)
+                out.copy_(rounding_lost(base, unheard, _rounds_to(dtype)))
 
     def _heard(self, numbers: Tensor) -> Tensor:
         encoded = self._encoding.encode(numbers.contiguous())
         return self._encoding.decode(encoded, numbers.shape[-1])
+
+
+def _rounds_to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    return lambda numbers: numbers.to(dtype).float()
 
 
 @dataclass(frozen=True)

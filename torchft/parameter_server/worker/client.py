@@ -31,7 +31,7 @@ class DiLoCoClient:
     network, not the whole of a transfer that moves.
 
     Raises:
-        SettingsError: the address is none, or `tls_ca` is no certificate.
+        SettingsError: if `server` is not an address, or `tls_ca` not a certificate.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class DiLoCoClient:
         self._connection: http.client.HTTPConnection | None = None
 
     def post(self, path: str, data: Mapping[str, Any]) -> dict[str, Any]:
-        """JSON there and back.
+        """Send JSON and return the JSON of the answer.
 
         Raises:
-            Refused: the server says no, and why.
-            UnreachableError: there was no whole answer.
+            Refused: if the server refuses the request; its message says why.
+            UnreachableError: if there was no complete answer.
         """
         body = json.dumps(data).encode()
         return self._again("POST", path, body, {"Content-Type": "application/json"})
@@ -71,7 +71,7 @@ class DiLoCoClient:
     def put(
         self, path: str, pieces: Iterable[memoryview], nbytes: int, **query: object
     ) -> dict[str, Any]:
-        """Send `nbytes` in pieces. Raises as `post`."""
+        """Send `nbytes` in pieces and return the JSON of the answer. Raises as `post`."""
         where = f"{path}?{urlencode(query)}"
         headers = {"Content-Length": str(nbytes), "Content-Type": "application/octet-stream"}
         with self._named():
@@ -85,7 +85,8 @@ class DiLoCoClient:
 
     @contextlib.contextmanager
     def reading(self, name: str, nbytes: int) -> Iterator[Callable[[memoryview], None]]:
-        """The last `nbytes` of a file of news: what it gives fills memory. Raises as `post`."""
+        """Open the last `nbytes` of a file of an update; the context is a function that fills the
+        memory that it is given with the next bytes. Raises as `post`."""
         with self._named():
             self._send("GET", f"/v1/files/{quote(name)}", None, {"Range": f"bytes=-{nbytes}"})
             assert self._connection is not None
@@ -106,7 +107,7 @@ class DiLoCoClient:
             reply.read()
 
     def close(self) -> None:
-        """Give the connection up; the next call makes another."""
+        """Close the connection; the next call makes another."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None

@@ -1,8 +1,8 @@
-"""The worker's connection to its server, in two threads: one carries flights, one is heard.
+"""The worker's connection to its server, in two threads: one sends submissions, one heartbeats.
 
-Whatever the network does, a flight goes on until it is over: its encoded delta stays here, against
-the base it was measured from, and is sent again after any trouble. Trouble is met with pauses from
-0.1 to 5 s. A server that does not know this process (any more) is told again who it is.
+Whatever the network does, a submission stays pending until it is over: its encoded delta is kept,
+against the base it was measured from, and is sent again after any trouble. Trouble is met with
+pauses from 0.1 to 5 s. A server that does not know this process (any more) is told again who it is.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ logger = logging.getLogger(__name__)
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
 _WAIT_S = 2.0
-"""One question for news is answered after this time at the latest."""
+"""The server answers a request for an update after this time at the latest."""
 _PIECE = 1 << 20
 """Bytes that are handed to the system at once: all of them must go within the client's timeout."""
 _TAKEN_ID_S = 20.0
-"""So long a new process waits for the one that had its id to be silent."""
+"""How long a new process waits until the one that had its id counts as silent."""
 
 Rows = Callable[[int], Any]
 
 
 class ServerConnection:
-    """`connect` first; then `launch` flights, which are over when their event is set."""
+    """Call `connect` and `start`, then `launch` submissions: each is over when its event is set."""
 
     def __init__(
         self,
@@ -94,8 +94,9 @@ class ServerConnection:
         """Register, and wait for a server that is not there yet.
 
         Raises:
-            UnreachableError: there was none within `timeout_s`.
-            Refused, MismatchError: it says no.
+            UnreachableError: if there was none within `timeout_s`.
+            Refused: if the server does not take this worker.
+            MismatchError: if the server has another model.
         """
         reply = self._patiently(self._register, timeout_s)
         self.agreed = SharedSettings(**reply["agreed"])
@@ -109,7 +110,7 @@ class ServerConnection:
         return reply
 
     def fetch(self, fragment: int, timeout_s: float) -> DownloadedUpdate:
-        """The newest weights, whole. Raises as `connect`."""
+        """Download the newest weights of a fragment, complete. Raises as `connect`."""
 
         def ask() -> DownloadedUpdate:
             update = self._ask_update(fragment, 0, "none")
@@ -120,8 +121,8 @@ class ServerConnection:
         return self._patiently(ask, timeout_s)
 
     def start(self) -> None:
-        """Begin to carry flights and to be heard."""
-        jobs = [("diloco-link", self._carry)]
+        """Start the threads that send submissions and heartbeats."""
+        jobs = [("diloco-connection", self._carry)]
         if self._beat_s:
             jobs.append(("diloco-beat", self._beat))
         self._threads = [threading.Thread(target=run, name=n, daemon=True) for n, run in jobs]
@@ -129,7 +130,7 @@ class ServerConnection:
             thread.start()
 
     def launch(self, submission: PendingSubmission) -> None:
-        """Send it, and bring its news."""
+        """Send a submission and download the update that answers it, in the background."""
         with self._work:
             self._submissions.append(submission)
             self._work.notify()
@@ -147,11 +148,11 @@ class ServerConnection:
         self._cache.close()
 
     def pause(self, seconds: float) -> None:
-        """Wait for some seconds, or until the connection ends."""
+        """Wait for `seconds`, or until `stop` is called."""
         self._end.wait(seconds)
 
     def leave(self) -> None:
-        """Nobody need wait for this worker any more. Harmless to repeat."""
+        """Tell the server that nobody need wait for this worker. Harmless to repeat."""
         if self._left.is_set():
             return
         self._left.set()
@@ -222,7 +223,7 @@ class ServerConnection:
                     logger.warning("%s; asking again for up to %g s", error, limit)
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
 
-    # ------------------------------------------------------------------ flights
+    # ------------------------------------------------------------------ submissions
 
     def _carry(self) -> None:
         pause = _FIRST_PAUSE_S
@@ -344,7 +345,7 @@ class ServerConnection:
                 return
 
     def _return(self) -> None:
-        """The flights' thread registers when it has one; with none in flight nobody else does."""
+        """Register again, unless a submission is pending: then the thread that sends it does so."""
         with self._work:
             busy = any(not submission.over.is_set() for submission in self._submissions)
         if busy or self._left.is_set():

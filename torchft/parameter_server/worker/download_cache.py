@@ -1,4 +1,4 @@
-"""News on their way in: each chunk is checked when it comes, and a transfer that broke goes on."""
+"""Files of updates as they arrive: each chunk is checked, and a transfer that broke goes on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Fill = Callable[[memoryview], None]
 
 
 class DownloadCache:
-    """A worker's, in a folder of its own until `close`."""
+    """The files that one worker downloads, in a folder of its own until `close`."""
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="diloco-")
@@ -30,10 +30,10 @@ class DownloadCache:
     def fetch(
         self, name: str, chunks: Chunks, reading: Callable[[int], AbstractContextManager[Fill]]
     ) -> Path:
-        """The file `name`; `reading` gives access to its last so many bytes.
+        """Download the file `name` and return its path; `reading` opens its last so many bytes.
 
         Raises:
-            UnreachableError: not all came, or some was damaged; what is good stays.
+            UnreachableError: if not all came, or some was damaged; what is good stays.
         """
         path = Path(self._folder.name) / Path(name).name
         if name not in self._have:
@@ -60,10 +60,10 @@ class DownloadCache:
                 self._have[name] = index + 1
 
     def drop(self, path: Path) -> None:
-        """Delete a download that has been read."""
+        """Give a file back that has been read, for the next one."""
         self._have.pop(path.name, None)
         self._pool.retire(path)
 
     def close(self) -> None:
-        """Delete all files that are left in the cache."""
+        """Delete all files and the folder."""
         self._folder.cleanup()

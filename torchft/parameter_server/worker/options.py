@@ -38,11 +38,11 @@ class WorkerOptions:
     """At most this long between two signs of life; the server may ask for more of them. 0: none."""
     in_flight: int | None = None
     """Submissions that may be under way while training goes on. None: one where there are several
-    fragments, else none: training waits for the news."""
+    fragments, else 0: training waits for the update."""
     mix: float = 0.0
     """The share of its own weights that a worker keeps."""
     timeout_s: float = 600.0
-    """The longest that training waits for a round. Then it goes on; the work stays in flight."""
+    """The longest that training waits for a round. Then it goes on; the submission stays open."""
     auth_token: str | None = None
     auth_token_file: Path | None = None
     tls_ca: Path | None = None

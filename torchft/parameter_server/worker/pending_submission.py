@@ -1,4 +1,4 @@
-"""A submission on its way, from the step that made it to the news that answer it."""
+"""A submission from the step that made it to the update that answers it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["DownloadedUpdate", "PendingSubmission"]
 
 @dataclass(frozen=True)
 class DownloadedUpdate:
-    """An update of the weights that has been downloaded completely."""
+    """A complete update of one fragment, in files that were downloaded."""
 
     version: int
     identity: str
@@ -22,14 +22,14 @@ class DownloadedUpdate:
     cache: DownloadCache
 
     def drop(self) -> None:
-        """Delete the files of the update, which have been read."""
+        """Give its files back to the cache, once they have been read."""
         for _, path in self.files:
             self.cache.drop(path)
 
 
 @dataclass
 class PendingSubmission:
-    """One fragment's submission. Its fields change in the link's thread until `over` is set."""
+    """One fragment's submission. The connection's thread changes its fields until `over` is set."""
 
     fragment: int
     base: int
@@ -38,14 +38,14 @@ class PendingSubmission:
     steps: int
     tokens: int
     chunks: list[memoryview]
-    """The encoded delta; kept until the news are adopted, whatever happens to the connection."""
+    """The encoded delta; kept until the update is applied, whatever happens to the connection."""
     is_sent: bool = False
     refused: str | None = None
-    """The server does not want it, and why."""
+    """Why the server refused it; None where it did not."""
     update: DownloadedUpdate | None = None
     over: threading.Event = field(default_factory=threading.Event)
 
     @property
     def nbytes(self) -> int:
-        """How many bytes the submission takes on the wire."""
+        """How many bytes it has on the wire."""
         return sum(map(len, self.chunks))

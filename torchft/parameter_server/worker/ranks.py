@@ -40,7 +40,7 @@ _ERRORS = {kind.__name__: kind for kind in _KINDS}
 
 
 class Ranks:
-    """`group` None: this process is alone, and everything here is nothing.
+    """The ranks of one worker. `group` None: this process is alone, and nothing is communicated.
 
     `members` are the global ranks.
     """
@@ -56,7 +56,7 @@ class Ranks:
         All ranks call this together. `timeout_s`: how long one of them may keep the others waiting.
 
         Raises:
-            SettingsError: this process is not in the group.
+            SettingsError: if this process is not in the group.
         """
         if not (dist.is_available() and dist.is_initialized()):
             if group is not None:
@@ -80,14 +80,14 @@ class Ranks:
 
     @property
     def alone(self) -> bool:
-        """Whether this rank is the only one of its worker."""
+        """Whether this process is the only rank."""
         return self._group is None
 
     def together(self, lead: Callable[[], Any], along: Mapping[str, Callable[..., None]]) -> None:
         """Run `lead` at the first rank, and at the others what it says.
 
         Raises:
-            TorchftError: of the first rank; the same at all others.
+            TorchftError: the error of the first rank, at all ranks.
         """
         if self.alone:
             lead()
@@ -97,7 +97,7 @@ class Ranks:
             self._follow(along)
 
     def say(self, what: str, *arguments: Any) -> None:
-        """The first rank, in `lead`: the others now do `what`."""
+        """Tell the other ranks to do `what`; the first rank calls this in `lead`."""
         if self.alone:
             return
         data = json.dumps([what, *arguments]).encode()
@@ -105,12 +105,12 @@ class Ranks:
         self.broadcast(torch.frombuffer(bytearray(data), dtype=torch.uint8))
 
     def broadcast(self, tensor: Tensor) -> None:
-        """The first rank's becomes everyone's. On the CPU, contiguous."""
+        """Send the first rank's `tensor`, contiguous and on the CPU, to all others."""
         if not self.alone and tensor.numel():
             dist.broadcast(tensor, self.members[0], self._group)
 
     def total(self, number: int) -> int:
-        """The sum of a value over all ranks."""
+        """Return the sum of `number` over all ranks."""
         if self.alone:
             return number
         sums = torch.tensor([number], device="cpu")
@@ -118,7 +118,7 @@ class Ranks:
         return int(sums)
 
     def close(self) -> None:
-        """Free what the ranks exchanged messages with, when all are done."""
+        """Destroy the group of these ranks; all call this together."""
         if not self.alone:
             dist.destroy_process_group(self._group)
 

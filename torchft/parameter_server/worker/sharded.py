@@ -20,12 +20,12 @@ __all__ = ["check_optimizer", "is_sharded", "named_parameters", "put", "unwrappe
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Whether a parameter is a DTensor, spread over ranks."""
+    """Whether a parameter is sharded, that is, a DTensor."""
     return hasattr(parameter, "full_tensor")
 
 
 def whole(parameter: Any) -> Tensor:
-    """All of it. Of a sharded one all ranks call this together."""
+    """The complete parameter; all ranks call this together for a sharded one."""
     return parameter.full_tensor() if is_sharded(parameter) else parameter
 
 
@@ -36,10 +36,10 @@ def put(parameter: Any, new: Tensor) -> None:
 
 
 def named_parameters(model: nn.Module, ranks: Ranks = ALONE) -> dict[str, nn.Parameter]:
-    """What is trained: a tied weight once, no frozen ones, no buffers.
+    """The parameters that are trained, by name: a tied weight once, no frozen ones, no buffers.
 
     Raises:
-        SettingsError: there is nothing to train, a parameter is no float or has no memory, or it
+        SettingsError: if there is nothing to train, a parameter is no float or has no memory, or it
             is sharded over ranks that are not all `ranks`.
     """
     local = ModelLocal([unwrapped(model)])
@@ -51,10 +51,10 @@ def named_parameters(model: nn.Module, ranks: Ranks = ALONE) -> dict[str, nn.Par
 
 
 def check_optimizer(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """It trains the model, or a part of it.
+    """Refuse an optimizer that does not train the model, or a part of it.
 
     Raises:
-        SettingsError: it is no optimizer, or steps none of `parameters`.
+        SettingsError: if it is not an optimizer, or steps none of `parameters`.
     """
     step_hooks.check_optimizer("optimizer", optimizer)
     step_hooks.check_trains(list(parameters), list(parameters.values()), optimizer)
@@ -64,7 +64,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The module that DistributedDataParallel and torch.compile have wrapped.
 
     Raises:
-        SettingsError: FSDP1 has wrapped it.
+        SettingsError: if FSDP1 has wrapped it.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return unwrapped(model.module)

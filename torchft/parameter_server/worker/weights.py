@@ -54,7 +54,7 @@ class WorkerWeights:
 
     @torch.no_grad()
     def row(self, fragment: int) -> Tensor:
-        """The weights as they are now, fp32 `[1, n]` on the CPU."""
+        """The weights of a fragment as they are now, fp32 `[1, n]` on the CPU."""
         if self._sharded:
             self._ranks.say("read", fragment)
         row = self._empty_row(fragment)
@@ -126,7 +126,7 @@ class WorkerWeights:
         return str(identity)
 
     def load(self, fragment: int, update: Sequence[tuple[UpdateKind, Path]], codec: Codec) -> None:
-        """The base from nothing; the weights stay."""
+        """Read a complete base from the files of an update; the weights stay as they are."""
         base = self._bases[fragment] = self._empty_row(fragment)
         chunks = Chunks(base.shape[1], codec)
         read = _reader(chunks, update)
@@ -180,7 +180,7 @@ class WorkerWeights:
             self._hidden[fragment][:, span] = hidden
 
     def _outbox(self, fragment: int, nbytes: int) -> memoryview:
-        """Kept: to take fresh memory and to give it back takes longer than encoding into it."""
+        """Kept, since to take fresh memory takes longer than to encode into it."""
         if fragment not in self._outboxes:
             self._outboxes[fragment] = fresh_memory(nbytes)
         return self._outboxes[fragment]
@@ -219,7 +219,7 @@ def _room(chunks: Chunks) -> Tensor:
 def _reader(
     chunks: Chunks, update: Sequence[tuple[UpdateKind, Path]]
 ) -> Callable[[int, Tensor], None]:
-    """Reads chunk by chunk: each file of news changes the numbers that it is given."""
+    """A function that reads chunk by chunk: each file of an update changes the numbers."""
     whole = Chunks(chunks.n, Identity())
     kinds = [(kind, whole if kind is UpdateKind.FULL else chunks, path) for kind, path in update]
     memory = whole.memory()

@@ -4,13 +4,13 @@
         for batch in data:
             train(batch)          # worker counts the optimizer's steps
 
-At a slot of the schedule the newest news are adopted, then the next fragment is submitted. With
+At a slot of the schedule the newest update is applied, then the next fragment is submitted. With
 `in_flight` 0 training waits for the round; else it goes on, and the steps taken meanwhile are kept.
 A server that cannot be reached stops nobody: steps go on and are part of the next submission. At
 the end the last steps are submitted, and the weights become the newest common ones.
 
 Under DDP and FSDP2 every rank makes a worker, with the same settings, and together they are one:
-all count steps, the first rank speaks with the server, and the news are written at all of them at
+all count steps, the first rank speaks with the server, and updates are written at all of them after
 the same step. `start`, `stop` and `force_sync` are then for all ranks together.
 
 Without a server's address nothing is done. (DiLoCo: arXiv 2311.08105, Streaming: 2501.18512.)
@@ -52,9 +52,9 @@ logger = logging.getLogger(__name__)
 
 _SLICE_S = 0.05
 _END_S = 30.0
-"""So long the end waits for the last submissions to be sent, and again for their round."""
+"""How long `stop` waits for the last submissions to be sent, and again for their round."""
 _APART = 4
-"""So many times as long as it waits for a round, the first rank may keep the others waiting."""
+"""The other ranks wait this many times as long for the first one as it waits for a round."""
 
 
 @dataclass
@@ -83,8 +83,8 @@ class DiLoCoWorker(Uncopied):
         options: the fields of `WorkerOptions`. Those not given come from `DILOCO_*` variables.
 
     Raises:
-        SettingsError: an option that cannot be, a model that cannot be synchronised, or an
-            optimizer of another model.
+        SettingsError: if an option is out of its range, the model cannot be synchronised, or the
+            optimizer is of another model.
         PhaseError: at the first training step before `start`.
         MismatchError: at a step, when other parameters are trained than at the beginning, or one
             has been frozen for a whole cycle.
@@ -141,7 +141,9 @@ class DiLoCoWorker(Uncopied):
         """Register and take the common weights over; the first worker's are the common ones.
 
         Raises:
-            UnreachableError, Refused, MismatchError: there is no server, or it says no.
+            UnreachableError: if the server cannot be reached within `timeout_s`.
+            Refused: if the server does not take this worker.
+            MismatchError: if the server has another model.
         """
         if not self.active or self._started:
             return self
@@ -154,7 +156,7 @@ class DiLoCoWorker(Uncopied):
         """Submit the last steps, take the newest common weights, deregister. Harmless to repeat.
 
         Raises:
-            PhaseError: weights were trained, and no step of the optimizer was seen.
+            PhaseError: if gradients were computed, and no step of the optimizer was seen.
         """
         if not self.active or not self._started:
             return
@@ -170,7 +172,7 @@ class DiLoCoWorker(Uncopied):
                 self._connection.stop()
 
     def force_sync(self) -> None:
-        """A slot now, and wait for its round."""
+        """Synchronise now: submit the fragment that is due, and wait for its round."""
         if self.active and self._started:
             self._together(lambda: self._slot(wait=True))
             self._hooks.watch.forget()
@@ -179,13 +181,13 @@ class DiLoCoWorker(Uncopied):
 
     @property
     def version(self) -> int:
-        """Outer steps in these weights; of several fragments, the least; of several ranks, as the
-        first one knows."""
+        """How many outer steps these weights have had: the fewest of all fragments. Only the first
+        of several ranks knows it."""
         return min((of.version for of in self._fragments), default=0) if self.active else 0
 
     @property
     def sync_every(self) -> int:
-        """How many inner steps one cycle of fragments takes."""
+        """How many inner steps a cycle has now; in each cycle every fragment is submitted once."""
         return self._schedule.every if self.active and self._started else self.options.sync_every
 
     @property
@@ -194,7 +196,7 @@ class DiLoCoWorker(Uncopied):
         return self._weights.bases
 
     def metrics(self) -> dict[str, float]:
-        """Figures of the worker by name, for logs."""
+        """Counts, seconds and megabytes of the synchronisation, by name, for logs."""
         if not self.active:
             return {}
         return {
@@ -271,7 +273,7 @@ class DiLoCoWorker(Uncopied):
         )
 
     def _agree(self, agreed: dict[str, Any], fragments: list[list[int]]) -> None:
-        """What the server says holds at every rank."""
+        """Take over the server's settings, at every rank."""
         settings = SharedSettings(**agreed)
         self._weights.shape = self._weights.shape.in_fragments(fragments)
         self._codec = codec_of(settings.codec)
@@ -283,7 +285,7 @@ class DiLoCoWorker(Uncopied):
         self.sync_count, self.refused = sync_count, refused
 
     def _count_tokens(self) -> None:
-        """What all ranks have trained since the last slot. Without counts each step is one."""
+        """Sum up what all ranks trained since the last slot. Without counts each step is one."""
         if self._tokens is not None and self._ranks.leads:
             self._ranks.say("tokens")
         if self._tokens is not None or not self._ranks.leads:
@@ -312,7 +314,7 @@ class DiLoCoWorker(Uncopied):
         )
 
     def _row(self, fragment: int) -> Tensor:
-        """For a server without weights: the base, or these weights, which are the first."""
+        """What a server without weights gets: the base, or else these weights, the first ones."""
         if fragment in self._weights.bases:
             return self._weights.bases[fragment]
         self._hear_agreed()
@@ -367,7 +369,7 @@ class DiLoCoWorker(Uncopied):
         return submission
 
     def _wait_for(self, submission: PendingSubmission) -> None:
-        """Until its news are here, the server is away, or the time is over."""
+        """Wait until its update is here, the server cannot be reached, or `timeout_s` is over."""
         end = time.monotonic() + self.options.timeout_s
         while not submission.over.wait(_SLICE_S):
             if self._connection.down.is_set():
@@ -375,7 +377,7 @@ class DiLoCoWorker(Uncopied):
             if time.monotonic() > end:
                 logger.warning(
                     "the round of fragment %d is still open after %g s: training goes on and the "
-                    "work stays in flight; see `diloco status` for what it waits for",
+                    "submission stays open; see `diloco status` for what it waits for",
                     submission.fragment,
                     self.options.timeout_s,
                 )
@@ -410,7 +412,7 @@ class DiLoCoWorker(Uncopied):
         self.sync_count += 1
 
     def _give_up(self, submission: PendingSubmission) -> None:
-        """What the server refused would spoil the weights here too: back to the common ones."""
+        """Go back to the common weights: what the server refused would spoil these too."""
         logger.error(
             "the server refused the work of %d steps: %s. The weights go back to the last common "
             "ones",
@@ -423,11 +425,11 @@ class DiLoCoWorker(Uncopied):
         self._begin_anew()
 
     def _begin_anew(self) -> None:
-        """NaN in the optimizer's moments would spoil the common weights with the next step."""
+        """Reset the optimizer: NaN in its moments would spoil the weights with the next step."""
         begin_anew(states_of(self._optimizer))
 
     def _finish(self) -> None:
-        """Nothing that was trained is left behind, if the server can be reached."""
+        """Submit every fragment that was trained, if the server can be reached."""
         if self._connection.fault is not None:
             return
         self._count_tokens()
