@@ -1,14 +1,18 @@
 """Every environment variable that the package reads, and the only place where it reads them.
 
-A variable wins over the argument it stands for, everywhere that argument is used. Timeouts are
-whole seconds. Those of the parameter server's workers, `DILOCO_*`, are the exception: there an
-explicit argument wins, as their users expect.
+The rule, in every part of the package: an explicit argument (or flag) wins over the variable, and
+the variable over the default. `argument_first` implements it. The exceptions are the variables in
+`OVERRIDING`: they win over the argument, so that the timeouts of a job can be changed without
+editing its script, as in torchft. `variable_first` implements those. Timeouts are whole seconds.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
 
 from torchft.arguments import check_choice, check_integer, check_number, integer_from, number_from
 from torchft.errors import SettingsError
@@ -32,23 +36,29 @@ __all__ = [
     "LIGHTHOUSE",
     "LIGHTHOUSE_TIMEOUT_SEC",
     "MANAGER_PORT",
+    "OVERRIDING",
     "QUORUM_RETRIES",
     "QUORUM_TIMEOUT_SEC",
     "STEP_RECORDS",
     "TIMEOUT_SEC",
     "USE_BUCKETIZATION",
     "agent_serves_no_store",
+    "argument_first",
     "boolean_or_none",
     "for_child",
     "get_timeout",
     "integer",
     "integer_or_none",
     "number_or_none",
+    "path_or_none",
     "required",
     "text",
     "timeout",
     "under_torchrun",
+    "variable_first",
 ]
+
+T = TypeVar("T")
 
 LIGHTHOUSE = "TORCHFT_LIGHTHOUSE"
 """Address of the lighthouse, `http://host:port`. Needed on rank 0 of each group."""
@@ -97,6 +107,28 @@ DILOCO_AUTH_TOKEN_FILE = "DILOCO_AUTH_TOKEN_FILE"
 """A file that holds it."""
 DILOCO_TLS_CA = "DILOCO_TLS_CA"
 """Certificates to trust, in PEM."""
+
+OVERRIDING = (
+    TIMEOUT_SEC,
+    QUORUM_TIMEOUT_SEC,
+    CONNECT_TIMEOUT_SEC,
+    LIGHTHOUSE_TIMEOUT_SEC,
+    QUORUM_RETRIES,
+    USE_BUCKETIZATION,
+)
+"""Variables that win over the argument; of all others the argument wins."""
+
+
+def argument_first(argument: T | None, name: str, read: Callable[[str], T | None]) -> T | None:
+    """The argument where it is given, else what `read` reads of the variable, which may be None."""
+    return read(name) if argument is None else argument
+
+
+def variable_first(name: str, argument: T, read: Callable[[str], T | None]) -> T:
+    """What `read` reads of the variable where it is set, else the argument; see `OVERRIDING`."""
+    assert name in OVERRIDING, name
+    value = read(name)
+    return argument if value is None else value
 
 
 def text(name: str, default: str | None = None) -> str | None:
@@ -165,13 +197,23 @@ def boolean_or_none(name: str) -> bool | None:
     return words[value.lower()]
 
 
-def timeout(name: str, default: timedelta) -> timedelta:
-    """The variable as a timeout in seconds, an integer; it wins over `default`.
+def path_or_none(name: str) -> Path | None:
+    """The variable as the path of a file, None where it is unset."""
+    value = text(name)
+    return None if value is None else Path(value)
+
+
+def timeout(name: str, argument: timedelta) -> timedelta:
+    """The variable as a timeout in whole seconds where it is set, else the argument.
 
     Raises:
         SettingsError: if the variable is not an integer, or below 1.
     """
-    return default if text(name) is None else timedelta(seconds=integer(name, 0, least=1))
+    return variable_first(name, argument, _seconds_or_none)
+
+
+def _seconds_or_none(name: str) -> timedelta | None:
+    return None if text(name) is None else timedelta(seconds=integer(name, 0, least=1))
 
 
 def for_child(**changes: str | None) -> dict[str, str]:

@@ -49,11 +49,11 @@ def _ask(typed: argparse.Namespace) -> dict[str, Any]:
     from torchft.parameter_server.auth import Scope, default_token_file, find_token
     from torchft.parameter_server.worker.client import DiLoCoClient
 
-    server = typed.server or settings.text(settings.DILOCO_SERVER) or "localhost:8512"
+    server = settings.argument_first(typed.server, settings.DILOCO_SERVER, settings.text)
+    server = server or "localhost:8512"
     own = default_token_file(DiLoCoClient(server).port)
     token = find_token(Scope.READ, typed.auth_token, typed.auth_token_file, own)
-    ca = settings.text(settings.DILOCO_TLS_CA)
-    tls_ca = None if ca is None else Path(ca)
+    tls_ca = settings.path_or_none(settings.DILOCO_TLS_CA)
     client = DiLoCoClient(server, token=token, timeout_s=10.0, tls_ca=tls_ca)
     try:
         return client.get("/v1/status")

@@ -43,7 +43,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def run(typed: argparse.Namespace) -> int:
     """Do what was typed; returns the exit code."""
     checks: list[Check] = []
-    for check in all_checks(typed.lighthouse or settings.text(settings.LIGHTHOUSE)):
+    lighthouse = settings.argument_first(typed.lighthouse, settings.LIGHTHOUSE, settings.text)
+    for check in all_checks(lighthouse):
         checks.append(check)
         if not typed.json:
             print(text_of(check), flush=True)

@@ -170,7 +170,9 @@ class Manager(Uncopied):
                 port=port,
                 heartbeat_interval=heartbeat_interval,
                 connect_timeout=options.connect_timeout,
-                quorum_retries=settings.integer(settings.QUORUM_RETRIES, quorum_retries),
+                quorum_retries=settings.variable_first(
+                    settings.QUORUM_RETRIES, quorum_retries, settings.integer_or_none
+                ),
             )
             undo.callback(self._group.leave)
             self._log = StepLog(self._group, self.ledger)

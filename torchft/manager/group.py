@@ -78,6 +78,7 @@ class ReplicaGroup:
         serves = rank == 0 and store_addr is None and settings.agent_serves_no_store()
         store = _store(addr, number, connect_timeout, serves=serves)
         server = None
+        port = settings.argument_first(port, settings.MANAGER_PORT, settings.integer_or_none)
         with ExitStack() as undo:
             if rank == 0:
                 suffix = str(uuid.uuid4())
@@ -87,7 +88,7 @@ class ReplicaGroup:
                     lighthouse_addr=lighthouse_addr
                     or settings.required(settings.LIGHTHOUSE, "the lighthouse, http://host:port"),
                     hostname=hostname or socket.gethostname(),
-                    bind=f"[::]:{settings.integer(settings.MANAGER_PORT, port or 0)}",
+                    bind=f"[::]:{port or 0}",
                     store_addr=f"{addr}:{number}",
                     world_size=world_size,
                     heartbeat_interval=heartbeat_interval,

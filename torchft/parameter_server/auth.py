@@ -97,8 +97,8 @@ def find_token(scope: Scope, token: str | None, file: Path | None, own: Path | N
     Raises:
         SettingsError: a file that was named cannot be read, or has no token for `scope`.
     """
-    named = settings.text(settings.DILOCO_AUTH_TOKEN_FILE)
-    variables = settings.text(settings.DILOCO_AUTH_TOKEN), None if named is None else Path(named)
+    named = settings.path_or_none(settings.DILOCO_AUTH_TOKEN_FILE)
+    variables = settings.text(settings.DILOCO_AUTH_TOKEN), named
     for value, path in ((token, file), variables, (None, own if own and own.exists() else None)):
         if value is not None:
             return value

@@ -1,9 +1,10 @@
-"""A worker's settings: explicit argument over `DILOCO_*` variable over default."""
+"""The settings of a worker; those not given come from `DILOCO_*` variables."""
 
 from __future__ import annotations
 
 import socket
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,16 @@ from torchft.quantization import codec_names
 __all__ = ["WorkerOptions"]
 
 _LOCAL = ("127.0.0.1", "localhost", "::1")
+_VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "server": (settings.DILOCO_SERVER, settings.text),
+    "worker_id": (settings.DILOCO_WORKER_ID, settings.text),
+    "sync_every": (settings.DILOCO_SYNC_EVERY, settings.integer_or_none),
+    "num_fragments": (settings.DILOCO_NUM_FRAGMENTS, settings.integer_or_none),
+    "codec": (settings.DILOCO_CODEC, settings.text),
+    "heartbeat_interval_s": (settings.DILOCO_HEARTBEAT_INTERVAL, settings.number_or_none),
+    "dylu": (settings.DILOCO_DYLU, settings.boolean_or_none),
+    "tls_ca": (settings.DILOCO_TLS_CA, settings.path_or_none),
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +75,7 @@ class WorkerOptions:
 
     @classmethod
     def resolve(cls, **explicit: Any) -> WorkerOptions:
-        """Of what was given, then of the environment. None counts as not given.
+        """Read from the environment what was not given; None counts as not given.
 
         Raises:
             SettingsError: an unknown name, or a value that cannot be.
@@ -72,8 +83,13 @@ class WorkerOptions:
         known = {field.name for field in fields(cls)}
         if unknown := sorted(explicit.keys() - known):
             raise SettingsError(f"a worker has no option {', '.join(unknown)}")
-        given = {name: value for name, value in explicit.items() if value is not None}
-        return cls(**{**_from_environment(), **given})
+        found = explicit | {
+            name: settings.argument_first(explicit.get(name), variable, read)
+            for name, (variable, read) in _VARIABLES.items()
+        }
+        if found["codec"] is None and settings.boolean_or_none(settings.DILOCO_BF16_COMM) is False:
+            found["codec"] = "fp32"
+        return cls(**{name: value for name, value in found.items() if value is not None})
 
     def named(self) -> str:
         """The worker's id, made where none was given."""
@@ -90,20 +106,3 @@ class WorkerOptions:
         """
         own = default_token_file(port) if host in _LOCAL else None
         return find_token(Scope.WORKER, self.auth_token, self.auth_token_file, own)
-
-
-def _from_environment() -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "server": settings.text(settings.DILOCO_SERVER),
-        "worker_id": settings.text(settings.DILOCO_WORKER_ID),
-        "sync_every": settings.integer_or_none(settings.DILOCO_SYNC_EVERY),
-        "num_fragments": settings.integer_or_none(settings.DILOCO_NUM_FRAGMENTS),
-        "codec": settings.text(settings.DILOCO_CODEC),
-        "heartbeat_interval_s": settings.number_or_none(settings.DILOCO_HEARTBEAT_INTERVAL),
-        "dylu": settings.boolean_or_none(settings.DILOCO_DYLU),
-    }
-    ca = settings.text(settings.DILOCO_TLS_CA)
-    found["tls_ca"] = None if ca is None else Path(ca)
-    if found["codec"] is None and settings.boolean_or_none(settings.DILOCO_BF16_COMM) is False:
-        found["codec"] = "fp32"
-    return {name: value for name, value in found.items() if value is not None}
