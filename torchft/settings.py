@@ -3,7 +3,8 @@
 The rule, in every part of the package: an explicit argument (or flag) wins over the variable, and
 the variable over the default. `argument_first` implements it. The exceptions are the variables in
 `OVERRIDING`: they win over the argument, so that the timeouts of a job can be changed without
-editing its script, as in torchft. `variable_first` implements those. Timeouts are whole seconds.
+editing its script, as in torchft. They are read with the argument as the default. Timeouts are
+whole seconds.
 """
 
 from __future__ import annotations
@@ -55,7 +56,6 @@ __all__ = [
     "text",
     "timeout",
     "under_torchrun",
-    "variable_first",
 ]
 
 T = TypeVar("T")
@@ -122,13 +122,6 @@ OVERRIDING = (
 def argument_first(argument: T | None, name: str, read: Callable[[str], T | None]) -> T | None:
     """The argument where it is given, else what `read` reads of the variable, which may be None."""
     return read(name) if argument is None else argument
-
-
-def variable_first(name: str, argument: T, read: Callable[[str], T | None]) -> T:
-    """What `read` reads of the variable where it is set, else the argument; see `OVERRIDING`."""
-    assert name in OVERRIDING, name
-    value = read(name)
-    return argument if value is None else value
 
 
 def text(name: str, default: str | None = None) -> str | None:
@@ -209,11 +202,7 @@ def timeout(name: str, argument: timedelta) -> timedelta:
     Raises:
         SettingsError: if the variable is not an integer, or below 1.
     """
-    return variable_first(name, argument, _seconds_or_none)
-
-
-def _seconds_or_none(name: str) -> timedelta | None:
-    return None if text(name) is None else timedelta(seconds=integer(name, 0, least=1))
+    return argument if text(name) is None else timedelta(seconds=integer(name, 0, least=1))
 
 
 def for_child(**changes: str | None) -> dict[str, str]:

@@ -170,9 +170,7 @@ class Manager(Uncopied):
                 port=port,
                 heartbeat_interval=heartbeat_interval,
                 connect_timeout=options.connect_timeout,
-                quorum_retries=settings.variable_first(
-                    settings.QUORUM_RETRIES, quorum_retries, settings.integer_or_none
-                ),
+                quorum_retries=settings.integer(settings.QUORUM_RETRIES, quorum_retries),
             )
             undo.callback(self._group.leave)
             self._log = StepLog(self._group, self.ledger)

@@ -78,9 +78,11 @@ class ReplicaGroup:
         serves = rank == 0 and store_addr is None and settings.agent_serves_no_store()
         store = _store(addr, number, connect_timeout, serves=serves)
         server = None
-        port = settings.argument_first(port, settings.MANAGER_PORT, settings.integer_or_none)
         with ExitStack() as undo:
             if rank == 0:
+                port = settings.argument_first(
+                    port, settings.MANAGER_PORT, settings.integer_or_none
+                )
                 suffix = str(uuid.uuid4())
                 replica_id = f"{name}:{suffix}" if name else suffix
                 server = ManagerServer(
