@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchft.simulator.seeds import kept_rng, seed_everything, seed_node, seed_of
+from torchft.seeds import seed64
+from torchft.simulator.seeds import kept_rng, seed_everything, seed_node
 
 CPU = torch.device("cpu")
 
@@ -19,15 +20,15 @@ def drawn(seed: int, node: int, step: int) -> Tensor:
 
 
 def test_no_two_nodes_or_steps_share_a_seed() -> None:
-    seeds = {seed_of(s, n, t) for s in range(3) for n in range(64) for t in range(200)}
+    seeds = {seed64(s, n, t) for s in range(3) for n in range(64) for t in range(200)}
     assert len(seeds) == 3 * 64 * 200
     # Not even where the numbers add up to the same.
-    assert len({seed_of(1, 2, 3), seed_of(2, 1, 3), seed_of(3, 2, 1), seed_of(1, 3, 2)}) == 4
+    assert len({seed64(1, 2, 3), seed64(2, 1, 3), seed64(3, 2, 1), seed64(1, 3, 2)}) == 4
 
 
 def test_a_seed_is_the_same_on_every_machine() -> None:
-    assert seed_of(42, 0, 0) == 7138415436909018950
-    assert seed_of(-1, 7, 1000) == 15757034948959397931
+    assert seed64(42, 0, 0) == 7138415436909018950
+    assert seed64(-1, 7, 1000) == 15757034948959397931
 
 
 def test_a_step_is_drawn_again_alike() -> None:

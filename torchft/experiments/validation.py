@@ -18,12 +18,13 @@ from torch import nn
 from torch.utils.data import Subset
 
 from torchft.errors import SettingsError
+from torchft.seeds import seed64
 from torchft.simulator.experiment import Experiment
 from torchft.simulator.feed import Feed, check_factory, is_factory
 from torchft.simulator.frozen import own_frozen
 from torchft.simulator.node import NodeError, TrainNode, noted
 from torchft.simulator.result import mean_model
-from torchft.simulator.seeds import kept_rng, seed_node, seed_of
+from torchft.simulator.seeds import kept_rng, seed_node
 
 __all__ = ["Validation", "Validator", "as_it_was"]
 
@@ -145,7 +146,7 @@ def _batches(experiment: Experiment, data: Any, size: int, node: int | None) -> 
     """Batches of a fixed random choice, the last one smaller; and how many samples each has.
     `node` is whose data it is, if that is one's own."""
     length = _length(data, node)
-    choice = torch.Generator().manual_seed(seed_of(experiment.seed, _VALIDATION, 1))
+    choice = torch.Generator().manual_seed(seed64(experiment.seed, _VALIDATION, 1))
     at = torch.randperm(length, generator=choice, device="cpu")[:size]
     collate = (experiment.dataloader_kwargs or {}).get("collate_fn")
     options = {"collate_fn": collate} if collate else None

@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from torchft.arguments import check_choice, check_integer
 from torchft.errors import SettingsError
+from torchft.seeds import seed64
 from torchft.simulator.copies import copied
 from torchft.simulator.events import Event, check_events, check_list
 from torchft.simulator.faults import FaultSchedule
@@ -27,7 +28,7 @@ from torchft.simulator.feed import Feed
 from torchft.simulator.network import NetworkModel
 from torchft.simulator.node import TrainNode
 from torchft.simulator.program import SPMDStrategy
-from torchft.simulator.seeds import kept_rng, seed_everything, seed_of
+from torchft.simulator.seeds import kept_rng, seed_everything
 from torchft.simulator.weather import Weather
 from torchft.strategies.checks import check_recipes
 from torchft.strategies.inner import Inner
@@ -228,7 +229,7 @@ class Experiment:
         if isinstance(self.model, nn.Module):
             model = copied(self.model)
         else:
-            seed_everything(seed_of(self.seed, _MODEL, 0))
+            seed_everything(seed64(self.seed, _MODEL, 0))
             model = self.model()
             if not isinstance(model, nn.Module):
                 raise SettingsError(f"the model factory made {_what(model)}, no torch module")

@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset, default_collate
 
 from torchft.errors import SettingsError, TorchftError
+from torchft.seeds import seed64
 from torchft.simulator.node import NodeError, noted
-from torchft.simulator.seeds import seed_everything, seed_of
+from torchft.simulator.seeds import seed_everything
 
 __all__ = ["Feed", "check_factory", "is_factory"]
 
@@ -141,7 +142,7 @@ class Feed:
         with noted(f"the data set factory, asked for rank {node}"):
             data = self._data(node, self.num_nodes, True)
         try:
-            return _Order(data, 1, self._shuffle, seed_of(self._seed, node, 0))
+            return _Order(data, 1, self._shuffle, seed64(self._seed, node, 0))
         except SettingsError as error:
             raise SettingsError(
                 f"what the data set factory gives node {node} (rank {node} of {self.num_nodes}): "
@@ -188,7 +189,7 @@ class _Order:
         size = _length(self.data)
         if not self._shuffle:
             return torch.arange(size, device="cpu")
-        generator = torch.Generator().manual_seed(seed_of(self._seed, _SHUFFLING, epoch))
+        generator = torch.Generator().manual_seed(seed64(self._seed, _SHUFFLING, epoch))
         return torch.randperm(size, generator=generator, device="cpu")
 
 
@@ -221,7 +222,7 @@ class _Shard:
         epoch, number = divmod(step, self.batches)
         shard = self._order.shard(self._rank, epoch)
         if self._seeds:
-            seed_everything(seed_of(self._seed, _FETCHING + self._node, step))
+            seed_everything(seed64(self._seed, _FETCHING + self._node, step))
         return self._fetch(shard[number * self._size : (number + 1) * self._size])
 
     __getitem__ = batch

@@ -17,20 +17,15 @@ import torch
 
 from torchft.seeds import seed64
 
-__all__ = ["Generators", "kept_rng", "seed_everything", "seed_node", "seed_of"]
+__all__ = ["Generators", "kept_rng", "seed_everything", "seed_node"]
 
 _MASK63 = (1 << 63) - 1
-
-
-def seed_of(seed: int, node: int, step: int) -> int:
-    """64 bits that look unrelated for every seed, node and step."""
-    return seed64(seed, node, step)
 
 
 def seed_node(seed: int, node: int, step: int, device: torch.device) -> None:
     """Set Python's, numpy's and torch's generators, of the CPU and of `device`, for one node's
     step."""
-    mixed = seed_of(seed, node, step)
+    mixed = seed64(seed, node, step)
     seed_everything(mixed)
     if device.type == "cuda":
         with torch.cuda.device(device):
