@@ -64,12 +64,12 @@ class PureDistributedDataParallel(Uncopied, nn.Module):
 
 class _EachParameter(GradientAverager):
     def follow(self) -> None:
-        """As `GradientAverager`."""
+        """As `GradientAverager`, and describe the parameters to the other groups."""
         super().follow()
         self.description = {"parameters": self.trained.description()}
 
     def backward_ends(self, arrived: set[int]) -> None:
-        """As `GradientAverager`: average."""
+        """Average all parameters at once, where a gradient has arrived."""
         if arrived:
             self.average_all()
 

@@ -90,7 +90,7 @@ class Run(ABC):
         self.finish()
 
     def end(self) -> None:
-        """End all processes that still run."""
+        """Stop every process that still runs; none is left on return."""
         for process in self.processes.values():
             process.ask_to_stop()  # all at once, so that they take their time together
         for process in self.processes.values():
@@ -98,11 +98,11 @@ class Run(ABC):
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since the beginning of the run."""
+        """Seconds since the run was made."""
         return time.monotonic() - self._began
 
     def tell(self, event: str) -> None:
-        """Show one line about what has happened."""
+        """Show one line about something that happened."""
         self._view.tell(self.elapsed_s, event)
 
     @abstractmethod

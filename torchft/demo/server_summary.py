@@ -47,7 +47,7 @@ class WorkerResult:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSummary(RunSummary):
-    """What the whole run with a server came to."""
+    """A whole run with a parameter server."""
 
     workers: Sequence[WorkerResult]
     told: bool
@@ -82,7 +82,7 @@ class ServerSummary(RunSummary):
 
     @property
     def good(self) -> bool:
-        """Whether all went as it should: the exit code follows from it."""
+        """Whether all happened, nothing was lost and the weights are equal."""
         ended = self.server_code == 0 and all(worker.code == 0 for worker in self.survivors)
         return self.trouble is None and self.told and ended and self.kept and self.equal
 

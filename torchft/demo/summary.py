@@ -54,7 +54,7 @@ class KillResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary(RunSummary):
-    """What the whole run of all groups came to."""
+    """A whole run of replica groups."""
 
     groups: Sequence[GroupResult]
     workers: int
@@ -81,7 +81,7 @@ class Summary(RunSummary):
 
     @property
     def good(self) -> bool:
-        """Whether all went as it should: the exit code follows from it."""
+        """Whether every group ended with exit code 0 and all digests are equal."""
         ended = all(group.codes and group.codes[-1] == 0 for group in self.groups)
         return self.trouble is None and ended and self.equal
 

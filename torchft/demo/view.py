@@ -22,7 +22,7 @@ PLAIN_EVERY_S = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """How all groups stand at this moment."""
+    """The present state of a run: a table for the live view, a line for the plain one."""
 
     elapsed_s: float
     """Seconds since the beginning."""
@@ -35,7 +35,7 @@ class Frame:
     caption: str = ""
 
     def table(self) -> Any:
-        """A table for rich, with a row for each group."""
+        """Return the table as `rich` draws it."""
         from rich.table import Table
         from rich.text import Text
 
@@ -66,11 +66,11 @@ class View(AbstractContextManager["View"], Protocol):
     """Where a run is shown, from `with` until its end."""
 
     def tell(self, elapsed_s: float, event: str) -> None:
-        """Show one line about what has happened."""
+        """Show one line about something that happened."""
         ...
 
     def show(self, frame: Frame) -> None:
-        """Show how all groups stand at this moment."""
+        """Show the present state of the run."""
         ...
 
 
@@ -90,7 +90,7 @@ class PlainView:
         return None
 
     def tell(self, elapsed_s: float, event: str) -> None:
-        """Print one line about what has happened."""
+        """Print one line about something that happened."""
         self._line(elapsed_s, event)
 
     def show(self, frame: Frame) -> None:
@@ -129,7 +129,7 @@ class RichView:
         self._live.__exit__(kind, error, trace)
 
     def tell(self, elapsed_s: float, event: str) -> None:
-        """Print one line about what has happened, above the table."""
+        """Print one line about something that happened, above the table."""
         from rich.text import Text
 
         self._live.console.print(Text(f"{elapsed_s:6.1f} s  {event}"))

@@ -391,4 +391,4 @@ class _Hooks:
                 self._evaluation(stats)
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Do nothing, since there is nothing to close."""

@@ -94,7 +94,6 @@ def exchange(
     Raises:
         MismatchError: this group differs from the reference. It cannot take part.
         CollectiveError: another one differs. This step is lost, the next one may be without it.
-
         TimeoutError: a member did not describe itself within `timeout`.
     """
     text = json.dumps(mine, sort_keys=True)

@@ -17,7 +17,7 @@ class _Plain(Codec):
     wire: torch.dtype
 
     def encoded_bytes(self, n: int) -> int:
-        """No scales."""
+        """How many bytes `n` numbers take; there are no scales."""
         return self.wire.itemsize * n
 
     def encode(self, values: Tensor) -> Tensor:

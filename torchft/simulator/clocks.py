@@ -159,7 +159,7 @@ class Clocks:
         self.lost = Lost()
 
     def compute(self, node: int, seconds: float) -> None:
-        """Account for one inner step of the nodes."""
+        """Account for one inner step of one node."""
         self.now[node] += seconds
         self.spent[node].compute_s += seconds
         self.at_stake[node] += 1
