@@ -48,7 +48,8 @@ def loggers() -> Iterator[None]:
         logger.propagate, logger.handlers = True, []
     yield
     for logger, (level, propagate, handlers) in zip(found, before, strict=True):
-        logger.level, logger.propagate, logger.handlers = level, propagate, handlers
+        logger.setLevel(level)
+        logger.propagate, logger.handlers = propagate, handlers
 
 
 @pytest.fixture
