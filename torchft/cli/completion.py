@@ -27,8 +27,6 @@ def add_command(
         "completion",
         help="print a completion script for bash, zsh or tcsh",
         description=ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("shell", choices=SHELLS)
     parser.set_defaults(run=partial(run, top))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torchft.arguments import above_zero, at_least
 from torchft.cli import report
+from torchft.cli.parser import given
 from torchft.demo.options import CODECS, DEFAULT_STEPS, STRATEGIES, DemoOptions
 
 __all__ = ["add_command"]
@@ -38,8 +39,6 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="train in replica groups here, kill one, see it heal",
         description=ABOUT,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.set_defaults(run=run)
     _add_run_flags(parser)
@@ -50,18 +49,17 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     steps = ", ".join(f"{steps} for {name}" for name, steps in DEFAULT_STEPS.items())
     add = parser.add_argument
-    add("--replicas", type=at_least(1), default=3, metavar="N", help="replica groups (3)")
+    add("--replicas", type=at_least(1), metavar="N", help="replica groups (3)")
     add(
         "--workers-per-replica",
+        dest="workers",
         type=at_least(1),
-        default=1,
         metavar="N",
         help="ranks in each group, which average their gradients among themselves (1)",
     )
     add(
         "--strategy",
         choices=STRATEGIES,
-        default="ddp",
         help="what the groups exchange: gradients in each step (ddp), weights (local_sgd) or an "
         "outer step (diloco) every few steps, or the outer steps of fragments while training goes "
         "on (streaming)",
@@ -81,7 +79,6 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--sync-every",
         type=at_least(1),
-        default=5,
         metavar="N",
         help="all but ddp: inner steps in one step (5)",
     )
@@ -89,15 +86,14 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--corpus",
         type=Path,
         action="append",
-        default=[],
         metavar="PATH",
         help="text to learn, a file or a folder; may be repeated (the standard library's sources)",
     )
     add("--keep", type=Path, metavar="FOLDER", help="a new folder for logs and step records")
     add(
         "--timeout",
+        dest="timeout_s",
         type=above_zero,
-        default=300.0,
         metavar="SECONDS",
         help="give up a run that is not over by then (300)",
     )
@@ -105,7 +101,7 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_kill_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--no-kill", action="store_true", help="let everybody live")
+    add("--no-kill", dest="kill", action="store_false", help="let everybody live")
     add(
         "--seed",
         type=at_least(0),
@@ -115,7 +111,6 @@ def _add_kill_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--heartbeat-timeout-ms",
         type=at_least(300),
-        default=1500,
         metavar="MS",
         help="silence after which a group counts as dead (1500)",
     )
@@ -130,20 +125,8 @@ def run(typed: argparse.Namespace) -> int:
 
 def options_of(typed: argparse.Namespace) -> DemoOptions:
     """What was typed means this. Raises SettingsError for what does not go together."""
-    return DemoOptions(
-        replicas=typed.replicas,
-        workers=typed.workers_per_replica,
-        strategy=typed.strategy,
-        steps=typed.steps,
-        sync_every=typed.sync_every,
-        codec=typed.codec,
-        kill=not typed.no_kill,
-        seed=new_seed() if typed.seed is None else typed.seed,
-        keep=typed.keep,
-        corpus=tuple(typed.corpus),
-        heartbeat_timeout_ms=typed.heartbeat_timeout_ms,
-        timeout_s=typed.timeout,
-    )
+    corpus = tuple(typed.corpus or ())
+    return DemoOptions(**{"seed": new_seed(), **given(typed, DemoOptions), "corpus": corpus})
 
 
 def new_seed() -> int:

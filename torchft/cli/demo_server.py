@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torchft.arguments import above_zero, at_least
 from torchft.cli import report
+from torchft.cli.parser import given
 
 __all__ = ["add_command"]
 
@@ -27,19 +28,22 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "demo-server",
         help="train through a parameter server here, kill a worker and the server",
         description=ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.set_defaults(run=run)
     add = parser.add_argument
-    add("--sync-every", type=at_least(1), default=10, metavar="H", help="steps of a round (10)")
+    add("--sync-every", type=at_least(1), metavar="H", help="steps of a round (10)")
     add(
         "--codec",
         choices=["fp32", "bf16", "fp8", "int8", "int4"],
-        default="bf16",
         help="how numbers travel (bf16)",
     )
-    add("--grace", type=above_zero, default=3.0, metavar="SECONDS", help="of a silent worker (3)")
+    add(
+        "--grace",
+        dest="grace_s",
+        type=above_zero,
+        metavar="SECONDS",
+        help="of a silent worker (3)",
+    )
     add("--keep", type=Path, metavar="FOLDER", help="a new folder for logs and checkpoints")
     add(
         "--train",
@@ -49,8 +53,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     add(
         "--timeout",
+        dest="timeout_s",
         type=above_zero,
-        default=900.0,
         metavar="SECONDS",
         help="give up a run that is not over by then (900)",
     )
@@ -65,14 +69,9 @@ def run(typed: argparse.Namespace) -> int:
     from torchft.demo.server_options import ServerDemoOptions, trainer
     from torchft.launch.folder import run_folder
 
-    options = ServerDemoOptions(
-        train=typed.train or trainer(),
-        folder=run_folder(typed.keep, "torchft_demo_server_"),
-        sync_every=typed.sync_every,
-        codec=typed.codec,
-        grace_s=typed.grace,
-        timeout_s=typed.timeout,
-    )
+    folder = run_folder(typed.keep, "torchft_demo_server_")
+    asked = {"train": trainer(), **given(typed, ServerDemoOptions), "folder": folder}
+    options = ServerDemoOptions(**asked)
     summary = run_server_demo(options, report.view_for(typed))
     if typed.keep is None and summary.good:
         shutil.rmtree(options.folder)

@@ -7,8 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from torchft.cli import diloco_server, diloco_status, diloco_worker
-from torchft.cli.parser import CommandParser, print_anywhere, version_text
-from torchft.errors import TorchftError
+from torchft.cli.parser import run_command, top_parser
 
 __all__ = ["add_command", "main"]
 
@@ -18,8 +17,7 @@ workers, look at the run. docs/parameter_server.md describes all of it.
 """
 
 
-def _fill(parser: argparse.ArgumentParser) -> None:
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+def _fill(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     diloco_server.add_command(commands)
     diloco_worker.add_command(commands)
     diloco_status.add_command(commands)
@@ -27,23 +25,15 @@ def _fill(parser: argparse.ArgumentParser) -> None:
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `diloco` and its commands to those of `torchft`."""
-    _fill(commands.add_parser("diloco", help=ABOUT.splitlines()[0], description=ABOUT))
+    parser = commands.add_parser("diloco", help=ABOUT.splitlines()[0], description=ABOUT)
+    _fill(parser.add_subparsers(title="commands", metavar="COMMAND", required=True))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the `diloco` command; returns the exit code."""
-    print_anywhere()
-    parser = CommandParser(prog="diloco", description=ABOUT, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=version_text("diloco"))
-    _fill(parser)
-    typed = parser.parse_args(arguments)
-    try:
-        return int(typed.run(typed))
-    except TorchftError as error:
-        print(f"diloco: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    parser, commands = top_parser("diloco", ABOUT)
+    _fill(commands)
+    return run_command(parser, arguments)
 
 
 if __name__ == "__main__":

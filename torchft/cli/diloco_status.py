@@ -19,7 +19,9 @@ __all__ = ["add_command", "table"]
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `status` and its flags to the commands."""
     parser = commands.add_parser(
-        "status", help="show what a server does; exit code 1 if it cannot be asked"
+        "status",
+        help="show what a server does; exit code 1 if it cannot be asked",
+        allow_abbrev=True,
     )
     parser.set_defaults(run=run)
     parser.add_argument(

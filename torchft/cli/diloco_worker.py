@@ -31,8 +31,6 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "worker",
         help="run a command as a worker",
         description=ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.set_defaults(run=run)
     parser.add_argument("--server", metavar="HOST:PORT", help="default: DILOCO_SERVER")

@@ -28,8 +28,6 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "doctor",
         help="find what would go wrong on this machine",
         description=ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.set_defaults(run=run)
     parser.add_argument(

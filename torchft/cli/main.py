@@ -11,8 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from torchft.cli import completion, demo, demo_server, diloco, doctor, simulate
-from torchft.cli.parser import CommandParser, print_anywhere, version_text
-from torchft.errors import TorchftError
+from torchft.cli.parser import run_command, top_parser
 
 __all__ = ["main", "parser"]
 
@@ -27,14 +26,7 @@ that cannot be used; 128 + n after signal n.
 
 def parser() -> argparse.ArgumentParser:
     """The argument parser of the whole `torchft` command."""
-    top: argparse.ArgumentParser = CommandParser(
-        prog="torchft",
-        description=ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    top.add_argument("--version", action="version", version=version_text("torchft"))
-    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    top, commands = top_parser("torchft", ABOUT)
     completion.add_command(commands, top)
     demo.add_command(commands)
     demo_server.add_command(commands)
@@ -46,15 +38,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command in `arguments`, or on the command line; returns the exit code."""
-    print_anywhere()
-    typed = parser().parse_args(arguments)
-    try:
-        return int(typed.run(typed))
-    except TorchftError as error:
-        print(f"torchft: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return run_command(parser(), arguments)
 
 
 if __name__ == "__main__":

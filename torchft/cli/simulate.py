@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchft.arguments import at_least
+from torchft.cli.parser import given
 from torchft.errors import SettingsError
 from torchft.experiments.config import (
     MODELS,
@@ -60,8 +61,6 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="compare strategies on simulated nodes: loss, bytes, time",
         description=ABOUT,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.set_defaults(run=run)
     parser.add_argument(
@@ -134,26 +133,19 @@ def run(typed: argparse.Namespace) -> int:
     return _sweep(config, typed)
 
 
-FLAGS = (
-    *("strategies", "nodes", "every", "lr", "seeds", "model", "data", "steps", "batch_size"),
-    *("equal", "schedule", "target_loss", "device"),
-)
-
-
 def config_of(typed: argparse.Namespace) -> SimulateConfig:
     """The file, and the flags over it.
 
     Raises:
         SettingsError: something that there is not, or cannot be.
     """
-    given = {} if typed.config is None else read_config(typed.config)
-    given |= {name: value for name in FLAGS if (value := getattr(typed, name)) is not None}
-    given |= dict(_setting(one) for one in typed.set)
+    said = {} if typed.config is None else read_config(typed.config)
+    said |= given(typed, SimulateConfig) | dict(_setting(one) for one in typed.set)
     for name in ("network", "faults", "weather"):
         if (path := getattr(typed, name)) is not None:
-            given[name] = read_part(path)
+            said[name] = read_part(path)
     source = "the flags" if typed.config is None else f"{typed.config} with the flags"
-    return from_mapping(given, source=source)
+    return from_mapping(said, source=source)
 
 
 def _setting(typed: str) -> tuple[str, Any]:

@@ -62,38 +62,28 @@ def ask(address: str, *, timeout_s: float) -> Answer:
     parts = parse_address(address)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout_s)
     with contextlib.closing(connection):
-        health = _get(connection, "/healthz")
+        health, _ = _get(connection, "/healthz")
+        now, date = time.time(), health.getheader("date")
         if health.status == 404:  # an existing torchft has no such route, but a page
             return Answer(wire=None, status={}, clock_ahead_s=0.0)
         if health.status != 200:
             raise NoLighthouse(f"{address} answers {health.status} {health.reason} to GET /healthz")
-        text = _get(connection, "/status.json").text
+        _, text = _get(connection, "/status.json")
     try:
         status = json.loads(text)
     except ValueError:
         raise NoLighthouse(f"{address} is no lighthouse: its /status.json is no JSON") from None
-    return Answer(wire=health.wire, status=status, clock_ahead_s=health.clock_ahead_s)
+    ahead = parsedate_to_datetime(date).timestamp() - now if date else 0.0
+    return Answer(wire=health.getheader("torchft-wire"), status=status, clock_ahead_s=ahead)
 
 
-@dataclass(frozen=True)
-class _Reply:
-    status: int
-    reason: str
-    text: str
-    wire: str | None
-    clock_ahead_s: float
-
-
-def _get(connection: http.client.HTTPConnection, path: str) -> _Reply:
+def _get(connection: http.client.HTTPConnection, path: str) -> tuple[http.client.HTTPResponse, str]:
     try:
         connection.request("GET", path, headers={"Connection": "keep-alive"})
         response = connection.getresponse()
-        text = response.read().decode(errors="replace")
+        return response, response.read().decode(errors="replace")
     except http.client.HTTPException as error:
         raise NoLighthouse(f"what listens there does not speak HTTP: {error!r}") from error
-    date = response.getheader("date")
-    ahead = parsedate_to_datetime(date).timestamp() - time.time() if date else 0.0
-    return _Reply(response.status, response.reason, text, response.getheader("torchft-wire"), ahead)
 
 
 def lighthouse(address: str | None, *, timeout_s: float = 5.0) -> Check:
