@@ -32,9 +32,70 @@ examples:
 
 PORT = 8512
 
+_FLAGS = {
+    "rounds": {
+        "-n --num-workers=N": "a synchronous run begins when so many have registered",
+        "--min-workers=N": "no round closes with submissions of fewer workers (default 1)",
+        "--mode=synchronous|decoupled|asynchronous": "decoupled: --min-workers and a grace window "
+        "close a round (default synchronous)",
+        "--grace=S": "seconds of silence after which nobody waits for a worker; also the longest "
+        "that a decoupled round waits for late ones (default 5)",
+        "--heartbeat-timeout=S": "seconds of silence after which it is no worker any more (default "
+        "120); 0: never",
+        "--max-staleness=N": "refuse work that was measured from weights more than N rounds old",
+        "--dylu": "slower workers take fewer steps",
+        "--dylu-base-sync-every=H": "steps of the fastest one",
+        "--norm-bound=X": "refuse changes larger than X times the weights' norm (default 10); 0: "
+        "none",
+    },
+    "for all workers; what is not given is what the first worker asks for": {
+        "--sync-every=H": "steps between two submissions",
+        "--num-fragments=N": "parts of the model, submitted in turn",
+        "--codec=fp32|bf16|fp8|int8|int4": "how numbers travel",
+    },
+    "files": {
+        "-o --output-dir=DIR": "checkpoints, journal and uploads",
+        "-m --model=DIR": "begin with the safetensors in DIR",
+        "-c --from-checkpoint=DIR": "go on from this checkpoint instead of the newest one",
+        "--save-every=N": "rounds; 0: never (default 10)",
+        "--save-total-limit=N": "kept; 0: all (default 3)",
+    },
+    "network": {
+        "--host=HOST": "0.0.0.0 for workers elsewhere (default 127.0.0.1)",
+        "--port=N": f"0: a free one (default {PORT})",
+        "--auth-token=TOKEN": "the admin's, 16 characters or more",
+        "--auth-token-file=FILE": "where the three tokens are, or go",
+        "--regen-token": "make new tokens",
+        "--no-auth": "everybody may do everything",
+        "--tls-cert=PEM": "the server's certificate",
+        "--tls-key=PEM": "the key of the certificate",
+    },
+    "outer optimizer": {
+        "--outer-lr=X": "learning rate (default 0.7)",
+        "--outer-momentum=X": "default 0.9",
+        "--no-nesterov": "plain momentum instead of Nesterov's",
+        "--dn-buffer-size=N": "asynchronous: the momentum moves once in N submissions (default: as "
+        "many as workers are expected); 0: with each",
+    },
+}
+"""Each flag, and behind `=` what it takes; what must hold of a value, the options check."""
+
+_NUMBERS = {"N": at_least(0), "H": at_least(1), "S": float, "X": float}
+_PATHS = ("DIR", "FILE", "PEM")
+
+_FIELDS = {
+    "num_workers": "workers",
+    "grace": "grace_s",
+    "heartbeat_timeout": "heartbeat_timeout_s",
+    "outer_lr": "lr",
+    "outer_momentum": "momentum",
+    "num_fragments": "fragments",
+}
+"""The option that a flag sets, where that has another name."""
+
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `server` and its flags, named as the fields of the options that they set."""
+    """Add the command `server` and its flags to `commands`."""
     parser = commands.add_parser(
         "server",
         help="start a parameter server",
@@ -42,120 +103,30 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.set_defaults(run=run)
-    _rounds(parser)
-    _files(parser)
-    _network(parser)
-    add = parser.add_argument_group("outer optimizer").add_argument
-    add("--outer-lr", dest="lr", type=float, metavar="X", help="learning rate (default 0.7)")
-    add("--outer-momentum", dest="momentum", type=float, metavar="X", help="default 0.9")
-    add(
-        "--no-nesterov",
-        dest="nesterov",
-        action="store_const",
-        const=False,
-        help="plain momentum instead of Nesterov's",
+    groups = {title: parser.add_argument_group(title) for title in _FLAGS}
+    modes = groups["rounds"].add_mutually_exclusive_group()
+    for title, flags in _FLAGS.items():
+        for flag, meaning in flags.items():
+            names, _, value = flag.partition("=")
+            add = modes.add_argument if names == "--mode" else groups[title].add_argument
+            action = add(*names.split(), help=meaning, **_taking(value))
+            action.dest = _FIELDS.get(action.dest, action.dest)
+            action.required = action.dest == "workers"
+    about = "the same as --mode asynchronous"
+    modes.add_argument(
+        "--async", dest="mode", action="store_const", const="asynchronous", help=about
     )
-    add(
-        "--dn-buffer-size",
-        type=at_least(0),
-        metavar="N",
-        help="asynchronous: the momentum moves once in N submissions (default: as many as workers "
-        "are expected); 0: with each",
-    )
+    parser.set_defaults(run=run, host="127.0.0.1", port=PORT)
 
 
-def _rounds(parser: argparse.ArgumentParser) -> None:
-    rounds = parser.add_argument_group("rounds")
-    add = rounds.add_argument
-    add(
-        *("-n", "--num-workers"),
-        dest="workers",
-        type=at_least(1),
-        metavar="N",
-        required=True,
-        help="a synchronous run begins when so many have registered",
-    )
-    add(
-        "--min-workers",
-        type=at_least(1),
-        metavar="N",
-        help="no round closes with submissions of fewer workers (default 1)",
-    )
-    mode = rounds.add_mutually_exclusive_group()
-    mode.add_argument(
-        "--mode",
-        choices=["synchronous", "decoupled", "asynchronous"],
-        help="decoupled: --min-workers and a grace window close a round (default synchronous)",
-    )
-    mode.add_argument(
-        "--async",
-        dest="mode",
-        action="store_const",
-        const="asynchronous",
-        help="the same as --mode asynchronous",
-    )
-    add(
-        "--grace",
-        dest="grace_s",
-        type=float,
-        metavar="S",
-        help="seconds of silence after which nobody waits for a worker; also the longest that a "
-        "decoupled round waits for late ones (default 5)",
-    )
-    add(
-        "--heartbeat-timeout",
-        dest="heartbeat_timeout_s",
-        type=float,
-        metavar="S",
-        help="seconds of silence after which it is no worker any more (default 120); 0: never",
-    )
-    add(
-        "--max-staleness",
-        type=at_least(0),
-        metavar="N",
-        help="refuse work that was measured from weights more than N rounds old",
-    )
-    add("--dylu", action="store_true", default=None, help="slower workers take fewer steps")
-    add("--dylu-base-sync-every", type=at_least(1), metavar="H", help="steps of the fastest one")
-    add(
-        "--norm-bound",
-        type=float,
-        metavar="X",
-        help="refuse changes larger than X times the weights' norm (default 10); 0: none",
-    )
-    shared = parser.add_argument_group(
-        "for all workers", "what is not given is what the first worker asks for"
-    ).add_argument
-    shared("--sync-every", type=at_least(1), metavar="H", help="steps between two submissions")
-    shared("--num-fragments", dest="fragments", type=at_least(1), metavar="N")
-    shared("--codec", choices=["fp32", "bf16", "fp8", "int8", "int4"])
-
-
-def _files(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("files").add_argument
-    add("-o", "--output-dir", type=Path, metavar="DIR", help="checkpoints, journal and uploads")
-    add("-m", "--model", type=Path, metavar="DIR", help="begin with the safetensors in DIR")
-    add(
-        *("-c", "--from-checkpoint"),
-        type=Path,
-        metavar="DIR",
-        help="go on from this checkpoint instead of the newest one",
-    )
-    add("--save-every", type=at_least(0), metavar="N", help="rounds; 0: never (default 10)")
-    add("--save-total-limit", type=at_least(0), metavar="N", help="kept; 0: all (default 3)")
-
-
-def _network(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("network").add_argument
-    add("--host", default="127.0.0.1", help="0.0.0.0 for workers elsewhere")
-    add("--port", type=at_least(0), default=PORT, help=f"0: a free one (default {PORT})")
-    add("--auth-token", metavar="TOKEN", help="the admin's, 16 characters or more")
-    add("--auth-token-file", type=Path, metavar="FILE", help="where the three tokens are, or go")
-    add("--regen-token", action="store_true", help="make new tokens")
-    add("--no-auth", action="store_true", help="everybody may do everything")
-    add("--tls-cert", type=Path, metavar="PEM")
-    add("--tls-key", type=Path, metavar="PEM")
+def _taking(value: str) -> dict[str, Any]:
+    """What argparse must know of a flag that takes `value`."""
+    if not value:
+        return {"action": "store_true", "default": None}
+    if "|" in value:
+        return {"choices": value.split("|")}
+    kind = _NUMBERS.get(value, Path if value in _PATHS else str)
+    return {"type": kind, "metavar": value}
 
 
 def options_of(typed: argparse.Namespace) -> ServerOptions:
@@ -168,19 +139,17 @@ def options_of(typed: argparse.Namespace) -> ServerOptions:
     from torchft.parameter_server.core.rules import Mode, Rules
 
     values = {name: value for name, value in vars(typed).items() if value is not None}
+    values["mode"] = Mode(typed.mode or Mode.SYNCHRONOUS)
+    values["output_dir"] = typed.output_dir or typed.model
+    values["nesterov"] = not typed.no_nesterov
+    if values["output_dir"] is None:
+        raise SettingsError("say where to write: -o OUT, or -m MODEL to write beside the model")
 
     def given(options: type) -> dict[str, Any]:
         return {field.name: values[field.name] for field in fields(options) if field.name in values}
 
-    mode = Mode(typed.mode or Mode.SYNCHRONOUS)
-    folder = typed.output_dir or typed.model
-    if folder is None:
-        raise SettingsError("say where to write: -o OUT, or -m MODEL to write beside the model")
-    return ServerOptions(
-        **{**given(ServerOptions), "output_dir": folder},
-        rules=Rules(**{**given(Rules), "mode": mode}),
-        outer=OuterOptions(**given(OuterOptions)),
-    )
+    rules, outer = Rules(**given(Rules)), OuterOptions(**given(OuterOptions))
+    return ServerOptions(**given(ServerOptions), rules=rules, outer=outer)
 
 
 def run(typed: argparse.Namespace) -> int:

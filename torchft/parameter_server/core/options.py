@@ -125,6 +125,9 @@ class ServerOptions:
     def __post_init__(self) -> None:
         for name in ("save_every", "save_total_limit"):
             check_integer(name, getattr(self, name), least=0)
+        for name in ("dylu_base_sync_every", "sync_every", "fragments"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), least=1, most=MOST)
         check_number("norm_bound", self.norm_bound, least=0)
         if self.dylu and self.rules.mode is Mode.SYNCHRONOUS:
             raise SettingsError(
