@@ -139,11 +139,11 @@ def _round_of(options: Options, shared: Any) -> tuple[Act, float]:
     import torch
     from torch import nn
 
-    from torchft.strategies import Clock, DiLoCo, ModelLocal, OptimSpec
+    from torchft.strategies import Clock, DiLoCoRecipe, ModelLocal, OptimSpec
 
     model = nn.ParameterList([nn.Parameter(torch.zeros(options.parameters, dtype=torch.bfloat16))])
     outer = OptimSpec(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)
-    recipe = DiLoCo(outer, 1, shared_dtype=shared)
+    recipe = DiLoCoRecipe(outer, 1, shared_dtype=shared)
     recipe.bind(ModelLocal([model]), Clock())
     whole = recipe.local.whole
 

@@ -86,7 +86,7 @@ class LocalSGD(StrategyHooks):
         check_inner(optimizer)
         if samples is not None:
             check_integer("samples", samples)
-        recipe = local_sgd.LocalSGD(
+        recipe = local_sgd.LocalSGDRecipe(
             sync_every,
             backup=backup,
             weighting=EQUAL if samples is None else SAMPLES,
@@ -210,7 +210,7 @@ class DiLoCo(StrategyHooks):
         if isinstance(outer_optimizer, list):
             assert len(outers) == parts, f"{len(outers)} outer optimizers for {parts} fragments"
         diloco.check_schedule(sync_every, parts, fragment_sync_delay, fragment_update_alpha)
-        self._recipe = diloco.DiLoCo(
+        self._recipe = diloco.DiLoCoRecipe(
             ModelOuter(outers, keep_weights=fragment_update_alpha > 0),
             sync_every,
             fragments=parts,

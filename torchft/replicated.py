@@ -34,7 +34,7 @@ from torchft.strategies.inner import InnerOptimizer
 from torchft.strategies.model_local import ModelLocal
 from torchft.strategies.optim_spec import OptimSpec
 from torchft.strategies.parts.precision import shared_dtype_of
-from torchft.strategies.recipe import Recipe
+from torchft.strategies.recipe import Recipe, kind_of
 from torchft.strategies.strategy import Strategy
 from torchft.strategies.trained import TrainedModel
 from torchft.uncopied import Uncopied
@@ -296,7 +296,7 @@ class Replicated(Uncopied):
         if any(recipe.buffers != LEFT for recipe in recipes):
             self._manager.describe_model("model buffers", list(self._local.buffers()[0].items()))
         for name, value in {
-            "strategy": ", ".join(type(recipe).__name__ for recipe in recipes),
+            "strategy": ", ".join(kind_of(recipe) for recipe in recipes),
             "sync_every": ", ".join(str(recipe.every) for recipe in recipes),
             "fragment_sync_delay": ", ".join(str(recipe.delay) for recipe in recipes),
             "deterministic": str(deterministic),
@@ -330,7 +330,7 @@ def _check_strategy(strategy: Any) -> None:
     if not isinstance(strategy, Strategy):
         raise SettingsError(
             f"the strategy is a {type(strategy).__name__}: give one of torchft.strategies, such as "
-            "Strategy([AllReduce()])"
+            "Strategy([AllReduceRecipe()])"
         )
     strategy.check_unused()
 

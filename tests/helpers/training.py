@@ -18,18 +18,18 @@ from torch import Tensor
 from torchft.quantization import BFloat16, Float8, Int4, Int8
 from torchft.seeds import seed63
 from torchft.strategies import (
-    AllReduce,
+    AllReduceRecipe,
     Clock,
-    DeMo,
-    DiLoCo,
-    FedAvg,
-    LocalSGD,
+    DeMoRecipe,
+    DiLoCoRecipe,
+    FedAvgRecipe,
+    LocalSGDRecipe,
     ModelLocal,
     RandomIndexSelector,
     Recipe,
-    Sparta,
+    SpartaRecipe,
     Strategy,
-    TopK,
+    TopKRecipe,
 )
 from torchft.strategies.parts.outer import ModelOuter
 
@@ -61,14 +61,14 @@ class Row:
 def with_model_outer(**options: Any) -> Callable[[ModelLocal], Recipe]:
     def make(local: ModelLocal) -> Recipe:
         outer = ModelOuter([OUTER(local.parameters)], keep_weights=options.get("mix", 0) > 0)
-        return DiLoCo(outer, **options)
+        return DiLoCoRecipe(outer, **options)
 
     return make
 
 
 def draw_of_islands(step: int, participants: int) -> list[list[int]]:
     """What FedAvg draws."""
-    recipe = FedAvg(3, island_size=2, seed=5)
+    recipe = FedAvgRecipe(3, island_size=2, seed=5)
     recipe.clock = Clock(step)
     return recipe.islands(participants)
 
@@ -91,52 +91,57 @@ SEQUENTIAL = ((0, 1, 2), (3, 4, 5, 6, 7))
 STRIDED = ((0, 3, 4), (1, 2, 5, 6, 7))
 
 ROWS = {
-    "all-reduce": Row(Kind("all_reduce"), lambda _: AllReduce()),
-    "all-reduce in buckets": Row(Kind("all_reduce"), lambda _: AllReduce(), bucket_bytes=60),
-    "all-reduce, fp8": Row(Kind("all_reduce", codec=Float8()), lambda _: AllReduce()),
-    "LocalSGD, bf16": Row(Kind("local_sgd", every=3, codec=BFloat16()), lambda _: LocalSGD(3)),
-    "DiLoCo, int8": Row(Kind("diloco", every=4, codec=Int8()), lambda _: DiLoCo(OUTER, 4)),
+    "all-reduce": Row(Kind("all_reduce"), lambda _: AllReduceRecipe()),
+    "all-reduce in buckets": Row(Kind("all_reduce"), lambda _: AllReduceRecipe(), bucket_bytes=60),
+    "all-reduce, fp8": Row(Kind("all_reduce", codec=Float8()), lambda _: AllReduceRecipe()),
+    "LocalSGD, bf16": Row(
+        Kind("local_sgd", every=3, codec=BFloat16()), lambda _: LocalSGDRecipe(3)
+    ),
+    "DiLoCo, int8": Row(Kind("diloco", every=4, codec=Int8()), lambda _: DiLoCoRecipe(OUTER, 4)),
     "DiLoCo, 2 fragments, int4": Row(
         Kind("diloco", every=4, fragments=2, codec=Int4(16)),
-        lambda _: DiLoCo(OUTER, 4, fragments=2),
+        lambda _: DiLoCoRecipe(OUTER, 4, fragments=2),
     ),
     "all-reduce, int8, error feedback": Row(
-        Kind("all_reduce", codec=Int8(16), feedback=True), lambda _: AllReduce(error_feedback=True)
+        Kind("all_reduce", codec=Int8(16), feedback=True),
+        lambda _: AllReduceRecipe(error_feedback=True),
     ),
     "DiLoCo, int4, error feedback": Row(
         Kind("diloco", every=4, codec=Int4(16), feedback=True),
-        lambda _: DiLoCo(OUTER, 4, error_feedback=True),
+        lambda _: DiLoCoRecipe(OUTER, 4, error_feedback=True),
     ),
     "DiLoCo, 2 fragments, int4, error feedback": Row(
         Kind("diloco", every=4, fragments=2, codec=Int4(16), feedback=True),
-        lambda _: DiLoCo(OUTER, 4, fragments=2, error_feedback=True),
+        lambda _: DiLoCoRecipe(OUTER, 4, fragments=2, error_feedback=True),
     ),
     "DiLoCo, 2 fragments, delayed, int8, error feedback": Row(
         Kind("diloco", every=6, fragments=2, delay=2, mix=0.5, codec=Int8(16), feedback=True),
         with_model_outer(every=6, fragments=2, delay=2, mix=0.5, error_feedback=True),
     ),
-    "LocalSGD": Row(Kind("local_sgd", every=3), lambda _: LocalSGD(3)),
+    "LocalSGD": Row(Kind("local_sgd", every=3), lambda _: LocalSGDRecipe(3)),
     "LocalSGD without backup": Row(
-        Kind("local_sgd", every=3, backup=False), lambda _: LocalSGD(3, backup=False)
+        Kind("local_sgd", every=3, backup=False), lambda _: LocalSGDRecipe(3, backup=False)
     ),
-    "FedAvg": Row(Kind("local_sgd", every=3), lambda _: FedAvg(3)),
+    "FedAvg": Row(Kind("local_sgd", every=3), lambda _: FedAvgRecipe(3)),
     "FedAvg in islands": Row(
         Kind("islands", every=3, islands=draw_of_islands),
-        lambda _: FedAvg(3, island_size=2, seed=5),
+        lambda _: FedAvgRecipe(3, island_size=2, seed=5),
     ),
-    "DiLoCo": Row(Kind("diloco", every=4), lambda _: DiLoCo(OUTER, 4)),
+    "DiLoCo": Row(Kind("diloco", every=4), lambda _: DiLoCoRecipe(OUTER, 4)),
     "DiLoCo, the model's outer": Row(Kind("diloco", every=4), with_model_outer(every=4)),
-    "DiLoCo in buckets": Row(Kind("diloco", every=4), lambda _: DiLoCo(OUTER, 4), bucket_bytes=36),
+    "DiLoCo in buckets": Row(
+        Kind("diloco", every=4), lambda _: DiLoCoRecipe(OUTER, 4), bucket_bytes=36
+    ),
     "DiLoCo, 2 fragments": Row(
-        Kind("diloco", every=4, fragments=2), lambda _: DiLoCo(OUTER, 4, fragments=2)
+        Kind("diloco", every=4, fragments=2), lambda _: DiLoCoRecipe(OUTER, 4, fragments=2)
     ),
     "DiLoCo, cut in 2": Row(
         Kind("diloco", every=4, fragments=2, cut=SEQUENTIAL),
-        lambda _: DiLoCo(OUTER, 4, fragments=2),
+        lambda _: DiLoCoRecipe(OUTER, 4, fragments=2),
     ),
     "DiLoCo, cut in 2, strided": Row(
         Kind("diloco", every=5, fragments=2, cut=STRIDED, delay=1, mix=0.5),
-        lambda _: DiLoCo(OUTER, 5, fragments=2, pattern="strided", delay=1, mix=0.5),
+        lambda _: DiLoCoRecipe(OUTER, 5, fragments=2, pattern="strided", delay=1, mix=0.5),
     ),
     "DiLoCo, cut in 2, strided, the model's outer": Row(
         Kind("diloco", every=4, fragments=2, cut=STRIDED),
@@ -145,21 +150,23 @@ ROWS = {
     "DiLoCo, 2 fragments, the model's outer": Row(
         Kind("diloco", every=4, fragments=2), with_model_outer(every=4, fragments=2)
     ),
-    "DiLoCo, mixed": Row(Kind("diloco", every=2, mix=0.25), lambda _: DiLoCo(OUTER, 2, mix=0.25)),
+    "DiLoCo, mixed": Row(
+        Kind("diloco", every=2, mix=0.25), lambda _: DiLoCoRecipe(OUTER, 2, mix=0.25)
+    ),
     "DiLoCo, delayed, mixed": Row(
         Kind("diloco", every=4, delay=3, mix=0.25),
-        lambda _: DiLoCo(OUTER, 4, delay=3, mix=0.25),
+        lambda _: DiLoCoRecipe(OUTER, 4, delay=3, mix=0.25),
     ),
     "DiLoCo, 2 fragments, delayed, mixed": Row(
         Kind("diloco", every=6, fragments=2, delay=2, mix=0.5),
         with_model_outer(every=6, fragments=2, delay=2, mix=0.5),
     ),
     "DiLoCo, 2 fragments in 5 steps": Row(
-        Kind("diloco", every=5, fragments=2), lambda _: DiLoCo(OUTER, 5, fragments=2)
+        Kind("diloco", every=5, fragments=2), lambda _: DiLoCoRecipe(OUTER, 5, fragments=2)
     ),
     "DiLoCo, 2 fragments in 5 steps, the longest delay": Row(
         Kind("diloco", every=5, fragments=2, delay=2),
-        lambda _: DiLoCo(OUTER, 5, fragments=2, delay=2),
+        lambda _: DiLoCoRecipe(OUTER, 5, fragments=2, delay=2),
     ),
     "DiLoCo, 2 fragments, a round closes where the next opens": Row(
         Kind("diloco", every=6, fragments=2, delay=3, mix=0.5),
@@ -171,55 +178,57 @@ ROWS = {
     ),
     "DiLoCo, both of 2 fragments always in flight": Row(
         Kind("diloco", every=4, fragments=2, delay=4),
-        lambda _: DiLoCo(OUTER, 4, fragments=2, delay=4),
+        lambda _: DiLoCoRecipe(OUTER, 4, fragments=2, delay=4),
     ),
     "DiLoCo, both of 2 fragments in flight, the inner state restored too": Row(
         Kind("diloco", every=5, fragments=2, delay=4, restores_inner=True),
-        lambda _: DiLoCo(OUTER, 5, fragments=2, delay=4, inner_state="restored"),
+        lambda _: DiLoCoRecipe(OUTER, 5, fragments=2, delay=4, inner_state="restored"),
     ),
     "DiLoCo, the inner state restored too": Row(
         Kind("diloco", every=4, restores_inner=True),
-        lambda _: DiLoCo(OUTER, 4, inner_state="restored"),
+        lambda _: DiLoCoRecipe(OUTER, 4, inner_state="restored"),
     ),
     "DiLoCo, 2 fragments, delayed, the inner state restored too": Row(
         Kind("diloco", every=6, fragments=2, delay=2, restores_inner=True),
         with_model_outer(every=6, fragments=2, delay=2, inner_state="restored"),
     ),
     "LocalSGD, buffers averaged": Row(
-        Kind("local_sgd", every=3), lambda _: LocalSGD(3, buffers="averaged")
+        Kind("local_sgd", every=3), lambda _: LocalSGDRecipe(3, buffers="averaged")
     ),
     "DiLoCo, 2 fragments, delayed, buffers copied": Row(
         Kind("diloco", every=6, fragments=2, delay=2),
-        lambda _: DiLoCo(OUTER, 6, fragments=2, delay=2, buffers="copied"),
+        lambda _: DiLoCoRecipe(OUTER, 6, fragments=2, delay=2, buffers="copied"),
     ),
-    "SPARTA": Row(Kind("sparta", share_every=2, subset=a_third), lambda _: Sparta(every_third, 2)),
+    "SPARTA": Row(
+        Kind("sparta", share_every=2, subset=a_third), lambda _: SpartaRecipe(every_third, 2)
+    ),
     "SPARTA, at random, often none": Row(
         Kind("sparta", share_every=1, subset=at_random),
-        lambda _: Sparta(RandomIndexSelector(0.02), seed=7),
+        lambda _: SpartaRecipe(RandomIndexSelector(0.02), seed=7),
         bucket_bytes=8,
     ),
     "SPARTA-DiLoCo": Row(
         Kind("sparta", every=4, share_every=2, subset=a_third),
-        lambda _: [Sparta(every_third, 2), DiLoCo(OUTER, 4)],
+        lambda _: [SpartaRecipe(every_third, 2), DiLoCoRecipe(OUTER, 4)],
     ),
     "LocalSGD, weighed by samples": Row(
-        Kind("local_sgd", every=3, weighed=True), lambda _: LocalSGD(3, weighting="samples")
+        Kind("local_sgd", every=3, weighed=True), lambda _: LocalSGDRecipe(3, weighting="samples")
     ),
     "DeMo": Row(
         Kind("demo", topk=3, chunk=8, decay=0.9),
-        lambda _: DeMo(decay=0.9, topk=3, chunk=8, mean_over="members"),
+        lambda _: DeMoRecipe(decay=0.9, topk=3, chunk=8, mean_over="members"),
     ),
     "DeMo, over senders": Row(
         Kind("demo", topk=3, chunk=8, decay=0.9, senders=True),
-        lambda _: DeMo(decay=0.9, topk=3, chunk=8, mean_over="senders"),
+        lambda _: DeMoRecipe(decay=0.9, topk=3, chunk=8, mean_over="senders"),
     ),
     "top-k": Row(
         Kind("top_k", every=3, topk=5, chunk=16, decay=0.8),
-        lambda _: TopK(OUTER, 3, topk=5, chunk=16, decay=0.8, mean_over="members"),
+        lambda _: TopKRecipe(OUTER, 3, topk=5, chunk=16, decay=0.8, mean_over="members"),
     ),
     "top-k of tensors, over senders": Row(
         Kind("top_k", every=3, topk=5, chunk=16, decay=0.8, senders=True, by_tensor=True),
-        lambda _: TopK(
+        lambda _: TopKRecipe(
             OUTER, 3, topk=5, chunk=16, decay=0.8, mean_over="senders", chunks_of="tensor"
         ),
     ),

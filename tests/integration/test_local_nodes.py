@@ -222,7 +222,7 @@ def test_what_a_real_run_cannot_do_is_refused() -> None:
 def test_islands_are_refused_before_a_process_starts() -> None:
     experiment = experiment_of("LocalSGD", steps=20)
     experiment.strategy = FedAvgStrategy(H=5, island_size=2)
-    with pytest.raises(SettingsError, match="FedAvg averages within islands"):
+    with pytest.raises(SettingsError, match="FedAvgRecipe averages within islands"):
         run_processes(experiment)
 
 

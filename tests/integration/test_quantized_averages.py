@@ -16,7 +16,7 @@ from torchft.errors import MismatchError, SettingsError
 from torchft.manager.peers import ManagedPeers, ManagedRound
 from torchft.peers import Place
 from torchft.quantization import Codec, Int8, codec_of, mean_bytes, quantized_mean
-from torchft.strategies import AllReduce, ModelLocal, Strategy
+from torchft.strategies import AllReduceRecipe, ModelLocal, Strategy
 
 N = 1001
 
@@ -107,7 +107,7 @@ def test_a_group_with_another_codec_is_told_before_anything_is_mixed(
 ) -> None:
     def story(group: Group) -> str:
         manager = group.manager(use_async_quorum=False)
-        recipe, local = AllReduce(), ModelLocal([torch.nn.Linear(3, 1)])
+        recipe, local = AllReduceRecipe(), ModelLocal([torch.nn.Linear(3, 1)])
         mine = "int8" if group.number == 0 else codec
         recipe.codec = None if mine is None else codec_of(mine)
         strategy = Strategy([recipe]).bind(local, ManagedPeers(manager))

@@ -17,10 +17,10 @@ from torchft.errors import NotFiniteError, SettingsError
 from torchft.quantization import Int4
 from torchft.simulator.stacked import StackedLocal
 from torchft.strategies import (
-    DiLoCo,
+    DiLoCoRecipe,
     DiLoCoStrategy,
     Inner,
-    LocalSGD,
+    LocalSGDRecipe,
     LocalSGDStrategy,
     ModelLocal,
     Recipe,
@@ -29,9 +29,9 @@ from torchft.strategies import (
 )
 
 RECIPES: dict[str, Callable[[str], Recipe]] = {
-    "LocalSGD": lambda buffers: LocalSGD(1, buffers=buffers),
-    "DiLoCo": lambda buffers: DiLoCo(OUTER, 1, buffers=buffers),
-    "DiLoCo, 2 fragments": lambda buffers: DiLoCo(OUTER, 2, fragments=2, buffers=buffers),
+    "LocalSGD": lambda buffers: LocalSGDRecipe(1, buffers=buffers),
+    "DiLoCo": lambda buffers: DiLoCoRecipe(OUTER, 1, buffers=buffers),
+    "DiLoCo, 2 fragments": lambda buffers: DiLoCoRecipe(OUTER, 2, fragments=2, buffers=buffers),
 }
 every_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
 
@@ -134,7 +134,7 @@ class TestEachChoice:
 
 def test_those_of_the_opening_are_what_a_delayed_round_writes() -> None:
     def story(node: Node) -> list[float]:
-        model, recipe = Counts(), DiLoCo(OUTER, 2, delay=1, buffers="averaged")
+        model, recipe = Counts(), DiLoCoRecipe(OUTER, 2, delay=1, buffers="averaged")
         strategy = Strategy([recipe]).bind(ModelLocal([model]), node)
         for step in range(2):
             model.pretend(node.rank, step)
@@ -146,7 +146,7 @@ def test_those_of_the_opening_are_what_a_delayed_round_writes() -> None:
 
 def test_a_codec_does_not_touch_them() -> None:
     def rounded() -> Recipe:
-        recipe = LocalSGD(1, buffers="averaged")
+        recipe = LocalSGDRecipe(1, buffers="averaged")
         recipe.codec = Int4()
         return recipe
 
@@ -157,7 +157,7 @@ def test_a_codec_does_not_touch_them() -> None:
 def test_a_nan_is_a_no_for_all_and_says_which_buffer(how: str) -> None:
     def story(node: Node) -> list[Tensor]:
         model = Counts()
-        strategy = Strategy([LocalSGD(1, buffers=how)]).bind(ModelLocal([model]), node)
+        strategy = Strategy([LocalSGDRecipe(1, buffers=how)]).bind(ModelLocal([model]), node)
         model.pretend(node.rank)
         if node.rank == 0:
             model.mean[1] = torch.nan
@@ -231,5 +231,5 @@ class TestRefusals:
         node = Node(World(Script(1)), 0, 1)
         for local in (ModelLocal([model]), StackedLocal(model, 2, Inner(), 1)):
             with pytest.raises(SettingsError, match=r"buffer turns is torch.complex64.*'copied'"):
-                Strategy([LocalSGD(1, buffers="averaged")]).bind(local, node)
-            Strategy([LocalSGD(1, buffers="copied")]).bind(local, node)
+                Strategy([LocalSGDRecipe(1, buffers="averaged")]).bind(local, node)
+            Strategy([LocalSGDRecipe(1, buffers="copied")]).bind(local, node)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from torchft.errors import SettingsError
-from torchft.strategies import AllReduce, DiLoCo, LocalSGD, Recipe, Sparta
+from torchft.strategies import AllReduceRecipe, DiLoCoRecipe, LocalSGDRecipe, Recipe, SpartaRecipe
 
 ROW = ROWS["SPARTA-DiLoCo"]
 
@@ -136,7 +136,7 @@ def test_a_group_that_falls_behind_settles_in_for_both_recipes() -> None:
 
 def test_a_node_that_cannot_heal_gives_up_the_round_whatever_it_takes_it_for() -> None:
     """It believes that DiLoCo's is open, where all tensors have always one size."""
-    row = Row(ROW.kind, lambda _: [DiLoCo(OUTER, 4), Sparta(every_third, 2)])
+    row = Row(ROW.kind, lambda _: [DiLoCoRecipe(OUTER, 4), SpartaRecipe(every_third, 2)])
     world = World(Script(3, joins={2: 1}, unhealed={2: 1}))
     results = world.run(lambda node: Training(row, node).run())
     assert world.given_up == {1}
@@ -159,15 +159,15 @@ def test_the_order_of_the_recipes_is_the_order_of_their_rounds() -> None:
 
         return World(Script(1)).run(story)[0]
 
-    assert opened([Sparta(every_third, 2), DiLoCo(OUTER, 4)]) == [0, 0, 1]
-    assert opened([DiLoCo(OUTER, 4), Sparta(every_third, 2)]) == [1, 0, 1]
+    assert opened([SpartaRecipe(every_third, 2), DiLoCoRecipe(OUTER, 4)]) == [0, 0, 1]
+    assert opened([DiLoCoRecipe(OUTER, 4), SpartaRecipe(every_third, 2)]) == [1, 0, 1]
 
 
 class TestBeforeAndAfter:
     """Gradients every step, and weights now and then."""
 
     def row(self) -> Row:
-        return Row(ROW.kind, lambda _: [AllReduce(), LocalSGD(3)])
+        return Row(ROW.kind, lambda _: [AllReduceRecipe(), LocalSGDRecipe(3)])
 
     def test_it_runs(self) -> None:
         results = World(Script(2, no={2})).run(lambda node: Training(self.row(), node).run(7))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from torchft.errors import SettingsError
 from torchft.peers import Place
-from torchft.strategies import DiLoCo, ModelLocal, Strategy
+from torchft.strategies import DiLoCoRecipe, ModelLocal, Strategy
 from torchft.strategies.diloco import check_schedule
 from torchft.strategies.rounds_schedule import is_slot
 
@@ -63,7 +63,7 @@ def test_it_rests_where_some_step_has_no_round_in_flight(
 ) -> None:
     every, fragments = schedule
     delay = data.draw(st.integers(0, every))
-    recipe = DiLoCo(OUTER, every, fragments=fragments, delay=delay)
+    recipe = DiLoCoRecipe(OUTER, every, fragments=fragments, delay=delay)
     slots = [step for step in range(4 * every + 1) if is_slot(step, every, fragments)]
     in_flight = {step for slot in slots for step in range(slot - delay, slot)}
     assert recipe.rests is not in_flight.issuperset(range(every, 2 * every))
@@ -74,7 +74,7 @@ def rounds_of(every: int, delay: int, steps: int) -> list[tuple[int, int, int]]:
     seen: list[tuple[int, int, int]] = []
 
     def story(node: Node) -> None:
-        recipe = DiLoCo(OUTER, every, fragments=2, delay=delay)
+        recipe = DiLoCoRecipe(OUTER, every, fragments=2, delay=delay)
         strategy = Strategy([recipe]).bind(ModelLocal([Tiny()]), node)
         opened: list[int] = []
         real = node.open
@@ -119,7 +119,7 @@ def test_half_way_what_travels_in_two_parts_is_advanced(monkeypatch: pytest.Monk
     advanced: list[int] = []
 
     def story(node: Node) -> None:
-        strategy = Strategy([DiLoCo(OUTER, 6, fragments=2, delay=5)]).bind(
+        strategy = Strategy([DiLoCoRecipe(OUTER, 6, fragments=2, delay=5)]).bind(
             ModelLocal([Tiny()]), node
         )
         monkeypatch.setattr(

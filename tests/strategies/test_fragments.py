@@ -14,7 +14,7 @@ from torch import nn
 
 from torchft.errors import SettingsError
 from torchft.simulator.stacked import StackedLocal
-from torchft.strategies import DiLoCo, Inner, ModelLocal, OptimSpec, StreamingDiLoCoStrategy
+from torchft.strategies import DiLoCoRecipe, Inner, ModelLocal, OptimSpec, StreamingDiLoCoStrategy
 from torchft.strategies.fragments import cut
 
 PATTERNS = ("sequential", "strided")
@@ -131,7 +131,9 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "make",
         [
-            lambda: DiLoCo(OptimSpec(torch.optim.SGD, lr=1.0), 4, fragments=2, pattern="stripes"),
+            lambda: DiLoCoRecipe(
+                OptimSpec(torch.optim.SGD, lr=1.0), 4, fragments=2, pattern="stripes"
+            ),
             lambda: StreamingDiLoCoStrategy(H=4, fragments=2, pattern="stripes"),
             lambda: ModelLocal([Tiny()]).split(2, "stripes"),
             lambda: StackedLocal(Tiny(), 2, Inner(), 1).split(2, "stripes"),

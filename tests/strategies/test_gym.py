@@ -173,11 +173,11 @@ class TestCodec:
 
 
 def test_a_codec_that_has_nothing_to_encode_is_refused() -> None:
-    with pytest.raises(SettingsError, match=r"FedAvg does not average among all.* int8"):
+    with pytest.raises(SettingsError, match=r"FedAvgRecipe does not average among all.* int8"):
         FedAvgStrategy(island_size=2, codec="int8")
     strategy = DeMoStrategy()
     strategy.recipes[0].codec = Int8()
-    with pytest.raises(SettingsError, match="DeMo does not average"):
+    with pytest.raises(SettingsError, match="DeMoRecipe does not average"):
         strategy.bind(ModelLocal([two_layers()]), Node(World(Script(1)), 0, 1))
     with pytest.raises(TypeError, match="unexpected keyword argument 'codec'"):
         TopKStrategy(codec="int8")  # type: ignore[call-arg]
@@ -211,7 +211,9 @@ class TestErrorFeedback:
             strategy.recipes[0].error_feedback = True
             model = two_layers()
             strategy.bind(ModelLocal([model], SGD(model.parameters(), lr=0.1)), node)
-            with pytest.raises(SettingsError, match="LocalSGD has error_feedback=True, so the dra"):
+            with pytest.raises(
+                SettingsError, match="LocalSGDRecipe has error_feedback=True, so the "
+            ):
                 strategy.step()
 
         World(Script(1)).run(story)

@@ -25,18 +25,18 @@ from torchft.simulator import Dies, Joins
 from torchft.simulator.experiment import Experiment
 from torchft.simulator.loop import run_stacked
 from torchft.strategies import (
-    DiLoCo,
-    FedAvg,
-    LocalSGD,
+    DiLoCoRecipe,
+    FedAvgRecipe,
+    LocalSGDRecipe,
     LocalSGDStrategy,
     ModelLocal,
     OptimSpec,
     RandomIndexSelector,
     Recipe,
-    Sparta,
+    SpartaRecipe,
     Strategy,
     StreamingDiLoCoStrategy,
-    TopK,
+    TopKRecipe,
     TopKStrategy,
 )
 from torchft.strategies.parts.outer import ModelOuter
@@ -66,15 +66,15 @@ def lent(outer: OptimSpec, every: int = 1, **options: Any) -> Make:
     def make(local: ModelLocal, shared: Any) -> Recipe:
         mixes = options.get("mix", 0) > 0
         mine = ModelOuter([outer.build(local.parameters)], keep_weights=mixes)
-        return DiLoCo(mine, every, shared_dtype=shared, **options)
+        return DiLoCoRecipe(mine, every, shared_dtype=shared, **options)
 
     return make
 
 
 OUTER_STEPS: dict[str, Make] = {
-    "DiLoCo": lambda _, shared: DiLoCo(SLOW, 1, shared_dtype=shared),
+    "DiLoCo": lambda _, shared: DiLoCoRecipe(SLOW, 1, shared_dtype=shared),
     "DiLoCo, the model's outer": lent(SLOW),
-    "top-k": lambda _, shared: TopK(SLOW, 1, topk=9, chunk=9, shared_dtype=shared),
+    "top-k": lambda _, shared: TopKRecipe(SLOW, 1, topk=9, chunk=9, shared_dtype=shared),
 }
 
 
@@ -143,12 +143,12 @@ def test_outer_steps_below_the_last_place_add_up(name: str, dtype: torch.dtype) 
 
 
 STRATEGIES: dict[str, Make] = {
-    "momentum": lambda _, shared: DiLoCo(NESTEROV, 1, shared_dtype=shared),
+    "momentum": lambda _, shared: DiLoCoRecipe(NESTEROV, 1, shared_dtype=shared),
     "momentum, the model's outer": lent(NESTEROV),
-    "Streaming": lambda _, shared: DiLoCo(NESTEROV, 4, fragments=2, shared_dtype=shared),
+    "Streaming": lambda _, shared: DiLoCoRecipe(NESTEROV, 4, fragments=2, shared_dtype=shared),
     "Streaming, delayed": lent(NESTEROV, every=4, fragments=2, delay=3),
     "fed back": lambda _, shared: with_codec(
-        DiLoCo(NESTEROV, 2, error_feedback=True, shared_dtype=shared)
+        DiLoCoRecipe(NESTEROV, 2, error_feedback=True, shared_dtype=shared)
     ),
 }
 
@@ -170,7 +170,7 @@ def test_shared_state_is_what_an_fp32_model_has(name: str) -> None:
         assert_close(run.backup, full[node].backup, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("make", [lent(SLOW, mix=0.5), lambda _, s: DiLoCo(SLOW, 1, mix=0.5)])
+@pytest.mark.parametrize("make", [lent(SLOW, mix=0.5), lambda _, s: DiLoCoRecipe(SLOW, 1, mix=0.5)])
 def test_a_mixture_is_rounded_once(make: Make) -> None:
     def story(node: Node) -> None:
         run = Simulation(node, make, torch.bfloat16, torch.float32)
@@ -186,8 +186,8 @@ def test_a_mixture_is_rounded_once(make: Make) -> None:
 
 
 AVERAGES: dict[str, Make] = {
-    "LocalSGD": lambda _, shared: LocalSGD(1, shared_dtype=shared),
-    "FedAvg": lambda _, shared: FedAvg(1, shared_dtype=shared),
+    "LocalSGD": lambda _, shared: LocalSGDRecipe(1, shared_dtype=shared),
+    "FedAvg": lambda _, shared: FedAvgRecipe(1, shared_dtype=shared),
 }
 
 
@@ -225,7 +225,7 @@ def test_a_mean_of_equal_weights_is_that_weight() -> None:
         return all(World(Script(11)).run(train).values())
 
     def sparta(shared: Any) -> Recipe:
-        return Sparta(RandomIndexSelector(1.0), shared_dtype=shared)
+        return SpartaRecipe(RandomIndexSelector(1.0), shared_dtype=shared)
 
     assert story(torch.float32)
     assert not story(None)
@@ -233,10 +233,12 @@ def test_a_mean_of_equal_weights_is_that_weight() -> None:
 
 def test_beside_sparta_too() -> None:
     def story(node: Node) -> Simulation:
-        run = Simulation(node, lambda _, s: DiLoCo(SLOW, 1, shared_dtype=s), torch.bfloat16, None)
+        run = Simulation(
+            node, lambda _, s: DiLoCoRecipe(SLOW, 1, shared_dtype=s), torch.bfloat16, None
+        )
         run.model = Ones(torch.bfloat16)
         local = ModelLocal([run.model])
-        recipes = [Sparta(RandomIndexSelector(0.5)), DiLoCo(SLOW, 1)]
+        recipes = [SpartaRecipe(RandomIndexSelector(0.5)), DiLoCoRecipe(SLOW, 1)]
         run.strategy = Strategy(recipes)
         run.strategy.bind(local, node)
         return run.run()
@@ -398,7 +400,7 @@ class TestTheDoors:
 @pytest.mark.parametrize("given", [torch.int32, "float33", "Tensor", 32])
 def test_what_is_no_dtype_is_refused(given: Any) -> None:
     with pytest.raises(SettingsError, match=r"use torch\.float32, or None"):
-        DiLoCo(SLOW, 1, shared_dtype=given)
+        DiLoCoRecipe(SLOW, 1, shared_dtype=given)
 
 
 def test_a_dtype_by_its_name() -> None:

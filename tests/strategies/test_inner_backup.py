@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from torchft.errors import SettingsError
 from torchft.simulator.stacked import StackedLocal
-from torchft.strategies import DiLoCo, Inner, ModelLocal, OptimSpec
+from torchft.strategies import DiLoCoRecipe, Inner, ModelLocal, OptimSpec
 from torchft.strategies.parts.inner_backup import InnerBackup
 from torchft.strategies.recipe import Clock
 
@@ -83,8 +83,8 @@ def test_a_simulated_node_that_heals_keeps_the_others_backups() -> None:
 
 
 def test_a_checkpoint_has_the_inner_state_to_go_back_to() -> None:
-    def recipe(model: nn.Module) -> DiLoCo:
-        one = DiLoCo(OptimSpec(torch.optim.SGD, lr=1.0), 2, inner_state="restored")
+    def recipe(model: nn.Module) -> DiLoCoRecipe:
+        one = DiLoCoRecipe(OptimSpec(torch.optim.SGD, lr=1.0), 2, inner_state="restored")
         one.bind(ModelLocal([model], adam(model)), Clock())
         return one
 
@@ -99,5 +99,5 @@ def test_a_checkpoint_has_the_inner_state_to_go_back_to() -> None:
 
 def test_steps_without_state_cannot_be_restored() -> None:
     with pytest.raises(SettingsError, match="inner_state='restored' needs"):
-        recipe = DiLoCo(OptimSpec(torch.optim.SGD, lr=1.0), 2, inner_state="restored")
+        recipe = DiLoCoRecipe(OptimSpec(torch.optim.SGD, lr=1.0), 2, inner_state="restored")
         recipe.bind(ModelLocal([Tiny()]), Clock())

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_module
 from torch.testing import assert_close
 
 from torchft.errors import HealError
-from torchft.strategies import DiLoCo, ModelLocal, Strategy
+from torchft.strategies import DiLoCoRecipe, ModelLocal, Strategy
 from torchft.strategies.parts import buckets
 from torchft.strategies.parts.backup import Backup
 from torchft.strategies.parts.outer import ModelOuter
@@ -114,7 +114,9 @@ def test_a_mixed_model_synchronises_by_diloco() -> None:
 
     def story(node: Node) -> list[Tensor]:
         model = model_of_node[node.rank]
-        strategy = Strategy([DiLoCo(outer, 1)], bucket_bytes=8).bind(ModelLocal([model]), node)
+        strategy = Strategy([DiLoCoRecipe(outer, 1)], bucket_bytes=8).bind(
+            ModelLocal([model]), node
+        )
         with torch.no_grad():
             for p in model:
                 p.add_(node.rank * 2)
@@ -198,7 +200,7 @@ def test_sharded_parameters_synchronise_by_their_local_part(mesh: Any) -> None:
     local = ModelLocal([model])
     outer = ModelOuter([torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)])
     node = Node(World(Script(1)), 0, 1)
-    strategy = Strategy([DiLoCo(outer, 1)]).bind(local, node)
+    strategy = Strategy([DiLoCoRecipe(outer, 1)]).bind(local, node)
     with torch.no_grad():
         for p in model.parameters():
             p.sub_(1.0)

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from torchft.errors import NotFiniteError
 from torchft.finite import are_finite, not_finite
 from torchft.simulator.stacked import StackedLocal
-from torchft.strategies import DiLoCo, Inner, ModelLocal, OptimSpec, Strategy
+from torchft.strategies import DiLoCoRecipe, Inner, ModelLocal, OptimSpec, Strategy
 from torchft.strategies.recipe import Clock
 
 AVERAGES = [name for name, row in ROWS.items() if row.kind.name not in ("islands", "demo", "top_k")]
@@ -70,7 +70,7 @@ def test_a_node_whose_fragments_infect_each_other_goes_on_after_one_no(delay: in
         model = Tiny()
         trained = [p for p in model.parameters() if p.requires_grad]
         local = ModelLocal([model.first, model.second], torch.optim.AdamW(trained, lr=0.01))
-        recipe = DiLoCo(OUTER, 4, fragments=2, delay=delay, inner_state="restored")
+        recipe = DiLoCoRecipe(OUTER, 4, fragments=2, delay=delay, inner_state="restored")
         strategy = Strategy([recipe]).bind(local, node)
         for number in range(1, 25):
             if node.rank == 1 and number == 6:
@@ -91,7 +91,7 @@ def test_a_node_whose_fragments_infect_each_other_goes_on_after_one_no(delay: in
 def test_a_simulated_node_with_nan_goes_back_and_its_neighbour_goes_on() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
     local = StackedLocal(model, 2, Inner(OptimSpec(torch.optim.SGD)), 10)
-    recipe = DiLoCo(OUTER, 4, fragments=2)
+    recipe = DiLoCoRecipe(OUTER, 4, fragments=2)
     recipe.bind(local, Clock())
     first, second = recipe.fragments
     start = [flat[0].clone() for flat in local.weights(second)]

@@ -10,7 +10,7 @@ from helpers.peers import Node, Script, World
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from torchft.strategies import DiLoCo, ModelLocal, Strategy
+from torchft.strategies import DiLoCoRecipe, ModelLocal, Strategy
 from torchft.strategies.parts.outer import ModelOuter
 
 MOMENTUM: dict[str, Any] = {"lr": 0.7, "momentum": 0.9, "nesterov": True}
@@ -35,7 +35,7 @@ def stepped(
     seen: list[bool | None] = []
     outer.register_step_pre_hook(lambda *_: seen.append(outer.param_groups[0]["fused"]))
     local = ModelLocal([model])
-    strategy = Strategy([DiLoCo(ModelOuter([outer]), 1)])
+    strategy = Strategy([DiLoCoRecipe(ModelOuter([outer]), 1)])
     strategy.bind(local, Node(World(Script(1)), 0, 1))
     for _ in range(3):
         with torch.no_grad():
@@ -84,7 +84,7 @@ def test_settings_come_back_after_an_outer_step_that_raises() -> None:
 
     outer.register_step_post_hook(broken)
     local = ModelLocal([model])
-    strategy = Strategy([DiLoCo(ModelOuter([outer]), 1)])
+    strategy = Strategy([DiLoCoRecipe(ModelOuter([outer]), 1)])
     strategy.bind(local, Node(World(Script(1)), 0, 1))
     with pytest.raises(RuntimeError, match="broken"):
         strategy.after()

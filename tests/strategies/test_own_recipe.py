@@ -13,7 +13,7 @@ from torchft.errors import SettingsError
 from torchft.peers import Place
 from torchft.simulator.experiment import Experiment
 from torchft.simulator.loop import run_stacked
-from torchft.strategies import AllReduce, DiLoCoStrategy, Inner, OptimSpec, Recipe, Strategy
+from torchft.strategies import AllReduceRecipe, DiLoCoStrategy, Inner, OptimSpec, Recipe, Strategy
 from torchft.strategies.model_local import ModelLocal
 from torchft.strategies.recipe import By
 
@@ -182,7 +182,7 @@ class TestStrategy:
             (Mine(), r"write Strategy\(\[Mine\(…\)\]\)"),
             (5, "a list of recipes, not a int"),
             ("all_reduce", "a list of recipes, not a str"),
-            ([AllReduce], r"AllReduce is a class: give a recipe, AllReduce\(…\)"),
+            ([AllReduceRecipe], r"AllReduceRecipe is a class: give a recipe, AllReduceRecipe\(…\)"),
             (["all_reduce"], "'all_reduce' is a str: derive its class"),
         ],
     )

@@ -18,21 +18,29 @@ from torchft.errors import NotFiniteError
 from torchft.simulator.events import Membership
 from torchft.simulator.peers import StackedPeers
 from torchft.simulator.stacked import StackedLocal
-from torchft.strategies import DiLoCo, Inner, LocalSGD, ModelLocal, OptimSpec, Recipe, Strategy
-from torchft.strategies.demo import DeMo
+from torchft.strategies import (
+    DiLoCoRecipe,
+    Inner,
+    LocalSGDRecipe,
+    ModelLocal,
+    OptimSpec,
+    Recipe,
+    Strategy,
+)
+from torchft.strategies.demo import DeMoRecipe
 from torchft.strategies.parts.broken import reset_inner
-from torchft.strategies.top_k import TopK
+from torchft.strategies.top_k import TopKRecipe
 
 STEPS, BAD = 24, 6
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
-    "DiLoCo": lambda: DiLoCo(OUTER, 4),
-    "DiLoCo, restored": lambda: DiLoCo(OUTER, 4, inner_state="restored"),
-    "Streaming": lambda: DiLoCo(OUTER, 4, fragments=2),
-    "Streaming, delay": lambda: DiLoCo(OUTER, 4, fragments=2, delay=3, mix=0.5),
-    "LocalSGD": lambda: LocalSGD(4),
-    "top-k": lambda: TopK(OUTER, 4),
-    "DeMo": DeMo,
+    "DiLoCo": lambda: DiLoCoRecipe(OUTER, 4),
+    "DiLoCo, restored": lambda: DiLoCoRecipe(OUTER, 4, inner_state="restored"),
+    "Streaming": lambda: DiLoCoRecipe(OUTER, 4, fragments=2),
+    "Streaming, delay": lambda: DiLoCoRecipe(OUTER, 4, fragments=2, delay=3, mix=0.5),
+    "LocalSGD": lambda: LocalSGDRecipe(4),
+    "top-k": lambda: TopKRecipe(OUTER, 4),
+    "DeMo": DeMoRecipe,
 }
 
 
@@ -108,7 +116,7 @@ def test_any_inner_optimizer_trains_on(optimizer: Callable[..., torch.optim.Opti
         return optimizer([p for p in model.parameters() if p.requires_grad], lr=0.01)
 
     world = World(Script(2))
-    results = world.run(lambda node: train(node, DiLoCo(OUTER, 4), made))
+    results = world.run(lambda node: train(node, DiLoCoRecipe(OUTER, 4), made))
     assert world.reasons
     for strategy, model, *_ in results.values():
         assert all(bool(p.isfinite().all()) for p in model.parameters())
@@ -117,7 +125,7 @@ def test_any_inner_optimizer_trains_on(optimizer: Callable[..., torch.optim.Opti
 
 def test_a_node_without_anything_to_go_back_to_ends_and_says_why() -> None:
     with pytest.raises(NotFiniteError, match="weights of this group are NaN"):
-        World(Script(2)).run(lambda node: train(node, LocalSGD(4, backup=False)))
+        World(Script(2)).run(lambda node: train(node, LocalSGDRecipe(4, backup=False)))
 
 
 class WithStatistics(Tiny):
@@ -127,8 +135,8 @@ class WithStatistics(Tiny):
         self.register_buffer("mask", torch.tensor([0.0, -math.inf]))
 
 
-def with_a_nan_buffer(node: Node, buffers: str) -> tuple[WithStatistics, DiLoCo]:
-    model, recipe = WithStatistics(), DiLoCo(OUTER, 4, buffers=buffers)
+def with_a_nan_buffer(node: Node, buffers: str) -> tuple[WithStatistics, DiLoCoRecipe]:
+    model, recipe = WithStatistics(), DiLoCoRecipe(OUTER, 4, buffers=buffers)
     strategy = Strategy([recipe]).bind(ModelLocal([model], adamw(model)), node)
     for number in range(1, STEPS + 1):
         strategy.local.zero_grads()
@@ -153,7 +161,7 @@ def test_a_nan_in_a_buffer_costs_a_round_and_goes_back(buffers: str) -> None:
 def test_a_nan_in_a_buffer_of_ones_own_is_named_once() -> None:
     def story(node: Node) -> None:
         model = WithStatistics()
-        strategy = Strategy([DiLoCo(OUTER, 4)]).bind(ModelLocal([model], adamw(model)), node)
+        strategy = Strategy([DiLoCoRecipe(OUTER, 4)]).bind(ModelLocal([model], adamw(model)), node)
         for number in range(1, STEPS + 1):
             strategy.local.zero_grads()
             backward(model, node.rank, number)
@@ -173,7 +181,7 @@ def test_a_nan_in_a_buffer_of_ones_own_is_named_once() -> None:
 def test_a_simulated_node_with_nan_in_its_moments_begins_them_anew(fragments: int) -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
     local = StackedLocal(model, 3, Inner(OptimSpec(torch.optim.AdamW)), STEPS)
-    recipe = DiLoCo(OUTER, 4, fragments=fragments)
+    recipe = DiLoCoRecipe(OUTER, 4, fragments=fragments)
     strategy = Strategy([recipe])
     strategy.bind(local, StackedPeers(local, Membership(3), strategy))
     for number in range(1, STEPS + 1):

@@ -13,41 +13,41 @@ from torchft.ordered import ordered_mean, ordered_sum
 from torchft.quantization import Int4, quantized_mean
 from torchft.simulator.stacked import StackedLocal
 from torchft.strategies import (
-    AllReduce,
+    AllReduceRecipe,
     Clock,
-    DeMo,
-    DiLoCo,
+    DeMoRecipe,
+    DiLoCoRecipe,
     Inner,
-    LocalSGD,
+    LocalSGDRecipe,
     ModelLocal,
     OptimSpec,
     PartitionedIndexSelector,
     RandomIndexSelector,
     Recipe,
-    Sparta,
-    TopK,
+    SpartaRecipe,
+    TopKRecipe,
 )
 from torchft.strategies.recipe import By
 
 OUTER = OptimSpec(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)
 RECIPES: dict[str, Callable[[], Recipe]] = {
-    "DeMo": lambda: DeMo(decay=0.9, topk=4, chunk=64),
-    "DeMo, clipped": lambda: DeMo(decay=0.9, topk=4, chunk=64, max_norm=0.5),
-    "DeMo, over senders": lambda: DeMo(decay=0.9, topk=4, chunk=64, mean_over="senders"),
-    "top-k": lambda: TopK(OUTER, 1, topk=7, chunk=100, mean_over="members"),
-    "top-k of tensors, over senders": lambda: TopK(
+    "DeMo": lambda: DeMoRecipe(decay=0.9, topk=4, chunk=64),
+    "DeMo, clipped": lambda: DeMoRecipe(decay=0.9, topk=4, chunk=64, max_norm=0.5),
+    "DeMo, over senders": lambda: DeMoRecipe(decay=0.9, topk=4, chunk=64, mean_over="senders"),
+    "top-k": lambda: TopKRecipe(OUTER, 1, topk=7, chunk=100, mean_over="members"),
+    "top-k of tensors, over senders": lambda: TopKRecipe(
         OUTER, 1, topk=7, chunk=100, mean_over="senders", chunks_of="tensor"
     ),
-    "LocalSGD, weighed by samples": lambda: LocalSGD(1, weighting="samples"),
-    "SPARTA": lambda: Sparta(RandomIndexSelector(0.1)),
-    "SPARTA in turn": lambda: Sparta(PartitionedIndexSelector(0.1)),
-    "DiLoCo": lambda: DiLoCo(OUTER, 1),
-    "DiLoCo, mixed": lambda: DiLoCo(OUTER, 1, mix=0.3),
-    "Streaming": lambda: DiLoCo(OUTER, 3, fragments=3, mix=0.3),
-    "Streaming, strided": lambda: DiLoCo(OUTER, 3, fragments=3, pattern="strided", mix=0.3),
-    "DiLoCo, int4, fed back": lambda: fed_back(DiLoCo(OUTER, 1, error_feedback=True)),
-    "all-reduce, int4, fed back": lambda: fed_back(AllReduce(error_feedback=True)),
-    "LocalSGD": lambda: LocalSGD(1),
+    "LocalSGD, weighed by samples": lambda: LocalSGDRecipe(1, weighting="samples"),
+    "SPARTA": lambda: SpartaRecipe(RandomIndexSelector(0.1)),
+    "SPARTA in turn": lambda: SpartaRecipe(PartitionedIndexSelector(0.1)),
+    "DiLoCo": lambda: DiLoCoRecipe(OUTER, 1),
+    "DiLoCo, mixed": lambda: DiLoCoRecipe(OUTER, 1, mix=0.3),
+    "Streaming": lambda: DiLoCoRecipe(OUTER, 3, fragments=3, mix=0.3),
+    "Streaming, strided": lambda: DiLoCoRecipe(OUTER, 3, fragments=3, pattern="strided", mix=0.3),
+    "DiLoCo, int4, fed back": lambda: fed_back(DiLoCoRecipe(OUTER, 1, error_feedback=True)),
+    "all-reduce, int4, fed back": lambda: fed_back(AllReduceRecipe(error_feedback=True)),
+    "LocalSGD": lambda: LocalSGDRecipe(1),
 }
 
 

@@ -15,7 +15,7 @@ from torchft.errors import SettingsError
 from torchft.seeds import seed63
 from torchft.strategies import (
     Clock,
-    FedAvg,
+    FedAvgRecipe,
     IndexSelector,
     PartitionedIndexSelector,
     RandomIndexSelector,
@@ -144,7 +144,7 @@ class TestIslands:
     """Who averages with whom."""
 
     def draw(self, size: int, participants: int, step: int, seed: int = 0) -> list[list[int]]:
-        recipe = FedAvg(1, island_size=size, seed=seed)
+        recipe = FedAvgRecipe(1, island_size=size, seed=seed)
         recipe.clock = Clock(step)
         return recipe.islands(participants)
 
@@ -173,4 +173,4 @@ class TestIslands:
 
     def test_no_node_on_an_island_is_refused(self) -> None:
         with pytest.raises(SettingsError, match="island_size=0"):
-            FedAvg(1, island_size=0)
+            FedAvgRecipe(1, island_size=0)

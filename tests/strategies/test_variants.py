@@ -18,15 +18,15 @@ from torchft.local_sgd import LocalSGD as LocalSGDDoor
 from torchft.simulator.experiment import Experiment
 from torchft.simulator.loop import run_stacked
 from torchft.strategies import (
-    DeMo,
+    DeMoRecipe,
     DeMoStrategy,
     FedAvgStrategy,
-    LocalSGD,
+    LocalSGDRecipe,
     ModelLocal,
     OptimSpec,
     Recipe,
     Strategy,
-    TopK,
+    TopKRecipe,
     TopKStrategy,
 )
 from torchft.strategies.parts.chunks import chunks_of
@@ -55,7 +55,7 @@ class TestTheMeanOfSparseNumbers:
         def story(node: Node) -> Tensor:
             model = nn.Linear(2, 1, bias=False)
             nn.init.zeros_(model.weight)
-            recipe = TopK(PLAIN, 1, topk=1, chunk=2, mean_over=mean_over)
+            recipe = TopKRecipe(PLAIN, 1, topk=1, chunk=2, mean_over=mean_over)
             strategy = Strategy([recipe]).bind(ModelLocal([model]), node)
             with torch.no_grad():
                 model.weight[0, node.rank] = 1.0
@@ -105,7 +105,7 @@ class TestDeMosInnerOptimizer:
     def test_any_but_plain_sgd_is_refused(self, optim: OptimSpec) -> None:
         for make in (
             lambda: DeMoStrategy(optim_spec=optim),
-            lambda: Strategy([DeMo()], inner=optim),
+            lambda: Strategy([DeMoRecipe()], inner=optim),
             lambda: DeMoStrategy(inner_optim=optim, weight_decay=0.1),
         ):
             with pytest.raises(SettingsError, match=r"would work on signs: use OptimSpec.*SGD"):
@@ -187,7 +187,7 @@ class TestFedAvgWeighs:
         def story(node: Node, samples: list[int] | None, says: str) -> None:
             local = ModelLocal([Two()])
             local.samples = samples
-            strategy = Strategy([LocalSGD(1, weighting="samples")]).bind(local, node)
+            strategy = Strategy([LocalSGDRecipe(1, weighting="samples")]).bind(local, node)
             with pytest.raises(SettingsError, match=says):
                 strategy.after()
 
@@ -217,10 +217,10 @@ def test_what_is_no_reading_is_refused(make: Any, says: str) -> None:
 @pytest.mark.parametrize(
     ("recipe", "other"),
     [
-        (lambda: TopK(PLAIN, 1), lambda: TopK(PLAIN, 1, mean_over="members")),
-        (lambda: TopK(PLAIN, 1), lambda: TopK(PLAIN, 1, chunks_of="tensor")),
-        (lambda: DeMo(), lambda: DeMo(mean_over="members")),
-        (lambda: LocalSGD(1), lambda: LocalSGD(1, weighting="samples")),
+        (lambda: TopKRecipe(PLAIN, 1), lambda: TopKRecipe(PLAIN, 1, mean_over="members")),
+        (lambda: TopKRecipe(PLAIN, 1), lambda: TopKRecipe(PLAIN, 1, chunks_of="tensor")),
+        (lambda: DeMoRecipe(), lambda: DeMoRecipe(mean_over="members")),
+        (lambda: LocalSGDRecipe(1), lambda: LocalSGDRecipe(1, weighting="samples")),
     ],
 )
 def test_groups_compare_their_readings(recipe: Any, other: Any) -> None:
@@ -235,10 +235,10 @@ def test_groups_compare_their_readings(recipe: Any, other: Any) -> None:
 def test_a_checkpoint_that_is_cut_otherwise_is_refused() -> None:
     def bound(**options: Any) -> Strategy:
         node = Node(World(Script(1)), 0, 1)
-        recipe = TopK(PLAIN, 1, chunk=4, **options)
+        recipe = TopKRecipe(PLAIN, 1, chunk=4, **options)
         return Strategy([recipe]).bind(ModelLocal([nn.Linear(4, 6)]), node)
 
     saved = bound().state_dict()
     bound().load_state_dict(saved)
-    with pytest.raises(SettingsError, match="residual of TopK is cut otherwise than here"):
+    with pytest.raises(SettingsError, match="residual of TopKRecipe is cut otherwise than here"):
         bound(chunks_of="tensor").load_state_dict(saved)

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from torchft.errors import PhaseError, SettingsError
 from torchft.peers import Place
-from torchft.strategies import LocalSGD, ModelLocal, Strategy
+from torchft.strategies import LocalSGDRecipe, ModelLocal, Strategy
 
 
 def start() -> list[Tensor]:
@@ -284,7 +284,7 @@ def test_gradients_without_begin_are_refused() -> None:
 
 
 def test_a_recipe_serves_one_strategy() -> None:
-    local, recipe = ModelLocal([Tiny()]), LocalSGD(2)
+    local, recipe = ModelLocal([Tiny()]), LocalSGDRecipe(2)
     node = Node(World(Script(1)), 0, 1)
     strategy = Strategy([recipe]).bind(local, node)
     with pytest.raises(SettingsError, match="in use"):

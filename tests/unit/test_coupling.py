@@ -18,10 +18,10 @@ from torchft.simulator.events import Dies, Joins
 from torchft.simulator.experiment import Experiment
 from torchft.simulator.loop import Simulation, run_stacked
 from torchft.strategies import (
-    DiLoCo,
+    DiLoCoRecipe,
     DiLoCoStrategy,
     Inner,
-    LocalSGD,
+    LocalSGDRecipe,
     OptimSpec,
     ScheduleSpec,
     Strategy,
@@ -66,7 +66,7 @@ def alone_and_among(inner: Inner, **settings: Any) -> tuple[nn.Module, nn.Module
     """Node 0 by itself and among four, without a round."""
     found = []
     for nodes in (1, 4):
-        strategy = Strategy([LocalSGD(STEPS + 1)], inner=inner)
+        strategy = Strategy([LocalSGDRecipe(STEPS + 1)], inner=inner)
         run = Simulation(experiment(strategy, num_nodes=nodes, **settings))
         while run.step < STEPS:
             run.train_step()
@@ -136,7 +136,9 @@ def test_only_a_fused_kernel_that_couples_nothing_steps_all_nodes() -> None:
 
 
 def test_a_node_that_joins_gets_its_donors_learned_step_size() -> None:
-    strategy = Strategy([DiLoCo(OptimSpec(torch.optim.SGD, lr=0.7), 2)], inner=OptimSpec(Prodigy))  # type: ignore[arg-type]
+    strategy = Strategy(
+        [DiLoCoRecipe(OptimSpec(torch.optim.SGD, lr=0.7), 2)], inner=OptimSpec(Prodigy)
+    )  # type: ignore[arg-type]
     run = Simulation(experiment(strategy, events=[Dies(node=2, step=1), Joins(node=2, step=3)]))
     while run.step < STEPS - 1:
         run.train_step()
@@ -183,10 +185,14 @@ OUTERS: dict[str, Callable[..., Optimizer]] = {
 def test_the_outer_step_is_that_of_the_models_own_parameters(name: str) -> None:
     make = OUTERS[name]
     inner = Inner(OptimSpec(torch.optim.SGD, lr=0.05))
-    result = run_stacked(experiment(Strategy([DiLoCo(make, STEPS)], inner=inner), num_nodes=2))
+    result = run_stacked(
+        experiment(Strategy([DiLoCoRecipe(make, STEPS)], inner=inner), num_nodes=2)
+    )
     trained = []
     for node in range(2):  # the same by hand
-        run = Simulation(experiment(Strategy([LocalSGD(STEPS + 1)], inner=inner), num_nodes=2))
+        run = Simulation(
+            experiment(Strategy([LocalSGDRecipe(STEPS + 1)], inner=inner), num_nodes=2)
+        )
         while run.step < STEPS:
             run.train_step()
         trained.append([p.detach().clone() for p in run.nodes[node].model.parameters()])
@@ -238,11 +244,12 @@ def test_a_schedule_whose_arguments_are_of_a_wrong_kind_is_refused_before_the_fi
     decay = ScheduleSpec(torch.optim.lr_scheduler.StepLR, step_size="ten")
     with pytest.raises(SettingsError, match=r"StepLR.*'step_size': 'ten'.* cannot step"):
         run_stacked(
-            experiment(Strategy([LocalSGD(2)], inner=Inner(schedule=decay))), on_step=steps.append
+            experiment(Strategy([LocalSGDRecipe(2)], inner=Inner(schedule=decay))),
+            on_step=steps.append,
         )
     assert not steps
 
 
 def test_an_outer_optimizer_that_wants_the_loss_is_refused_before_the_first_step() -> None:
     with pytest.raises(SettingsError, match="outer optimizer LBFGS cannot step"):
-        run_stacked(experiment(Strategy([DiLoCo(torch.optim.LBFGS, 2)], inner=Inner())))
+        run_stacked(experiment(Strategy([DiLoCoRecipe(torch.optim.LBFGS, 2)], inner=Inner())))

@@ -17,7 +17,7 @@ from torchft.ddp import DistributedDataParallel, PureDistributedDataParallel
 from torchft.errors import SettingsError
 from torchft.optim import OptimizerWrapper
 from torchft.quantization import BFloat16
-from torchft.strategies import AllReduce, ModelLocal, Strategy
+from torchft.strategies import AllReduceRecipe, ModelLocal, Strategy
 
 DOORS = [DistributedDataParallel, PureDistributedDataParallel]
 STEPS = 5
@@ -41,7 +41,7 @@ def by_door(door: Callable[..., nn.Module], node: Node, **options: Any) -> list[
 
 def by_recipe(node: Node) -> list[Tensor]:
     model = Tiny()
-    strategy = Strategy([AllReduce()]).bind(ModelLocal([model], sgd(model)), node)
+    strategy = Strategy([AllReduceRecipe()]).bind(ModelLocal([model], sgd(model)), node)
     for step in range(STEPS):
         strategy.begin()
         model.zero_grad()

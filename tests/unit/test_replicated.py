@@ -18,18 +18,18 @@ from torchft.errors import MismatchError, PhaseError, SettingsError
 from torchft.optim import OptimizerWrapper
 from torchft.replicated import Replicated
 from torchft.strategies import (
-    AllReduce,
-    DeMo,
-    DiLoCo,
+    AllReduceRecipe,
+    DeMoRecipe,
+    DiLoCoRecipe,
     DiLoCoStrategy,
-    FedAvg,
+    FedAvgRecipe,
     Inner,
-    LocalSGD,
+    LocalSGDRecipe,
     OptimSpec,
     Recipe,
-    Sparta,
+    SpartaRecipe,
     Strategy,
-    TopK,
+    TopKRecipe,
 )
 
 ADAMW = OptimSpec(torch.optim.AdamW, lr=1e-3)
@@ -85,14 +85,14 @@ def third(numel: int, iteration: int, seed: int) -> Tensor:
 
 
 STRATEGIES = {
-    "all-reduce": lambda: Strategy([AllReduce()]),
-    "FedAvg": lambda: Strategy([FedAvg(3)]),
-    "LocalSGD": lambda: Strategy([LocalSGD(3)]),
-    "DiLoCo": lambda: Strategy([DiLoCo(OUTER, 4)]),
-    "Streaming DiLoCo": lambda: Strategy([DiLoCo(OUTER, 6, fragments=2, delay=4, mix=0.5)]),
-    "SPARTA": lambda: Strategy([Sparta(third, 2)]),
-    "SPARTA and DiLoCo": lambda: Strategy([Sparta(third, 2), DiLoCo(OUTER, 4)]),
-    "top-k": lambda: Strategy([TopK(OUTER, 3, topk=4, chunk=16)]),
+    "all-reduce": lambda: Strategy([AllReduceRecipe()]),
+    "FedAvg": lambda: Strategy([FedAvgRecipe(3)]),
+    "LocalSGD": lambda: Strategy([LocalSGDRecipe(3)]),
+    "DiLoCo": lambda: Strategy([DiLoCoRecipe(OUTER, 4)]),
+    "Streaming DiLoCo": lambda: Strategy([DiLoCoRecipe(OUTER, 6, fragments=2, delay=4, mix=0.5)]),
+    "SPARTA": lambda: Strategy([SpartaRecipe(third, 2)]),
+    "SPARTA and DiLoCo": lambda: Strategy([SpartaRecipe(third, 2), DiLoCoRecipe(OUTER, 4)]),
+    "top-k": lambda: Strategy([TopKRecipe(OUTER, 3, topk=4, chunk=16)]),
     "a recipe of one's own": lambda: Strategy([Halfway()]),
 }
 AMONG_GROUPS = {name: row for name, row in ROWS.items() if "islands" not in name}
@@ -183,21 +183,21 @@ class TestRefusals:
         assert group.manager.keys == []
 
     def test_a_strategy_that_is_in_use(self) -> None:
-        used = Strategy([LocalSGD(3)])
+        used = Strategy([LocalSGDRecipe(3)])
         alone().replicated(used)
         self.refused(used, "in use: make one for each run")
 
     def test_a_recipe_that_is_in_use(self) -> None:
-        recipe = LocalSGD(3)
+        recipe = LocalSGDRecipe(3)
         alone().replicated(Strategy([recipe]))
         self.refused(Strategy([recipe]), "in use: make one per strategy")
 
     def test_an_optimizer_of_another_model(self) -> None:
         other = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
-        self.refused(Strategy([LocalSGD(3)]), "make it of this model's parameters", other)
+        self.refused(Strategy([LocalSGDRecipe(3)]), "make it of this model's parameters", other)
 
     def test_a_recipe_without_a_strategy(self) -> None:
-        self.refused(LocalSGD(3), r"write Strategy\(\[LocalSGD")
+        self.refused(LocalSGDRecipe(3), r"write Strategy\(\[LocalSGD")
 
     def test_a_class_in_the_place_of_a_strategy(self) -> None:
         self.refused(DiLoCoStrategy, r"give an object, DiLoCoStrategy\(")
@@ -206,7 +206,7 @@ class TestRefusals:
         self.refused("diloco", "is a str: give one of torchft.strategies")
 
     def test_a_strategy_that_cannot_run_among_groups(self) -> None:
-        self.refused(Strategy([FedAvg(3, island_size=2)]), "leave island_size out")
+        self.refused(Strategy([FedAvgRecipe(3, island_size=2)]), "leave island_size out")
 
     def test_an_optimizer_of_another_kind_than_the_strategys(self) -> None:
         self.refused(DiLoCoStrategy(ADAMW, H=3), "give None in its place")
@@ -228,29 +228,29 @@ class TestRefusals:
         group = alone()
         optimizer = torch.optim.AdamW(group.trained, lr=1e-3)
         with pytest.raises(SettingsError, match="DeMo keeps the momentum"):
-            Replicated(group.manager, group.model, optimizer, Strategy([DeMo()]))
+            Replicated(group.manager, group.model, optimizer, Strategy([DeMoRecipe()]))
 
     def test_no_optimizer_at_all(self) -> None:
-        self.refused(Strategy([LocalSGD(3)]), "neither an optimizer was given", None)
+        self.refused(Strategy([LocalSGDRecipe(3)]), "neither an optimizer was given", None)
 
     def test_an_optimizer_that_votes_on_each_step(self) -> None:
         group = alone()
         votes = OptimizerWrapper(group.manager, group.inner)
         with pytest.raises(SettingsError, match="give the one that it wraps"):
-            Replicated(group.manager, group.model, votes, Strategy([LocalSGD(3)]))
+            Replicated(group.manager, group.model, votes, Strategy([LocalSGDRecipe(3)]))
 
     def test_a_schedule_of_a_run_of_unknown_length(self) -> None:
         cosine = {"lr_scheduler_kwargs": {"cosine_anneal": True}, "lr_scheduler": "lambda_cosine"}
         self.refused(DiLoCoStrategy(ADAMW, H=3, **cosine), "give Replicated.*max_steps", None)
 
     def test_a_step_that_did_not_begin(self) -> None:
-        entry = alone().replicated(Strategy([LocalSGD(3)]))
+        entry = alone().replicated(Strategy([LocalSGDRecipe(3)]))
         with pytest.raises(PhaseError, match="before each forward pass"):
             entry.step()
 
     def test_a_checkpoint_after_training_began(self) -> None:
         group = alone()
-        entry = group.replicated(Strategy([LocalSGD(3)]))
+        entry = group.replicated(Strategy([LocalSGDRecipe(3)]))
         saved = entry.state_dict()
         group.run(entry, 1)
         with pytest.raises(PhaseError, match="before the first step"):
@@ -258,7 +258,9 @@ class TestRefusals:
 
     def test_a_parameter_that_thaws_in_the_middle_of_the_run(self) -> None:
         group = alone()
-        entry = group.replicated(Strategy([LocalSGD(3)], inner=Inner(OptimSpec.of(group.inner))))
+        entry = group.replicated(
+            Strategy([LocalSGDRecipe(3)], inner=Inner(OptimSpec.of(group.inner)))
+        )
         group.model.second.frozen.requires_grad_(True)
         with pytest.raises(MismatchError, match="frozen was frozen before"):
             group.run(entry, 1)

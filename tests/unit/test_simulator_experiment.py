@@ -17,7 +17,7 @@ from torchft.simulator.faults import FaultEvent, FaultSchedule
 from torchft.simulator.loop import run_stacked
 from torchft.simulator.network import NetworkModel
 from torchft.simulator.weather import Weather
-from torchft.strategies import AllReduce, DiLoCoStrategy, Inner, LocalSGD, Strategy
+from torchft.strategies import AllReduceRecipe, DiLoCoStrategy, Inner, LocalSGDRecipe, Strategy
 
 
 class Fits(nn.Module):
@@ -40,7 +40,7 @@ def experiment(**settings: Any) -> Experiment:
     defaults = {
         "model": Untouched(),
         "train_dataset": torch.ones(40, 3),
-        "strategy": Strategy([AllReduce()], inner=Inner()),
+        "strategy": Strategy([AllReduceRecipe()], inner=Inner()),
         "num_nodes": 4,
         "max_steps": 3,
         "batch_size": 5,
@@ -71,8 +71,8 @@ def experiment(**settings: Any) -> Experiment:
         ({"train_dataset": lambda rank: None}, "must take"),
         ({"train_dataset": lambda *a: None}, "NoneType has no length"),
         ({"train_dataset": 5}, "int has no length"),
-        ({"strategy": AllReduce()}, "strategy is a AllReduce, not a Strategy"),
-        ({"strategy": Strategy([AllReduce()])}, "has no inner optimizer"),
+        ({"strategy": AllReduceRecipe()}, "strategy is a AllReduceRecipe, not a Strategy"),
+        ({"strategy": Strategy([AllReduceRecipe()])}, "has no inner optimizer"),
         ({"model": "resnet"}, "model is a str"),
         ({"model": lambda: 3}, "the model factory made a int"),
         ({"node_cls": nn.Module}, "no subclass of TrainNode"),
@@ -117,7 +117,7 @@ def test_an_h_of_true_is_refused_with_the_strategy() -> None:
 
 def test_an_h_below_one_is_refused_with_the_strategy() -> None:
     with pytest.raises(SettingsError, match="sync_every=0"):
-        LocalSGD(0)
+        LocalSGDRecipe(0)
 
 
 def test_an_unknown_name_is_no_setting() -> None:

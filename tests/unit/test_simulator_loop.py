@@ -23,11 +23,11 @@ from torchft.simulator.loop import Simulation, run_stacked
 from torchft.simulator.node import NodeError, TrainNode
 from torchft.simulator.result import Result, mean_model
 from torchft.strategies import (
-    AllReduce,
-    DiLoCo,
+    AllReduceRecipe,
+    DiLoCoRecipe,
     DiLoCoStrategy,
     Inner,
-    LocalSGD,
+    LocalSGDRecipe,
     OptimSpec,
     Recipe,
     ScheduleSpec,
@@ -188,7 +188,7 @@ class Dropping(nn.Module):
 def dropping(recipe: Recipe | None = None, **settings: Any) -> Experiment:
     defaults = {"model": Dropping(), "train_dataset": random_data(), "shuffle": True}
     defaults |= {"batch_size": 5, "max_steps": 12, "digests": True}
-    return experiment(recipe or DiLoCo(OUTER, 4), **{**defaults, **settings})
+    return experiment(recipe or DiLoCoRecipe(OUTER, 4), **{**defaults, **settings})
 
 
 class TestRepeating:
@@ -199,7 +199,7 @@ class TestRepeating:
         assert run_stacked(dropping(seed=43)).history != one.history
 
     def test_every_node_and_step_draws_its_own(self) -> None:
-        noise = run_stacked(experiment(LocalSGD(100), model=Noise(), max_steps=4))
+        noise = run_stacked(experiment(LocalSGDRecipe(100), model=Noise(), max_steps=4))
         losses = [loss for row in noise.history for loss in row.losses.values()]
         assert len(set(losses)) == len(losses) == 12
 
@@ -256,7 +256,7 @@ class TestRepeating:
         first, second = made
         assert torch.equal(first[0].weight, second[0].weight)
 
-    @pytest.mark.parametrize("recipe", [lambda: DiLoCo(OUTER, 4), AllReduce])
+    @pytest.mark.parametrize("recipe", [lambda: DiLoCoRecipe(OUTER, 4), AllReduceRecipe])
     def test_it_goes_on_from_what_was_saved(self, recipe: Any) -> None:
         events = [Dies(1, 3), Joins(1, 7), Dies(2, 9, in_round=True)]
         saved: dict[str, Any] = {}
@@ -300,7 +300,8 @@ class TestRoundsInFlight:
 
     def test_they_send_what_rounds_without_a_delay_send(self) -> None:
         late, plain = (
-            run_stacked(dropping(DiLoCo(OUTER, 6, fragments=2, delay=delay))) for delay in (2, 0)
+            run_stacked(dropping(DiLoCoRecipe(OUTER, 6, fragments=2, delay=delay)))
+            for delay in (2, 0)
         )
         opened = [(r.step - r.delay, r.step) for r in late.rounds]
         assert opened == [(0, 2), (3, 5), (6, 8), (9, 11)]
@@ -310,7 +311,7 @@ class TestRoundsInFlight:
     def test_the_last_one_closes_before_anybody_looks_at_the_end(self) -> None:
         seen: list[tuple[int, bool]] = []
         result = run_stacked(
-            dropping(DiLoCo(OUTER, 6, delay=3), max_steps=11),
+            dropping(DiLoCoRecipe(OUTER, 6, delay=3), max_steps=11),
             on_step=lambda run: seen.append((len(run.result.rounds), run.strategy.in_flight)),
         )
         assert seen[2:6] == [(0, False), (0, True), (0, True), (0, True)]
@@ -321,13 +322,13 @@ class TestRoundsInFlight:
         assert (step, len(set(digests))) == (10, 1)
 
     def test_what_a_member_sent_before_it_died_is_in_it(self) -> None:
-        recipe = DiLoCo(OUTER, 6, delay=3)
+        recipe = DiLoCoRecipe(OUTER, 6, delay=3)
         result = run_stacked(dropping(recipe, events=[Dies(1, 4)], max_steps=6))
         (record,) = result.rounds
         assert (record.counted, record.committed) == ((0, 1, 2), True)
 
     def test_one_that_is_still_open_when_the_next_opens_without_a_member_fails(self) -> None:
-        recipe = DiLoCo(OUTER, 4, fragments=2, delay=3)
+        recipe = DiLoCoRecipe(OUTER, 4, fragments=2, delay=3)
         result = run_stacked(dropping(recipe, events=[Dies(1, 4)]))
         found = [(r.step - r.delay, r.step, len(r.members), r.committed) for r in result.rounds]
         assert found[:3] == [(0, 3, 3, True), (2, 5, 3, False), (4, 7, 2, True)]
@@ -366,7 +367,7 @@ class TestResult:
 
     def test_the_rate_is_the_one_that_a_step_was_taken_with(self) -> None:
         inner = Inner(OptimSpec(lr=0.1), ScheduleSpec("lambda_cosine", warmup_steps=4))
-        strategy = Strategy([LocalSGD(2)], inner=inner)
+        strategy = Strategy([LocalSGDRecipe(2)], inner=inner)
         rates = [row.lr for row in run_stacked(dropping(strategy=strategy, max_steps=6)).history]
         assert_close(rates, [0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
 
@@ -421,10 +422,10 @@ class TestGoingWrong:
             return [(*b, s if rank == 1 else -1) for s, b in enumerate(drawn(rank, 3, train))]
 
         with pytest.raises(NodeError, match="node 1 in step 5 is nan"):
-            run_stacked(experiment(DiLoCo(OUTER, 4), model=Breaks(), train_dataset=data))
+            run_stacked(experiment(DiLoCoRecipe(OUTER, 4), model=Breaks(), train_dataset=data))
 
     def test_a_model_without_a_scalar_ends_before_any_step(self) -> None:
-        strategy = Strategy([AllReduce()], inner=Inner())
+        strategy = Strategy([AllReduceRecipe()], inner=Inner())
         with pytest.raises(
             SettingsError, match=r"node 0's model returned a tensor of shape \(5, 3\)"
         ):
@@ -432,7 +433,7 @@ class TestGoingWrong:
         assert strategy.clock.steps == 0
 
     def test_a_strategy_serves_once(self) -> None:
-        strategy = Strategy([DiLoCo(OUTER, 4)], inner=Inner())
+        strategy = Strategy([DiLoCoRecipe(OUTER, 4)], inner=Inner())
         run_stacked(dropping(strategy=strategy, max_steps=1))
         with pytest.raises(SettingsError, match="make one for each run"):
             run_stacked(dropping(strategy=strategy))
@@ -456,7 +457,7 @@ class TestGoingWrong:
 
         step = {"data": 1, "no_grad": 6}[by]
         with pytest.raises(SettingsError, match=f"base, .* by step {step}, .*register_buffer"):
-            run_stacked(experiment(DiLoCo(OUTER, 4), model=Teacher()))
+            run_stacked(experiment(DiLoCoRecipe(OUTER, 4), model=Teacher()))
 
 
 class OnlyFirst(nn.Module):

@@ -15,11 +15,11 @@ from torchft.quantization import codec_of, mean_bytes, quantized_mean
 from torchft.simulator.events import Dies, Discards, Event, Joins, Membership, Misses
 from torchft.simulator.peers import StackedPeers
 from torchft.simulator.stacked import StackedLocal
-from torchft.strategies import LocalSGD, Recipe, Strategy
+from torchft.strategies import LocalSGDRecipe, Recipe, Strategy
 from torchft.strategies.inner import Inner
 
 
-class Keeps(LocalSGD):
+class Keeps(LocalSGDRecipe):
     """With own state."""
 
     def setup(self) -> None:
@@ -287,7 +287,7 @@ def test_a_round_says_which_recipe_it_was_for() -> None:
             pass
 
     local = StackedLocal(Tiny(), 2, Inner(), max_steps=10)
-    strategy = Strategy([LocalSGD(2), Plain()])
+    strategy = Strategy([LocalSGDRecipe(2), Plain()])
     peers = StackedPeers(local, Membership(2), strategy)
     strategy.bind(local, peers)
     for step in range(2):

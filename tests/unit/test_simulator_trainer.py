@@ -386,7 +386,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
             "strategy": StreamingDiLoCoStrategy(H=4, fragments=2, fragment_sync_delay=2),
             "checkpoint_interval": 5,
         },
-        "DiLoCo has delay=2, so a round is in flight after every step",
+        "DiLoCoRecipe has delay=2, so a round is in flight after every step",
     ),
     "resuming processes": ({"processes": True, "resume": True}, "processes=True"),
 }

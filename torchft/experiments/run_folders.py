@@ -15,6 +15,7 @@ from typing import Any
 from torchft.errors import SettingsError
 from torchft.experiments.checkpoint import CheckpointFolder, Saved, load_checkpoint
 from torchft.strategies import Strategy
+from torchft.strategies.recipe import kind_of
 
 __all__ = ["RunFolders", "check_name", "default_name", "find_resumed"]
 
@@ -112,7 +113,7 @@ def _made(folder: Path) -> bool:
 def default_name(strategy: Strategy, now: datetime, *, taken: Callable[[str], bool]) -> str:
     """`diloco_20260131_120000`, with a number after it where that is taken."""
     kind = str(strategy.config()["strategy"]).removesuffix("Strategy")
-    kind = kind or "-".join(type(recipe).__name__ for recipe in strategy.recipes) or "alone"
+    kind = kind or "-".join(kind_of(recipe) for recipe in strategy.recipes) or "alone"
     name = f"{kind.lower()}_{now:%Y%m%d_%H%M%S}"
     numbered = (name if n == 1 else f"{name}_{n}" for n in itertools.count(1))
     return next(candidate for candidate in numbered if not taken(candidate))

@@ -1,7 +1,7 @@
 """All that a run is made from, refused before its first step where it cannot work.
 
-    Experiment(model, dataset, strategy=Strategy([DiLoCo(outer, 20)], inner=Inner()), num_nodes=4,
-               max_steps=300, batch_size=64)
+    Experiment(model, dataset, strategy=Strategy([DiLoCoRecipe(outer, 20)], inner=Inner()),
+               num_nodes=4, max_steps=300, batch_size=64)
 
 One value describes it for every runtime: rows of one process, or real processes.
 """

@@ -5,10 +5,11 @@ other nodes. A strategy knows neither the manager nor a process group, so the sa
 both and over peers that live in one process.
 """
 
-from torchft.strategies.all_reduce import AllReduce
-from torchft.strategies.demo import DeMo
-from torchft.strategies.diloco import DiLoCo
-from torchft.strategies.fedavg import FedAvg
+from torchft.lazy_names import lazy_names
+from torchft.strategies.all_reduce import AllReduceRecipe
+from torchft.strategies.demo import DeMoRecipe
+from torchft.strategies.diloco import DiLoCoRecipe
+from torchft.strategies.fedavg import FedAvgRecipe
 from torchft.strategies.gym import (
     DiLoCoStrategy,
     FedAvgStrategy,
@@ -21,7 +22,7 @@ from torchft.strategies.gym import (
 from torchft.strategies.gym_gathered import DeMoStrategy, TopKStrategy
 from torchft.strategies.inner import Inner, InnerOptimizer
 from torchft.strategies.local import Fragment, Layout, Local
-from torchft.strategies.local_sgd import LocalSGD
+from torchft.strategies.local_sgd import LocalSGDRecipe
 from torchft.strategies.lr_schedule import ScheduleSpec
 from torchft.strategies.model_local import ModelLocal
 from torchft.strategies.optim_spec import OptimSpec, ensure_optim_spec
@@ -32,19 +33,19 @@ from torchft.strategies.parts.selectors import (
     ShuffledSequentialIndexSelector,
 )
 from torchft.strategies.recipe import By, Clock, Recipe
-from torchft.strategies.sparta import Sparta
+from torchft.strategies.sparta import SpartaRecipe
 from torchft.strategies.strategy import Strategy
-from torchft.strategies.top_k import TopK
+from torchft.strategies.top_k import TopKRecipe
 
 __all__ = [
-    "AllReduce",
+    "AllReduceRecipe",
     "By",
     "Clock",
-    "DeMo",
+    "DeMoRecipe",
     "DeMoStrategy",
-    "DiLoCo",
+    "DiLoCoRecipe",
     "DiLoCoStrategy",
-    "FedAvg",
+    "FedAvgRecipe",
     "FedAvgStrategy",
     "Fragment",
     "IndexSelector",
@@ -52,7 +53,7 @@ __all__ = [
     "InnerOptimizer",
     "Layout",
     "Local",
-    "LocalSGD",
+    "LocalSGDRecipe",
     "LocalSGDStrategy",
     "ModelLocal",
     "OptimSpec",
@@ -64,10 +65,24 @@ __all__ = [
     "ScheduleSpec",
     "ShuffledSequentialIndexSelector",
     "SimpleReduceStrategy",
-    "Sparta",
+    "SpartaRecipe",
     "Strategy",
     "StreamingDiLoCoStrategy",
-    "TopK",
+    "TopKRecipe",
     "TopKStrategy",
     "ensure_optim_spec",
 ]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {},
+    old={
+        "AllReduce": "torchft.strategies.AllReduceRecipe",
+        "DeMo": "torchft.strategies.DeMoRecipe",
+        "DiLoCo": "torchft.strategies.DiLoCoRecipe",
+        "FedAvg": "torchft.strategies.FedAvgRecipe",
+        "LocalSGD": "torchft.strategies.LocalSGDRecipe",
+        "Sparta": "torchft.strategies.SpartaRecipe",
+        "TopK": "torchft.strategies.TopKRecipe",
+    },
+)

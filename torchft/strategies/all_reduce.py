@@ -19,13 +19,13 @@ from torchft.strategies.local import Fragment
 from torchft.strategies.parts.feedback import feedback_of
 from torchft.strategies.recipe import Recipe
 
-__all__ = ["AllReduce"]
+__all__ = ["AllReduceRecipe"]
 
 Draft = list[Tensor] | None
 """With error feedback: what did not arrive of the gradients."""
 
 
-class AllReduce(Recipe):
+class AllReduceRecipe(Recipe):
     """The recipe behind `DistributedDataParallel`, which does the same bucket by bucket."""
 
     place = Place.BEFORE

@@ -106,7 +106,7 @@ def check_recipes(recipes: Sequence[Recipe]) -> None:
     if not recipes:
         raise SettingsError(
             "the strategy has no recipe, so its nodes would never talk: give it one, "
-            "as in Strategy([AllReduce()])"
+            "as in Strategy([AllReduceRecipe()])"
         )
     for recipe in recipes:
         _check_recipe(recipe)

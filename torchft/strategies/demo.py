@@ -30,7 +30,7 @@ from torchft.strategies.parts.dct import Blocks, dct, inverse_dct
 from torchft.strategies.parts.largest import SENDERS, check_mean_over, largest, mean_of, packed
 from torchft.strategies.recipe import By, Recipe
 
-__all__ = ["DeMo"]
+__all__ = ["DeMoRecipe"]
 
 _PLAIN = {"lr", "weight_decay", "foreach", "fused", "differentiable"}
 """What SGD can be given and still be plain."""
@@ -39,7 +39,7 @@ Draft = tuple[list[Tensor], list[Tensor]]
 """The momentum with this step's gradient, and where in it is what was sent."""
 
 
-class DeMo(Recipe):
+class DeMoRecipe(Recipe):
     """`topk` coefficients of each block, whose sides are at most `chunk`; momentum by `decay`.
 
     `max_norm` clips each node's gradient before the momentum takes it up; the sign is not clipped.

@@ -55,7 +55,7 @@ from torchft.strategies.parts.precision import SharedDtype, check_shared_dtype
 from torchft.strategies.recipe import Recipe
 from torchft.strategies.rounds_schedule import is_slot, next_fragment
 
-__all__ = ["DiLoCo"]
+__all__ = ["DiLoCoRecipe"]
 
 STANDS, RESTORED = "stands", "restored"
 """What becomes of the inner optimizer's state after a no."""
@@ -64,7 +64,7 @@ Draft = list[Tensor] | None
 """With error feedback: what did not arrive of the delta."""
 
 
-class DiLoCo(Recipe):
+class DiLoCoRecipe(Recipe):
     """`outer` is an optimizer factory, or an `Outer` part that holds optimizers already. `pattern`
     says which blocks make a fragment: see `torchft.strategies.fragments`."""
 

@@ -22,15 +22,15 @@ from typing import Any
 import torch
 
 from torchft.arguments import check_integer
-from torchft.strategies.local_sgd import LocalSGD
+from torchft.strategies.local_sgd import LocalSGDRecipe
 from torchft.strategies.parts.agreed import generator
 from torchft.strategies.parts.precision import SharedDtype
 from torchft.strategies.recipe import By
 
-__all__ = ["FedAvg"]
+__all__ = ["FedAvgRecipe"]
 
 
-class FedAvg(LocalSGD):
+class FedAvgRecipe(LocalSGDRecipe):
     """Islands of `island_size` nodes (the last may be smaller); None is one island of all."""
 
     def __init__(

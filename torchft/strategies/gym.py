@@ -31,12 +31,12 @@ import torch
 from torchft.arguments import check_integer
 from torchft.errors import SettingsError
 from torchft.quantization import Codec
-from torchft.strategies.all_reduce import AllReduce
+from torchft.strategies.all_reduce import AllReduceRecipe
 from torchft.strategies.buffers import LEFT
-from torchft.strategies.diloco import DiLoCo
-from torchft.strategies.fedavg import FedAvg
+from torchft.strategies.diloco import DiLoCoRecipe
+from torchft.strategies.fedavg import FedAvgRecipe
 from torchft.strategies.fragments import SEQUENTIAL
-from torchft.strategies.local_sgd import LocalSGD
+from torchft.strategies.local_sgd import LocalSGDRecipe
 from torchft.strategies.named import (
     OUTER,
     Arguments,
@@ -49,7 +49,7 @@ from torchft.strategies.named import (
 from torchft.strategies.optim_spec import ensure_optim_spec
 from torchft.strategies.parts.precision import SharedDtype
 from torchft.strategies.parts.selectors import RandomIndexSelector, Selector
-from torchft.strategies.sparta import Sparta
+from torchft.strategies.sparta import SpartaRecipe
 
 __all__ = [
     "DiLoCoStrategy",
@@ -82,7 +82,7 @@ class SimpleReduceStrategy(Averaged):
         )
         inner = inner_step_of(optim, max_norm, lr_scheduler, lr_scheduler_kwargs)
         super().__init__(
-            [AllReduce(error_feedback=error_feedback)],
+            [AllReduceRecipe(error_feedback=error_feedback)],
             inner,
             codec=codec,
             error_feedback=error_feedback,
@@ -116,7 +116,7 @@ class FedAvgStrategy(Averaged):
             optim_spec=optim_spec, inner_optim=inner_optim, inner_optim_spec=inner_optim_spec
         )
         inner = inner_step_of(optim, max_norm, lr_scheduler, lr_scheduler_kwargs)
-        recipe = FedAvg(
+        recipe = FedAvgRecipe(
             H,
             island_size=island_size,
             seed=seed,
@@ -158,7 +158,7 @@ class LocalSGDStrategy(Averaged):
             optim_spec=optim_spec, inner_optim=inner_optim, inner_optim_spec=inner_optim_spec
         )
         inner = inner_step_of(optim, max_norm, lr_scheduler, lr_scheduler_kwargs)
-        recipe = LocalSGD(H, buffers=buffers, shared_dtype=shared_dtype, backup_device=None)
+        recipe = LocalSGDRecipe(H, buffers=buffers, shared_dtype=shared_dtype, backup_device=None)
         super().__init__(
             [recipe], inner, codec=codec, buffers=buffers, H=H, shared_dtype=shared_dtype
         )
@@ -189,7 +189,7 @@ class DiLoCoStrategy(Averaged):
         )
         inner = inner_step_of(optim, max_norm, lr_scheduler, lr_scheduler_kwargs)
         outer = ensure_optim_spec(outer_optim_spec, OUTER)
-        recipe = DiLoCo(
+        recipe = DiLoCoRecipe(
             outer,
             H,
             buffers=buffers,
@@ -244,7 +244,7 @@ class StreamingDiLoCoStrategy(Averaged):
         )
         inner = inner_step_of(optim, max_norm, lr_scheduler, lr_scheduler_kwargs)
         outer = ensure_optim_spec(outer_optim_spec, OUTER)
-        recipe = DiLoCo(
+        recipe = DiLoCoRecipe(
             outer,
             H,
             fragments=fragments,
@@ -300,7 +300,7 @@ class SPARTAStrategy(Averaged):
         )
         inner = inner_step_of(optim, max_norm, lr_scheduler, lr_scheduler_kwargs)
         selector = _selector(p_sparta, index_selector)
-        recipe = Sparta(selector, sparta_interval, seed=seed, shared_dtype=shared_dtype)
+        recipe = SpartaRecipe(selector, sparta_interval, seed=seed, shared_dtype=shared_dtype)
         settings = {"index_selector": selector, "sparta_interval": sparta_interval, "seed": seed}
         super().__init__([recipe], inner, codec=codec, shared_dtype=shared_dtype, **settings)
 
@@ -336,8 +336,8 @@ class SPARTADiLoCoStrategy(Averaged):
         outer = ensure_optim_spec(outer_optim_spec, OUTER)
         selector = _selector(p_sparta, index_selector)
         recipes = [
-            Sparta(selector, sparta_interval, seed=seed, shared_dtype=shared_dtype),
-            DiLoCo(
+            SpartaRecipe(selector, sparta_interval, seed=seed, shared_dtype=shared_dtype),
+            DiLoCoRecipe(
                 outer,
                 H,
                 backup_device=None,

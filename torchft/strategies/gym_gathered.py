@@ -8,7 +8,7 @@ import torch
 
 from torchft.arguments import check_integer, check_number
 from torchft.errors import SettingsError
-from torchft.strategies.demo import DeMo
+from torchft.strategies.demo import DeMoRecipe
 from torchft.strategies.named import (
     Arguments,
     Named,
@@ -21,7 +21,7 @@ from torchft.strategies.optim_spec import OptimSpec, ensure_optim_spec
 from torchft.strategies.parts.chunks import MODEL
 from torchft.strategies.parts.largest import SENDERS
 from torchft.strategies.parts.precision import SharedDtype
-from torchft.strategies.top_k import TopK
+from torchft.strategies.top_k import TopKRecipe
 
 __all__ = ["DeMoStrategy", "TopKStrategy"]
 
@@ -56,7 +56,7 @@ class DeMoStrategy(Named):
             inner_optim_spec=inner_optim_spec,
         )
         decayed = _with_decay(optim, weight_decay)
-        recipe = DeMo(
+        recipe = DeMoRecipe(
             compression_decay,
             compression_topk,
             compression_chunk,
@@ -124,4 +124,4 @@ class TopKStrategy(Named):
             "chunks_of": chunks_of,
             "shared_dtype": shared_dtype,
         }
-        super().__init__([TopK(outer, H, **options)], inner, outer=outer, H=H, **options)
+        super().__init__([TopKRecipe(outer, H, **options)], inner, outer=outer, H=H, **options)

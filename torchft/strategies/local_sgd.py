@@ -43,10 +43,10 @@ from torchft.strategies.parts.weighting import (
 )
 from torchft.strategies.recipe import Recipe
 
-__all__ = ["LocalSGD"]
+__all__ = ["LocalSGDRecipe"]
 
 
-class LocalSGD(Recipe):
+class LocalSGDRecipe(Recipe):
     """Average the weights every `every` inner steps; with one island, this is FedAvg."""
 
     def __init__(

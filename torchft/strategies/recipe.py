@@ -29,7 +29,7 @@ from torchft.strategies.local import Fragment, Local
 from torchft.strategies.optim_spec import OptimSpec
 from torchft.strategies.parts.precision import wider_dtypes
 
-__all__ = ["By", "Clock", "Recipe"]
+__all__ = ["By", "Clock", "Recipe", "kind_of"]
 
 
 class By(enum.Enum):
@@ -216,3 +216,8 @@ class Recipe:
                 )
             for mine, theirs in zip(tensors, saved, strict=True):
                 mine.copy_(theirs)
+
+
+def kind_of(recipe: Recipe) -> str:
+    """The name that groups compare and run folders have: `DiLoCo` of a `DiLoCoRecipe`."""
+    return type(recipe).__name__.removesuffix("Recipe")

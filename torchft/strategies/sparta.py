@@ -30,13 +30,13 @@ from torchft.strategies.parts.precision import (
 from torchft.strategies.parts.selectors import Selector
 from torchft.strategies.recipe import Recipe
 
-__all__ = ["Sparta"]
+__all__ = ["SpartaRecipe"]
 
 Draft = tuple[list[Tensor], list[Tensor]]
 """The subset, and what was selected."""
 
 
-class Sparta(Recipe):
+class SpartaRecipe(Recipe):
     """Average what `selector` names every `every` inner steps."""
 
     varies = True

@@ -36,7 +36,7 @@ from torchft.strategies.in_flight import InFlight
 from torchft.strategies.local import Fragment, Local
 from torchft.strategies.optim_spec import OptimSpec, plain
 from torchft.strategies.parts import buckets
-from torchft.strategies.recipe import By, Clock, Recipe
+from torchft.strategies.recipe import By, Clock, Recipe, kind_of
 from torchft.strategies.recovery import Recovery
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ _NO_JOIN = (
 class Strategy:
     """One or more recipes, and how each node steps at home. The same object runs anywhere:
 
-        strategy = Strategy([DiLoCo(outer, 100)], inner=Inner(OptimSpec(AdamW, lr=1e-3)))
+        strategy = Strategy([DiLoCoRecipe(outer, 100)], inner=Inner(OptimSpec(AdamW, lr=1e-3)))
         strategy.bind(local, peers)            # by whatever runs it; once
         strategy.step()                        # instead of optimizer.step()
 
@@ -138,7 +138,7 @@ class Strategy:
 
     def config(self) -> dict[str, Any]:
         """All settings as plain data, for loggers."""
-        recipes = [type(recipe).__name__ for recipe in self.recipes]
+        recipes = [kind_of(recipe) for recipe in self.recipes]
         inner = self.inner.config() if self.inner is not None else {}
         settings = {
             name: value.config() if hasattr(value, "config") else plain(value)

@@ -40,13 +40,13 @@ from torchft.strategies.parts.outer import FlatOuter, OuterFactory
 from torchft.strategies.parts.precision import SharedDtype, check_shared_dtype, weights_as
 from torchft.strategies.recipe import By, Recipe
 
-__all__ = ["TopK"]
+__all__ = ["TopKRecipe"]
 
 Draft = tuple[list[Tensor], list[Tensor]]
 """The residual with this round's delta, and where in it is what was sent."""
 
 
-class TopK(Recipe):
+class TopKRecipe(Recipe):
     """`topk` numbers of every `chunk`, every `every` inner steps; the residual fades by `decay`."""
 
     by = By.GATHER

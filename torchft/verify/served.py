@@ -32,7 +32,7 @@ from torchft.simulator.experiment import Experiment
 from torchft.simulator.loop import Simulation, run_stacked
 from torchft.simulator.node import finite_losses
 from torchft.simulator.seeds import kept_rng, seed_node
-from torchft.strategies.diloco import DiLoCo
+from torchft.strategies.diloco import DiLoCoRecipe
 from torchft.strategies.local import Fragment
 from torchft.strategies.model_local import ModelLocal
 from torchft.strategies.optim_spec import OptimSpec
@@ -55,7 +55,7 @@ _PATIENCE_S = 60.0
 """A busy machine starves a process for seconds: nobody is taken for silent before."""
 
 
-class ServedDiLoCo(DiLoCo):
+class ServedDiLoCo(DiLoCoRecipe):
     """DiLoCo as the parameter server takes it.
 
     d ← decoded(encoded(b - w))         what the server hears of a node; b is what all hold
@@ -178,7 +178,7 @@ def compare_served(
 def _simulated(experiment: Experiment, served: Served) -> tuple[Digests, list[dict[str, Any]]]:
     strategy = served.strategy(experiment.strategy)
     (recipe,) = strategy.recipes
-    assert isinstance(recipe, DiLoCo)
+    assert isinstance(recipe, DiLoCoRecipe)
     found: Digests = {}
     rounds = [0]
 
@@ -200,7 +200,7 @@ def _simulated(experiment: Experiment, served: Served) -> tuple[Digests, list[di
     return found, shared
 
 
-def _bases(recipe: DiLoCo) -> list[Tensor]:
+def _bases(recipe: DiLoCoRecipe) -> list[Tensor]:
     """What all nodes hold, by fragment."""
     if isinstance(recipe, ServedDiLoCo):
         return [flats[0] for flats in recipe.bases]

@@ -27,7 +27,7 @@ class DiLoCoCommunicator(CommunicationModule):
     """Every H steps, exactly, an outer optimizer steps with the mean of what the nodes moved.
 
     Each node has the master copy and steps it with the same mean, so nothing but that mean travels.
-    Of parameters in bf16 or fp16 it is fp32, as in `torchft.strategies.DiLoCo`.
+    Of parameters in bf16 or fp16 it is fp32, as in `torchft.strategies.DiLoCoRecipe`.
     """
 
     def __init__(
