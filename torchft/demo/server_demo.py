@@ -24,6 +24,7 @@ from torchft.launch.processes import psutil
 from torchft.launch.stopping import StopSignals
 from torchft.parameter_server.auth import Scope, read_token
 from torchft.parameter_server.worker.client import DiLoCoClient
+from torchft.retry import wait_until
 
 __all__ = ["ServerRun", "line_of", "run_server_demo"]
 
@@ -164,12 +165,8 @@ class ServerRun(Run):
             return
         self.monitor.poll()
         self.server.ask_to_stop()
-        until = time.monotonic() + SERVER_ENDS_S
-        while self.server.poll() is None:
-            if time.monotonic() > until:
-                self.trouble = f"the server did not end within {SERVER_ENDS_S:g} s of SIGTERM"
-                return
-            time.sleep(self.look_every_s)
+        if not wait_until(lambda: self.server.poll() is not None, SERVER_ENDS_S):
+            self.trouble = f"the server did not end within {SERVER_ENDS_S:g} s of SIGTERM"
 
     # ------------------------------------------------------------------ show
 

@@ -15,18 +15,19 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import threading
-import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from torchft.launch.agent import end_with_parent
+from torchft.retry import wait_until
 
 __all__ = ["Forked", "can_fork", "fork_agents", "import_once"]
 
@@ -78,11 +79,9 @@ class Forked:
         Raises:
             subprocess.TimeoutExpired: it still runs.
         """
-        until = float("inf") if timeout is None else time.monotonic() + timeout
-        while self.poll() is None:
-            if time.monotonic() > until:
-                raise subprocess.TimeoutExpired("a forked agent", timeout or 0.0)
-            time.sleep(0.005)
+        within_s = math.inf if timeout is None else timeout
+        if not wait_until(lambda: self.poll() is not None, within_s):
+            raise subprocess.TimeoutExpired("a forked agent", within_s)
         assert self.returncode is not None
         return self.returncode
 

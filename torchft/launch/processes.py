@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from torchft.errors import TorchftError
+from torchft.retry import wait_until
 
 __all__ = ["MissingExtra", "born_at", "has_children", "kill_all", "kill_tree", "psutil", "tree"]
 
@@ -84,11 +85,9 @@ def kill_all(processes: Iterable[Process], *, timeout_s: float = 10.0) -> None:
     for process in processes:
         with contextlib.suppress(ps.NoSuchProcess):
             process.kill()
-    deadline = time.monotonic() + timeout_s
-    while alive := [process.pid for process in processes if not _is_dead(process)]:
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"still alive {timeout_s:g} s after SIGKILL: {alive}")
-        time.sleep(0.002)
+    if not wait_until(lambda: all(map(_is_dead, processes)), timeout_s):
+        alive = [process.pid for process in processes if not _is_dead(process)]
+        raise TimeoutError(f"still alive {timeout_s:g} s after SIGKILL: {alive}")
 
 
 def _is_dead(process: Process) -> bool:

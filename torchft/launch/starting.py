@@ -6,15 +6,14 @@ word, another file, which comes when all are ready. One that is started again fi
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 from torchft.errors import TorchftError
+from torchft.retry import wait_until
 
 __all__ = ["StartError", "Starting", "wait_for_start"]
 
 _WORD = "start"
-_LOOK_EVERY_S = 0.01
 
 
 class StartError(TorchftError):
@@ -28,14 +27,11 @@ def wait_for_start(folder: Path, *, group: int, rank: int, timeout_s: float) -> 
         StartError: it did not come within `timeout_s`.
     """
     _ready(folder, group, rank).touch()
-    until = time.monotonic() + timeout_s
-    while not (folder / _WORD).exists():
-        if time.monotonic() > until:
-            raise StartError(
-                f"the launcher did not start the run within {timeout_s:g} s: another group has not "
-                f"come up; its log is in {folder}"
-            )
-        time.sleep(_LOOK_EVERY_S)
+    if not wait_until((folder / _WORD).exists, timeout_s):
+        raise StartError(
+            f"the launcher did not start the run within {timeout_s:g} s: another group has not "
+            f"come up; its log is in {folder}"
+        )
 
 
 class Starting:

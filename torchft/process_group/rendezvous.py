@@ -23,6 +23,7 @@ from torchft.arguments import check_integer
 from torchft.errors import CollectiveError, MismatchError, SettingsError
 from torchft.process_group.attempt import Deadline
 from torchft.process_group.sockets import Address
+from torchft.retry import pauses
 
 __all__ = ["Member", "meet", "tidy"]
 
@@ -110,7 +111,7 @@ def _wait_for_all(
 ) -> None:
     """Look again and again: a blocking wait in the store hears neither Ctrl-C nor an abort."""
     missing = [rank for rank in range(me.world_size) if rank != me.rank]
-    pause, longest = _LOOK_S
+    waits = pauses(*_LOOK_S)
     while not store.check([_key(rank) for rank in missing]):
         missing = [rank for rank in missing if not store.check([_key(rank)])]
         if stopped():
@@ -121,8 +122,7 @@ def _wait_for_all(
                 f"{_ranks(missing)} of {me.world_size}, which did not come: its process is gone "
                 "or stuck, or was told of another store"
             )
-        time.sleep(pause)
-        pause = min(2 * pause, longest)
+        time.sleep(next(waits))
 
 
 def _ranks(ranks: Sequence[int]) -> str:

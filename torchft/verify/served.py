@@ -28,6 +28,7 @@ from torchft.digest import digest
 from torchft.experiments.local_nodes import LocalNode, LocalNodes, Start
 from torchft.ordered import ordered_mean
 from torchft.quantization import Codec, Identity, codec_of
+from torchft.retry import wait_until
 from torchft.simulator.experiment import Experiment
 from torchft.simulator.loop import Simulation, run_stacked
 from torchft.simulator.node import finite_losses
@@ -271,11 +272,9 @@ class _Story:
         return ServerOptions(self.folder / "server", rules, OuterOptions(**outer))
 
     def _address(self) -> str:
-        path, end = self.folder / "port", time.monotonic() + _START_S
-        while not path.exists():
-            if time.monotonic() > end:
-                raise TimeoutError(f"no server within {_START_S:g} s")
-            time.sleep(_LOOK_S)
+        path = self.folder / "port"
+        if not wait_until(path.exists, _START_S):
+            raise TimeoutError(f"no server within {_START_S:g} s")
         return path.read_text()
 
     def _train(self, node: LocalNode) -> dict[int, str]:

@@ -36,13 +36,14 @@ from torchft.parameter_server.worker.client import DiLoCoClient
 from torchft.parameter_server.worker.download_cache import DownloadCache
 from torchft.parameter_server.worker.pending_submission import DownloadedUpdate, PendingSubmission
 from torchft.quantization import Identity, codec_of
+from torchft.retry import pauses
 
 __all__ = ["ServerConnection"]
 
 logger = logging.getLogger(__name__)
 
-_FIRST_PAUSE_S = 0.1
-_LONGEST_PAUSE_S = 5.0
+_PAUSE_S = (0.1, 5.0)
+"""First and longest pause before the server is asked again."""
 _WAIT_S = 2.0
 """The server answers a request for an update after this time at the latest."""
 _PIECE = 1 << 20
@@ -210,38 +211,36 @@ class ServerConnection:
 
     def _patiently(self, call: Callable[[], Any], timeout_s: float) -> Any:
         """Again and again while the server is away, not ready, or knows an older process."""
-        began, pause = time.monotonic(), _FIRST_PAUSE_S
+        began, waits = time.monotonic(), enumerate(pauses(*_PAUSE_S))
         while True:
             try:
                 return call()
             except (UnreachableError, NotReady, Conflict) as error:
                 limit = min(timeout_s, _TAKEN_ID_S) if isinstance(error, Conflict) else timeout_s
                 left = limit - (time.monotonic() - began)
+                number, pause = next(waits)
                 if left <= 0 or self._end.wait(min(pause, left)):
                     raise
-                if pause == _FIRST_PAUSE_S:
+                if number == 0:
                     logger.warning("%s; asking again for up to %g s", error, limit)
-                pause = min(2 * pause, _LONGEST_PAUSE_S)
 
     # ------------------------------------------------------------------ submissions
 
     def _carry(self) -> None:
-        pause = _FIRST_PAUSE_S
+        waits = pauses(*_PAUSE_S)
         while not self._end.is_set():
             submissions = self._waiting_submissions()
             try:
                 for submission in submissions:
                     self._advance(submission, _WAIT_S if len(submissions) == 1 else 0.1)
-                pause = _FIRST_PAUSE_S
+                waits = pauses(*_PAUSE_S)
                 self.down.clear()
             except UnreachableError as error:
                 self._note_down(error)
                 self._send_again()
-                self._end.wait(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE_S)
+                self._end.wait(next(waits))
             except (Conflict, Interrupted, NotReady, NotFound):
-                self._end.wait(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE_S)
+                self._end.wait(next(waits))
             except (Refused, MismatchError) as error:
                 self._break(error)
                 return
