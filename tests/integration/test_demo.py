@@ -120,11 +120,13 @@ def test_a_killed_rank_takes_its_group_down_and_it_comes_back_whole(
 ) -> None:
     command = demo("--replicas=2", "--workers-per-replica=2", "--no-kill", "--steps=150")
     records = tmp_path / "run" / "group_1.records.jsonl"
-    wait_for(
-        lambda: records.exists() and bool(read_step_records(records)), within_s=200, why="it trains"
-    )
-    pid = next(r.extra["pid"] for r in read_step_records(records) if r.group_rank == 1)
-    os.kill(pid, signal.SIGKILL)
+
+    def pids() -> list[int]:
+        written = read_step_records(records) if records.exists() else []
+        return [r.extra["pid"] for r in written if r.group_rank == 1]
+
+    wait_for(lambda: bool(pids()), within_s=200, why="rank 1 trains")
+    os.kill(pids()[0], signal.SIGKILL)
     said = said_all(command)
     assert command.returncode == 0, said
     lives = {record.replica_id for record in read_step_records(records)}
