@@ -13,7 +13,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from functools import cached_property
 from typing import Any
@@ -21,15 +20,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchft import Manager, Optimizer, ProcessGroupGloo
-from torchft.ddp import DistributedDataParallel
+from torchft import Manager, ProcessGroupGloo, Replicated
 from torchft.demo.final_report import FinalReport
 from torchft.demo.train_options import TrainOptions
 from torchft.digest import digest
 from torchft.launch.starting import wait_for_start
 from torchft.ledger import Bucket
-from torchft.local_sgd import DiLoCo, LocalSGD
 from torchft.script.ranks import average_inside, meet_inside
+from torchft.strategies import (
+    DiLoCoStrategy,
+    LocalSGDStrategy,
+    OptimSpec,
+    SimpleReduceStrategy,
+    Strategy,
+    StreamingDiLoCoStrategy,
+)
 from torchft.toy.byte_model import ByteTransformer, next_byte_loss
 from torchft.toy.corpus import ByteCorpus, Order
 
@@ -44,16 +49,21 @@ NICE = 3
 HELD_OUT_ROWS = 64
 """Windows that the last loss is measured on."""
 
+INNER = OptimSpec(torch.optim.AdamW, lr=2e-3)
+OUTER = OptimSpec(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)
+FRAGMENTS = 4
+"""Of the streaming strategy."""
+
 
 class Trainee:
-    """A model, its data and its manager: what the loops below have in common."""
+    """A model, its data and its manager."""
 
     def __init__(self, options: TrainOptions) -> None:
         self.options = options
         self.rank, self.ranks = meet_inside(timedelta(seconds=options.timeout_s))
         torch.manual_seed(options.seed)
         self.model = ByteTransformer()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=2e-3)
+        self.optimizer = INNER.build(self.model)
         self.corpus = ByteCorpus.load(options.corpus)
         self.context = self.model.shape.context
         self.order = Order(
@@ -69,7 +79,7 @@ class Trainee:
     def manager(self) -> Manager:
         """Made on first use: from then on the others may wait for this group."""
         options = self.options
-        manager = Manager(
+        return Manager(
             pg=ProcessGroupGloo(timeout=timedelta(seconds=options.timeout_s)),
             load_state_dict=self._load_end,
             state_dict=self._end_state,
@@ -80,10 +90,6 @@ class Trainee:
             replica_id=f"group_{options.group}",
             hostname="127.0.0.1",
         )
-        manager.register_state_dict_fn(
-            "inner_optimizer", self.optimizer.load_state_dict, self.optimizer.state_dict
-        )
-        return manager
 
     def begin(self) -> None:
         """Start together with the other groups, or with those that train when it comes back."""
@@ -111,11 +117,11 @@ class Trainee:
             self.batches += 1
             return self.corpus.batch(starts, context=self.context)
 
-    def compute(self, model: torch.nn.Module) -> None:
+    def compute(self) -> None:
         """Forward and backward on the next batch: the gradients are there afterwards."""
         inputs, targets = self.batch()
         with self.manager.ledger.spending(Bucket.COMPUTE):
-            loss = next_byte_loss(model, inputs, targets)
+            loss = next_byte_loss(self.model, inputs, targets)
             loss.backward()
             self.manager.note(loss=loss.item(), pid=os.getpid())
         with self.manager.ledger.spending(Bucket.COMMUNICATE):
@@ -127,8 +133,7 @@ class Trainee:
         self.finished |= late and self.manager.num_participants() >= self.options.groups
 
     def tell(self, state: dict[str, Any]) -> None:
-        """Settle, then write the last word of this rank. `state` is what all must hold alike."""
-        self.manager.settle()
+        """Write the report of this rank. `state` is what all groups must hold alike."""
         ledger = self.manager.ledger
         with ledger.spending(Bucket.SETTLE):
             value = digest(state)
@@ -159,101 +164,47 @@ def step_back() -> None:
         autogroup.write(str(NICE))
 
 
-def train_ddp(trainee: Trainee) -> dict[str, Any]:
-    """Train with gradients that are averaged in every step."""
-    manager = trainee.manager
-    manager.register_state_dict_fn("model", trainee.model.load_state_dict, trainee.model.state_dict)
-    model = DistributedDataParallel(
-        manager, trainee.model, should_quantize=trainee.options.should_quantize
-    )
-    optimizer = Optimizer(manager, trainee.optimizer)
-    while not trainee.finished:
-        with manager.ledger.spending(Bucket.OPTIMIZER):
-            optimizer.zero_grad()
-        trainee.compute(model)
-        with manager.ledger.spending(Bucket.OPTIMIZER):
-            committed = optimizer.step()
-        if committed:
-            trainee.look_at_the_end()
-    return {"model": trainee.model.state_dict(), "optimizer": trainee.optimizer.state_dict()}
+def strategy_of(options: TrainOptions) -> Strategy:
+    """Return what the groups exchange, and when."""
+    every, codec = options.sync_every, None if options.codec == "none" else options.codec
+    match options.strategy:
+        case "ddp":
+            return SimpleReduceStrategy(INNER, codec=codec)
+        case "local_sgd":
+            return LocalSGDStrategy(INNER, H=every, codec=codec)
+        case "diloco":
+            return DiLoCoStrategy(INNER, OUTER, H=every, codec=codec, error_feedback=bool(codec))
+        case _:  # always one fragment in flight, and two for half of the time
+            return StreamingDiLoCoStrategy(
+                INNER,
+                OUTER,
+                H=every * FRAGMENTS,
+                fragments=FRAGMENTS,
+                fragment_sync_delay=every + every // 2,
+                fragment_update_alpha=0.5,
+                codec=codec,
+                error_feedback=bool(codec),
+            )
 
 
-def train_local_sgd(trainee: Trainee) -> dict[str, Any]:
-    """Train with weights that are averaged every few steps."""
+def train(trainee: Trainee) -> dict[str, Any]:
+    """Train until the end; return the state that all groups must hold alike."""
     manager, options = trainee.manager, trainee.options
-    with LocalSGD(
-        manager,
-        trainee.model,
-        trainee.optimizer,
-        sync_every=options.sync_every,
-        should_quantize=options.should_quantize,
-    ):
-        _train_alone(trainee)
-    return {"model": trainee.model.state_dict()}
-
-
-def train_diloco(trainee: Trainee) -> dict[str, Any]:
-    """An outer optimizer applied every few steps to the mean of what the groups moved."""
-    manager, options = trainee.manager, trainee.options
-    outer = torch.optim.SGD(trainee.model.parameters(), lr=0.7, momentum=0.9, nesterov=True)
-    with DiLoCo(
-        manager,
-        [trainee.model],
-        trainee.optimizer,
-        outer,
-        sync_every=options.sync_every,
-        should_quantize=options.should_quantize,
-        error_feedback=options.codec != "none",
-    ):
-        _train_alone(trainee)
-    return {"model": trainee.model.state_dict(), "outer": outer.state_dict()}
-
-
-def train_streaming(trainee: Trainee) -> dict[str, Any]:
-    """DiLoCo in fragments, whose averages travel while the others train: there is always one in
-    flight, and two for half of the time."""
-    manager, options = trainee.manager, trainee.options
-    fragments, slot = 4, options.sync_every
-    outer = torch.optim.SGD(trainee.model.parameters(), lr=0.7, momentum=0.9, nesterov=True)
-    diloco = DiLoCo(
-        manager,
-        [trainee.model],
-        trainee.optimizer,
-        outer,
-        sync_every=slot * fragments,
-        should_quantize=options.should_quantize,
-        error_feedback=options.codec != "none",
-        fragments=fragments,
-        fragment_sync_delay=slot + slot // 2,
-        fragment_update_alpha=0.5,
-    )
-    with diloco:
-        _train_alone(trainee)
-    # Each group's own weights are a mixture of these and what it has trained since.
-    return diloco.shared_state_dict()
-
-
-def _train_alone(trainee: Trainee) -> None:
-    """Inner steps; a hook on the optimizer synchronises when it is time."""
-    manager, optimizer = trainee.manager, trainee.optimizer
+    replicated = Replicated(manager, trainee.model, trainee.optimizer, strategy_of(options))
     while not trainee.finished:
         before = manager.batches_committed()
         with manager.ledger.spending(Bucket.OPTIMIZER):
-            optimizer.zero_grad()
-        trainee.compute(trainee.model)
+            replicated.zero_grad()
+        trainee.compute()
         with manager.ledger.spending(Bucket.OPTIMIZER):
-            optimizer.step()
+            replicated.step()
         if manager.batches_committed() != before:
             trainee.look_at_the_end()
-
-
-LOOPS: dict[str, Callable[[Trainee], dict[str, Any]]] = {
-    "ddp": train_ddp,
-    "diloco": train_diloco,
-    "local_sgd": train_local_sgd,
-    "streaming": train_streaming,
-}
-"""Each trains until the end and returns the state that all groups must hold alike."""
+    replicated.finish()
+    # Between rounds, the weights and the inner optimizer of a group are its own.
+    if options.strategy == "ddp":
+        return {"model": trainee.model.state_dict(), "optimizer": trainee.optimizer.state_dict()}
+    return replicated.shared_state_dict()
 
 
 def main(arguments: list[str]) -> None:
@@ -264,7 +215,7 @@ def main(arguments: list[str]) -> None:
     trainee = Trainee(TrainOptions.from_arguments(arguments))
     try:
         trainee.begin()
-        trainee.tell(LOOPS[trainee.options.strategy](trainee))
+        trainee.tell(train(trainee))
     finally:
         trainee.manager.shutdown()
 

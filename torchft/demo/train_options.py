@@ -30,11 +30,6 @@ class TrainOptions:
     """How averages travel."""
     corpus: tuple[Path, ...] = ()
 
-    @property
-    def should_quantize(self) -> str | bool:
-        """In the words of the front doors."""
-        return False if self.codec == "none" else self.codec
-
     def to_arguments(self) -> list[str]:
         """The command line that `from_arguments` reads."""
         named = {name: value for name, value in vars(self).items() if name != "corpus"}
