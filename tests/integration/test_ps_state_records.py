@@ -142,11 +142,10 @@ def test_a_record_gives_way_to_a_step_and_leaves_the_one_before_it_whole(tmp_pat
 
 
 def test_what_a_journal_can_be_done_again_from() -> None:
-    closes = [RoundClosed(0, version, ()) for version in (3, 4, 5, 6)]
     replay_of, Replay, path = state_records.replay_of, state_records.Replay, Path("f0")
-    assert replay_of(closes, set(), {6: path}) == Replay(), "uploads first"
-    assert replay_of(closes, {4}, {5: path}) == Replay(closes[2], path)
-    assert replay_of(closes, {5}, {5: path, 4: Path("f0.before")}) == Replay(closes[2], path)
-    assert replay_of(closes, {4, 6}, {5: path}) == Replay(closes[2], path, stop=closes[3])
-    assert replay_of(closes, {6}, {5: path}) == Replay(stop=closes[3])
-    assert replay_of(closes, {4, 5}, {}) == Replay(stop=closes[1])
+    assert replay_of(set(), {6: path}) == Replay(), "uploads first"
+    assert replay_of({4}, {5: path}) == Replay(5, path)
+    assert replay_of({5}, {5: path, 4: Path("f0.before")}) == Replay(5, path)
+    assert replay_of({4, 6}, {5: path}) == Replay(5, path, stop=6)
+    assert replay_of({6}, {5: path}) == Replay(stop=6)
+    assert replay_of({4, 5}, {}) == Replay(stop=4)

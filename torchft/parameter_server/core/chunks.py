@@ -9,6 +9,7 @@ the length of everything before the first byte. A transfer that broke goes on at
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from collections.abc import Iterator
@@ -127,6 +128,10 @@ class Chunks:
         """New memory that takes the longest chunk."""
         return memoryview(bytearray(self.nbytes_of(0) if self.count else 0))
 
+    def numbers(self) -> Tensor:
+        """New memory for the numbers of the longest chunk, fp32 `[1, m]` on the CPU."""
+        return torch.empty(1, self.span(0).stop, dtype=torch.float32, device="cpu")
+
     def room(self, path: Path) -> Path:
         """Make `path` a file that a row can be written into, over whatever is there."""
         with path.open("ab") as file:
@@ -157,6 +162,17 @@ class Chunks:
             if file.readinto(piece) != len(piece):
                 raise ChunkError(f"{path} ends within chunk {index}")
         return piece
+
+    def write_one(self, path: Path, index: int, piece: memoryview) -> None:
+        """Write chunk `index` of the row into a file that `room` made.
+
+        Raises:
+            OSError: there is no room for all of it.
+        """
+        with path.open("r+b", buffering=0) as file:
+            file.seek(self.offset(index))
+            if file.write(piece) != len(piece):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     def are_complete(self, path: Path) -> bool:
         """Whether all chunks of a row are in the file and good."""

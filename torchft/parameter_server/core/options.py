@@ -17,11 +17,26 @@ from torchft.quantization import codec_names
 from torchft.strategies.optim_spec import OptimSpec
 from torchft.strategies.parts.outer import FlatOuter
 
-__all__ = ["MOST", "OuterOptions", "ServerOptions", "SharedSettings"]
-
+__all__ = ["OuterOptions", "ServerOptions", "SharedSettings", "check_shared"]
 
 MOST = 1_000_000
 """Of inner steps between two submissions, and of fragments: more is a mistake, or malice."""
+
+
+def check_shared(sync_every: int, codec: str, fragments: int, name: str = "fragments") -> None:
+    """Refuse settings that no run can have; `name` is what the caller has for `fragments`.
+
+    Raises:
+        SettingsError: names the setting and its value.
+    """
+    check_integer("sync_every", sync_every, least=1, most=MOST)
+    check_integer(name, fragments, least=1, most=MOST)
+    check_choice("codec", codec, codec_names())
+    if fragments > sync_every:
+        raise SettingsError(
+            f"{name}={fragments} do not fit into sync_every={sync_every} steps: each needs a step "
+            "of its own"
+        )
 
 
 @dataclass(frozen=True)
@@ -36,14 +51,7 @@ class SharedSettings:
     fragments: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("sync_every", "fragments"):
-            check_integer(name, getattr(self, name), least=1, most=MOST)
-        check_choice("codec", self.codec, codec_names())
-        if self.fragments > self.sync_every:
-            raise SettingsError(
-                f"{self.fragments} fragments do not fit into {self.sync_every} steps: each needs "
-                "a step of its own"
-            )
+        check_shared(self.sync_every, self.codec, self.fragments)
 
     def differences(self, wished: Mapping[str, Any]) -> list[str]:
         """In words, what a worker asked for and does not get."""

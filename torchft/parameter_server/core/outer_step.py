@@ -10,7 +10,6 @@ no step takes memory by the size of the model, and the bits are those of one thr
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -91,10 +90,7 @@ class OuterStep:
         chunks.encode_into(piece, index, weights - sent if lossy else weights)
         if lossy:
             chunks.add(index, piece, sent)
-        with self.path.open("r+b", buffering=0) as file:
-            file.seek(chunks.offset(index))
-            if file.write(piece) != len(piece):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        chunks.write_one(self.path, index, piece)
 
 
 class _Mean:
@@ -103,9 +99,7 @@ class _Mean:
     def __init__(self, chunks: Chunks, uploads: Sequence[tuple[Path, float]]) -> None:
         self._chunks, self._uploads = chunks, uploads
         self._memory = chunks.memory()
-        self._room = [
-            torch.empty(1, chunks.span(0).stop, dtype=torch.float32, device="cpu") for _ in range(2)
-        ]
+        self._room = chunks.numbers(), chunks.numbers()
 
     def of(self, index: int) -> Tensor:
         """The mean of chunk `index`, valid until the next call. Raises ChunkError, OSError."""

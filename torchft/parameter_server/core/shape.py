@@ -92,6 +92,10 @@ class ModelShape:
         """The parameters of a fragment, in its row's order."""
         return tuple(self.parameters[at] for at in self.fragments[fragment].parameters)
 
+    def new_row(self, fragment: int) -> Tensor:
+        """New memory for a fragment's numbers, fp32 `[1, n]` on the CPU."""
+        return torch.empty(1, self.size(fragment), dtype=torch.float32, device="cpu")
+
     def views(self, fragment: int, flat: Tensor) -> dict[str, Tensor]:
         """Parameter name → its part of `flat` `[1, n]`, in its shape."""
         parameters = self.of_fragment(fragment)

@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 STATE, MODEL, MANIFEST = "server_state.bin", "model.safetensors", "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
-_PIECE_BYTES = 1 << 20
 
 
 class Checkpoints:
@@ -127,8 +126,6 @@ def _sync(path: Path) -> None:
 
 
 def _described(path: Path) -> dict[str, Any]:
-    hasher = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(_PIECE_BYTES):
-            hasher.update(piece)
-    return {"bytes": path.stat().st_size, "sha256": hasher.hexdigest()}
+        digest = hashlib.file_digest(file, "sha256")
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}

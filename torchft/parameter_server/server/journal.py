@@ -33,8 +33,6 @@ class Journal:
     def __init__(self, folder: Path, *, keeps: bool = True) -> None:
         self.folder, self._keeps = folder, keeps
         self._at = 0
-        self._newest = self._path(0), 0
-        """The event that was read last: its file, and where in it."""
 
     def write(self, event: Event) -> None:
         """Add one event to the newest file, before it has an effect.
@@ -60,8 +58,9 @@ class Journal:
 
     def forget(self, number: int) -> None:
         """Delete the files of what came before checkpoint `number`, which is safe."""
-        for path in (p for p in self._files() if int(p.stem) < number):
-            path.unlink(missing_ok=True)
+        for path in self._files():
+            if int(path.stem) < number:
+                path.unlink(missing_ok=True)
 
     def has(self, number: int) -> bool:
         """Whether there is a file of what happened right after checkpoint `number`."""
@@ -77,29 +76,24 @@ class Journal:
     def after(self, number: int) -> Iterator[Event]:
         """All events since checkpoint `number`. They end at a line that was cut short; it and
         all that follows are deleted."""
-        for path in (p for p in self._files() if int(p.stem) >= number):
-            self._at = int(path.stem)
-            end = 0
+        for path in self._files(number):
+            self._at, end = int(path.stem), 0
             for index, line in enumerate(path.read_bytes().splitlines(keepends=True)):
-                self._newest = path, end
-                end += len(line)
                 try:
                     kind, fields = json.loads(line if line.endswith(b"\n") else b"")
                 except ValueError:
                     logger.warning("%s: line %d is cut; what follows is lost", path, index + 1)
-                    self.cut()
+                    os.truncate(path, end)
+                    for later in self._files(self._at + 1):
+                        later.unlink()
                     return
+                end += len(line)
                 yield event_from_json(kind, fields)
 
-    def cut(self) -> None:
-        """Delete the event that was read last and all that follow, so that new ones can follow."""
-        path, at = self._newest
-        os.truncate(path, at)
-        for later in (p for p in self._files() if int(p.stem) > int(path.stem)):
-            later.unlink()
-
-    def _files(self) -> list[Path]:
-        return sorted(p for p in self.folder.glob("*.jsonl") if p.stem.isdigit())
+    def _files(self, least: int = 0) -> list[Path]:
+        """The files of what came after checkpoint `least` and later ones, in their order."""
+        found = (p for p in self.folder.glob("*.jsonl") if p.stem.isdigit())
+        return sorted(path for path in found if int(path.stem) >= least)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:08d}.jsonl"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from torchft.errors import MismatchError, SettingsError
@@ -57,10 +56,7 @@ def rows_of_model(shape: ModelShape, tensors: dict[str, Tensor]) -> list[Tensor]
                 f"{parameter.name} is {list(parameter.shape)} at the worker and {seen} in the "
                 "server's model: train the model that the server was started with"
             )
-    rows = [
-        torch.empty(1, shape.size(fragment.index), dtype=torch.float32, device="cpu")
-        for fragment in shape.fragments
-    ]
+    rows = [shape.new_row(fragment.index) for fragment in shape.fragments]
     for fragment, row in enumerate(rows):
         for name, view in shape.views(fragment, row).items():
             view.copy_(tensors[name])

@@ -103,7 +103,8 @@ class RunFactory:
             logger.warning("the work of %s that was pending is lost", submission.worker)
             run.rounds.lose(submission)
         if (lost or not complete) and self._options.save_every:
-            self._storage.save(run.saved(run.decided()), run.model())
+            with self._storage.checkpoint() as new:
+                self._storage.write(new, run.saved(run.decided()), run.model())
             self._storage.records.clear()  # what happens from here on follows that checkpoint
         self._storage.delete_all_but(s.upload for s in pending if s not in lost)
         logger.info("going on from checkpoint %d at versions %s", number, run.versions)
@@ -177,7 +178,7 @@ class RunFactory:
         if not lost:
             return Replay()
         found = self._storage.records.find(closes, run.weights.chunks(fragment).count)
-        way = replay_of(closes, lost, found)
+        way = replay_of(lost, found)
         logger.warning(
             "an upload that made version %d of fragment %d is lost or damaged: it goes on from %s",
             *(min(lost), fragment, way),
@@ -186,12 +187,12 @@ class RunFactory:
 
     def _replay_close(self, run: TrainingRun, close: RoundClosed, way: Replay) -> None:
         """What came in for one that is not replayed counts in the next round."""
-        if way.stop is not None and close.version >= way.stop.version:
+        if way.stop is not None and close.version >= way.stop:
             return
         run.apply(self._clock(), close)
-        if way.record is None or close.version > way.record.version:
+        if close.version > way.record:
             run.carry_out(close, self._storage.upload)
-        elif close == way.record and way.path is not None:
+        elif close.version == way.record and way.path is not None:
             pieces = self._storage.records.read(way.path)
             run.weights.load_pieces(close.fragment, close.version, pieces)
         self._storage.spend(close)

@@ -42,7 +42,7 @@ from torchft.parameter_server.server.run_factory import RunFactory
 from torchft.parameter_server.server.state_records import StateRecorder
 from torchft.parameter_server.server.storage import Storage
 from torchft.parameter_server.server.training_run import TrainingRun
-from torchft.parameter_server.server.upload import Upload, UploadTable, norm_limit
+from torchft.parameter_server.server.upload import Upload, UploadTable
 from torchft.parameter_server.server.work_queue import WorkQueue
 
 __all__ = ["Counts", "ServerState"]
@@ -63,7 +63,7 @@ class ServerState:
         self.hosts: dict[str, str] = {}
         self._storage = Storage(options)
         self._run_factory = RunFactory(options, self._storage, clock)
-        self._uploads = UploadTable()
+        self._uploads = UploadTable(self._storage.create_upload, options.norm_bound)
         self._first = FirstWeights(self._storage.uploads, clock)
         self._work = WorkQueue()
         self._recorder = StateRecorder(self._storage.records, self._work, self._note)
@@ -181,14 +181,7 @@ class ServerState:
             raise Unfit("the submission is of another model than the one that was registered")
         if self._wanted(run, submission).repeat:
             return {"done": True}
-
-        def made() -> Upload:
-            chunks = run.weights.chunks(submission.fragment)
-            norm = run.weights.norm(submission.fragment)
-            limit = norm_limit(norm, chunks.n, self.options.norm_bound)
-            return Upload(self._storage.create_upload(submission.upload), chunks, limit)
-
-        upload = self._uploads.of(submission, made)
+        upload = self._uploads.of(submission, run.weights)
         return {"done": False, "upload": submission.upload, "have": upload.have}
 
     def upload(self, name: str) -> Upload:

@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,33 +36,30 @@ _QUIET = 4.0
 class Replay:
     """How the journal's closes of one fragment are done again."""
 
-    record: RoundClosed | None = None
-    """The state is that of the record of this one; those before it need no numbers. None: each is
-    done from its uploads."""
+    record: int = 0
+    """The state is that of the record of this version; closes before it need no numbers. 0: each
+    close is done from its uploads."""
     path: Path | None = None
     """Of that record."""
-    stop: RoundClosed | None = None
-    """The first one whose numbers are lost for good: it and those after it are not done."""
+    stop: int | None = None
+    """The first version whose numbers are lost for good: it and those after it are not done."""
 
     def __str__(self) -> str:
         """From where the fragment goes on."""
         if self.stop is not None:
-            return f"version {self.stop.version - 1}, the newest one that is known"
-        return f"the record of version {self.record.version}" if self.record else "all uploads"
+            return f"version {self.stop - 1}, the newest one that is known"
+        return f"the record of version {self.record}" if self.record else "all uploads"
 
 
-def replay_of(
-    closes: Sequence[RoundClosed], lost: set[int], recorded: Mapping[int, Path]
-) -> Replay:
-    """How one fragment's `closes`, in their order, are replayed: `lost` are the versions that have
-    lost an upload, `recorded` the records of some. A record is used only where an upload before it
-    is lost."""
-    record = max((c for c in closes if c.version in recorded), key=_version, default=None)
-    if record is None or min(lost, default=record.version + 1) > record.version:
-        left = [close for close in closes if close.version in lost]
-        return Replay(stop=left[0] if left else None)
-    left = [close for close in closes if close.version in lost and close.version > record.version]
-    return Replay(record, recorded[record.version], left[0] if left else None)
+def replay_of(lost: set[int], recorded: Mapping[int, Path]) -> Replay:
+    """How the closes of one fragment are replayed: `lost` are the versions that have lost an
+    upload, `recorded` the records of some. A record is used only where an upload before it is
+    lost."""
+    newest = max(recorded, default=0)
+    if newest < min(lost, default=newest + 1):
+        return Replay(stop=min(lost, default=None))
+    left = (version for version in lost if version > newest)
+    return Replay(newest, recorded[newest], min(left, default=None))
 
 
 class StateRecords:
@@ -123,10 +120,6 @@ class StateRecords:
     def _files(self, fragment: int) -> tuple[Path, Path, Path]:
         newest = self.folder / f"f{fragment}"
         return newest, newest.with_suffix(".before"), newest.with_suffix(".next")
-
-
-def _version(close: RoundClosed) -> int:
-    return close.version
 
 
 def _pieces(path: Path) -> Iterator[tuple[RoundClosed, dict[str, Any]]]:

@@ -159,11 +159,6 @@ class Storage:
         """
         return self._checkpoints.save(number, state, weights)
 
-    def save(self, state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Path:
-        """Number a checkpoint and write it at once. Raises OSError as `write` does."""
-        with self.checkpoint() as number:
-            return self.write(number, state, weights)
-
     def delete_all_but(self, pending: Iterable[str]) -> None:
         """Delete the uploads that no event needs; `pending` names those of open rounds."""
         needed = {*self._spent, *map(self.upload, pending)}

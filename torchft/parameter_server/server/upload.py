@@ -10,9 +10,7 @@ connection runs dry: chunks are taken one at a time.
 
 from __future__ import annotations
 
-import errno
 import math
-import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +18,7 @@ from pathlib import Path
 from torchft.parameter_server.core.chunks import ChunkError, Chunks
 from torchft.parameter_server.core.refused import Interrupted, NotFound, Unfit
 from torchft.parameter_server.core.submission import Submission
+from torchft.parameter_server.server.weights import ServerWeights
 
 __all__ = ["Upload", "UploadTable", "norm_limit"]
 
@@ -73,10 +72,7 @@ class Upload:
         except ChunkError as error:
             raise Interrupted(str(error)) from None
         self._judge(norm)
-        with self.path.open("r+b", buffering=0) as file:
-            file.seek(self.chunks.offset(index))
-            if file.write(data) != len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        self.chunks.write_one(self.path, index, data)
         self.have += 1
 
     def _judge(self, norm: float) -> None:
@@ -99,19 +95,25 @@ class Upload:
 
 
 class UploadTable:
-    """The submissions on their way in, one a worker and fragment, by the names of their uploads."""
+    """The submissions on their way in, one a worker and fragment, by the names of their uploads.
 
-    def __init__(self) -> None:
+    `create` makes the file for an upload of a name; `norm_bound` is the factor of `norm_limit`.
+    """
+
+    def __init__(self, create: Callable[[str], Path], norm_bound: float) -> None:
+        self._create, self._norm_bound = create, norm_bound
         self._found: dict[str, tuple[Submission, Upload]] = {}
 
-    def of(self, submission: Submission, make: Callable[[], Upload]) -> Upload:
-        """The upload of a submission, made where it is new. An older one of the same worker and
-        fragment is given up then."""
+    def of(self, submission: Submission, weights: ServerWeights) -> Upload:
+        """The upload of a submission that is measured from `weights`, made where it is new. An
+        older one of the same worker and fragment is given up then."""
         name = submission.upload
         if name not in self._found:
             mine = (submission.worker, submission.fragment)
             self._drop(lambda other, _: (other.worker, other.fragment) == mine)
-            self._found[name] = submission, make()
+            chunks = weights.chunks(submission.fragment)
+            limit = norm_limit(weights.norm(submission.fragment), chunks.n, self._norm_bound)
+            self._found[name] = submission, Upload(self._create(name), chunks, limit)
         return self._found[name][1]
 
     def named(self, name: str) -> tuple[Submission, Upload]:

@@ -47,17 +47,15 @@ class DownloadCache:
 
     def _receive(self, name: str, path: Path, chunks: Chunks, fill: Fill) -> None:
         memory = chunks.memory()
-        with path.open("r+b", buffering=0) as file:
-            file.seek(chunks.offset(self._have[name]))
-            for index in range(self._have[name], chunks.count):
-                piece = memory[: chunks.nbytes_of(index)]
-                fill(piece)
-                try:
-                    chunks.check(index, piece)
-                except ChunkError as error:
-                    raise UnreachableError(f"{name} was damaged on its way: {error}") from None
-                file.write(piece)
-                self._have[name] = index + 1
+        for index in range(self._have[name], chunks.count):
+            piece = memory[: chunks.nbytes_of(index)]
+            fill(piece)
+            try:
+                chunks.check(index, piece)
+            except ChunkError as error:
+                raise UnreachableError(f"{name} was damaged on its way: {error}") from None
+            chunks.write_one(path, index, piece)
+            self._have[name] = index + 1
 
     def drop(self, path: Path) -> None:
         """Give a file back that has been read, for the next one."""

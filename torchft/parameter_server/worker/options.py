@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from torchft import settings
-from torchft.arguments import check_choice, check_integer, check_number
+from torchft.arguments import check_integer, check_number
 from torchft.errors import SettingsError
 from torchft.parameter_server.auth import Scope, default_token_file, find_token
-from torchft.parameter_server.core.options import MOST
-from torchft.quantization import codec_names
+from torchft.parameter_server.core.options import check_shared
 
-__all__ = ["WorkerOptions"]
+__all__ = ["WorkerOptions", "host_name"]
 
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 _VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
@@ -59,14 +58,7 @@ class WorkerOptions:
     tls_ca: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("sync_every", "num_fragments"):
-            check_integer(name, getattr(self, name), least=1, most=MOST)
-        if self.num_fragments > self.sync_every:
-            raise SettingsError(
-                f"num_fragments={self.num_fragments} do not fit into sync_every={self.sync_every} "
-                "steps: each needs a step of its own"
-            )
-        check_choice("codec", self.codec, codec_names())
+        check_shared(self.sync_every, self.codec, self.num_fragments, "num_fragments")
         check_number("mix", self.mix, least=0, below=1)
         check_number("heartbeat_interval_s", self.heartbeat_interval_s, least=0)
         check_number("timeout_s", self.timeout_s, above=0, finite=False)
@@ -95,8 +87,7 @@ class WorkerOptions:
         """The worker's id, made where none was given."""
         if self.worker_id:
             return self.worker_id
-        host = "".join(c if c.isalnum() or c in ".-" else "-" for c in socket.gethostname())
-        return f"worker_{host[:100]}_{uuid.uuid4().hex[:8]}"
+        return f"worker_{host_name()[:100]}_{uuid.uuid4().hex[:8]}"
 
     def token(self, host: str, port: int) -> str | None:
         """The token to send to a server; None where there is none.
@@ -106,3 +97,8 @@ class WorkerOptions:
         """
         own = default_token_file(port) if host in _LOCAL else None
         return find_token(Scope.WORKER, self.auth_token, self.auth_token_file, own)
+
+
+def host_name() -> str:
+    """This host's name, as a request may have it: letters, digits and any of `. - _`."""
+    return "".join(c if c.isalnum() or c in ".-_" else "-" for c in socket.gethostname()) or "host"

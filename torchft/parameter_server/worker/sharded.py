@@ -31,7 +31,13 @@ def whole(parameter: Any) -> Tensor:
 
 def put(parameter: Any, new: Tensor) -> None:
     """Write `new`, complete and of any dtype, into what this rank holds of a parameter."""
-    part = _local_part(new.to(parameter.device, parameter.dtype), parameter)
+    part = new.to(parameter.device, parameter.dtype)
+    if is_sharded(parameter):
+        from torch.distributed.tensor import distribute_tensor
+
+        mesh, placements = parameter.device_mesh, parameter.placements
+        # No rank sends anything: each has all of it.
+        part = distribute_tensor(part, mesh, placements, src_data_rank=None).to_local()
     local_part(parameter).copy_(part)
 
 
@@ -87,14 +93,3 @@ def _check_mesh(name: str, parameter: Any, ranks: Ranks) -> None:
             f"{name} is sharded over ranks {mesh}, and the worker's process_group has only "
             f"{ranks.members}: give it a group with all of them"
         )
-
-
-def _local_part(new: Tensor, parameter: Any) -> Tensor:
-    """What this rank holds of `new`."""
-    if not is_sharded(parameter):
-        return new
-    from torch.distributed.tensor import distribute_tensor
-
-    mesh, placements = parameter.device_mesh, parameter.placements
-    # No rank sends anything: each has all of it.
-    return distribute_tensor(new, mesh, placements, src_data_rank=None).to_local()

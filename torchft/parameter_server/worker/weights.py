@@ -57,7 +57,7 @@ class WorkerWeights:
         """The weights of a fragment as they are now, fp32 `[1, n]` on the CPU."""
         if self._sharded:
             self._ranks.say("read", fragment)
-        row = self._empty_row(fragment)
+        row = self.shape.new_row(fragment)
         for name, view in self.shape.views(fragment, row).items():
             view.copy_(whole(self._parameters[name].detach()))
         return row
@@ -88,7 +88,7 @@ class WorkerWeights:
     @torch.no_grad()
     def encode(self, fragment: int, chunks: Chunks) -> list[memoryview]:
         """The delta, as chunks, which last until the next one of this fragment is encoded."""
-        view, room = self._view(fragment), _room(chunks)
+        view, room = self._view(fragment), chunks.numbers()
         row = self._outbox(fragment, chunks.nbytes)
         for index, span in chunks.spans():
             delta = self._delta(fragment, view, span, room)
@@ -115,7 +115,7 @@ class WorkerWeights:
         """
         view, base = self._view(fragment), self._bases[fragment]
         chunks, identity = Chunks(base.shape[1], codec), RowIdentity()
-        read, room = _reader(chunks, update), _room(chunks)
+        read, room = _reader(chunks, update), chunks.numbers()
         for index, span in chunks.spans():
             beyond = self._delta(fragment, view, span, room).neg_()
             chunks.add(index, sent[index], beyond)
@@ -127,7 +127,7 @@ class WorkerWeights:
 
     def load(self, fragment: int, update: Sequence[tuple[UpdateKind, Path]], codec: Codec) -> None:
         """Read a complete base from the files of an update; the weights stay as they are."""
-        base = self._bases[fragment] = self._empty_row(fragment)
+        base = self._bases[fragment] = self.shape.new_row(fragment)
         chunks = Chunks(base.shape[1], codec)
         read = _reader(chunks, update)
         for index, span in chunks.spans():
@@ -192,12 +192,9 @@ class WorkerWeights:
         ]
         if self._ranks.alone and not self._sharded:
             return RowView.of(parameters)
-        row = self.row(fragment) if read else self._empty_row(fragment)
+        row = self.row(fragment) if read else self.shape.new_row(fragment)
         flats = [view.view(-1) for view in self.shape.views(fragment, row).values()]
         return RowView(flats, [p.dtype for p in parameters], partial(self._write, fragment, row))
-
-    def _empty_row(self, fragment: int) -> Tensor:
-        return torch.empty(1, self.shape.size(fragment), dtype=torch.float32, device="cpu")
 
     @torch.no_grad()
     def _write(self, fragment: int, row: Tensor) -> None:
@@ -209,11 +206,6 @@ class WorkerWeights:
 
 def _all_of(row: Tensor) -> slice:
     return slice(0, row.shape[1])
-
-
-def _room(chunks: Chunks) -> Tensor:
-    """For the numbers of the longest chunk."""
-    return torch.empty(1, chunks.span(0).stop, dtype=torch.float32, device="cpu")
 
 
 def _reader(

@@ -19,7 +19,6 @@ Without a server's address nothing is done. (DiLoCo: arXiv 2311.08105, Streaming
 from __future__ import annotations
 
 import logging
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -34,7 +33,7 @@ from torchft.parameter_server.core.options import SharedSettings
 from torchft.parameter_server.core.shape import ModelShape
 from torchft.parameter_server.worker.client import DiLoCoClient
 from torchft.parameter_server.worker.connection import ServerConnection
-from torchft.parameter_server.worker.options import WorkerOptions
+from torchft.parameter_server.worker.options import WorkerOptions, host_name
 from torchft.parameter_server.worker.pending_submission import DownloadedUpdate, PendingSubmission
 from torchft.parameter_server.worker.ranks import Ranks
 from torchft.parameter_server.worker.sharded import check_optimizer, unwrapped
@@ -308,7 +307,7 @@ class DiLoCoWorker(Uncopied):
             "fragments": options.num_fragments,
         }
         self._connection = ServerConnection(
-            *(client, self.worker_id, _hostname(), wished, shape, self._row),
+            *(client, self.worker_id, host_name(), wished, shape, self._row),
             beat_s=options.heartbeat_interval_s,
             speed=lambda: self._rate,
         )
@@ -457,7 +456,3 @@ class DiLoCoWorker(Uncopied):
                 return False
             self._connection.pause(_SLICE_S)
         return True
-
-
-def _hostname() -> str:
-    return "".join(c if c.isalnum() or c in ".-_" else "-" for c in socket.gethostname()) or "host"
