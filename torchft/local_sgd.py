@@ -25,11 +25,12 @@ from torchft.arguments import check_integer
 from torchft.errors import SettingsError
 from torchft.quantization import Codec
 from torchft.replicated import check_inner
+from torchft.sharded import local_part
 from torchft.step_hooks import check_optimizer
 from torchft.strategies import diloco, local_sgd
 from torchft.strategies.buffers import LEFT
 from torchft.strategies.fragments import SEQUENTIAL
-from torchft.strategies.local import Fragment, local_part
+from torchft.strategies.local import Fragment
 from torchft.strategies.parts.outer import ModelOuter
 from torchft.strategies.parts.precision import SharedDtype
 from torchft.strategies.parts.weighting import EQUAL, SAMPLES

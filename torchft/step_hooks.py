@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from types import MethodType
 from typing import Any
 
@@ -30,7 +30,7 @@ from torchft.errors import SettingsError
 from torchft.step_watch import StepWatch
 from torchft.untraced import untraced
 
-__all__ = ["StepHooks", "check_optimizer", "check_trains", "parameters_of"]
+__all__ = ["StepHooks", "check_optimizer", "check_trains", "parameters_of", "state_of"]
 
 
 class StepHooks:
@@ -196,6 +196,12 @@ def check_trains(names: Sequence[str], parameters: Sequence[Tensor], optimizer: 
 def parameters_of(optimizer: Any) -> list[Tensor]:
     """The parameters of all its groups."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def state_of(optimizer: Any) -> MutableMapping[Tensor, Any] | None:
+    """The state of each parameter, also where a wrapper such as `torchft.optim.OptimizerWrapper`
+    holds the optimizer; None where none is known."""
+    return getattr(getattr(optimizer, "optimizer", optimizer), "state", None)
 
 
 def _said(value: object) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from torchft.errors import PhaseError
+from torchft.sharded import local_part
 from torchft.untraced import untraced
 
 __all__ = ["StepWatch"]
@@ -118,9 +119,7 @@ class StepWatch:
             raise self._missed()
 
     def _print(self, parameter: Tensor) -> tuple[int, int, float]:
-        held = parameter.detach()
-        to_local = getattr(held, "to_local", None)
-        held = held if to_local is None else to_local()
+        held = local_part(parameter)
         total = 0.0 if self._stepped else float(held.sum(dtype=torch.float64))
         return parameter._version, held.data_ptr(), total
 

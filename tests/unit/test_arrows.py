@@ -18,7 +18,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 BASE = {
     *("arguments", "best_effort", "digest", "errors", "finite", "futures", "lazy_names"),
     *("ledger", "ordered", "parameter_marks", "peers", "records", "retry", "seeds"),
-    *("settings", "step_hooks", "step_watch"),
+    *("settings", "sharded", "step_hooks", "step_watch"),
     *("timeouts", "uncopied", "untraced", "version", "work"),
 }
 FRONTS = {

@@ -16,8 +16,6 @@ from contextlib import contextmanager
 
 __all__ = ["Account", "paid_by", "payer"]
 
-_current = threading.local()
-
 
 class Account:
     """Counts the payload bytes that were handed to the wire."""
@@ -30,6 +28,13 @@ class Account:
         """Count `sent` more bytes, from any thread."""
         with self._counting:
             self.bytes_sent += sent
+
+
+class _Current(threading.local):
+    account: Account | None = None
+
+
+_current = _Current()
 
 
 @contextmanager
@@ -45,4 +50,4 @@ def paid_by(account: Account) -> Iterator[None]:
 
 def payer() -> Account | None:
     """Whose account this thread's operations are counted by."""
-    return getattr(_current, "account", None)
+    return _current.account

@@ -40,7 +40,7 @@ _MANY = 1 << 20
 class Codec(ABC):
     """Encodes the last dimension of tensors. It has no state, and is equal at all members."""
 
-    name: str
+    name: str = ""
     """Says all that a peer needs to decode: members compare it."""
 
     def check(self, dtype: torch.dtype) -> None:

@@ -24,7 +24,7 @@ def prove(codec: Codec, dtype: torch.dtype, device: torch.device | str = "cpu") 
     Raises:
         SettingsError: also a ValueError; which promise of `torchft.quantization.codec` it breaks.
     """
-    if not isinstance(getattr(codec, "name", None), str):
+    if not codec.name or not isinstance(codec.name, str):
         _refuse(codec, "has no name: set name to a string, by which groups compare their codecs")
     codec.check(dtype)
     values = (
@@ -60,5 +60,5 @@ def _check_wire(codec: Codec, encoded: Tensor) -> None:
 
 
 def _refuse(codec: Codec, why: str, cause: Exception | None = None) -> None:
-    name = getattr(codec, "name", "without a name")
+    name = codec.name or "without a name"
     raise SettingsError(f"the codec {name} ({type(codec).__name__}) {why}") from cause

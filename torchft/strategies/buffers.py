@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from torchft.errors import NotFiniteError, SettingsError
 from torchft.ordered import ordered_mean
-from torchft.strategies.local import Layout, Local, local_part
+from torchft.sharded import local_part
+from torchft.strategies.local import Layout, Local
 
 if TYPE_CHECKING:
     from torchft.peers import Handle, Round

@@ -185,9 +185,9 @@ def _check_unsaid(name: str, sent: Sequence[Tensor], draft: object) -> None:
 def _watching(recipe: Recipe) -> Callable[[], None]:
     """Call it after the contribution. Looks at the first round alone, which is where it shows."""
     local = recipe.local
-    if recipe._asked or not isinstance(local, _Fingerprinted):
+    if recipe.has_contributed or not isinstance(local, _Fingerprinted):
         return lambda: None
-    recipe._asked = True
+    recipe.has_contributed = True
     before = local.fingerprint()
 
     def unchanged() -> None:

@@ -248,7 +248,7 @@ class DiLoCoRecipe(Recipe):
         self.outer.load_state_dict(fragment, state["outer_optimizer"])
         self.versions[fragment.index] = state["version"]
         self.clock.steps = state["inner_steps"]
-        self._healed = True
+        self.has_healed = True
 
     def state_dict(self) -> dict[str, Any]:
         """The shared state of every fragment, as plain data."""

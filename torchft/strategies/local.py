@@ -20,7 +20,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Fragment", "Layout", "Local", "local_part"]
+from torchft.sharded import local_part
+
+__all__ = ["Fragment", "Layout", "Local"]
 
 
 @dataclass(frozen=True)
@@ -134,12 +136,6 @@ class Local(Protocol):
     def release(self, tensors: Sequence[Tensor], *, reusable: bool) -> None:
         """The caller is done with what it got. Not `reusable`: something may still write there."""
         ...
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """The part of a sharded tensor (DTensor) that lies here, others as they are; shares storage."""
-    to_local = getattr(tensor, "to_local", None)
-    return tensor.detach() if to_local is None else to_local().detach()
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,7 @@ class LocalSGDRecipe(Recipe):
             if base is not self.backup:
                 base.restore()
         self.clock.steps = state["inner_steps"]
-        self._healed = True
+        self.has_healed = True
 
     def _base(self) -> Backup:
         return self.backup or Backup(self.local, self.local.whole)

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from torchft.errors import SettingsError
+from torchft.sharded import is_sharded, local_part
+from torchft.step_hooks import state_of
 from torchft.strategies.buffers import buffers_of
 from torchft.strategies.checks import check_values
 from torchft.strategies.fragments import SEQUENTIAL, check_pattern, cut
-from torchft.strategies.local import Fragment, Layout, local_part
+from torchft.strategies.local import Fragment, Layout
 from torchft.strategies.parts.deltas import delta_into
 from torchft.strategies.parts.scratch import Scratch
 
@@ -227,8 +229,7 @@ class ModelLocal:
         Raises:
             SettingsError: no torch optimizer was given.
         """
-        optimizer = getattr(self._optimizer, "optimizer", self._optimizer)
-        state = getattr(optimizer, "state", None)
+        state = state_of(self._optimizer)
         if state is None:
             raise SettingsError("inner_state='restored' needs the inner optimizer's state")
         return {(0, at): state[self.parameters[at]] for at in fragment.parameters}
@@ -252,7 +253,7 @@ class ModelLocal:
 
 def like_parameter(values: Tensor, parameter: nn.Parameter) -> Tensor:
     """`values`, the local part, as the kind of tensor that the gradient of `parameter` must be."""
-    if not hasattr(parameter, "to_local"):
+    if not is_sharded(parameter):
         return values
     sharded: Any = parameter
     return type(sharded).from_local(

@@ -89,9 +89,10 @@ class Recipe:
     """Own state by name: tensors with a leading row for each node. Zero at the start."""
     in_flight: list[Fragment]
     """Of its rounds that are open now, in the order in which they were opened."""
-    _healed = False
-    _asked = False
-    """It has contributed to a round."""
+    has_healed: bool = False
+    """It took over a donor's shared state, and no round has opened since."""
+    has_contributed: bool = False
+    """It has been asked for its contribution to a round."""
 
     def bind(self, local: Local, clock: Clock) -> None:
         """Give the recipe the weights it works on, and the clock. Once.
@@ -151,8 +152,8 @@ class Recipe:
 
     def opened(self) -> None:
         """A round opened, and may have healed this group: `load_state_dict` was called then."""
-        if self._healed:
-            self._healed = False
+        if self.has_healed:
+            self.has_healed = False
             self.settle_in()
 
     def settle_in(self) -> None:
@@ -188,7 +189,7 @@ class Recipe:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse. A strategy that heals then settles the recipe in; what loads a recipe by
-        itself relies on the recipe to set `_healed`."""
+        itself relies on the recipe to set `has_healed`."""
 
     def forget_own(self) -> None:
         """This node heals: its own state starts with zeros."""

@@ -269,7 +269,7 @@ class Strategy:
         """Go on from a state that `state_dict` returned."""
         self.load_shared_state_dict(state)
         for recipe, theirs in zip(self.recipes, state["own"], strict=True):
-            recipe._healed = False
+            recipe.has_healed = False
             recipe.load_own_state_dict(theirs)
 
     def shared_state_dict(self) -> dict[str, Any]:
@@ -284,7 +284,7 @@ class Strategy:
         """Heal: take over a donor's shared state; own state starts with zeros."""
         for recipe, theirs in zip(self.recipes, state["recipes"], strict=True):
             recipe.load_state_dict(theirs)
-            recipe._healed = True
+            recipe.has_healed = True
             recipe.forget_own()
         self.clock.steps = state["steps"]
         self._opening = state["opening"]

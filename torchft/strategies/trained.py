@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from torchft.errors import MismatchError
 from torchft.parameter_marks import Mark, marks_of, parameters_of
+from torchft.sharded import is_sharded
 
 __all__ = ["TrainedModel"]
 
@@ -109,7 +110,7 @@ class TrainedModel:
                 return "is trained, and was not there before"
             return None
         # Of a sharded parameter, FSDP may show the gathered one in its place.
-        if noted.parameter is not parameter and not hasattr(noted.parameter, "to_local"):
+        if noted.parameter is not parameter and not is_sharded(noted.parameter):
             return "was replaced by another tensor" if trains or noted.trained else None
         if trains and not noted.trained:
             return "was frozen before, and is trained now"

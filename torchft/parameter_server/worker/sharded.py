@@ -13,15 +13,10 @@ from torch import Tensor, nn
 from torchft import step_hooks
 from torchft.errors import SettingsError
 from torchft.parameter_server.worker.ranks import ALONE, Ranks
-from torchft.strategies.local import local_part
+from torchft.sharded import is_sharded, local_part
 from torchft.strategies.model_local import ModelLocal
 
-__all__ = ["check_optimizer", "is_sharded", "named_parameters", "put", "unwrapped", "whole"]
-
-
-def is_sharded(parameter: Tensor) -> bool:
-    """Whether a parameter is sharded, that is, a DTensor."""
-    return hasattr(parameter, "full_tensor")
+__all__ = ["check_optimizer", "named_parameters", "put", "unwrapped", "whole"]
 
 
 def whole(parameter: Any) -> Tensor:

@@ -30,8 +30,9 @@ from torchft.parameter_server.core.shape import ModelShape
 from torchft.parameter_server.core.weight_update import UpdateKind
 from torchft.parameter_server.worker.ranks import ALONE, Ranks
 from torchft.parameter_server.worker.row_view import RowView
-from torchft.parameter_server.worker.sharded import is_sharded, named_parameters, put, whole
+from torchft.parameter_server.worker.sharded import named_parameters, put, whole
 from torchft.quantization import Codec, Identity
+from torchft.sharded import is_sharded
 from torchft.strategies.parts.deltas import rounding_lost
 
 __all__ = ["WorkerWeights", "named_parameters"]

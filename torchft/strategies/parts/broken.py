@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from torchft.finite import are_finite
-from torchft.strategies.local import Fragment, Local, local_part
+from torchft.sharded import local_part
+from torchft.step_hooks import state_of
+from torchft.strategies.local import Fragment, Local
 
 __all__ = ["begin_anew", "broken_rows", "reset_inner", "states_of"]
 
@@ -37,8 +39,7 @@ def reset_inner(local: Local, rows: Collection[int]) -> None:
 
 def states_of(optimizer: Any) -> Iterable[MutableMapping[str, Any]]:
     """Of each parameter, also where another optimizer is wrapped; none where none is known."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    return list(getattr(inner, "state", {}).values())
+    return list((state_of(optimizer) or {}).values())
 
 
 @torch.no_grad()

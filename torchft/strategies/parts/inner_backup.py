@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from torchft.finite import are_finite
-from torchft.strategies.local import Fragment, Local, local_part
+from torchft.sharded import local_part
+from torchft.strategies.local import Fragment, Local
 
 __all__ = ["InnerBackup"]
 

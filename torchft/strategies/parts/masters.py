@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchft.errors import SettingsError
+from torchft.sharded import is_sharded
 from torchft.strategies.model_local import like_parameter
 from torchft.strategies.parts.coupling import Maker, sees_shapes
 
@@ -37,15 +38,15 @@ def masters_of(
     return [nn.Parameter(_like(view, parameter, optimizer)) for parameter, view in pairs]
 
 
-def _like(view: Tensor, parameter: nn.Parameter, optimizer: Optimizer) -> Tensor:
-    mesh: Any = getattr(parameter, "device_mesh", None)
-    if mesh is None or mesh.device_type == view.device.type:
+def _like(view: Tensor, parameter: Any, optimizer: Optimizer) -> Tensor:
+    if not is_sharded(parameter) or parameter.device_mesh.device_type == view.device.type:
         return like_parameter(view, parameter)
     if sees_shapes(_maker(optimizer)):
+        shards_on = parameter.device_mesh.device_type
         raise SettingsError(
             f"{type(optimizer).__name__} would step each shard of a half-precision parameter on "
             f"its own, since the backup is on {view.device.type} and the shards are on "
-            f"{mesh.device_type}: give backup_device=torch.device({mesh.device_type!r}), or "
+            f"{shards_on}: give backup_device=torch.device({shards_on!r}), or "
             "shared_dtype=None"
         )
     return view

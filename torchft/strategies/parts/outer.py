@@ -16,6 +16,7 @@ from torch import Tensor, nn, strided
 from torch.optim import SGD, Optimizer
 
 from torchft.errors import SettingsError
+from torchft.sharded import is_sharded
 from torchft.strategies.local import Fragment
 from torchft.strategies.model_local import ModelLocal, like_parameter
 from torchft.strategies.parts.backup import Backup
@@ -270,4 +271,4 @@ def _may_fuse(optimizer: Optimizer, group: dict[str, Any]) -> bool:
 def _is_plain(tensor: Tensor) -> bool:
     # The fused kernel takes a tensor with gaps for one without.
     on_cpu = tensor.device.type == "cpu" and tensor.layout is strided
-    return on_cpu and tensor.is_contiguous() and not hasattr(tensor, "to_local")
+    return on_cpu and tensor.is_contiguous() and not is_sharded(tensor)
