@@ -277,7 +277,9 @@ def test_workers_train_on_while_the_server_is_away(tmp_path: Path) -> None:
         trained = fleet.weights("a").clone()
         server = server_at(opts, port).start()
         until(
-            lambda: not worker._connection.down.is_set() or worker._submissions[0].over.is_set(),
+            lambda: (
+                not worker._connection.down.is_set() or worker._submissions.pending[0].over.is_set()
+            ),
             "back",
         )
     # One worker, lr 1 and no momentum: the server's weights are the worker's.

@@ -145,9 +145,7 @@ def test_several_fragments_are_in_flight_at_once(tmp_path: Path) -> None:
             assert a.metrics()["diloco/in_flight"] == 3, "nobody has answered, and nobody waits"
             assert a.sync_count == 0
             step(fleet, "b", 2, 7)
-            until(
-                lambda: all(f.over.is_set() for f in a._submissions.values()), "b has submitted too"
-            )
+            until(lambda: a._submissions.are_over(), "b has submitted too")
             step(fleet, "a", 3, 1)
             assert a.sync_count == 3, "all three land at the next slot"
             step(fleet, "b", 4, 1)
@@ -205,7 +203,9 @@ def test_an_upload_that_broke_in_its_third_chunk_goes_on_there(
             assert Chunks(worker._weights.shape.size(0), Identity()).count == 3
             step(fleet, "a", 1, 5)
             if not worker.sync_count:  # the plug was pulled: training did not wait
-                until(lambda: worker._submissions[0].over.is_set(), "it arrives all the same")
+                until(
+                    lambda: worker._submissions.pending[0].over.is_set(), "it arrives all the same"
+                )
                 step(fleet, "a", 2, 5)
         assert worker.sync_count >= 1 and worker.refused == 0
         assert begun[0] == 0

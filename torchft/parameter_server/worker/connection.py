@@ -11,8 +11,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -33,8 +32,8 @@ from torchft.parameter_server.core.refused import (
 from torchft.parameter_server.core.shape import ModelShape
 from torchft.parameter_server.core.weight_update import UpdateKind
 from torchft.parameter_server.worker.client import DiLoCoClient
-from torchft.parameter_server.worker.download_cache import DownloadCache
-from torchft.parameter_server.worker.pending_submission import DownloadedUpdate, PendingSubmission
+from torchft.parameter_server.worker.download_cache import DownloadCache, DownloadedUpdate
+from torchft.parameter_server.worker.submissions import PendingSubmission
 from torchft.quantization import Identity, codec_of
 from torchft.retry import pauses
 
@@ -62,7 +61,7 @@ class ServerConnection:
         make_client: Callable[[], DiLoCoClient],
         worker: str,
         hostname: str,
-        wished: dict[str, Any],
+        wished: SharedSettings,
         shape: ModelShape,
         rows: Rows,
         *,
@@ -70,7 +69,7 @@ class ServerConnection:
         speed: Callable[[], float],
     ) -> None:
         self.worker, self.session = worker, uuid.uuid4().hex
-        self.shape, self.agreed = shape, SharedSettings(1, "fp32", 1)
+        self.shape, self.agreed = shape, wished
         self.recommended = 0
         """Inner steps that the server recommends."""
         self.down = threading.Event()
@@ -106,8 +105,7 @@ class ServerConnection:
             logger.warning("the server's settings hold: %s", difference)
         if reply["send_weights"]:
             self._patiently(self._send_weights, timeout_s)
-        wished = self._beat_s
-        self._beat_s = min(wished, reply["beat_s"]) if wished else 0.0
+        self._beat_s = min(self._beat_s, reply["beat_s"])
         return reply
 
     def fetch(self, fragment: int, timeout_s: float) -> DownloadedUpdate:
@@ -175,7 +173,7 @@ class ServerConnection:
             **self._who(),
             "hostname": self._hostname,
             "model": self.shape.to_json(),
-            "wished": self._wished,
+            "wished": asdict(self._wished),
             "beat_s": self._beat_s,
         }
         try:
@@ -255,20 +253,15 @@ class ServerConnection:
             return list(self._submissions)
 
     def _advance(self, submission: PendingSubmission, wait_s: float) -> None:
-        with self._known():
+        try:
             if not submission.is_sent:
                 self._send(submission)
             if submission.refused is None:
                 submission.update = self._ask_update(
                     submission.fragment, submission.base, submission.identity, wait_s
                 )
-        if submission.refused is not None or submission.update is not None:
-            submission.over.set()
-
-    @contextmanager
-    def _known(self) -> Iterator[None]:
-        try:
-            yield
+            if submission.refused is not None or submission.update is not None:
+                submission.over.set()
         except Gone:
             if not self._left.is_set():
                 self._register_again()

@@ -5,17 +5,39 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 from torchft.errors import UnreachableError
 from torchft.parameter_server.core.chunks import ChunkError, Chunks
+from torchft.parameter_server.core.weight_update import UpdateKind
 from torchft.parameter_server.file_pool import FilePool
 
-__all__ = ["DownloadCache"]
+__all__ = ["DownloadCache", "DownloadedUpdate"]
 
 _FREE_FILES = 4
 
 Fill = Callable[[memoryview], None]
+
+
+@dataclass(frozen=True)
+class DownloadedUpdate:
+    """A complete update of one fragment, in files that were downloaded."""
+
+    version: int
+    identity: str
+    files: tuple[tuple[UpdateKind, Path], ...]
+    cache: DownloadCache
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes its files have."""
+        return sum(path.stat().st_size for _, path in self.files)
+
+    def drop(self) -> None:
+        """Give its files back to the cache, once they have been read."""
+        for _, path in self.files:
+            self.cache.drop(path)
 
 
 class DownloadCache:

@@ -21,27 +21,27 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchft.errors import PhaseError
-from torchft.parameter_server.core.chunks import Chunks
 from torchft.parameter_server.core.options import SharedSettings
 from torchft.parameter_server.core.shape import ModelShape
 from torchft.parameter_server.worker.client import DiLoCoClient
 from torchft.parameter_server.worker.connection import ServerConnection
+from torchft.parameter_server.worker.download_cache import DownloadedUpdate
 from torchft.parameter_server.worker.options import WorkerOptions, host_name
-from torchft.parameter_server.worker.pending_submission import DownloadedUpdate, PendingSubmission
 from torchft.parameter_server.worker.ranks import Ranks
 from torchft.parameter_server.worker.sharded import check_optimizer, unwrapped
+from torchft.parameter_server.worker.submissions import PendingSubmission, Submissions
 from torchft.parameter_server.worker.weights import WorkerWeights, named_parameters
 from torchft.quantization import codec_of
 from torchft.step_hooks import StepHooks
 from torchft.strategies.parts.broken import begin_anew, states_of
-from torchft.strategies.rounds_schedule import RoundSchedule, next_fragment
+from torchft.strategies.rounds_schedule import RoundSchedule
 from torchft.strategies.trained import TrainedModel
 from torchft.uncopied import Uncopied
 
@@ -54,20 +54,6 @@ _END_S = 30.0
 """How long `stop` waits for the last submissions to be sent, and again for their round."""
 _APART = 4
 """The other ranks wait this many times as long for the first one as it waits for a round."""
-
-
-@dataclass
-class _FragmentCounts:
-    """What this process counts of one fragment."""
-
-    version: int
-    """Outer steps in its base."""
-    number: int = 0
-    """Submissions until now."""
-    steps: int = 0
-    """Inner steps since the last submission."""
-    tokens: int = 0
-    """Trained on since then, as far as they were summed up over the ranks."""
 
 
 class DiLoCoWorker(Uncopied):
@@ -116,8 +102,7 @@ class DiLoCoWorker(Uncopied):
         check_optimizer(parameters, optimizer)
         shape = ModelShape.of(parameters.items(), 1)
         self._weights = WorkerWeights(parameters, shape, self._ranks)
-        self._submissions: dict[int, PendingSubmission] = {}
-        self._fragments: list[_FragmentCounts] = []
+        self._submissions = Submissions()
         self._fresh = 0
         self._began: float | None = None
         self._rate = 0.0
@@ -182,7 +167,7 @@ class DiLoCoWorker(Uncopied):
     def version(self) -> int:
         """How many outer steps these weights have had: the fewest of all fragments. Only the first
         of several ranks knows it."""
-        return min((of.version for of in self._fragments), default=0) if self.active else 0
+        return self._submissions.version if self.active else 0
 
     @property
     def sync_every(self) -> int:
@@ -208,7 +193,7 @@ class DiLoCoWorker(Uncopied):
             "diloco/steps_per_second": self._rate,
             "diloco/sync_every": self.sync_every,
             "diloco/reconnections": self._connection.reconnections if self._ranks.leads else 0,
-            "diloco/in_flight": len(self._submissions),
+            "diloco/in_flight": len(self._submissions.pending),
         }
 
     def _before_step(self) -> None:
@@ -229,8 +214,7 @@ class DiLoCoWorker(Uncopied):
             self._rate = seen if not self._rate else self._rate + (seen - self._rate) / 10
         self.local_step += 1
         self._fresh += 1 if self._tokens is None else max(1, int(self._tokens()))
-        for of in self._fragments:
-            of.steps += 1
+        self._submissions.count(steps=1)
         if self._schedule.advance():
             self._together(lambda: self._slot(wait=self._in_flight == 0))
         self._began = time.monotonic()
@@ -243,10 +227,11 @@ class DiLoCoWorker(Uncopied):
         if self.options.dylu and self._connection.recommended:
             self._ranks.say("every", self._connection.recommended)
             self._schedule.change(self._connection.recommended)
-        if len(self._submissions) >= max(1, self._in_flight):
-            self._wait_for(next(iter(self._submissions.values())))
+        pending = self._submissions.pending
+        if len(pending) >= max(1, self._in_flight):
+            self._wait_for(next(iter(pending.values())))
         self._land()
-        if len(self._submissions) < max(1, self._in_flight):
+        if len(pending) < max(1, self._in_flight):
             submission = self._submit()
             if wait and submission is not None:
                 self._wait_for(submission)
@@ -289,8 +274,7 @@ class DiLoCoWorker(Uncopied):
             self._ranks.say("tokens")
         if self._tokens is not None or not self._ranks.leads:
             self._fresh = self._ranks.total(self._fresh)
-        for of in self._fragments:
-            of.tokens += self._fresh
+        self._submissions.count(tokens=self._fresh)
         self._fresh = 0
 
     def _make_connection(self, shape: ModelShape) -> None:
@@ -301,11 +285,7 @@ class DiLoCoWorker(Uncopied):
             token = options.token(plain.host, plain.port)
             return DiLoCoClient(options.server, token=token, tls_ca=options.tls_ca)
 
-        wished = {
-            "sync_every": options.sync_every,
-            "codec": options.codec,
-            "fragments": options.num_fragments,
-        }
+        wished = SharedSettings(options.sync_every, options.codec, options.num_fragments)
         self._connection = ServerConnection(
             *(client, self.worker_id, host_name(), wished, shape, self._row),
             beat_s=options.heartbeat_interval_s,
@@ -336,35 +316,25 @@ class DiLoCoWorker(Uncopied):
         self._connection.start()
 
     def _take_over(self) -> None:
-        self._fragments = []
+        versions = []
         for fragment in self._weights.shape.fragments:
-            at = fragment.index
-            update = self._connection.fetch(at, self.options.timeout_s)
-            self._weights.load(at, update.files, self._codec)
+            update = self._fetch(fragment.index)
             update.drop()
-            self._weights.restore(at)
-            self._fragments.append(_FragmentCounts(update.version))
+            versions.append(update.version)
+        self._submissions.begin(versions)
+
+    def _fetch(self, fragment: int, beyond: Tensor | None = None) -> DownloadedUpdate:
+        """Set a fragment to the newest common weights, and add `beyond` where it is given."""
+        update = self._connection.fetch(fragment, self.options.timeout_s)
+        self._weights.load(fragment, update.files, self._codec)
+        self._weights.restore(fragment, beyond)
+        return update
 
     def _submit(self) -> PendingSubmission | None:
-        fragment = next_fragment([of.version for of in self._fragments], self._submissions.keys())
-        if fragment is None or not (of := self._fragments[fragment]).steps:
-            return None
-        of.number += 1
-        submission = PendingSubmission(
-            fragment=fragment,
-            base=of.version,
-            identity=self._weights.identity(fragment),
-            number=of.number,
-            steps=of.steps,
-            tokens=of.tokens,
-            chunks=self._weights.encode(
-                fragment, Chunks(self._weights.shape.size(fragment), self._codec)
-            ),
-        )
-        of.steps = of.tokens = 0
-        self._submissions[fragment] = submission
-        self.last_send_bytes = submission.nbytes
-        self._connection.launch(submission)
+        submission = self._submissions.submit(self._weights, self._codec)
+        if submission is not None:
+            self.last_send_bytes = submission.nbytes
+            self._connection.launch(submission)
         return submission
 
     def _wait_for(self, submission: PendingSubmission) -> None:
@@ -383,10 +353,10 @@ class DiLoCoWorker(Uncopied):
                 return
 
     def _land(self) -> None:
-        for fragment, submission in list(self._submissions.items()):
-            if not submission.over.is_set() or self._connection.fault is not None:
-                continue
-            del self._submissions[fragment]
+        for submission in self._submissions.over():
+            if self._connection.fault is not None:
+                return
+            del self._submissions.pending[submission.fragment]
             if submission.refused is not None:
                 self._give_up(submission)
             elif submission.update is not None:
@@ -397,17 +367,15 @@ class DiLoCoWorker(Uncopied):
             submission.fragment, submission.chunks, update.files, self._codec, self.options.mix
         )
         if identity != update.identity:
-            kept = self._weights.beyond_base(submission.fragment)
             logger.warning(
                 "the base of fragment %d was damaged: fetching all of it", submission.fragment
             )
+            kept = self._weights.beyond_base(submission.fragment)
             update.drop()
-            update = self._connection.fetch(submission.fragment, self.options.timeout_s)
-            self._weights.load(submission.fragment, update.files, self._codec)
-            self._weights.restore(submission.fragment, kept)
-        self.last_receive_bytes = sum(path.stat().st_size for _, path in update.files)
+            update = self._fetch(submission.fragment, kept)
+        self.last_receive_bytes = update.nbytes
         update.drop()
-        self._fragments[submission.fragment].version = update.version
+        self._submissions.applied(submission, update)
         self.sync_count += 1
 
     def _give_up(self, submission: PendingSubmission) -> None:
@@ -433,18 +401,18 @@ class DiLoCoWorker(Uncopied):
             return
         self._count_tokens()
         end = time.monotonic() + _END_S
-        self._until(lambda: all(f.over.is_set() for f in self._submissions.values()), end, True)
+        self._until(self._submissions.are_over, end, True)
         self._land()
         while self._submit() is not None:
             pass
-        last = list(self._submissions.values())
+        last = list(self._submissions.pending.values())
         sent = self._until(lambda: all(f.is_sent or f.over.is_set() for f in last), end, True)
         if not sent:
             logger.warning("the last steps did not reach the server within %g s", _END_S)
         self._connection.leave()
-        self._until(lambda: all(f.over.is_set() for f in last), time.monotonic() + _END_S)
+        self._until(self._submissions.are_over, time.monotonic() + _END_S)
         self._land()
-        for fragment in self._weights.bases.keys() - self._submissions.keys():
+        for fragment in self._weights.bases.keys() - self._submissions.pending.keys():
             self._weights.restore(fragment)
         self._ranks.say("counts", self.sync_count, self.refused)
 
