@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +29,21 @@ def test_the_file_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> None:
     assert read_token(path, Scope.WORKER) == made.by_scope[Scope.WORKER]
     other, _ = Tokens.at(path, renew=True)
     assert other != made
+
+
+def test_who_waits_for_the_file_never_reads_half_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def looks_meanwhile(*content: Any, **style: Any) -> None:
+        seen.append(path.exists())
+        dump(*content, **style)
+
+    path, seen, dump = tmp_path / "tokens.json", list[bool](), json.dump
+    monkeypatch.setattr(json, "dump", looks_meanwhile)
+    made, _ = Tokens.at(path)
+    assert seen == [False]
+    assert read_token(path, Scope.ADMIN) == made.by_scope[Scope.ADMIN]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_file_with_a_token_alone(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import hmac
 import json
 import os
 import secrets
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
@@ -77,12 +78,13 @@ class Tokens:
         return tokens, True
 
     def write(self, path: Path) -> None:
-        """Write the tokens to a new file that its owner alone can read."""
+        """Write the tokens to a new file that its owner alone can read, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         content = {scope.name.lower(): token for scope, token in self.by_scope.items()}
-        path.unlink(missing_ok=True)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=path.name)  # mode 0600
+        with os.fdopen(handle, "w") as file:
             json.dump(content, file, indent=1)
+        os.replace(draft, path)  # not before it is whole: somebody may be waiting for it
 
 
 def default_token_file(port: int) -> Path:
