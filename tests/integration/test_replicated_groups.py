@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from helpers.documents import ROOT, blocks_of
 from helpers.replicated_train import ADAMW, KILLED, STEPS, STRATEGIES, train
 from world import KILLED as WAS_KILLED
 from world import Group, World
+
+from torchft.digest import digest
 
 # torch loads its compiler when a process makes its first optimizer: once, before the groups fork.
 ADAMW.build([torch.nn.Parameter(torch.zeros(1))])
@@ -104,8 +107,8 @@ def test_torchrun_restarts_a_group_that_was_killed_and_digests_are_equal(
     assert one == two and one.startswith(f"digest {STEPS} ")
 
 
-@pytest.mark.timeout(200)
-def test_the_first_example_of_the_readme_runs_in_two_groups_and_goes_on_from_what_it_saved(
+@pytest.mark.timeout(400)
+def test_the_first_example_of_the_readme_goes_on_from_what_it_saved_when_it_is_started_again(
     tmp_path: Path,
 ) -> None:
     example = next(b.text for b in blocks_of(ROOT / "README.md") if b.kind == "python")
@@ -113,7 +116,25 @@ def test_the_first_example_of_the_readme_runs_in_two_groups_and_goes_on_from_wha
     script = tmp_path / "train.py"
     script.write_text(example)
     torchruns(tmp_path, script)
-    saved = [torch.load(tmp_path / f"group_{group}.pt") for group in range(2)]
-    assert [one["strategy"]["steps"] for one in saved] == [100, 100]
-    backups = [one["strategy"]["recipes"][0]["0"]["original_parameters"] for one in saved]
-    assert all(backups[0][name].equal(backups[1][name]) for name in backups[0])
+    ended = saved_by_groups(tmp_path)
+    assert [one["strategy"]["steps"] for one in ended] == [100, 100]
+    backups = [one["strategy"]["recipes"][0]["0"]["original_parameters"] for one in ended]
+    assert digest(backups[0]) == digest(backups[1])
+
+    torchruns(tmp_path, script, groups=1)
+    assert digest(saved_by_groups(tmp_path)) == digest(ended), "nothing was left to train"
+
+    loop = "while replicated.step_count < 100:\n"
+    seen = "    print(replicated.step_count, digest([model.state_dict()]))\n"
+    longer = example.replace(loop, loop.replace("100", "120") + seen)
+    script.write_text(f"from torchft.digest import digest\n{longer}")
+    for said, before in zip(torchruns(tmp_path, script), ended, strict=True):
+        first, *others = said.splitlines()
+        assert first == f"100 {digest(before['models'])}"
+        assert [int(line.split()[0]) for line in others] == list(range(101, 120))
+    assert [one["manager"]["step"] for one in saved_by_groups(tmp_path)] == [6, 6]
+
+
+def saved_by_groups(folder: Path) -> list[Any]:
+    """What the two groups of the README's example have saved."""
+    return [torch.load(folder / f"group_{group}.pt") for group in range(2)]
