@@ -14,13 +14,13 @@ from __future__ import annotations
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from harness.cli import Findings, option, run
-from harness.figures import Figure, Floor
+from harness.figures import Figure, Floor, gaps
 from harness.simulated_server import Node, Plan, Simulated
 from torch import Tensor, nn
 from torch.nn import functional
@@ -89,7 +89,7 @@ def measure(options: Options) -> Findings:
         for task in tasks
         for mode, speeds in CASES
     }
-    details = {f"{t}.{mode}.{speeds}": vars(one) for (t, mode, speeds), one in found.items()}
+    details = {f"{t}.{mode}.{speeds}": one for (t, mode, speeds), one in found.items()}
     return Findings(list(_figures(found)), details)
 
 
@@ -195,17 +195,12 @@ def _figures(found: Found) -> Iterator[Figure]:
         plain = found[task, Mode.SYNCHRONOUS, "equal"]
         key, case = f"{task}.{mode}.{speeds}", f"{task}, {mode}, {speeds} speeds"
         floor = None if one is plain else Floor("synchronous", statistics.fmean(plain.losses))
-        loss = Figure(f"server_learning.{key}", f"held-out loss, {case}", 0.0, "nats", floor)
-        yield replace(loss, value=statistics.fmean(one.losses), spread=_spread(one.losses))
+        title = f"held-out loss, {case}"
+        yield Figure.mean(f"server_learning.{key}", title, one.losses, "nats", floor)
         if one is not plain:
-            pairs = zip(one.losses, plain.losses, strict=True)
-            gaps = [100 * (mine / theirs - 1) for mine, theirs in pairs]
-            gap = Figure(f"server_learning.gap.{key}", f"gap to synchronous, {case}", 0.0, "%")
-            yield replace(gap, value=statistics.fmean(gaps), spread=_spread(gaps))
-
-
-def _spread(values: Sequence[float]) -> float | None:
-    return statistics.stdev(values) if len(values) > 1 else None
+            above = gaps(one.losses, plain.losses)
+            title = f"gap to synchronous, {case}"
+            yield Figure.mean(f"server_learning.gap.{key}", title, above, "%")
 
 
 QUICK = Options(steps=16, every=2, batch=1, seeds=1, held_out=8, toy_steps=32)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import resource
 import statistics
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +21,12 @@ from harness.simulating import (
     STRATEGIES,
     Samples,
     beside,
+    learned,
     loader_batches,
     plain_loop,
     simulate,
 )
-from harness.small_work import Work, held_out_loss, work
+from harness.small_work import Work, work
 
 NODES = 4
 PLAIN = "the plain loop"
@@ -89,7 +91,7 @@ def _speeds(options: Options) -> Findings:
 def _loaders(options: Options) -> Findings:
     """Data sets that hand out one sample at a time, here and by processes of their own."""
     mlp = work("mlp", images=options.images)
-    samples = Samples(*mlp.data()[0])
+    samples = Samples(mlp.data()[0])
     speeds, _ = beside(
         mlp,
         STRATEGIES["diloco"](mlp),
@@ -114,11 +116,10 @@ def _loaders(options: Options) -> Findings:
 
 def _with_workers(mlp: Work, samples: Samples, steps: int) -> tuple[float, float]:
     """Node-steps per CPU second of this process and its children: simulated, plain."""
-    loader = {"num_workers": 1}
 
     def simulated(many: int) -> None:
-        simulate(mlp, STRATEGIES["diloco"](mlp), nodes=NODES, steps=many, train_dataset=samples,
-                 dataloader_kwargs=loader)  # fmt: skip
+        simulate(mlp, STRATEGIES["diloco"](mlp), num_nodes=NODES, max_steps=many,
+                 train_dataset=samples, dataloader_kwargs={"num_workers": 1})  # fmt: skip
 
     def plain(many: int) -> None:
         batches = loader_batches(mlp, samples, workers=1)
@@ -171,12 +172,15 @@ def _learning(options: Options) -> Findings:
     figures, details = [], {}
     for name in ("diloco", "fedavg"):
         for nodes in (2, NODES):
-            losses = []
-            for seed in range(1, options.seeds + 1):
-                strategy = STRATEGIES[name](mlp)
-                ran = simulate(mlp, strategy, nodes=nodes, steps=options.steps, seed=seed)
-                losses.append(held_out_loss(ran.model, mlp))
             key = f"learning.{name}.{nodes}"
+            losses = learned(
+                key,
+                mlp,
+                partial(STRATEGIES[name], mlp),
+                seeds=options.seeds,
+                num_nodes=nodes,
+                max_steps=options.steps,
+            ).losses
             title = f"held-out loss, mlp, {name}, {nodes} nodes, mean of {len(losses)} seeds"
             figures.append(Figure(f"simulator.{key}", title, statistics.fmean(losses), "nats"))
             details[key] = losses

@@ -52,7 +52,7 @@ from torchft.strategies import DiLoCoStrategy, OptimSpec
 
 torch.set_num_threads(1)
 mlp = work("mlp", images={images})
-trainer = Trainer(mlp.model(), torch.utils.data.TensorDataset(*mlp.data()[0]))
+trainer = Trainer(mlp.model(), mlp.data()[0])
 
 def fit(steps):
     strategy = DiLoCoStrategy(OptimSpec(torch.optim.AdamW, lr=mlp.lr), H=20)
@@ -144,7 +144,7 @@ def _peak_mib(line: Connection, name: str, nodes: int, images: int) -> float:
     torch.set_num_threads(1)
     task = work(name, images=images)
     strategy = DiLoCoStrategy(adamw(task), H=SYNC_EVERY)
-    simulate(task, strategy, nodes=nodes, steps=2 * SYNC_EVERY)
+    simulate(task, strategy, num_nodes=nodes, max_steps=2 * SYNC_EVERY)
     return machine.peak_mib(os.getpid())
 
 

@@ -13,14 +13,21 @@ standard deviation.
 
 from __future__ import annotations
 
-import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from harness.cli import Findings, option, run
 from harness.figures import Figure
+from harness.simulating import learned
+from harness.small_work import Work
+from torch.utils.data import Subset
+
+from torchft import strategies
+from torchft.experiments import datasets
+from torchft.experiments.models import Mlp
 
 NODES = 4
 SHARES = (1, 2, 4, 8)
@@ -39,98 +46,59 @@ class Options:
     held_out: int = option(2048, "images that a loss is taken on")
 
 
-Make = Callable[[Options], Any]
+def _make(kind: Callable[..., Any], settings: dict[str, str], options: Options) -> Any:
+    if kind is not strategies.DeMoStrategy:
+        return kind("adamw", H=options.every, **settings)
+    return kind(**settings)
 
 
-def _top_k(mean_over: str, chunks_of: str) -> Make:
-    def make(options: Options) -> Any:
-        from torchft.strategies import TopKStrategy
-
-        return TopKStrategy("adamw", H=options.every, mean_over=mean_over, chunks_of=chunks_of)
-
-    return make
-
-
-def _demo(mean_over: str) -> Make:
-    def make(options: Options) -> Any:
-        from torchft.strategies import DeMoStrategy
-
-        return DeMoStrategy(mean_over=mean_over)
-
-    return make
-
-
-def _fedavg(weighting: str) -> Make:
-    def make(options: Options) -> Any:
-        from torchft.strategies import FedAvgStrategy
-
-        return FedAvgStrategy("adamw", H=options.every, weighting=weighting)
-
-    return make
-
-
-VARIANTS: dict[str, Make] = {
-    "top-k, members, model": _top_k("members", "model"),
-    "top-k, members, tensor": _top_k("members", "tensor"),
-    "top-k, senders, model": _top_k("senders", "model"),
-    "top-k, senders, tensor": _top_k("senders", "tensor"),
-    "DeMo, members": _demo("members"),
-    "DeMo, senders": _demo("senders"),
-    "FedAvg, equal": _fedavg("equal"),
-    "FedAvg, samples": _fedavg("samples"),
+VARIANTS: dict[str, tuple[Callable[..., Any], dict[str, str]]] = {
+    **{
+        f"top-k, {mean_over}, {chunks_of}": (
+            strategies.TopKStrategy,
+            {"mean_over": mean_over, "chunks_of": chunks_of},
+        )
+        for mean_over in ("members", "senders")
+        for chunks_of in ("model", "tensor")
+    },
+    **{
+        f"DeMo, {mean_over}": (strategies.DeMoStrategy, {"mean_over": mean_over})
+        for mean_over in ("members", "senders")
+    },
+    **{
+        f"FedAvg, {weighting}": (strategies.FedAvgStrategy, {"weighting": weighting})
+        for weighting in ("equal", "samples")
+    },
 }
 
 
 def measure(options: Options) -> Findings:
     """All in this process, on one thread."""
-    import torch
-
-    from torchft.experiments import datasets
-
     torch.set_num_threads(1)
     data = datasets.digits(options.images, options.held_out)
-    found = {name: _trained(name, *data, options) for name in VARIANTS}
-    figures = [_figure(name, losses) for name, losses in found.items()]
-    return Findings(figures, {"losses": found})
-
-
-def _figure(name: str, losses: list[float]) -> Figure:
-    spread = statistics.stdev(losses) if len(losses) > 1 else None
-    key = "variants." + name.replace(", ", ".")
-    return Figure(key, f"held-out loss, {name}", statistics.fmean(losses), "nats", spread=spread)
-
-
-def _trained(name: str, train: Any, held_out: Any, options: Options) -> list[float]:
-    import torch
-
-    from torchft.experiments.models import Mlp
-    from torchft.simulator.experiment import Experiment
-    from torchft.simulator.loop import run_stacked
-
-    losses = []
-    for seed in range(1, options.seeds + 1):
-        torch.manual_seed(seed)
-        experiment = Experiment(
-            model=Mlp(),
-            train_dataset=_shards(train) if name.startswith("FedAvg") else train,
-            strategy=VARIANTS[name](options),
+    task = Work("mlp", Mlp, lambda: data, options.batch)
+    found = {}
+    for name, (kind, settings) in VARIANTS.items():
+        train = _shards(data[0]) if name.startswith("FedAvg") else data[0]
+        found[name] = learned(
+            name,
+            task,
+            partial(_make, kind, settings, options),
+            seeds=options.seeds,
+            rows=options.held_out,
+            train_dataset=train,
             num_nodes=NODES,
             max_steps=options.steps,
-            batch_size=options.batch,
-            seed=seed,
-            device="cpu",
-        )
-        model = run_stacked(experiment).model
-        assert model is not None
-        with torch.no_grad():
-            losses.append(float(model.eval()(held_out.tensors)))
-        print(f"{name}, seed {seed}: {losses[-1]:.4f}", file=sys.stderr, flush=True)
-    return losses
+        ).losses
+    figures = [
+        Figure.mean(f"variants.{name.replace(', ', '.')}", f"held-out loss, {name}", losses, "nats")
+        for name, losses in found.items()
+    ]
+    return Findings(figures, {"losses": found})
 
 
 def _shards(train: Any) -> Callable[..., Any]:
     """A factory of unequal shards."""
-    from torch.utils.data import Subset
 
     def shard(rank: int, num_nodes: int, is_training: bool) -> Any:
         bounds = [len(train) * sum(SHARES[:node]) // sum(SHARES) for node in range(num_nodes + 1)]

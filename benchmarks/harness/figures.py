@@ -4,10 +4,12 @@ doing only what no implementation could leave out. Their ratio is what can be co
 from __future__ import annotations
 
 import json
+import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["Figure", "Floor", "Result"]
+__all__ = ["Figure", "Floor", "Result", "gaps"]
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,23 @@ class Figure:
     spread: float | None = None
     """Standard deviation of what `value` is the mean of."""
 
+    @classmethod
+    def mean(
+        cls, key: str, name: str, values: Sequence[float], unit: str, floor: Floor | None = None
+    ) -> Figure:
+        """The mean of `values`, one a seed, and its spread."""
+        spread = statistics.stdev(values) if len(values) > 1 else None
+        return cls(key, name, statistics.fmean(values), unit, floor, spread)
+
     @property
     def ratio(self) -> float | None:
         """How often the floor fits into the value; None without a floor."""
         return self.value / self.floor.value if self.floor and self.floor.value else None
+
+
+def gaps(losses: Sequence[float], others: Sequence[float]) -> list[float]:
+    """Per cent above the others' losses, seed by seed."""
+    return [100 * (mine / theirs - 1) for mine, theirs in zip(losses, others, strict=True)]
 
 
 @dataclass(frozen=True)

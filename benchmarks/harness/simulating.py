@@ -3,6 +3,7 @@ many of the other, in the same process, so that whatever else the machine does h
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from harness.small_work import Pairs, Work
+from harness.small_work import Work, held_out_loss
 from torchft import strategies
 from torchft.simulator.experiment import Experiment
 from torchft.simulator.loop import run_stacked
@@ -21,8 +22,10 @@ __all__ = [
     "STRATEGIES",
     "Samples",
     "Speeds",
+    "Trained",
     "adamw",
     "beside",
+    "learned",
     "loader_batches",
     "plain_loop",
     "simulate",
@@ -31,7 +34,7 @@ __all__ = [
 H, P, SEED = 20, 0.005, 1
 _DISCARDED_BLOCKS = 1  # the first pays for what is made once
 
-Batches = Iterator[Pairs]
+Batches = Iterator[Any]
 
 
 @dataclass
@@ -85,26 +88,45 @@ def beside(
         if run.step % block == 0:
             began = time.process_time()
 
-    return speeds, simulate(work, strategy, nodes=nodes, steps=steps, on_step=on_step, **more)
+    more |= {"num_nodes": nodes, "max_steps": steps, "on_step": on_step}
+    return speeds, simulate(work, strategy, **more)
 
 
-def simulate(
-    work: Work,
-    strategy: Strategy,
-    *,
-    nodes: int,
-    steps: int,
-    seed: int = SEED,
-    on_step: Callable[[Any], None] | None = None,
-    **more: Any,
-) -> Result:
-    """One run, data as tensors unless `more` says otherwise."""
+def simulate(work: Work, strategy: Strategy, *, seed: int = SEED, **more: Any) -> Result:
+    """One run, all at once and on the CPU; `more` are `on_step` and fields of the experiment."""
     torch.manual_seed(seed)
+    on_step = more.pop("on_step", None)
     given = {"model": work.model(), "train_dataset": work.data()[0], "batch_size": work.batch}
-    experiment = Experiment(
-        **{**given, **more}, strategy=strategy, num_nodes=nodes, max_steps=steps, seed=seed
-    )
+    experiment = Experiment(**{**given, **more}, strategy=strategy, seed=seed, device="cpu")
     return run_stacked(experiment, on_step=on_step)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What one strategy learned."""
+
+    losses: list[float]
+    """Held-out ones of the mean of the nodes' models, in nats, by seed."""
+    bytes_of_a_node: int
+
+
+def learned(
+    name: str,
+    work: Work,
+    make: Callable[[], Strategy],
+    *,
+    seeds: int,
+    rows: int = 2_048,
+    **more: Any,
+) -> Trained:
+    """Simulate with each of the seeds from 1 on; each loss is written to stderr as it comes."""
+    losses: list[float] = []
+    for seed in range(1, seeds + 1):
+        result = simulate(work, make(), seed=seed, **more)
+        assert result.model is not None
+        losses.append(held_out_loss(result.model, work, rows=rows))
+        print(f"{name}, seed {seed}: {losses[-1]:.4f}", file=sys.stderr, flush=True)
+    return Trained(losses, result.bytes_sent[0])
 
 
 def plain_loop(work: Work, batches: Batches) -> Callable[[], object]:
@@ -125,26 +147,26 @@ def plain_loop(work: Work, batches: Batches) -> Callable[[], object]:
 
 def tensor_batches(work: Work) -> Batches:
     """Cut out of the data, in a new order each epoch, without end."""
-    (inputs, targets), _ = work.data()
+    data, _ = work.data()
     luck = torch.Generator().manual_seed(SEED)
     while True:
-        order = torch.randperm(len(inputs), generator=luck)
+        order = torch.randperm(len(data), generator=luck)
         for rows in order.split(work.batch):
             if len(rows) == work.batch:
-                yield inputs[rows], targets[rows]
+                yield data[rows]
 
 
-class Samples(torch.utils.data.Dataset[Pairs]):
+@dataclass(frozen=True)
+class Samples(torch.utils.data.Dataset[Any]):
     """Hands out one row at a time, as most data sets do."""
 
-    def __init__(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
-        self.inputs, self.targets = inputs, targets
+    rows: Any
 
     def __len__(self) -> int:
-        return len(self.inputs)
+        return len(self.rows)
 
-    def __getitem__(self, row: int) -> Pairs:
-        return self.inputs[row], self.targets[row]
+    def __getitem__(self, row: int) -> Any:
+        return self.rows[row]
 
 
 def loader_batches(work: Work, dataset: Any, workers: int = 0) -> Batches:

@@ -165,10 +165,10 @@ def test_a_mean_stands_with_its_spread() -> None:
 
 
 def test_a_gap_is_taken_seed_by_seed_and_a_quarter_of_h_is_the_delay() -> None:
-    from learning import STRATEGIES, Options, Trained
+    from harness.figures import gaps
+    from learning import STRATEGIES, Options
 
-    mine, theirs = Trained([2.02, 1.96], 0), Trained([2.0, 2.0], 0)
-    assert mine.gap_to(theirs) == pytest.approx([1.0, -2.0])
+    assert gaps([2.02, 1.96], [2.0, 2.0]) == pytest.approx([1.0, -2.0])
     settings = STRATEGIES["streaming"](Options(every=20), "int8").config()
     assert (settings["H"], settings["fragments"], settings["codec"]) == (20, 4, "int8")
     assert (settings["fragment_sync_delay"], settings["fragment_update_alpha"]) == (5, 0.5)
