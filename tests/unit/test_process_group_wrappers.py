@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed import ReduceOp, TCPStore
+from torch.distributed import ReduceOp
 from torch.distributed.distributed_c10d import (
     AllreduceOptions,
 )
 from torch.futures import Future
 
-from tests.helpers.ranks import Rank, ranks
-from torchft.errors import PhaseError, SettingsError
+from torchft.errors import SettingsError
 from torchft.process_group import (
     ErrorSwallowingProcessGroupWrapper,
     FakeProcessGroupWrapper,
@@ -171,38 +169,3 @@ def test_torchs_ddp_works_over_a_dummy() -> None:
     plain(inputs).sum().backward()
     assert torch.equal(twice, plain.weight.grad * 2)
     assert seen == [8]
-
-
-def _register(rank: Rank) -> None:
-    host, port = rank.store.split(":")
-    dist.init_process_group(
-        "gloo",
-        store=TCPStore(host, int(port), is_master=False),
-        rank=rank.rank,
-        world_size=rank.world_size,
-    )
-    group = ProcessGroupDummy()
-    with pytest.raises(PhaseError):
-        _ = group.group_name
-    if rank.rank == 1:
-        known = group.register("known")
-        assert dist.get_world_size(known) == 1
-        tensor = torch.ones(2)
-        dist.all_reduce(tensor, group=known)
-        assert group.wait_count + group.get_future_count >= 0
-        assert group.group_name
-        with pytest.raises(PhaseError, match="already"):
-            group.register("again")
-        group.unregister()
-        with pytest.raises(PhaseError, match="not registered"):
-            group.unregister()
-        group.register("known once more")
-        group.unregister()
-    dist.barrier()
-    dist.destroy_process_group()
-    rank.tell("done")
-
-
-def test_torch_knows_a_group_between_register_and_unregister() -> None:
-    with ranks(2, _register) as world:
-        assert world.hear_all(1, 0) == ["done", "done"]

@@ -73,12 +73,11 @@ def _equal(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 @needs_triton
 def test_kernels_give_the_same_bytes_in_the_interpreter() -> None:
-    script = "from tests.unit import test_quantization_kernels as kernels; kernels.compare_all()"
-    root = Path(__file__).parents[2]
+    script = f"import {Path(__file__).stem} as kernels; kernels.compare_all()"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script],
         env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=root,
+        cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
     )

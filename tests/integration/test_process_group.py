@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import socket
@@ -14,6 +15,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.ranks import Rank, ranks
 from torch.distributed import PrefixStore, ReduceOp, TCPStore
 from torch.distributed.distributed_c10d import (
     AllgatherOptions,
@@ -23,10 +25,10 @@ from torch.distributed.distributed_c10d import (
     BroadcastOptions,
 )
 
-from tests.helpers.ranks import Rank, ranks
-from torchft.errors import CollectiveError, MismatchError, SettingsError
+from torchft.errors import CollectiveError, MismatchError, PhaseError, SettingsError
 from torchft.process_group import (
     ProcessGroup,
+    ProcessGroupDummy,
     ProcessGroupGloo,
     create_store_client,
     gloo,
@@ -355,6 +357,7 @@ def test_an_interface_that_is_named_is_taken(store, monkeypatch) -> None:
 
 def test_a_process_without_descriptors_says_so(monkeypatch) -> None:
     """Not that an interface should be named."""
+    gc.collect()  # what waits for it may hold descriptors, and would give them back in the middle
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = max(int(name) for name in os.listdir("/proc/self/fd"))
     held: list[int] = []
@@ -372,3 +375,41 @@ def test_a_process_without_descriptors_says_so(monkeypatch) -> None:
             os.close(descriptor)
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     gloo._open_device()
+
+
+# ---------------------------------------------------------------------- torch
+
+
+def _register(rank: Rank) -> None:
+    host, port = rank.store.split(":")
+    dist.init_process_group(
+        "gloo",
+        store=TCPStore(host, int(port), is_master=False),
+        rank=rank.rank,
+        world_size=rank.world_size,
+    )
+    group = ProcessGroupDummy()
+    with pytest.raises(PhaseError):
+        _ = group.group_name
+    if rank.rank == 1:
+        known = group.register("known")
+        assert dist.get_world_size(known) == 1
+        tensor = torch.ones(2)
+        dist.all_reduce(tensor, group=known)
+        assert group.wait_count + group.get_future_count >= 0
+        assert group.group_name
+        with pytest.raises(PhaseError, match="already"):
+            group.register("again")
+        group.unregister()
+        with pytest.raises(PhaseError, match="not registered"):
+            group.unregister()
+        group.register("known once more")
+        group.unregister()
+    dist.barrier()
+    dist.destroy_process_group()
+    rank.tell("done")
+
+
+def test_torch_knows_a_group_between_register_and_unregister() -> None:
+    with ranks(2, _register) as world:
+        assert world.hear_all(1, 0) == ["done", "done"]
