@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from torchft.digest import digest
+from torchft.experiments import Trainer
 from torchft.experiments.loggers import Kind, Row
 from torchft.simulator.result import Result
 from torchft.strategies import (
@@ -29,7 +30,7 @@ from torchft.strategies import (
     TopKStrategy,
 )
 
-__all__ = ["STRATEGIES", "Interrupt", "Odd", "bits", "odd", "pairs"]
+__all__ = ["STRATEGIES", "Interrupt", "Odd", "bits", "fit", "odd", "pairs"]
 
 COSINE: dict[str, Any] = {
     "lr_scheduler": "lambda_cosine",
@@ -97,6 +98,20 @@ def pairs(samples: int = 80) -> TensorDataset:
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(samples, 7, generator=generator)
     return TensorDataset(x, x[:, :3].argmax(1))
+
+
+def fit(
+    model: Any = None,
+    data: Any = None,
+    val: Any = None,
+    on: dict[str, Any] | None = None,
+    **of: Any,
+) -> Trainer:
+    """A trainer that fitted DiLoCo at two nodes; `on` are its own options, `of` those of `fit`."""
+    trainer = Trainer(model or odd(), data or pairs(), val, **{"device": "cpu", **(on or {})})
+    settings = {"strategy": DiLoCoStrategy(H=4), "num_nodes": 2, "max_steps": 6, "batch_size": 8}
+    trainer.fit(**{"run_name": "run", **settings, **of})
+    return trainer
 
 
 def bits(result: Result) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.coordination import Child
 from helpers.tiny import Tiny, backward
 from world import KILLED, Group, World
 
@@ -259,3 +260,13 @@ def test_no_quorum_is_raised_by_the_inner_step_that_needs_it(tmp_path: Path) -> 
 
     raised, killed = World(tmp_path, min_replicas=2).run(left_alone, leaves)
     assert (raised, killed) == ("raised", KILLED)
+
+
+def test_a_call_that_never_ends_does_not_hold_the_process() -> None:
+    code = (
+        "import threading; from torchft.manager.background import Background\n"
+        "Background('test').submit(threading.Event().wait)\nprint('end')"
+    )
+    with Child(code) as child:
+        assert child.line() == "end"
+        assert child.end() == 0, child.stderr

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.defaults import other_defaults
 from helpers.ps import Fleet, Net, options, train
+from helpers.voices import TOKENS, Voice
 
 from torchft.parameter_server import DiLoCoWorker
 from torchft.parameter_server.core.rules import Mode
-from torchft.parameter_server.server.server import DiLoCoServer
+from torchft.parameter_server.server.server import Address, DiLoCoServer
 
 
 @pytest.mark.parametrize("codec", ["fp32", "bf16", "int8", "int4"])
@@ -73,3 +75,30 @@ def test_four_fragments_in_five_hundred_steps_as_users_know_it(tmp_path: Path) -
         *("875: apply 1", "875: submit 2"),
         *("1000: apply 2", "1000: submit 3"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("codec", "dtype"), [("fp32", torch.float32), ("int8", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_a_scripts_own_defaults_change_nothing(
+    tmp_path: Path, codec: str, dtype: torch.dtype
+) -> None:
+    dice = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(8, 6, generator=dice).to(dtype) for _ in range(8)]
+    opts = options(tmp_path, workers=1, save_every=2, codec=codec, fragments=2, sync_every=4)
+    model = Net().to(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with DiLoCoServer(opts, Address(port=0, tokens=TOKENS)) as server:
+        token = Voice(server.address).token
+        with (
+            other_defaults(),
+            DiLoCoWorker(model, optimizer, server.address, auth_token=token) as worker,
+        ):
+            for x in inputs:
+                optimizer.zero_grad()
+                model(x).square().mean().backward()
+                optimizer.step()
+        assert worker.sync_count >= 2
+    assert all(
+        p.dtype == dtype and bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad
+    )

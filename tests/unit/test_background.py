@@ -1,11 +1,10 @@
-"""The background thread: order, errors, an end, and never a reason for a process to stay."""
+"""The background thread: order, errors, an end."""
 
 from __future__ import annotations
 
 import threading
 
 import pytest
-from helpers.coordination import Child
 
 from torchft.manager.background import Background
 
@@ -35,13 +34,3 @@ def test_shutdown_runs_what_was_given_and_ends_the_thread() -> None:
     last = background.submit(int, "7")
     background.shutdown()
     assert last.done() and not background._thread.is_alive()
-
-
-def test_a_call_that_never_ends_does_not_hold_the_process() -> None:
-    code = (
-        "import threading; from torchft.manager.background import Background\n"
-        "Background('test').submit(threading.Event().wait)\nprint('end')"
-    )
-    with Child(code) as child:
-        assert child.line() == "end"
-        assert child.end() == 0, child.stderr

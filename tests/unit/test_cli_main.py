@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -164,9 +162,3 @@ def test_help_teaches(
     assert code == 0
     said = capsys.readouterr().out
     assert [words for words in taught if words not in said] == []
-
-
-def test_the_launcher_imports_no_torch() -> None:
-    heavy = "import sys, torchft.cli.main, torchft.demo.group_demo; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -264,12 +262,3 @@ def test_a_missing_extra_is_named(
     assert code == 2
     assert "needs matplotlib, which is not installed" in told
     assert "install torchft[simulate]" in told
-
-
-def test_a_mistake_is_told_before_torch_is_imported() -> None:
-    script = (
-        "import sys, torchft.cli.main as m; "
-        "code = m.main(['simulate', '--set', 'nodess=1']); print(code, 'torch' in sys.modules)"
-    )
-    done: Any = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.stdout == "2 False\n"

@@ -5,19 +5,14 @@ Tensors on `meta` hold no numbers, so a tensor of ours that is made where the sc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from helpers.ps import Net, options
-from helpers.voices import TOKENS, Voice
+from helpers.defaults import other_defaults
 from torch import Tensor, nn
 
-from torchft.parameter_server import DiLoCoWorker
-from torchft.parameter_server.server.server import Address, DiLoCoServer
 from torchft.quantization import codec_names, codec_of
 from torchft.simulator import Experiment, run_stacked
 from torchft.strategies import (
@@ -30,17 +25,6 @@ from torchft.strategies import (
     TopKStrategy,
 )
 from torchft.strategies.parts.dct import basis
-
-
-@contextmanager
-def other_defaults() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    torch.set_default_device("meta")
-    try:
-        yield
-    finally:
-        torch.set_default_device(None)
-        torch.set_default_dtype(torch.float32)
 
 
 class Model(nn.Module):
@@ -105,28 +89,3 @@ def test_what_travels(name: str) -> None:
     expected = codec.decode(codec.encode(row), 300)
     with other_defaults():
         assert torch.equal(codec.decode(codec.encode(row), 300), expected)
-
-
-@pytest.mark.parametrize(
-    ("codec", "dtype"), [("fp32", torch.float32), ("int8", torch.float32), ("bf16", torch.bfloat16)]
-)
-def test_a_worker_and_its_server(tmp_path: Path, codec: str, dtype: torch.dtype) -> None:
-    dice = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(8, 6, generator=dice).to(dtype) for _ in range(8)]
-    opts = options(tmp_path, workers=1, save_every=2, codec=codec, fragments=2, sync_every=4)
-    model = Net().to(dtype)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    with DiLoCoServer(opts, Address(port=0, tokens=TOKENS)) as server:
-        token = Voice(server.address).token
-        with (
-            other_defaults(),
-            DiLoCoWorker(model, optimizer, server.address, auth_token=token) as worker,
-        ):
-            for x in inputs:
-                optimizer.zero_grad()
-                model(x).square().mean().backward()
-                optimizer.step()
-        assert worker.sync_count >= 2
-    assert all(
-        p.dtype == dtype and bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad
-    )

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import wandb
 from helpers.small_runs import Interrupt, bits, pairs
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -279,14 +278,6 @@ def test_checkpoints_count_outer_steps_and_resume(monkeypatch: pytest.MonkeyPatc
 def test_nothing_is_written_unless_asked_for() -> None:
     train(eval_dataset=pairs(20), max_local_step=2)
     assert os.listdir() == []
-
-
-def test_weights_and_biases_gets_the_run_under_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    wandb.teardown()  # it remembers the folder that an earlier run of this process was in
-    train(wandb_project="project", wandb_name="name", max_local_step=2)
-    assert list(Path("wandb").glob("offline-run-*/*.wandb"))
 
 
 def test_devices_that_are_not_there_are_left_out_and_said_once(

@@ -129,14 +129,6 @@ class TestFetching:
         one = feed(TensorDataset(NUMBERS), dataloader_kwargs={"collate_fn": together})
         assert torch.equal(one.batch(1, 2), feed().batch(1, 2) + 100)
 
-    def test_worker_processes_load_the_same_batches(self) -> None:
-        one = feed(Samples(), dataloader_kwargs={"num_workers": 1})
-        for step in (2, 3, 0):
-            mine, here = one.batch(1, step), feed(Samples()).batch(1, step)
-            assert torch.equal(mine["i"], here["i"])
-            assert torch.equal(mine["noise"], here["noise"])
-        one.close()
-
     def test_a_shard_travels_to_a_worker_that_is_started_anew(self) -> None:
         shard = feed((NUMBERS, NUMBERS))._shard(1)
         there = pickle.loads(pickle.dumps(shard))

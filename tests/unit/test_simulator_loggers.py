@@ -89,23 +89,6 @@ def test_a_resumed_run_leaves_the_files_of_one_that_was_never_interrupted(tmp_pa
     ]
 
 
-def test_weights_and_biases_offline_keeps_every_row(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    logger = WandbLogger("project", "name", axis="examples", folder=tmp_path)
-    logger.start({"num_nodes": 2}, [])
-    for kind, row in PAST:
-        logger.log(kind, row)
-    summary = dict(logger._run.summary)
-    config = dict(logger._run.config)
-    logger.close()
-    assert (summary["train_loss"], summary["local_loss"], summary["step"]) == (1.0, 3.0, 2)
-    assert config == {"num_nodes": 2}
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
-
-
 def _scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -342,13 +342,11 @@ class TestDataThatFail:
                 raise KeyError("image")
             return X[at], Y[at]
 
-    @pytest.mark.parametrize("workers", [0, 1])
-    def test_say_at_which_node_and_step(self, workers: int) -> None:
-        options = {"num_workers": workers}
+    def test_say_at_which_node_and_step(self) -> None:
         with pytest.raises(
             NodeError, match=r"batch of node 1 in step 1: KeyError: .*image"
         ) as found:
-            fit(Net(), self.Fails(), shuffle=False, minibatch_size=8, dataloader_kwargs=options)
+            fit(Net(), self.Fails(), shuffle=False, minibatch_size=8)
         assert isinstance(found.value.__cause__, KeyError)
 
     def test_say_so_when_it_is_the_collating(self) -> None:

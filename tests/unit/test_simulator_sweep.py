@@ -142,18 +142,6 @@ def test_an_error_that_is_not_ours_shows_the_way_to_it(tmp_path: Path) -> None:
     assert "sweeps.py" in sweep.failures[0].error
 
 
-def test_processes_find_what_one_finds_and_survive_a_killed_one(tmp_path: Path) -> None:
-    names = ["all_reduce", f"{HERE}:killed", "diloco"]
-    apart = run_sweep(tiny(strategies=names), tmp_path / "apart", jobs=2)
-    (failure,) = apart.failures
-    assert failure.spec.strategy.name == f"{HERE}:killed"
-    assert failure.error == "its process was killed by SIGKILL"
-    here = run_sweep(tiny(), tmp_path / "here")
-    for one, other in zip(apart.reports, here.reports, strict=True):
-        assert one.losses == other.losses
-        assert one.validations == other.validations
-
-
 def test_the_threads_are_given_back(tmp_path: Path) -> None:
     before = torch.get_num_threads()
     run_sweep(tiny(strategies="all_reduce"), tmp_path)

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-import wandb
-from helpers.small_runs import Odd, bits, odd, pairs
+from helpers.small_runs import Odd, bits, fit, odd, pairs
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -33,19 +32,6 @@ from torchft.strategies import (
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def fit(
-    model: Any = None,
-    data: Any = None,
-    val: Any = None,
-    on: dict[str, Any] | None = None,
-    **of: Any,
-) -> Trainer:
-    trainer = Trainer(model or odd(), data or pairs(), val, **{"device": "cpu", **(on or {})})
-    settings = {"strategy": DiLoCoStrategy(H=4), "num_nodes": 2, "max_steps": 6, "batch_size": 8}
-    trainer.fit(**{"run_name": "run", **settings, **of})
-    return trainer
 
 
 def read(name: str) -> list[dict[str, str]]:
@@ -217,13 +203,6 @@ def test_autocast_computes_in_bfloat16_and_keeps_the_weights(autocast: Any) -> N
     assert Linear.seen == torch.float
 
 
-def test_loading_in_other_processes_gives_the_same_run() -> None:
-    here = fit(val=pairs(20)).result
-    there = fit(val=pairs(20), dataloader_kwargs={"num_workers": 1}, run_name="there").result
-    assert here is not None and there is not None
-    assert bits(here) == bits(there)
-
-
 # --- logs
 
 
@@ -301,15 +280,6 @@ def test_the_line_at_the_end_has_losses_and_speed(capsys: pytest.CaptureFixture[
     line = line.splitlines()[1]
     assert line.startswith("run: 6 steps, ")
     assert all(part in line for part in ("it/s", "loss ", "local ", "global "))
-
-
-def test_weights_and_biases_gets_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    wandb.teardown()  # it remembers the folder that an earlier run of this process was in
-    fit(wandb_project="project", val=pairs(20), correlation_interval=3)
-    assert list(Path("wandb").glob("offline-run-*/*.wandb"))
-    assert not Path("logs").exists()
 
 
 def test_tensorboard_gets_the_run() -> None:
