@@ -15,19 +15,24 @@ import math
 import operator
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
 from torchft.errors import SettingsError
 
 __all__ = [
     "above_zero",
     "at_least",
+    "boolean_of",
     "check_choice",
     "check_integer",
     "check_number",
     "integer_from",
     "number_from",
 ]
+
+T = TypeVar("T")
+
+_BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 _ENDS = {
     "above": ("above", operator.gt),
@@ -78,10 +83,8 @@ def check_integer(
         raise error(f"{name}={_shown(value)}: {reason}")
 
 
-def check_choice(
-    name: str, value: object, choices: Iterable[object], *, otherwise: str = ""
-) -> None:
-    """Refuse what is none of `choices`; `otherwise` says in words what else there is.
+def check_choice(name: str, value: T, choices: Iterable[object], *, otherwise: str = "") -> T:
+    """The value, if it is one of `choices`; `otherwise` says in words what else there is.
 
     Raises:
         SettingsError: if it is none of them; lists them.
@@ -90,6 +93,16 @@ def check_choice(
     if not any(type(value) is type(one) and value == one for one in known):
         listed = ", ".join([*map(str, known), *([f"or {otherwise}"] if otherwise else [])])
         raise SettingsError(f"{name}={_shown(value)}: it must be one of {listed}")
+    return value
+
+
+def boolean_of(name: str, text: str) -> bool:
+    """True for 1, true or yes, False for 0, false or no, in any case.
+
+    Raises:
+        SettingsError: if `text` is anything else; lists the words.
+    """
+    return _BOOLEANS[check_choice(name, text.lower(), _BOOLEANS)]
 
 
 def integer_from(text: str) -> object:

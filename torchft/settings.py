@@ -15,7 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
-from torchft.arguments import check_choice, check_integer, check_number, integer_from, number_from
+from torchft.arguments import boolean_of, check_integer, check_number, integer_from, number_from
 from torchft.errors import SettingsError
 
 __all__ = [
@@ -183,11 +183,7 @@ def boolean_or_none(name: str) -> bool | None:
         SettingsError: if the variable is anything else.
     """
     value = text(name)
-    words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-    if value is None:
-        return None
-    check_choice(name, value.lower(), words)
-    return words[value.lower()]
+    return None if value is None else boolean_of(name, value)
 
 
 def path_or_none(name: str) -> Path | None:

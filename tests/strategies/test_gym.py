@@ -360,7 +360,7 @@ class TestWhatArgumentsMean:
         assert (recipe.delay, recipe.mix) == (2, 0.25)  # type: ignore[attr-defined]
         with pytest.raises(SettingsError, match=r"fragment_sync_delay=9 does not fit.* 0 to 8"):
             StreamingDiLoCoStrategy(H=8, fragment_sync_delay=9)
-        with pytest.raises(SettingsError, match=r"fragment_update_alpha=1.5 is not a share"):
+        with pytest.raises(SettingsError, match=r"fragment_update_alpha=1.5: .* at most 1"):
             StreamingDiLoCoStrategy(H=8, fragment_update_alpha=1.5)
 
     def test_which_weights_sparta_averages(self) -> None:

@@ -202,11 +202,20 @@ class TestFedAvgWeighs:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: TopKStrategy(mean_over="all"), "over all 'members' of a round, or over the 'send"),
-        (lambda: DeMoStrategy(mean_over="all"), "over all 'members' of a round, or over the 'send"),
-        (lambda: TopKStrategy(chunks_of="row"), "chunks are of the 'model'.*or of each 'tensor'"),
+        (
+            lambda: TopKStrategy(mean_over="all"),
+            "mean_over='all': it must be one of members, senders",
+        ),
+        (
+            lambda: DeMoStrategy(mean_over="all"),
+            "mean_over='all': it must be one of members, senders",
+        ),
+        (lambda: TopKStrategy(chunks_of="row"), "chunks_of='row': it must be one of model, tensor"),
         (lambda: TopKStrategy(chunks_of="tensor", chunk=200), "no square.*such as 196"),
-        (lambda: FedAvgStrategy(weighting="size"), "nodes weigh 'equal', or by the 'samples'"),
+        (
+            lambda: FedAvgStrategy(weighting="size"),
+            "weighting='size': it must be one of None, equal, samples",
+        ),
     ],
 )
 def test_what_is_no_reading_is_refused(make: Any, says: str) -> None:

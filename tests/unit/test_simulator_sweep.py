@@ -193,7 +193,7 @@ def test_failures_are_in_the_forecast(tmp_path: Path) -> None:
         ({"strategies": ["no_such_module:x"]}, "cannot be found: No module named 'no_such_module'"),
         ({"strategies": [f"{HERE}:not_a_strategy"], "optimizer": "sgd"}, "no option optim_spec"),
         ({"strategies": [f"{HERE}:TINY"]}, "is a dict, and not callable"),
-        ({"optimizer": "adm"}, "no optimizer is called 'adm'"),
+        ({"optimizer": "adm"}, "optimizer='adm': it must be one of adam, adamw"),
         ({"model_options": {"wdth": 2}}, "has no option wdth: it takes width"),
         ({"model_options": {"width": [2, 4]}}, r"width=\[2, 4\]: options are not swept"),
         ({"optimizer_options": {"weight_decay": [0.1]}}, "weight_decay: a list in the place of"),

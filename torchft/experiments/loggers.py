@@ -21,6 +21,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
+from torchft.arguments import check_choice
 from torchft.errors import SettingsError
 from torchft.records import LineWriter
 
@@ -192,8 +193,7 @@ def check_loggers(logger: LoggerChoice, axis: Axis) -> None:
     Raises:
         SettingsError: no such logger or axis.
     """
-    if axis not in _COLUMN:
-        raise SettingsError(f"log_x_axis={axis!r}: it is 'step' or 'examples'")
+    check_choice("log_x_axis", axis, _COLUMN)
     asked = _listed(logger)
     for one in asked:
         named = isinstance(one, str) and one in _NAMES

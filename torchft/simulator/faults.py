@@ -22,7 +22,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from torchft.arguments import check_integer, check_number, integer_from
+from torchft.arguments import boolean_of, check_integer, check_number, integer_from
 from torchft.errors import SettingsError
 from torchft.simulator.events import Dies, Event, Joins, check_events
 from torchft.simulator.network import NetworkModel
@@ -231,7 +231,7 @@ def _event_of(row: Mapping[str, Any]) -> FaultEvent:
         event=row["event"],
         step=_integer("step", row["step"]) if row.get("step") is not None else None,
         time_s=float(row["time_s"]) if row.get("time_s") is not None else None,
-        in_round=_truth(row.get("in_round", False)),
+        in_round=_boolean("in_round", row.get("in_round", False)),
     )
 
 
@@ -241,9 +241,5 @@ def _integer(name: str, cell: Any) -> int:
     return int(cell)
 
 
-def _truth(cell: object) -> bool:
-    words = {"true": True, "1": True, "false": False, "0": False}
-    answer = cell if isinstance(cell, bool) else words.get(str(cell).lower())
-    if answer is None:
-        raise SettingsError(f"in_round={cell!r} is neither true nor false")
-    return answer
+def _boolean(name: str, cell: object) -> bool:
+    return cell if isinstance(cell, bool) else boolean_of(name, str(cell))

@@ -34,31 +34,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AVERAGED",
+    "BUFFERS",
     "COPIED",
     "LEFT",
     "BufferBackup",
     "Buffers",
     "buffers_of",
-    "check_buffers",
     "check_means",
     "nan_buffers",
 ]
 
-LEFT, AVERAGED, COPIED = "left", "averaged", "copied"
-
-
-def check_buffers(buffers: str) -> str:
-    """The word, if it is one of the three.
-
-    Raises:
-        SettingsError: also a ValueError.
-    """
-    if buffers not in (LEFT, AVERAGED, COPIED):
-        raise SettingsError(
-            f"buffers={buffers!r}: those of the nodes are '{LEFT}' alone, '{AVERAGED}', or "
-            f"'{COPIED}' from the first node"
-        )
-    return buffers
+BUFFERS = LEFT, AVERAGED, COPIED = "left", "averaged", "copied"
 
 
 def check_means(local: Local, how: str) -> None:

@@ -21,13 +21,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchft.arguments import check_integer, check_number
+from torchft.arguments import check_choice, check_integer, check_number
 from torchft.errors import SettingsError
 from torchft.peers import Place
 from torchft.strategies.local import Fragment
 from torchft.strategies.optim_spec import OptimSpec
 from torchft.strategies.parts.dct import Blocks, dct, inverse_dct
-from torchft.strategies.parts.largest import SENDERS, check_mean_over, largest, mean_of, packed
+from torchft.strategies.parts.largest import MEAN_OVER, SENDERS, largest, mean_of, packed
 from torchft.strategies.recipe import By, Recipe
 
 __all__ = ["DeMoRecipe"]
@@ -63,7 +63,7 @@ class DeMoRecipe(Recipe):
         if max_norm is not None:
             check_number("max_norm", max_norm, above=0)
         self.decay, self.topk, self.chunk, self.max_norm = decay, topk, chunk, max_norm
-        self.mean_over = check_mean_over(mean_over)
+        self.mean_over = check_choice("mean_over", mean_over, MEAN_OVER)
 
     def check_inner(self, optim: OptimSpec) -> None:
         """The sign is stepped by plain SGD, as in the paper and its authors' code. Momentum or

@@ -39,11 +39,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchft.arguments import check_integer
+from torchft.arguments import check_choice, check_integer, check_number
 from torchft.errors import SettingsError
 from torchft.quantization import ErrorFeedback
-from torchft.strategies.buffers import LEFT, check_buffers
-from torchft.strategies.fragments import SEQUENTIAL, check_pattern
+from torchft.strategies.buffers import BUFFERS, LEFT
+from torchft.strategies.fragments import PATTERNS, SEQUENTIAL
 from torchft.strategies.local import Fragment
 from torchft.strategies.parts.backup import Backup
 from torchft.strategies.parts.broken import broken_rows
@@ -57,7 +57,7 @@ from torchft.strategies.rounds_schedule import is_slot, next_fragment
 
 __all__ = ["DiLoCoRecipe"]
 
-STANDS, RESTORED = "stands", "restored"
+INNER_STATES = STANDS, RESTORED = "stands", "restored"
 """What becomes of the inner optimizer's state after a no."""
 
 Draft = list[Tensor] | None
@@ -87,9 +87,9 @@ class DiLoCoRecipe(Recipe):
         pin_memory: bool = True,
     ) -> None:
         check_schedule(every, fragments, delay, mix)
-        check_inner_state(inner_state)
-        check_pattern(pattern)
-        self.buffers = check_buffers(buffers)
+        check_choice("inner_state", inner_state, INNER_STATES)
+        check_choice("pattern", pattern, PATTERNS)
+        self.buffers = check_choice("buffers", buffers, BUFFERS)
         self.outer: Outer = FlatOuter(outer) if callable(outer) else outer
         self.every = every
         self.fragments: list[Fragment] = []
@@ -260,19 +260,6 @@ class DiLoCoRecipe(Recipe):
             self.load_fragment_state(fragment, state[str(fragment.index)])
 
 
-def check_inner_state(inner_state: str) -> None:
-    """Refuse a word that is neither.
-
-    Raises:
-        SettingsError: also a ValueError.
-    """
-    if inner_state not in (STANDS, RESTORED):
-        raise SettingsError(
-            f"inner_state={inner_state!r}: after a discarded step the inner optimizer's state "
-            f"'{STANDS}' or is '{RESTORED}'"
-        )
-
-
 def check_schedule(every: int, fragments: int, delay: int, mix: float) -> None:
     """Refuse a schedule that does not fit the fragments, and say what would.
 
@@ -297,8 +284,4 @@ def check_schedule(every: int, fragments: int, delay: int, mix: float) -> None:
             f"fragment_sync_delay={delay} does not fit between two synchronisations of a fragment, "
             f"which are {every} inner steps apart: use 0 to {every}"
         )
-    if not isinstance(mix, int | float) or not 0.0 <= mix <= 1.0:
-        raise SettingsError(
-            f"fragment_update_alpha={mix!r} is not a share: use 0 (take the global weights) to 1 "
-            "(keep the local ones)"
-        )
+    check_number("fragment_update_alpha", mix, least=0, most=1)

@@ -21,24 +21,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
+from torchft.arguments import check_choice
 from torchft.errors import SettingsError
 from torchft.strategies.local import Fragment
 
-__all__ = ["SEQUENTIAL", "STRIDED", "check_pattern", "cut"]
+__all__ = ["PATTERNS", "SEQUENTIAL", "STRIDED", "cut"]
 
-SEQUENTIAL, STRIDED = "sequential", "strided"
-
-
-def check_pattern(pattern: str) -> None:
-    """Refuse a word that is neither.
-
-    Raises:
-        SettingsError: also a ValueError.
-    """
-    if pattern not in (SEQUENTIAL, STRIDED):
-        raise SettingsError(
-            f"pattern={pattern!r}: the blocks of a fragment are '{SEQUENTIAL}' or '{STRIDED}'"
-        )
+PATTERNS = SEQUENTIAL, STRIDED = "sequential", "strided"
 
 
 def cut(
@@ -49,7 +38,7 @@ def cut(
     Raises:
         SettingsError: there are fewer parameters than that, or no such pattern.
     """
-    check_pattern(pattern)
+    check_choice("pattern", pattern, PATTERNS)
     if not 1 <= parts <= len(names):
         raise SettingsError(
             f"{len(names)} parameters cannot be {parts} fragments: use 1 to {len(names)}"

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchft.arguments import check_integer
+from torchft.arguments import check_choice, check_integer
 from torchft.errors import SettingsError
-from torchft.strategies.buffers import LEFT, check_buffers
+from torchft.strategies.buffers import BUFFERS, LEFT
 from torchft.strategies.local import Fragment
 from torchft.strategies.parts.backup import Backup
 from torchft.strategies.parts.precision import (
@@ -35,7 +35,7 @@ from torchft.strategies.parts.precision import (
 from torchft.strategies.parts.weighting import (
     EQUAL,
     SAMPLES,
-    check_weighting,
+    WEIGHTINGS,
     resolved,
     samples_of,
     unweighed,
@@ -63,8 +63,8 @@ class LocalSGDRecipe(Recipe):
         check_integer("sync_every", every, least=1)
         if every < 1:
             raise SettingsError(f"sync_every={every}: weights are averaged every 1 or more steps")
-        self.buffers = check_buffers(buffers)
-        self.weighting = check_weighting(weighting)
+        self.buffers = check_choice("buffers", buffers, BUFFERS)
+        self.weighting = check_choice("weighting", weighting, (None, *WEIGHTINGS))
         self.shared_dtype = check_shared_dtype(shared_dtype)
         self.every = every
         self.backup: Backup | None = None

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from torchft.arguments import check_choice
 from torchft.errors import SettingsError
 from torchft.sharded import is_sharded, local_part
 from torchft.step_hooks import state_of
 from torchft.strategies.buffers import buffers_of
 from torchft.strategies.checks import check_values
-from torchft.strategies.fragments import SEQUENTIAL, check_pattern, cut
+from torchft.strategies.fragments import PATTERNS, SEQUENTIAL, cut
 from torchft.strategies.local import Fragment, Layout
 from torchft.strategies.parts.deltas import delta_into
 from torchft.strategies.parts.scratch import Scratch
@@ -82,7 +83,7 @@ class ModelLocal:
             SettingsError: several modules are asked for another number of fragments or another
                 pattern, or one of them has no parameter of its own.
         """
-        check_pattern(pattern)
+        check_choice("pattern", pattern, PATTERNS)
         if len(self._modules) == 1:
             # Of a sharded parameter the whole counts, so that all ranks cut alike.
             nbytes = [p.numel() * p.element_size() for p in self.parameters]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchft.arguments import check_choice
 from torchft.errors import SettingsError
 
 __all__ = ["OptimSpec", "ensure_optim_spec"]
@@ -59,10 +60,7 @@ class OptimSpec:
         Raises:
             SettingsError: another name.
         """
-        optimizer = _NAMES.get(name.lower())
-        if optimizer is None:
-            raise SettingsError(f"no optimizer is called {name!r}: use one of {', '.join(_NAMES)}")
-        return cls(optimizer, **kwargs)
+        return cls(_NAMES[check_choice("optimizer", name.lower(), _NAMES)], **kwargs)
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer) -> OptimSpec:

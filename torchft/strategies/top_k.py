@@ -29,13 +29,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchft.arguments import check_integer, check_number
+from torchft.arguments import check_choice, check_integer, check_number
 from torchft.strategies.local import Fragment
 from torchft.strategies.parts import chunks
 from torchft.strategies.parts.backup import Backup
 from torchft.strategies.parts.broken import broken_rows
 from torchft.strategies.parts.chunks import MODEL
-from torchft.strategies.parts.largest import SENDERS, check_mean_over, largest, mean_of, packed
+from torchft.strategies.parts.largest import MEAN_OVER, SENDERS, largest, mean_of, packed
 from torchft.strategies.parts.outer import FlatOuter, OuterFactory
 from torchft.strategies.parts.precision import SharedDtype, check_shared_dtype, weights_as
 from torchft.strategies.recipe import By, Recipe
@@ -70,7 +70,7 @@ class TopKRecipe(Recipe):
         check_number("decay", decay, least=0, most=1)
         chunks.check_chunks_of(chunks_of, chunk)
         self.every, self.topk, self.chunk, self.decay = every, topk, chunk, decay
-        self.mean_over, self.chunks_of = check_mean_over(mean_over), chunks_of
+        self.mean_over, self.chunks_of = check_choice("mean_over", mean_over, MEAN_OVER), chunks_of
         self.shared_dtype = check_shared_dtype(shared_dtype)
         self.outer = FlatOuter(outer)
         self._device = backup_device

@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from torchft.arguments import check_choice
 from torchft.errors import SettingsError
 from torchft.strategies.local import Fragment, Local
 from torchft.strategies.parts.dct import Blocks
@@ -48,11 +49,7 @@ def check_chunks_of(way: str, chunk: int) -> None:
     Raises:
         SettingsError: also a ValueError.
     """
-    if way not in (MODEL, TENSOR):
-        raise SettingsError(
-            f"chunks_of={way!r}: chunks are of the '{MODEL}', all parameters in a row, or of each "
-            f"'{TENSOR}'"
-        )
+    check_choice("chunks_of", way, (MODEL, TENSOR))
     if way == TENSOR and math.isqrt(chunk) ** 2 != chunk:
         raise SettingsError(
             f"chunk={chunk} is no square: a tensor is cut in blocks of √chunk x √chunk, such as "

@@ -13,28 +13,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from torchft.errors import SettingsError
+__all__ = ["MEAN_OVER", "MEMBERS", "SENDERS", "largest", "mean_of", "packed"]
 
-__all__ = ["MEMBERS", "SENDERS", "check_mean_over", "largest", "mean_of", "packed"]
-
-MEMBERS, SENDERS = "members", "senders"
+MEAN_OVER = MEMBERS, SENDERS = "members", "senders"
 """What a sum is divided by: all that take part, or those that sent a number for that place."""
 
 _Kind = tuple[torch.dtype, torch.device]
-
-
-def check_mean_over(mean_over: str) -> str:
-    """The word, if it is one of the two.
-
-    Raises:
-        SettingsError: also a ValueError.
-    """
-    if mean_over not in (MEMBERS, SENDERS):
-        raise SettingsError(
-            f"mean_over={mean_over!r}: the mean is over all '{MEMBERS}' of a round, or over the "
-            f"'{SENDERS}' of a number"
-        )
-    return mean_over
 
 
 def largest(chunks: Sequence[Tensor], k: int) -> list[Tensor]:

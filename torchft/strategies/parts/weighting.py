@@ -21,27 +21,14 @@ from torchft.strategies.parts.precision import shared_dtype_of
 __all__ = [
     "EQUAL",
     "SAMPLES",
-    "check_weighting",
+    "WEIGHTINGS",
     "resolved",
     "samples_of",
     "unweighed",
     "weighed",
 ]
 
-EQUAL, SAMPLES = "equal", "samples"
-
-
-def check_weighting(weighting: str | None) -> str | None:
-    """The word, if it is one of the two. None: see `resolved`.
-
-    Raises:
-        SettingsError: also a ValueError.
-    """
-    if weighting not in (None, EQUAL, SAMPLES):
-        raise SettingsError(
-            f"weighting={weighting!r}: nodes weigh '{EQUAL}', or by the '{SAMPLES}' that each has"
-        )
-    return weighting
+WEIGHTINGS = EQUAL, SAMPLES = "equal", "samples"
 
 
 def resolved(weighting: str | None, local: Local, codec: Codec | None) -> str:
