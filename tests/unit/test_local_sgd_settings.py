@@ -65,7 +65,7 @@ class TestRefusals:
             (True, {}, "sync_every=True: it must be an integer"),
             (4, {"fragment_sync_delay": 1.5}, "fragment_sync_delay=1.5: it must be an integer"),
             (4, {"bucket_cap_mb": 0.5}, "bucket_cap_mb=0.5: it must be an integer"),
-            (4, {"inner_state": "kept"}, "'stands' or is 'restored'"),
+            (4, {"inner_state": "kept"}, "it must be one of stands, restored"),
             (4, {"bucket_cap_mb": 0}, "must be an integer, at least 1"),
             (4, {"fragments": 2}, "are the fragments already: leave fragments"),
             (4, {"fragment_pattern": "strided"}, "or pass .model. to have it cut"),
@@ -85,7 +85,7 @@ class TestRefusals:
             ({"fragments": 9}, "8 parameters cannot be 9 fragments: use 1 to 8"),
             ({"fragments": 0}, "no fragment to synchronise"),
             ({"fragments": 2.0}, "fragments=2.0: it must be an integer"),
-            ({"fragment_pattern": "stripes"}, "'sequential' or 'strided'"),
+            ({"fragment_pattern": "stripes"}, "it must be one of sequential, strided"),
         ],
     )
     def test_cuts_of_one_module(self, options: dict[str, Any], says: str) -> None:
