@@ -20,6 +20,11 @@ from torchft.simulator.feed import Feed
 LOADED_APART = {"num_workers": 1}
 
 
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
 class Samples(Dataset[Any]):
     """One sample at a time, with a random part."""
 
@@ -42,10 +47,7 @@ def test_worker_processes_load_the_same_batches() -> None:
     one.close()
 
 
-def test_loading_in_other_processes_gives_the_same_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_loading_in_other_processes_gives_the_same_run() -> None:
     here = fit(val=pairs(20)).result
     there = fit(val=pairs(20), dataloader_kwargs=LOADED_APART, run_name="there").result
     assert here is not None and there is not None
