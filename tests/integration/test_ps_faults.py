@@ -295,8 +295,8 @@ def test_the_servers_settings_hold_and_the_worker_is_told(tmp_path: Path) -> Non
         reply = voice.register()
         assert reply["agreed"] == {"sync_every": 7, "codec": "int8", "fragments": 1}
         assert reply["differences"] == [
-            "sync_every is 7 at the server, not 5",
-            "codec is int8 at the server, not fp32",
+            "sync_every 7, not 5",
+            "codec int8, not fp32",
         ]
 
 

@@ -54,9 +54,9 @@ class SharedSettings:
         check_shared(self.sync_every, self.codec, self.fragments)
 
     def differences(self, wished: Mapping[str, Any]) -> list[str]:
-        """In words, what a worker asked for and does not get."""
+        """In words, what somebody wished for and does not get."""
         return [
-            f"{name} is {value} at the server, not {wished[name]}"
+            f"{name} {value}, not {wished[name]}"
             for name, value in asdict(self).items()
             if wished.get(name) not in (None, value)
         ]
@@ -144,16 +144,11 @@ class ServerOptions:
             )
         self.outer.build(self.rules)
 
-    def _said(self) -> dict[str, Any]:
-        """The shared settings that these options fix."""
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """The shared settings that these options fix, by name; the others are left open."""
         own = {field.name: getattr(self, field.name) for field in fields(SharedSettings)}
         return {name: value for name, value in own.items() if value is not None}
-
-    def differences(self, agreed: SharedSettings) -> list[str]:
-        """In words, what is said here and does not hold in a run that has begun."""
-        held = asdict(agreed)
-        said = self._said().items()
-        return [f"{name} {held[name]}, not {own}" for name, own in said if own != held[name]]
 
     def agree(self, wished: Mapping[str, Any]) -> SharedSettings:
         """The settings that the server and the first worker agree on; the server's come first.
@@ -163,4 +158,4 @@ class ServerOptions:
         """
         names = [field.name for field in fields(SharedSettings)]
         asked = {name: wished[name] for name in names if wished.get(name) is not None}
-        return SharedSettings(**{**asked, **self._said()})
+        return SharedSettings(**{**asked, **self.fixed})

@@ -82,15 +82,10 @@ class HttpService:
         self.state, self.tokens, self._clock, self._stop = state, tokens, clock, stop
         self._read_timeout_s = read_timeout_s
         self._began, self._page = clock(), page()
-        self._scopes: dict[Handler, Scope | None] = {}
 
     def app(self) -> web.Application:
-        """The routes, behind one layer for errors and one for tokens."""
-        app = web.Application(
-            client_max_size=MAX_JSON_BYTES,
-            middlewares=[self._refuse, self._admit],
-        )
-        state = self.state
+        """The routes, each behind a check of its token and a layer for errors."""
+        app, state = web.Application(client_max_size=MAX_JSON_BYTES), self.state
         routes: list[tuple[str, str, Scope | None, Handler]] = [
             ("GET", "/healthz", None, self._health),
             ("GET", "/", None, self._dashboard),
@@ -113,51 +108,52 @@ class HttpService:
         }
         routes += [("POST", p, Scope.WORKER, self._json_of(a)) for p, a in answers.items()]
         for method, path, scope, handler in routes:
-            app.router.add_route(method, path, handler)
-            self._scopes[handler] = scope
+            app.router.add_route(method, path, self._guarded(scope, handler))
         return app
 
     # ------------------------------------------------------------------ who, and what went wrong
 
-    @web.middleware
-    async def _refuse(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        try:
-            return await handler(request)
-        except Refused as error:
-            status, reason = error.status, str(error)
-        except MismatchError as error:
-            status, reason = Unfit.status, str(error)
-        except SettingsError as error:
-            status, reason = Refused.status, str(error)
-        except web.HTTPRequestEntityTooLarge:
-            status, reason = TooLarge.status, f"more than {MAX_JSON_BYTES} bytes of JSON"
-        except TimeoutError:
-            reason = f"nothing came for {self._read_timeout_s:g} s: go on from there"
-            status = Interrupted.status
-        except (ConnectionError, asyncio.IncompleteReadError, web.RequestPayloadError):
-            status, reason = Interrupted.status, "the body ended early: go on from there"
-        except OSError as error:
-            # Workers train on and ask again: there may be room by then.
-            status, reason = _NO_ROOM, f"the server cannot write: {error.strerror}"
-        return _refusal(request, status, reason)
+    def _guarded(self, scope: Scope | None, handler: Handler) -> Handler:
+        """The handler for whoever is allowed `scope`; an error becomes an answer that says why."""
 
-    @web.middleware
-    async def _admit(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        route = request.match_info
-        scope = self._scopes[route.handler] if route.http_exception is None else None
-        if scope is not None and self.tokens is not None:
-            kind, _, token = request.headers.get("Authorization", "").partition(" ")
-            found = self.tokens.scope_of(token.strip()) if kind.lower() == "bearer" else None
-            if found is None:
-                raise Unauthorized(
-                    "no valid token: give the one that the server printed when it was first "
-                    "started, with --auth-token-file or DILOCO_AUTH_TOKEN"
-                )
-            if found < scope:
-                raise Forbidden(
-                    f"this needs a token for {scope.name.lower()}, not {found.name.lower()}"
-                )
-        return await handler(request)
+        async def guarded(request: web.Request) -> web.StreamResponse:
+            try:
+                self._admit(request, scope)
+                return await handler(request)
+            except Refused as error:
+                status, reason = error.status, str(error)
+            except MismatchError as error:
+                status, reason = Unfit.status, str(error)
+            except SettingsError as error:
+                status, reason = Refused.status, str(error)
+            except web.HTTPRequestEntityTooLarge:
+                status, reason = TooLarge.status, f"more than {MAX_JSON_BYTES} bytes of JSON"
+            except TimeoutError:
+                reason = f"nothing came for {self._read_timeout_s:g} s: go on from there"
+                status = Interrupted.status
+            except (ConnectionError, asyncio.IncompleteReadError, web.RequestPayloadError):
+                status, reason = Interrupted.status, "the body ended early: go on from there"
+            except OSError as error:
+                # Workers train on and ask again: there may be room by then.
+                status, reason = _NO_ROOM, f"the server cannot write: {error.strerror}"
+            return _refusal(request, status, reason)
+
+        return guarded
+
+    def _admit(self, request: web.Request, scope: Scope | None) -> None:
+        if scope is None or self.tokens is None:
+            return
+        kind, _, token = request.headers.get("Authorization", "").partition(" ")
+        found = self.tokens.scope_of(token.strip()) if kind.lower() == "bearer" else None
+        if found is None:
+            raise Unauthorized(
+                "no valid token: give the one that the server printed when it was first started, "
+                "with --auth-token-file or DILOCO_AUTH_TOKEN"
+            )
+        if found < scope:
+            raise Forbidden(
+                f"this needs a token for {scope.name.lower()}, not {found.name.lower()}"
+            )
 
     def _json_of(self, answer: Answer) -> Handler:
         """A handler that answers a JSON object with another one."""

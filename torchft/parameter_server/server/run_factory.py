@@ -112,7 +112,7 @@ class RunFactory:
 
     def _of(self, saved: Mapping[str, Any]) -> TrainingRun:
         shape, agreed = ModelShape.from_json(saved["model"]), SharedSettings(**saved["agreed"])
-        for difference in self._options.differences(agreed):
+        for difference in agreed.differences(self._options.fixed):
             logger.warning("the run goes on with its own settings: %s of the flags", difference)
         rounds = Rounds(self._options.rules, len(shape.fragments))
         rounds.load_state_dict(saved["rounds"], self._clock())

@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from torchft.errors import MismatchError, UnreachableError
 from torchft.parameter_server.core.chunks import Chunks
 from torchft.parameter_server.core.options import SharedSettings
@@ -31,8 +33,8 @@ from torchft.parameter_server.core.refused import (
 )
 from torchft.parameter_server.core.shape import ModelShape
 from torchft.parameter_server.core.weight_update import UpdateKind
-from torchft.parameter_server.worker.client import DiLoCoClient
 from torchft.parameter_server.worker.download_cache import DownloadCache, DownloadedUpdate
+from torchft.parameter_server.worker.options import WorkerOptions, host_name
 from torchft.parameter_server.worker.submissions import PendingSubmission
 from torchft.quantization import Identity, codec_of
 from torchft.retry import pauses
@@ -50,26 +52,25 @@ _PIECE = 1 << 20
 _TAKEN_ID_S = 20.0
 """How long a new process waits until the one that had its id counts as silent."""
 
-Rows = Callable[[int], Any]
-
 
 class ServerConnection:
-    """Call `connect` and `start`, then `launch` submissions: each is over when its event is set."""
+    """Call `connect` and `start`, then `launch` submissions: each is over when its event is set.
+
+    Args:
+        rows: the weights of a fragment, fp32 `[1, n]`, for a server that has none.
+        speed: inner steps per second, asked at every sign of life.
+    """
 
     def __init__(
         self,
-        make_client: Callable[[], DiLoCoClient],
+        options: WorkerOptions,
         worker: str,
-        hostname: str,
-        wished: SharedSettings,
         shape: ModelShape,
-        rows: Rows,
-        *,
-        beat_s: float,
+        rows: Callable[[int], Tensor],
         speed: Callable[[], float],
     ) -> None:
         self.worker, self.session = worker, uuid.uuid4().hex
-        self.shape, self.agreed = shape, wished
+        self.shape, self.agreed = shape, options.wished
         self.recommended = 0
         """Inner steps that the server recommends."""
         self.down = threading.Event()
@@ -77,10 +78,9 @@ class ServerConnection:
         self.fault: Exception | None = None
         """The server is another one than it was: training with it makes no sense."""
         self.bytes_sent = self.bytes_received = self.reconnections = 0
-        self._hostname, self._wished, self._rows = hostname, wished, rows
-        self._make_client = make_client
-        self._client, self._beat_client = make_client(), make_client()
-        self._beat_s, self._speed = beat_s, speed
+        self._options, self._rows, self._speed = options, rows, speed
+        self._client, self._beat_client = options.client(), options.client()
+        self._beat_s = options.heartbeat_interval_s
         self._cache = DownloadCache()
         self._submissions: list[PendingSubmission] = []
         self._work = threading.Condition()
@@ -155,7 +155,7 @@ class ServerConnection:
         if self._left.is_set():
             return
         self._left.set()
-        client = self._make_client()
+        client = self._options.client()
         try:
             client.post("/v1/deregister", self._who())
         except (UnreachableError, Refused) as error:
@@ -171,9 +171,9 @@ class ServerConnection:
     def _register(self) -> dict[str, Any]:
         request = {
             **self._who(),
-            "hostname": self._hostname,
+            "hostname": host_name(),
             "model": self.shape.to_json(),
-            "wished": asdict(self._wished),
+            "wished": asdict(self._options.wished),
             "beat_s": self._beat_s,
         }
         try:

@@ -13,7 +13,8 @@ from torchft import settings
 from torchft.arguments import check_integer, check_number
 from torchft.errors import SettingsError
 from torchft.parameter_server.auth import Scope, default_token_file, find_token
-from torchft.parameter_server.core.options import check_shared
+from torchft.parameter_server.core.options import SharedSettings, check_shared
+from torchft.parameter_server.worker.client import DiLoCoClient
 
 __all__ = ["WorkerOptions", "host_name"]
 
@@ -88,6 +89,22 @@ class WorkerOptions:
         if self.worker_id:
             return self.worker_id
         return f"worker_{host_name()[:100]}_{uuid.uuid4().hex[:8]}"
+
+    @property
+    def wished(self) -> SharedSettings:
+        """What it asks for of the settings that all workers share."""
+        return SharedSettings(self.sync_every, self.codec, self.num_fragments)
+
+    def client(self) -> DiLoCoClient:
+        """A client of the server, with the token that goes with it.
+
+        Raises:
+            SettingsError: `server` is no address, or the file of a token or of the certificates to
+                trust cannot be used.
+        """
+        plain = DiLoCoClient(self.server)
+        token = self.token(plain.host, plain.port)
+        return DiLoCoClient(self.server, token=token, tls_ca=self.tls_ca)
 
     def token(self, host: str, port: int) -> str | None:
         """The token to send to a server; None where there is none.

@@ -30,10 +30,9 @@ from torch import Tensor, nn
 from torchft.errors import PhaseError
 from torchft.parameter_server.core.options import SharedSettings
 from torchft.parameter_server.core.shape import ModelShape
-from torchft.parameter_server.worker.client import DiLoCoClient
 from torchft.parameter_server.worker.connection import ServerConnection
 from torchft.parameter_server.worker.download_cache import DownloadedUpdate
-from torchft.parameter_server.worker.options import WorkerOptions, host_name
+from torchft.parameter_server.worker.options import WorkerOptions
 from torchft.parameter_server.worker.ranks import Ranks
 from torchft.parameter_server.worker.sharded import check_optimizer, unwrapped
 from torchft.parameter_server.worker.submissions import PendingSubmission, Submissions
@@ -278,18 +277,8 @@ class DiLoCoWorker(Uncopied):
         self._fresh = 0
 
     def _make_connection(self, shape: ModelShape) -> None:
-        options = self.options
-
-        def client() -> DiLoCoClient:
-            plain = DiLoCoClient(options.server)
-            token = options.token(plain.host, plain.port)
-            return DiLoCoClient(options.server, token=token, tls_ca=options.tls_ca)
-
-        wished = SharedSettings(options.sync_every, options.codec, options.num_fragments)
         self._connection = ServerConnection(
-            *(client, self.worker_id, host_name(), wished, shape, self._row),
-            beat_s=options.heartbeat_interval_s,
-            speed=lambda: self._rate,
+            self.options, self.worker_id, shape, self._row, lambda: self._rate
         )
 
     def _row(self, fragment: int) -> Tensor:
