@@ -42,7 +42,7 @@ def main() -> None:
         if committed and manager.current_step() % 100 == 0:
             there = manager.num_participants()
             print(f"step {manager.current_step()}: {there} groups, loss {loss.item():.4f}")
-    manager.settle()  # a group that missed the last step heals from one that has it
+    manager.final_sync()  # a group that missed the last step heals from one that has it
     manager.shutdown()
 
 

@@ -97,7 +97,7 @@ class DistributedDataParallel(Uncopied, parallel.DistributedDataParallel):
         averager.serve(self)
         self.register_forward_pre_hook(_before_forward)
         self.register_forward_hook(_after_forward)
-        manager.add_step_listener(averager)
+        manager.listeners.add(averager)
         averager.leave_with(self)
 
     def rebuild(self) -> None:

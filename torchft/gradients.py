@@ -57,7 +57,7 @@ class GradientAverager(ABC):
         refuse_sparse(module)
         self.codec = self._choose(should_quantize)
         if self.codec is not None:
-            manager.describe_setting("codec", self.codec.name)
+            manager.fingerprint.describe_setting("codec", self.codec.name)
         itself = weakref.WeakMethod(self._backward_ends)
         self.backward = BackwardPass(lambda: _call(itself))
         self.has_local = self.has_averaged = False
@@ -107,7 +107,7 @@ class GradientAverager(ABC):
     def before_forward(self) -> None:
         """The model is about to compute something: begin a step, if it may be trained on."""
         if torch.is_grad_enabled() and self.module.training:
-            self.manager.begin_in_forward()
+            self.manager.steps.begin_early()
 
     def reduce(self, tensor: Tensor, name: Name) -> Work:
         """Begin the average of `tensor`, which errors call by `name`."""

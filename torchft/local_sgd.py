@@ -244,14 +244,14 @@ class DiLoCo(StrategyHooks):
             key = f"StreamingDiLoCoFragment_{fragment.index}"
             tensors = map(local_part, self._local.of(fragment))
             names = self._local.names_of(fragment)
-            self._manager.describe_model(key, list(zip(names, tensors, strict=True)))
+            self._manager.fingerprint.describe_model(key, list(zip(names, tensors, strict=True)))
             self._manager.register_state_dict_fn(
                 key,
                 partial(self._heal_fragment, fragment),
                 partial(self._recipe.fragment_state, fragment),
             )
         if self._recipe.delay:
-            self._manager.offer_copies()
+            self._manager.state.offer_copies()
             self._manager.register_state_dict_fn(
                 "StreamingDiLoCo_open_rounds",
                 self._strategy.take_over,

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch.amp import GradScaler
 
     from torchft.manager import Manager
-    from torchft.manager.open_step import OpenStep
+    from torchft.manager.step import Step
 
 __all__ = ["OptimizerWrapper"]
 
@@ -60,7 +60,7 @@ class OptimizerWrapper(Uncopied, Optimizer):
         self.optim = optim
         self._scaler = None if scaler is None else FollowedScaler(manager, scaler)
         self._warned = False
-        self._stepped: OpenStep | None = None
+        self._stepped: Step | None = None
         """The step whose vote this optimizer has followed last."""
 
     @untraced
@@ -75,7 +75,7 @@ class OptimizerWrapper(Uncopied, Optimizer):
         """
         if self._scaler is not None:
             self._scaler.begin()
-        if self.manager.needs_new_step():
+        if self.manager.steps.needs_new:
             self.manager.start_quorum()
         self.optim.zero_grad(set_to_none)
 
@@ -90,14 +90,15 @@ class OptimizerWrapper(Uncopied, Optimizer):
             SettingsError: a parameter has a gradient, and is in no model that was wrapped.
         """
         assert closure is None, "a step that is voted on cannot re-evaluate the loss in a closure"
-        self.manager.refuse_unaveraged(self.optim.param_groups)
+        step = self.manager.steps.begun("step")
+        self.manager.listeners.refuse_unaveraged(self.optim.param_groups, step)
         found = Found(self)
         if found.by_scaler and self._scaler is None and not self._warned:
             self._warned = True
             warn_of_stranger()
         follows = self._voted_by_another()
         committed = self._commits(found) if follows is None else self._follow(follows, found)
-        self._stepped = self.manager.voted_step()
+        self._stepped = self.manager.steps.voted
         if not committed:
             return False
         with self.manager.ledger.spending(Bucket.OPTIMIZER):
@@ -127,7 +128,7 @@ class OptimizerWrapper(Uncopied, Optimizer):
     def _voted_by_another(self) -> bool | None:
         """How the step ended that another optimizer has voted on and this one has not followed
         yet; None where this one is to vote."""
-        voted = None if self.manager.is_step_open() else self.manager.voted_step()
+        voted = self.manager.steps.voted
         return None if voted is None or voted is self._stepped else voted.committed
 
     def _follow(self, committed: bool, found: Found) -> bool:

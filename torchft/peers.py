@@ -65,7 +65,7 @@ class Round(Protocol):
     """One transaction among the members that opened it."""
 
     @property
-    def opening(self) -> bool:
+    def bootstrap(self) -> bool:
         """True when every member is new: all have just been given equal state and nobody has
         anything to contribute. Such a round is neither used nor closed."""
         ...
@@ -93,13 +93,13 @@ class Round(Protocol):
         self,
         tensors: Sequence[Tensor],
         codec: Codec | None = None,
-        unsaid: Sequence[Tensor] | None = None,
+        error_feedback: Sequence[Tensor] | None = None,
     ) -> Handle:
         """Mean over the participating nodes, `[rows, ...]` → `[1 or rows, ...]`, maybe in place.
 
-        With a codec that is `torchft.quantization.quantized_mean` of the members' rows. `unsaid`,
-        for error feedback, then holds for each tensor what it should say, fp32 or fp64 and
-        `[rows, ...]` too; when the wait is over, it holds what did not arrive of it.
+        With a codec that is `torchft.quantization.quantized_mean` of the members' rows.
+        `error_feedback` has then a buffer for each tensor, of its shape, fp32 or fp64. In: the
+        exact values. Out, when the wait is over: the quantisation error.
 
         Raises:
             SettingsError: the codec cannot hold a tensor's dtype. Nothing has been sent.

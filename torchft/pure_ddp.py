@@ -43,7 +43,7 @@ class PureDistributedDataParallel(Uncopied, nn.Module):
         self.module = module
         self._averager = _EachParameter(type(self).__name__, manager, module, should_quantize)
         self._averager.follow()
-        manager.add_step_listener(self._averager)
+        manager.listeners.add(self._averager)
         self._averager.leave_with(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

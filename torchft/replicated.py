@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from torchft.errors import PhaseError, SettingsError
 from torchft.ledger import Bucket
-from torchft.manager.peers import ManagedPeers
+from torchft.manager.peers import ManagerPeers
 from torchft.optim import OptimizerWrapper
 from torchft.quantization.proof import prove
 from torchft.step_hooks import check_optimizer, check_trains, parameters_of
@@ -107,7 +107,7 @@ class Replicated(Uncopied):
         if peers is None:
             delayed = len(strategy.recipes) == 1 and strategy.recipes[0].delay > 0
             background = manager._use_async_quorum and delayed
-            peers = ManagedPeers(manager, deterministic=deterministic, background=background)
+            peers = ManagerPeers(manager, deterministic=deterministic, background=background)
         strategy.bind(self._local, peers, applying=self._applying)
         self._describe(deterministic)
         self._register()
@@ -177,10 +177,10 @@ class Replicated(Uncopied):
         """End a run: close the rounds that are open, and let whoever missed the last one heal.
 
         Returns:
-            Whether the others came; see `Manager.settle`.
+            Whether the others came; see `Manager.final_sync`.
         """
         self._strategy.finish()
-        return self._manager.settle()
+        return self._manager.final_sync()
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -231,7 +231,7 @@ class Replicated(Uncopied):
     # ------------------------------------------------------------------ what a joining group gets
 
     def _register(self) -> None:
-        self._manager.offer_copies()  # buffers change while a round is open
+        self._manager.state.offer_copies()  # buffers change while a round is open
         self._manager.register_state_dict_fn("Replicated", self._heal, self._healing_state)
 
     def _healing_state(self) -> State:
@@ -291,10 +291,12 @@ class Replicated(Uncopied):
     def _describe(self, deterministic: bool) -> None:
         """Groups with another model or strategy are refused before any number is mixed."""
         named = zip(self._local.names, self._local.parameters, strict=True)
-        self._manager.describe_model("model", list(named))
+        self._manager.fingerprint.describe_model("model", list(named))
         recipes = self._strategy.recipes
         if any(recipe.buffers != LEFT for recipe in recipes):
-            self._manager.describe_model("model buffers", list(self._local.buffers()[0].items()))
+            self._manager.fingerprint.describe_model(
+                "model buffers", list(self._local.buffers()[0].items())
+            )
         for name, value in {
             "strategy": ", ".join(kind_of(recipe) for recipe in recipes),
             "sync_every": ", ".join(str(recipe.every) for recipe in recipes),
@@ -302,7 +304,7 @@ class Replicated(Uncopied):
             "deterministic": str(deterministic),
             "bucket bytes": str(self._strategy.bucket_bytes),
         }.items():
-            self._manager.describe_setting(name, value)
+            self._manager.fingerprint.describe_setting(name, value)
 
     def _take_backup(self) -> None:
         """Training begins with the weights as they are now."""

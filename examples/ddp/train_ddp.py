@@ -97,7 +97,7 @@ def main() -> None:
                 say(news)
             if step % SAY_EVERY == 0:
                 say(f"step {step}, {there} of {job.groups} groups, loss {loss.item():.4f}")
-        manager.settle()  # whoever missed the last step heals from the others
+        manager.final_sync()  # whoever missed the last step heals from the others
         step = manager.current_step()
         say(f"step {step}, digest of weights and optimizer: {digest(save())}")
     finally:

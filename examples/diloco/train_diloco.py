@@ -100,7 +100,7 @@ def main() -> None:
                     )
                     for news in barrier.committed(done, there):
                         say(news)
-        manager.settle()  # whoever missed the last outer step heals from the others
+        manager.final_sync()  # whoever missed the last outer step heals from the others
         state = [model.state_dict(), outer.state_dict()]
         say(f"step {manager.current_step()}, digest of weights and outer state: {digest(state)}")
     finally:

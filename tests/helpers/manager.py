@@ -1,23 +1,25 @@
 """A manager over in-process peers: what the doors use of one, with failures on the script.
 
-It stands under the real `ManagedPeers`, and heals, counts and votes as the node's script says.
+It stands under the real `ManagerPeers`, and heals, counts and votes as the node's script says.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 from helpers.peers import InProcessRound, Node
+from helpers.steps import lone_step
 from torch import Tensor
 from torch.distributed import Work
 
 from torchft.collectives import codec_for
 from torchft.errors import PhaseError
 from torchft.ledger import Ledger
-from torchft.manager.listeners import StepListener, StepListeners
-from torchft.manager.transaction import Transaction
+from torchft.manager.listeners import StepListeners
+from torchft.manager.step import Step
 from torchft.peers import Handle, Place
 from torchft.quantization import Codec
 from torchft.work import _DummyWork
@@ -26,7 +28,7 @@ __all__ = ["InProcessManager"]
 
 
 class InProcessManager:
-    """The members of `torchft.manager.Manager` that doors use."""
+    """The members of `torchft.manager.Manager`, and of its parts, that fronts use."""
 
     def __init__(self, node: Node, *, use_async_quorum: bool = False) -> None:
         self.ledger = Ledger()
@@ -42,8 +44,9 @@ class InProcessManager:
         """What they had compared once."""
         self._node = node
         self._round: InProcessRound | None = None
-        self._listeners = StepListeners(self._compare)
-        self._transaction = Transaction(self.ledger, lambda _: None)
+        self.listeners = StepListeners()
+        self.steps = self.state = self.fingerprint = self  # one object plays all the parts
+        self._step_now: Step = lone_step(self.ledger)
         self._step_voted: InProcessStep | None = None
         self._met = False
         self._open = False
@@ -82,30 +85,31 @@ class InProcessManager:
     def describe_setting(self, name: str, value: str) -> None:
         self.described[name] = [value]
 
-    def add_step_listener(self, listener: StepListener) -> None:
-        self._listeners.add(listener)
-
     def _compare(self, always: dict[str, Any], once: dict[str, Any]) -> None:
         self.once |= once
         if not self.listened or always != self.listened[-1]:
             self.listened.append(always)
 
-    def begin_in_forward(self) -> None:
+    def begin_early(self) -> None:
         if not self._open:
             self.start_quorum()
             self._begun_early = True
 
-    def is_step_open(self) -> bool:
+    @property
+    def is_open(self) -> bool:
         return self._open
 
-    def needs_new_step(self) -> bool:
-        return not (self._open and not self._transaction.averages and self.errored() is None)
+    @property
+    def needs_new(self) -> bool:
+        return not (self._open and not self._step_now.averages and self.errored() is None)
 
-    def refuse_unaveraged(self, param_groups: list[dict[str, Any]]) -> None:
-        self._listeners.refuse_unaveraged(param_groups, self._transaction)
-
-    def voted_step(self) -> InProcessStep | None:
+    @property
+    def voted(self) -> InProcessStep | None:
         return None if self._open else self._step_voted
+
+    @property
+    def has_met(self) -> bool:
+        return self._round is not None
 
     def disallow_state_dict_read(self) -> None:
         self.readable = False
@@ -120,21 +124,26 @@ class InProcessManager:
         timeout: timedelta | None = None,
         place: Place = Place.BEFORE,
     ) -> None:
-        if self._open and self._begun_early and not self.needs_new_step():
+        if self._open and self._begun_early and not self.needs_new:
             self._begun_early = False
             return
-        self._listeners.before_step()
+        self._compare(*self.listeners.before_step())
         self._round = self._node.open(place)
-        self._transaction = Transaction(self.ledger, lambda _: None)
+        self._step_now = lone_step(self.ledger)
         self._open = True
 
-    def is_opening(self) -> bool:
-        assert self._round is not None
-        return self._round.opening
+    def begun(self, what: str) -> InProcessStep:
+        assert self._round is not None, f"call start_quorum before {what}"
+        return InProcessStep(self, self._round, self._step_now)
 
-    def close_opening(self) -> bool:
-        self._open = False
-        return True
+    def close(
+        self, step: InProcessStep, timeout: timedelta | None = None, *, counts: bool = True
+    ) -> bool:
+        self._open = self._open and step.round is not self._round
+        return step.close() if counts else True
+
+    def fall_behind(self, step: Any = None) -> None:
+        self.count(-1)
 
     # What doors use that run one step at a time.
 
@@ -142,83 +151,82 @@ class InProcessManager:
         self, tensor: Tensor, should_quantize: bool | str | Codec = False, name: Any = None
     ) -> Work:
         assert self._open, "call start_quorum before allreduce"
-        work = self.take_step().allreduce(tensor, should_quantize)
-        self._transaction.averages.append(work)  # type: ignore[arg-type]
+        work = self.begun("it").allreduce(tensor, should_quantize)
+        self._step_now.averages.append(work)  # type: ignore[arg-type]
         work.wait()
         return _DummyWork(tensor)
 
     def report_error(self, e: Exception) -> None:
-        self._transaction.report(e)
-        self.take_step().report_error(e)
+        self._step_now.report(e)
+        self.begun("it").report_error(e)
 
     def errored(self) -> Exception | None:
-        return None if self._round is None else self.take_step().errored()
+        failed = self._round is not None and self._round.failed
+        return RuntimeError("the round failed") if failed else None
 
     def should_commit(self, timeout: timedelta | None = None) -> bool:
         if not self._open:
             raise PhaseError("no step is open")
-        self._listeners.before_vote(self._transaction)
-        if self._transaction.error is not None:
-            self.report_error(self._transaction.error.original_exception)
+        self.listeners.before_vote(self._step_now)
+        if self._step_now.error is not None:
+            self.report_error(self._step_now.error.original_exception)
         self._open = False
-        self._step_voted = self.take_step()
-        return self._step_voted.should_commit(timeout)
+        self._step_voted = self.begun("it")
+        return self._step_voted.close()
 
     # What doors use that let several be open.
 
-    def take_step(self) -> InProcessStep:
-        assert self._round is not None, "call start_quorum first"
-        return InProcessStep(self, self._round)
+    def take(self) -> InProcessStep:
+        return self.begun("take")
 
     def take_over(self, **carried: Any) -> InProcessStep:
-        return InProcessStep(self, self._node.take_over(carried))
+        return InProcessStep(self, self._node.take_over(carried), self._step_now)
 
     def count(self, steps: int) -> None:
         self._step += steps
 
 
 class InProcessStep:
-    """The members of `torchft.manager.open_step.OpenStep` that peers use."""
+    """The members of `torchft.manager.step.Step` that peers use; `as_step` counts its averages."""
 
-    def __init__(self, manager: InProcessManager, of: InProcessRound) -> None:
+    def __init__(self, manager: InProcessManager, of: InProcessRound, as_step: Step) -> None:
         self.committed: bool | None = None
-        self._manager = manager
-        self._round = of
+        self.context, self.averages = as_step.context, as_step.averages
+        self.plan = SimpleNamespace(bootstrap=of.bootstrap)
+        self.round = of
+        self._manager, self._as_step = manager, as_step
+
+    @property
+    def failed(self) -> bool:
+        return self.round.failed
 
     def allreduce(
         self,
         tensor: Tensor,
         should_quantize: bool | str | Codec = False,
         *,
-        unsaid: Tensor | None = None,
+        error_feedback: Tensor | None = None,
         reports: bool = True,
     ) -> Work:
         self._manager.reductions.append(tensor.numel())
         codec = codec_for(should_quantize, tensor.device)
-        left = None if unsaid is None else [unsaid[None]]
-        return _Waited(tensor, self._round.average([tensor[None]], codec, left))
+        left = None if error_feedback is None else [error_feedback[None]]
+        return _Waited(tensor, self.round.average([tensor[None]], codec, left))
 
     ordered_mean = allreduce
-    check_finite = True
 
     def allgather(self, tensor: Tensor) -> tuple[Work, list[Tensor]]:
-        (rows,) = self._round.gather([tensor]).wait()
+        (rows,) = self.round.gather([tensor]).wait()
         return _DummyWork(None), list(rows.split(tensor.shape[0]))
 
     def carried(self) -> dict[str, Any]:
-        return self._round.carried()
+        return self.round.carried()
 
     def report_error(self, e: Exception) -> None:
-        self._round.fail(e)
+        self.round.fail(e)
 
-    def errored(self) -> Exception | None:
-        return RuntimeError("the round failed") if self._round.failed else None
-
-    def fall_behind(self) -> None:
-        self._manager.count(-1)
-
-    def should_commit(self, timeout: timedelta | None = None) -> bool:
-        self.committed = self._round.close()
+    def close(self) -> bool:
+        self.committed = self.round.close()
         self._manager.count(self.committed)
         return self.committed
 

@@ -204,7 +204,7 @@ class Node:
             one.failed |= not set(one.members) <= set(members)
         opened = InProcessRound(self, number, members, counted)
         opened.failed = unhealed
-        if not opened.opening:
+        if not opened.bootstrap:
             self.open_rounds.append(opened)
         if self.watch is not None:
             opened.seen = self.watch()
@@ -225,7 +225,7 @@ class InProcessRound(FormedAtOnce):
     """One round of one node."""
 
     def __init__(self, node: Node, number: int, members: list[int], counted: list[int]) -> None:
-        self.opening = number == 0
+        self.bootstrap = number == 0
         self.number = number
         self.members = members
         self.counted = counted
@@ -238,10 +238,10 @@ class InProcessRound(FormedAtOnce):
         self,
         tensors: Sequence[Tensor],
         codec: Codec | None = None,
-        unsaid: Sequence[Tensor] | None = None,
+        error_feedback: Sequence[Tensor] | None = None,
     ) -> _Average:
         """Post this node's tensors; a newcomer's are zeros that do not count."""
-        return _Average(self, self._post(tensors), list(tensors), codec, unsaid)
+        return _Average(self, self._post(tensors), list(tensors), codec, error_feedback)
 
     def gather(self, tensors: Sequence[Tensor]) -> _Gathering:
         """Post this node's rows."""
@@ -261,7 +261,7 @@ class InProcessRound(FormedAtOnce):
         return self._node.rank
 
     def _post(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-        assert not self.opening, "an opening round is not used"
+        assert not self.bootstrap, "a bootstrap round is not used"
         if self.lost:
             raise Lost
         self._collectives += 1
@@ -320,10 +320,10 @@ class _Average(Handle):
         key: tuple[Any, ...],
         tensors: list[Tensor],
         codec: Codec | None,
-        unsaid: Sequence[Tensor] | None,
+        error_feedback: Sequence[Tensor] | None,
     ) -> None:
         self._round, self._key, self._tensors, self._codec = over, key, tensors, codec
-        self._unsaid = [None] * len(tensors) if unsaid is None else unsaid
+        self._error_feedback = [None] * len(tensors) if error_feedback is None else error_feedback
         self._arrived = False
 
     def wait(self) -> list[Tensor]:
@@ -336,21 +336,21 @@ class _Average(Handle):
         members = self._round.members
         rows = self._round.rows(self._key, self._round.counted if self._codec is None else members)
         columns = zip(*rows, strict=True)
-        for tensor, column, unsaid in zip(self._tensors, columns, self._unsaid, strict=True):
-            tensor.copy_(mean(column) if self._codec is None else self._encoded(column, unsaid))
+        for tensor, column, owed in zip(self._tensors, columns, self._error_feedback, strict=True):
+            tensor.copy_(mean(column) if self._codec is None else self._encoded(column, owed))
         return self._tensors
 
-    def _encoded(self, column: Sequence[Tensor], unsaid: Tensor | None) -> Tensor:
+    def _encoded(self, column: Sequence[Tensor], error_feedback: Tensor | None) -> Tensor:
         assert self._codec is not None
         members = self._round.members
         which = [members.index(node) for node in self._round.counted]
         rows = torch.cat(list(column))
-        if unsaid is None:
+        if error_feedback is None:
             return quantized_mean(rows, self._codec, which)
-        everybodys = torch.zeros(rows.shape, dtype=unsaid.dtype)
-        everybodys[members.index(self._round.rank)] = unsaid[0]
+        everybodys = torch.zeros(rows.shape, dtype=error_feedback.dtype)
+        everybodys[members.index(self._round.rank)] = error_feedback[0]
         average = quantized_mean(rows, self._codec, which, everybodys)
-        unsaid.copy_(everybodys[members.index(self._round.rank)])
+        error_feedback.copy_(everybodys[members.index(self._round.rank)])
         return average
 
 

@@ -78,7 +78,7 @@ def test_who_missed_the_last_outer_step_gets_the_weights_too_when_all_settle(
             if group.number == 0:  # as if the last collective had failed for it alone
                 manager.load_state_dict({"step": 1, "batches_committed": 2})
                 nn.init.zeros_(model.weight)
-        return manager.settle(), manager.current_step(), model.weight.flatten().tolist()
+        return manager.final_sync(), manager.current_step(), model.weight.flatten().tolist()
 
     one, two = World(tmp_path, min_replicas=2).run(story, story)
     assert one == two

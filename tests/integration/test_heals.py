@@ -27,7 +27,7 @@ from torchft.errors import (
     TorchftError,
 )
 from torchft.manager import Manager
-from torchft.manager.peers import ManagedPeers
+from torchft.manager.peers import ManagerPeers
 from torchft.peers import Place
 
 
@@ -215,9 +215,9 @@ def test_a_joiner_that_no_donor_can_serve_leaves_after_three_tries(tmp_path: Pat
 def test_a_joiner_takes_part_in_the_others_round_with_zeros(tmp_path: Path) -> None:
     def rounds(group: Group, value: float) -> Any:
         manager = group.manager(use_async_quorum=False)
-        peers = ManagedPeers(manager)
+        peers = ManagerPeers(manager)
         first = peers.open(Place.AFTER)
-        if not first.opening:
+        if not first.bootstrap:
             (mean,) = first.average([torch.full((1, 1), value)]).wait()
             return mean.item(), first.close(), group.w[0].item(), manager.current_step()
         group.w.fill_(7.0)
@@ -246,14 +246,14 @@ def test_a_group_that_missed_the_last_step_heals_when_the_others_settle(tmp_path
         group.w.fill_(7.0)
         # The other one was left behind: as if the last collective had failed for it alone.
         manager.load_state_dict({"step": 100_000, "batches_committed": 100_000})
-        return manager.settle(), manager.current_step(), group.w[0].item()
+        return manager.final_sync(), manager.current_step(), group.w[0].item()
 
     def is_behind(group: Group) -> Any:
         manager = group.manager(use_async_quorum=True)
         all_are_in(manager, 2)
         committed, mean = step(manager, 5.0)
         assert (committed, mean) == (False, 5.0)  # nothing is averaged any more
-        return manager.settle(), manager.current_step(), group.w[0].item()
+        return manager.final_sync(), manager.current_step(), group.w[0].item()
 
     one, two = World(tmp_path).run(finishes, is_behind)
     assert one == two == (True, 100_000, 7.0)
@@ -262,7 +262,7 @@ def test_a_group_that_missed_the_last_step_heals_when_the_others_settle(tmp_path
 def test_settling_alone_says_that_nobody_came(tmp_path: Path) -> None:
     def story(group: Group) -> bool:
         manager = group.manager()
-        return manager.settle(timeout=timedelta(seconds=1))
+        return manager.final_sync(timeout=timedelta(seconds=1))
 
     assert World(tmp_path, min_replicas=2).run(story) == [False]
 
@@ -349,10 +349,10 @@ def test_two_groups_of_two_ranks_open_a_run_without_waiting_for_each_other(tmp_p
     def story(group: Group) -> list[float]:
         group.w.fill_(group.number + 1.0)
         manager = group.manager(use_async_quorum=False, min_replica_size=2)
-        peers = ManagedPeers(manager)
+        peers = ManagerPeers(manager)
         began = time.monotonic()
         first = peers.open(Place.AFTER)
-        assert first.opening
+        assert first.bootstrap
         second = peers.open(Place.AFTER)
         (mean,) = second.average([torch.full((1, 1), group.number * 2.0)]).wait()
         assert second.close()
@@ -438,8 +438,8 @@ def throttle_sends(group: Group, pause_s: float) -> None:
 def test_a_joiner_of_rounds_that_cannot_load_ends_after_one_try(tmp_path: Path) -> None:
     def rounds(group: Group) -> int:
         manager = group.manager(use_async_quorum=False)
-        peers, failed = ManagedPeers(manager), 0
-        assert peers.open(Place.AFTER).opening
+        peers, failed = ManagerPeers(manager), 0
+        assert peers.open(Place.AFTER).bootstrap
         group.world.happen("opened")
         after = 3
         while after:
@@ -453,7 +453,7 @@ def test_a_joiner_of_rounds_that_cannot_load_ends_after_one_try(tmp_path: Path) 
         group.world.wait("opened")
         manager = group.manager(use_async_quorum=False, load_state_dict=no_memory)
         with pytest.raises(StateDictError) as raised:
-            ManagedPeers(manager).open(Place.AFTER)
+            ManagerPeers(manager).open(Place.AFTER)
         group.world.happen("gone")
         return str(raised.value)
 

@@ -16,7 +16,7 @@ from helpers.hosts import needs_hosts, on
 from world import Group, World
 
 from torchft import settings
-from torchft.manager.peers import ManagedPeers
+from torchft.manager.peers import ManagerPeers
 from torchft.network_namespaces import Network
 from torchft.ordered import ordered_bytes
 from torchft.peers import Place
@@ -62,7 +62,7 @@ def test_what_is_counted_is_what_passes_the_interface(
 
     def story(group: Group) -> int:
         manager = group.manager(use_async_quorum=False, min_replica_size=GROUPS, init_sync=False)
-        opened = ManagedPeers(manager, deterministic=way.ordered).open(Place.AFTER)
+        opened = ManagerPeers(manager, deterministic=way.ordered).open(Place.AFTER)
         codec = None if way.codec is None else codec_of(way.codec)
         opened.average([torch.full((1, NUMBERS), 1.0)], codec).wait()
         assert opened.close()

@@ -128,7 +128,7 @@ def test_who_ends_its_run_does_not_wait_for_it(store: TCPStore) -> None:
         assert step(manager)
         server.shutdown()
         began = time.monotonic()
-        assert not manager.settle()
+        assert not manager.final_sync()
         assert time.monotonic() - began < 5
 
 

@@ -45,7 +45,7 @@ def _run(story: Callable[[LocalNode], Any], folder: Path, nodes: int = 3, **opti
 def _gather_everything(node: LocalNode) -> list[Any]:
     node.connect(lambda _: None, dict)
     peers = node.peers()
-    while (opened := peers.open(Place.AFTER)).opening:
+    while (opened := peers.open(Place.AFTER)).bootstrap:
         pass
     mine = node.number + 1
     sent = [
@@ -59,7 +59,7 @@ def _gather_everything(node: LocalNode) -> list[Any]:
     none = opened.gather([]).wait()
     moved = node.pg.bytes_sent - before
     assert opened.close()
-    node.manager.settle()
+    node.manager.final_sync()
     return [none, moved, [(t.dtype, t.tolist()) for t in received]]
 
 

@@ -16,7 +16,7 @@ from world import KILLED, Group, World
 from torchft.ddp import DistributedDataParallel
 from torchft.errors import DiscardedTooOften, MismatchError, PhaseError, SettingsError
 from torchft.manager import WorldSizeMode
-from torchft.manager.peers import ManagedPeers
+from torchft.manager.peers import ManagerPeers
 from torchft.peers import Place
 from torchft.records import read_step_records
 
@@ -154,7 +154,7 @@ def test_too_few_groups_discard_the_step_and_say_so(tmp_path: Path, monkeypatch:
     world.run(story)
     records = read_step_records(tmp_path / "steps.jsonl")
     assert [(r.committed, r.why, r.participants) for r in records] == [
-        (False, "too few groups are counted", 1)
+        (False, "too few groups participate", 1)
     ] * 2
 
 
@@ -194,7 +194,7 @@ def test_both_ranks_of_a_group_must_vote_yes(tmp_path: Path) -> None:
 def test_a_group_with_another_model_is_named_before_any_number_is_mixed(tmp_path: Path) -> None:
     def right(group: Group) -> bool:
         manager = group.manager()
-        manager.describe_model("model", [("w", torch.zeros(3))])
+        manager.fingerprint.describe_model("model", [("w", torch.zeros(3))])
         committed = [step(manager, 1.0)[0]]
         group.world.happen("running")
         while not manager.errored():
@@ -207,7 +207,7 @@ def test_a_group_with_another_model_is_named_before_any_number_is_mixed(tmp_path
     def wrong(group: Group) -> str:
         group.world.wait("running")
         manager = group.manager()
-        manager.describe_model("model", [("w", torch.zeros(4))])
+        manager.fingerprint.describe_model("model", [("w", torch.zeros(4))])
         with pytest.raises(MismatchError) as raised:
             step(manager, 1.0)
         manager.shutdown()
@@ -224,12 +224,12 @@ def test_a_round_among_new_groups_is_an_opening_and_counts_no_step(tmp_path: Pat
     def story(group: Group) -> Any:
         group.w.fill_(group.number + 1)
         manager = group.manager(use_async_quorum=False)
-        peers = ManagedPeers(manager)
+        peers = ManagerPeers(manager)
         opening = peers.open(Place.AFTER)
-        assert opening.opening
+        assert opening.bootstrap
         start = group.w[0].item()
         round_ = peers.open(Place.AFTER)
-        assert not round_.opening
+        assert not round_.bootstrap
         handle = round_.average([torch.full((1, 2), float(group.number))])
         gathered = round_.gather([torch.full((1, 1), float(group.number))])
         (mean,) = handle.wait()

@@ -13,7 +13,7 @@ from torch.distributed import ReduceOp
 from world import Group, World
 
 from torchft.errors import MismatchError, SettingsError
-from torchft.manager.peers import ManagedPeers, ManagedRound
+from torchft.manager.peers import ManagerPeers, ManagerRound
 from torchft.peers import Place
 from torchft.quantization import Codec, Int8, codec_of, mean_bytes, quantized_mean
 from torchft.strategies import AllReduceRecipe, ModelLocal, Strategy
@@ -62,11 +62,13 @@ def test_what_a_codec_cannot_hold_is_refused_and_the_step_goes_on(tmp_path: Path
             manager.allreduce(torch.ones(3).double(), should_quantize="fp32")
         with pytest.raises(SettingsError, match="codec='int5': it must be one of fp32, bf16"):
             manager.allreduce(torch.ones(3), should_quantize="int5")
-        with pytest.raises(SettingsError, match="unsaid goes with a codec"):
-            manager.allreduce(torch.ones(3), unsaid=torch.ones(3))
+        with pytest.raises(SettingsError, match="error_feedback goes with a codec"):
+            manager.allreduce(torch.ones(3), error_feedback=torch.ones(3))
         with pytest.raises(NotImplementedError, match="SUM or AVG"):
             manager.allreduce(torch.ones(3), should_quantize=True, reduce_op=ReduceOp.MAX)
-        round_ = ManagedRound(manager.take_step())  # before it sends its first tensor
+        round_ = ManagerRound(
+            manager.steps, manager.steps.take()
+        )  # before it sends its first tensor
         with pytest.raises(SettingsError, match="no float64"):
             round_.average([torch.ones(1, 3), torch.ones(1, 3).double()], codec_of("fp32"))
         return group.pg.bytes_sent - before, round_.close()
@@ -79,7 +81,7 @@ def test_bytes_of_an_outer_step_between_two_processes(tmp_path: Path) -> None:
 
     def story(group: Group) -> list[int]:
         manager = group.manager(use_async_quorum=False, min_replica_size=2)
-        peers, sent = ManagedPeers(manager), []
+        peers, sent = ManagerPeers(manager), []
         for name in names:
             opened = peers.open(Place.BEFORE)
             before = group.pg.bytes_sent
@@ -110,7 +112,7 @@ def test_a_group_with_another_codec_is_told_before_anything_is_mixed(
         recipe, local = AllReduceRecipe(), ModelLocal([torch.nn.Linear(3, 1)])
         mine = "int8" if group.number == 0 else codec
         recipe.codec = None if mine is None else codec_of(mine)
-        strategy = Strategy([recipe]).bind(local, ManagedPeers(manager))
+        strategy = Strategy([recipe]).bind(local, ManagerPeers(manager))
         try:
             strategy.begin()
             return str(manager.errored())

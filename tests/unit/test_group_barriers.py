@@ -1,6 +1,6 @@
 """The ranks of one group meet in every barrier of a step, or none of them does.
 
-The real `Closer` runs in a thread for each rank, on the plan that the rank is dealt, and asks the
+The real `Steps` run in a thread for each rank, on the plan that the rank is dealt, and asks the
 group's manager server for the others' word: where some do so more often, they wait in vain.
 """
 
@@ -14,15 +14,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers.steps import a_context, parts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchft.errors import HealError, NotFiniteError
-from torchft.ledger import Ledger
 from torchft.manager.plan import Options, Plan, WorldSizeMode, plan_step
 from torchft.manager.progress import Progress
-from torchft.manager.transaction import Transaction
-from torchft.manager.vote import Closer
+from torchft.manager.queue import Steps
+from torchft.manager.step import Step
 from torchft.peers import Place
 
 SECOND = timedelta(seconds=1)
@@ -104,46 +104,29 @@ class Rank:
 
     def lives_through(self, plan: Plan, member: Member, place: Place) -> None:
         """One step, from its heal to its vote."""
-        transaction = Transaction(Ledger(), lambda _: None)
-        transaction.plan = plan
-        transaction.finish_forming()
         self.progress = Progress(fresh=member.fresh, step=member.step)
-        closer = self._closer(self.progress)
-        if place is Place.AFTER:
-            closer.heal(transaction, plan)
-        if plan.opening and place is Place.AFTER:
-            closer.close_without_step(transaction, plan, SECOND)
-        else:
-            closer.close(transaction, plan, SECOND)
+        context = a_context(progress=self.progress)
+        steps = Steps(*parts(context, self, rank=self.number, world_size=RANKS))
+        steps._load = self._load  # type: ignore[method-assign]
+        step = steps._next()
+        step.known_plan = plan
+        step.finish_forming()
+        average: Any = SimpleNamespace(wait=lambda _: None, report=lambda: self._arrives(step))
+        step.averages.append(average)
+        try:
+            if place is Place.AFTER:
+                steps.heal(step)
+            steps.close(step, SECOND, counts=not (plan.bootstrap and place is Place.AFTER))
+        finally:
+            steps.shutdown(wait=False)
 
-    def _closer(self, progress: Progress) -> Closer:
-        def load(transaction: Transaction) -> None:
-            assert transaction.plan is not None
-            if transaction.plan.donor is not None and not self.heals:
-                transaction.report(HealError("the donor is gone"))
+    def _load(self, step: Step, plan: Plan) -> None:
+        if plan.donor is not None and not self.heals:
+            step.report(HealError("the donor is gone"))
 
-        def finish(transaction: Transaction, *_: Any) -> None:
-            if not self.finite and not transaction.failed:
-                transaction.report(NotFiniteError("NaN"), at_home=True)
-
-        nothing: Any = SimpleNamespace(
-            finish=finish, closed=lambda *_, **__: None, say=lambda *_: None
-        )
-        group: Any = SimpleNamespace(
-            client=self, rank=self.number, world_size=RANKS, replica_id="g:1"
-        )
-        return Closer(
-            group=group,
-            communicator=nothing,
-            options=OPTIONS,
-            ledger=Ledger(),
-            log=nothing,
-            progress=progress,
-            load_staged=load,
-            leave=lambda *_: None,
-            withdraw=lambda _: None,
-            bytes_offered=lambda: 0,
-        )
+    def _arrives(self, step: Step) -> None:
+        if not self.finite and not step.failed:
+            step.report(NotFiniteError("NaN"), local=True)
 
 
 EACH = st.tuples(*[st.booleans()] * RANKS)

@@ -59,7 +59,7 @@ def test_a_heal_that_failed_says_why() -> None:
 
 def waits(store: Any, healing: list[int], **options: Any) -> None:
     arguments: dict[str, Any] = {
-        "counted": [0, 1, 2],
+        "participating": [0, 1, 2],
         "is_over": lambda: None,
         "patience": SHORT,
         **options,
@@ -103,7 +103,7 @@ def test_a_failed_heal_of_a_group_that_sends_zeros_does_not_touch_the_others() -
     store = HashStore()
     with pytest.raises(OSError, match="gone"), report_progress(store, 5, 1, lambda: 0, SHORT):
         raise OSError("the donor is gone")
-    waits(store, [1], counted=[0, 2])
+    waits(store, [1], participating=[0, 2])
 
 
 def test_a_member_that_dies_while_it_heals_is_not_waited_for() -> None:

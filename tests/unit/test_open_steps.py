@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
+from helpers.steps import a_context, lone_step, parts
 from torch.distributed import Work
 
 from torchft.errors import CollectiveError, PhaseError, SettingsError
-from torchft.ledger import Ledger
-from torchft.manager.open_step import Means, OpenStep
 from torchft.manager.plan import Phase, Plan
-from torchft.manager.queue import OpenSteps
-from torchft.manager.transaction import Transaction
+from torchft.manager.queue import Steps
+from torchft.manager.step import Step
 
 MEMBERS = ("a", "b", "c")
 
@@ -28,26 +28,15 @@ def plan(*members: str, heals: bool = False) -> Plan:
         step=4,
         store_address="",
         reconfigure=False,
-        counted=tuple(range(len(members or MEMBERS))),
+        participating=tuple(range(len(members or MEMBERS))),
         donor=None,
         serves=(),
         healing=(1,) if heals else (),
         anyone_heals=heals,
-        opening=False,
-        settling=False,
+        bootstrap=False,
+        final_sync=False,
         reference=0,
     )
-
-
-class Closer:
-    """Says yes to every step that has no error."""
-
-    def __init__(self) -> None:
-        self.closed: list[Transaction] = []
-
-    def close(self, transaction: Transaction, plan: Plan, timeout: timedelta) -> bool:
-        self.closed.append(transaction)
-        return not transaction.failed
 
 
 class Awaited(Work):
@@ -61,131 +50,144 @@ class Awaited(Work):
         self.waits += 1
         return True
 
+    def report(self) -> None:
+        """It is finite."""
 
-class Steps(OpenSteps):
-    """Those of a rank whose quorums form at once."""
+
+class World(Steps):
+    """The steps of a rank that is alone in its group, whose quorums form at once."""
 
     def __init__(self) -> None:
-        self.closer: Any = Closer()
-        nothing: Any = None
-        super().__init__(Means(nothing, self.closer, timedelta(seconds=1)))
+        self.context = a_context()
+        self.votes: list[bool] = []
+        super().__init__(*parts(self.context, self))
 
-    def transaction(self) -> Transaction:
-        return Transaction(Ledger(), lambda _: None)
+    def should_commit(self, rank: int, step: int, yes: bool, timeout: timedelta) -> bool:
+        """The manager server's answer."""
+        self.votes.append(yes)
+        return yes
 
-    def opened(self) -> OpenStep:
-        transaction = self.transaction()
-        transaction.plan = plan()
-        transaction.finish_forming()
-        transaction.averages.append(Awaited())
-        self.begin(transaction)
+    def opened(self, *members: str) -> Step:
+        step = self._next()
+        step.known_plan = plan(*members)
+        step.finish_forming()
+        average: Any = Awaited()
+        step.averages.append(average)
         return self.take()
 
 
-def test_a_step_that_was_taken_leaves_the_manager_free_to_begin_another() -> None:
-    steps = Steps()
+@pytest.fixture
+def donor() -> Iterator[World]:
+    world = World()
+    yield world
+    world.shutdown()
+
+
+@pytest.fixture
+def steps() -> Iterator[World]:
+    world = World()
+    yield world
+    world.shutdown()
+
+
+def test_a_step_that_was_taken_leaves_the_manager_free_to_begin_another(steps: World) -> None:
     first = steps.opened()
     assert steps.phase is Phase.IDLE
     second = steps.opened()
-    assert first.should_commit() and second.should_commit()
-    assert steps.closer.closed == [first.transaction, second.transaction]
+    assert steps.close(first) and steps.close(second)
+    assert steps.votes == [True, True]
     with pytest.raises(PhaseError, match="no step is open"):
-        first.should_commit()
+        steps.close(first)
 
 
-def test_a_step_that_lost_a_member_fails_and_one_that_lost_none_does_not() -> None:
-    steps = Steps()
+def test_a_step_that_lost_a_member_fails_and_one_that_lost_none_does_not(steps: World) -> None:
     before = steps.opened()
-    steps.before_heals(plan("a", "c"))
-    with_less = steps.opened()
-    with_less.transaction.plan = plan("a", "c")
-    steps.before_heals(plan("a", "c", "d"))
-    error = before.errored()
+    steps.meet(plan("a", "c"))
+    with_less = steps.opened("a", "c")
+    steps.meet(plan("a", "c", "d"))
+    error = before.error
     assert error is not None and str(error) == "b left while the step was open"
-    assert not before.should_commit()
-    assert with_less.should_commit()
+    assert not steps.close(before)
+    assert steps.close(with_less)
 
 
-def test_a_member_that_started_anew_is_another_one() -> None:
-    steps = Steps()
-    step = steps.opened()
-    step.transaction.plan = plan("a:1", "b:1")
-    steps.before_heals(plan("a:1", "b:2"))
-    assert isinstance(step.errored().original_exception, CollectiveError)  # type: ignore[union-attr]
+def test_a_member_that_started_anew_is_another_one(steps: World) -> None:
+    step = steps.opened("a:1", "b:1")
+    steps.meet(plan("a:1", "b:2"))
+    assert step.error is not None
+    assert isinstance(step.error.original_exception, CollectiveError)
 
 
 @pytest.mark.parametrize("heals", [True, False])
-def test_before_anybody_heals_what_is_open_is_complete(heals: bool) -> None:
-    steps = Steps()
+def test_before_anybody_heals_what_is_open_is_complete(steps: World, heals: bool) -> None:
     both = steps.opened(), steps.opened()
-    steps.before_heals(plan(heals=heals))
-    waits = [average.waits for step in both for average in step.transaction.averages]
-    assert waits == [heals, heals]
+    steps.meet(plan(heals=heals))
+    averages: list[Any] = [average for step in both for average in step.averages]
+    assert [average.waits for average in averages] == [heals, heals]
 
 
-def test_a_heal_replaces_what_is_open_by_what_the_donor_has_open() -> None:
-    donor, healed = Steps(), Steps()
+def test_a_heal_replaces_what_is_open_by_what_the_donor_has_open(
+    steps: World, donor: World
+) -> None:
     theirs, spoilt = donor.opened(), donor.opened()
     spoilt.report_error(RuntimeError("the network broke"))
-    mine = healed.opened()
-    with healed.healing(healed.transaction()):
-        good, bad = (
-            healed.take_over(healed.transaction(), **s.carried()) for s in (theirs, spoilt)
-        )
-    assert mine.phase is Phase.IDLE
-    assert healed.are_running(bad.transaction)
+    mine = steps.opened()
+    with steps.replaced_by_heal(lone_step()):
+        good, bad = (steps.take_over(**step.carried()) for step in (theirs, spoilt))
+    assert mine.phase is Phase.IDLE and mine.superseded
+    assert not bad.superseded
     assert good.plan == replace(plan(), replica_rank=-1)
     assert not good.plan.participates
-    assert good.should_commit()
-    assert str(bad.errored()) == "the network broke"
-    assert not bad.transaction.broken, "nobody waits for it in there"
-    assert not bad.should_commit()
+    assert steps.close(good)
+    assert str(bad.error) == "the network broke"
+    assert not bad.broken, "nobody waits for it in there"
+    assert not steps.close(bad)
 
 
-def test_the_step_in_which_a_heal_came_goes_on_when_it_was_taken_before() -> None:
-    donor, healed = Steps(), Steps()
-    theirs, earlier, mine = donor.opened(), healed.opened(), healed.opened()
-    with healed.healing(mine.transaction):
-        taken_over = healed.take_over(healed.transaction(), **theirs.carried())
+def test_the_step_in_which_a_heal_came_goes_on_when_it_was_taken_before(
+    steps: World, donor: World
+) -> None:
+    theirs, earlier, mine = donor.opened(), steps.opened(), steps.opened()
+    with steps.replaced_by_heal(mine):
+        taken_over = steps.take_over(**theirs.carried())
     assert [earlier.phase, taken_over.phase, mine.phase] == [Phase.IDLE, Phase.OPEN, Phase.OPEN]
-    assert healed.are_running(mine.transaction)
-    assert taken_over.should_commit()
-    assert mine.should_commit()
+    assert not mine.superseded
+    assert steps.close(taken_over)
+    assert steps.close(mine)
 
 
-def test_a_step_that_still_forms_is_not_asked_who_is_in_it() -> None:
-    steps = Steps()
-    forming = steps.transaction()
-    forming.ready.clear()
-    steps.begin(forming)
+def test_a_step_that_still_forms_is_not_asked_who_is_in_it(steps: World) -> None:
+    forming = steps._next()
     steps.take()
-    steps.before_heals(plan(heals=True))
+    steps.meet(plan(heals=True))
     assert not forming.failed
+    forming.failure = RuntimeError("the test is over")
+    forming.finish_forming()
 
 
-def test_a_heal_that_cannot_be_loaded_leaves_open_what_was() -> None:
-    steps = Steps()
+def test_a_heal_that_cannot_be_loaded_leaves_open_what_was(steps: World) -> None:
     mine = steps.opened()
-    with pytest.raises(KeyError), steps.healing(steps.transaction()):
-        steps.take_over(steps.transaction(), **mine.carried())
+    with pytest.raises(KeyError), steps.replaced_by_heal(lone_step()):
+        steps.take_over(**mine.carried())
         raise KeyError
-    assert steps.are_running(mine.transaction)
-    assert mine.should_commit()
+    assert not mine.superseded
+    assert steps.close(mine)
 
 
-def test_an_error_of_a_closed_step_is_nobodys() -> None:
-    steps = Steps()
+def test_an_error_of_a_closed_step_is_nobodys(steps: World) -> None:
+    aborted: list[str] = []
+    steps.context.group.pg.abort = lambda: aborted.append("aborted")  # type: ignore[method-assign]
     first = steps.opened()
-    first.should_commit()
-    steps.opened()
-    assert not steps.are_running(first.transaction)
+    steps.close(first)
+    second = steps.opened()
+    first.report_error(RuntimeError("too late"))
+    assert not aborted
+    second.report_error(RuntimeError("in time"))
+    assert aborted
 
 
 @pytest.mark.parametrize("what", ["allreduce", "ordered_mean", "allgather"])
 def test_a_sparse_tensor_is_refused_before_anything_is_sent(what: str) -> None:
-    steps = Steps()
-    steps.begin(Transaction(Ledger(), lambda _: None))
-    assert steps.last is not None
     sparse = torch.eye(3).to_sparse()
     with pytest.raises(SettingsError, match=rf"{what} of a sparse tensor of shape \(3, 3\)"):
-        getattr(steps.last, what)(sparse)
+        getattr(lone_step(), what)(sparse)

@@ -41,15 +41,15 @@ def test_what_is_left_is_what_should_be_said_less_what_its_chunks_said(
     codec: str, nodes: int, n: int
 ) -> None:
     values, by = _values(nodes, n), codec_of(codec)
-    unsaid = values.clone()
-    mean = quantized_mean(values, by, None, unsaid)
+    error_feedback = values.clone()
+    mean = quantized_mean(values, by, None, error_feedback)
     assert torch.equal(mean, quantized_mean(values, by))  # it looks on
     chunk = -(-n // nodes)
     for node in range(nodes):
         for at, part in enumerate(values[node].split(chunk)):
             left = part - by.decode(by.encode(part[None]), len(part))[0]
             if at != node:  # its own chunk has what the mean lost too
-                assert torch.equal(unsaid[node, at * chunk :][: len(part)], left)
+                assert torch.equal(error_feedback[node, at * chunk :][: len(part)], left)
 
 
 @pytest.mark.parametrize("codec", codec_names())

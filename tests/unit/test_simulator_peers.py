@@ -53,7 +53,7 @@ def test_all_average() -> None:
     one, other = opened.average([rows(), rows() * 3]).wait()
     assert_close(one, torch.full((1, 5), 7 / 3))
     assert_close(other, torch.full((1, 5), 7.0))
-    assert not opened.opening
+    assert not opened.bootstrap
     assert not opened.failed
     assert opened.close()
 
@@ -169,12 +169,12 @@ class TestCodec:
         world.peers.begin(4)
         opened = world.peers.open(Place.AFTER)
         sent = torch.randn(4, 999, generator=torch.Generator().manual_seed(0))
-        unsaid, of_members = sent.clone(), sent[[0, 1, 3]]
-        (mean,) = opened.average([sent], codec_of("int4"), [unsaid]).wait()
+        error_feedback, of_members = sent.clone(), sent[[0, 1, 3]]
+        (mean,) = opened.average([sent], codec_of("int4"), [error_feedback]).wait()
         rows = sent[[0, 1, 3]]
         assert torch.equal(mean, quantized_mean(rows, codec_of("int4"), [0, 2], of_members))
-        assert torch.equal(unsaid[[0, 1, 3]], of_members)
-        assert torch.equal(unsaid[2], sent[2])
+        assert torch.equal(error_feedback[[0, 1, 3]], of_members)
+        assert torch.equal(error_feedback[2], sent[2])
 
     @pytest.mark.parametrize("deterministic", [True, False])
     def test_bytes_are_those_of_the_codec_in_any_order(self, deterministic: bool) -> None:

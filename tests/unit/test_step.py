@@ -1,4 +1,4 @@
-"""The plan of a step: who is counted, who heals, what may follow what."""
+"""The plan of a step: who participates, who heals, what may follow what."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def make(quorum: Quorum, place: Place = Place.BEFORE, **kwargs: object) -> Plan:
 
 def test_everybody_is_up_to_date_and_counted() -> None:
     made = make(Quorum(replica_rank=2))
-    assert made.counted == (0, 1, 2)
+    assert made.participating == (0, 1, 2)
     assert made.participating_rank == 2
     assert made.donor is None
     assert not made.reconfigure
@@ -71,7 +71,7 @@ def test_everybody_is_up_to_date_and_counted() -> None:
 
 def test_a_group_that_fell_behind_sends_zeros_while_it_heals_in_async_mode() -> None:
     made = make(Quorum(replica_rank=1, recovering_replica_ranks=[1], recover_src_replica_rank=0))
-    assert made.counted == (0, 2)
+    assert made.participating == (0, 2)
     assert made.participating_rank is None
     assert made.donor is not None
 
@@ -79,27 +79,27 @@ def test_a_group_that_fell_behind_sends_zeros_while_it_heals_in_async_mode() -> 
 def test_a_group_that_fell_behind_heals_first_and_is_counted_in_sync_mode() -> None:
     quorum = Quorum(replica_rank=1, recovering_replica_ranks=[1], recover_src_replica_rank=0)
     made = make(quorum, sync=True)
-    assert made.counted == (0, 1, 2)
+    assert made.participating == (0, 1, 2)
 
 
 def test_a_new_group_heals_before_its_gradients_and_is_counted() -> None:
     quorum = Quorum(recovering_replica_ranks=[1], fresh_replica_ranks=[1])
-    assert make(quorum).counted == (0, 1, 2)
+    assert make(quorum).participating == (0, 1, 2)
 
 
 def test_a_group_that_heals_after_its_inner_steps_has_nothing_to_contribute() -> None:
     quorum = Quorum(recovering_replica_ranks=[1], fresh_replica_ranks=[1])
-    assert make(quorum, Place.AFTER, sync=True).counted == (0, 2)
+    assert make(quorum, Place.AFTER, sync=True).participating == (0, 2)
 
 
 def test_a_round_among_new_groups_only_is_an_opening() -> None:
-    assert make(Quorum(fresh_replica_ranks=[0, 1, 2]), Place.AFTER).opening
-    assert not make(Quorum(fresh_replica_ranks=[0, 2]), Place.AFTER).opening
+    assert make(Quorum(fresh_replica_ranks=[0, 1, 2]), Place.AFTER).bootstrap
+    assert not make(Quorum(fresh_replica_ranks=[0, 2]), Place.AFTER).bootstrap
 
 
 def test_spares_are_not_counted() -> None:
     made = make(Quorum(replica_rank=2), mode=WorldSizeMode.FIXED_WITH_SPARES, least=2)
-    assert made.counted == (0, 1)
+    assert made.participating == (0, 1)
     assert made.participating_rank is None
 
 
@@ -108,7 +108,7 @@ def test_nobody_heals_when_healing_is_not_allowed() -> None:
     made = plan(quorum, options(), place=Place.BEFORE, configured=None, allow_heal=False)
     assert made.donor is None
     assert made.serves == ()
-    assert made.counted == (1, 2)
+    assert made.participating == (1, 2)
 
 
 def test_the_one_who_was_there_before_is_right_when_models_differ() -> None:
@@ -156,10 +156,10 @@ def test_all_members_of_a_quorum_count_the_same_groups(
         )
         for rank in range(size)
     ]
-    assert len({made.counted for made in plans}) == 1
+    assert len({made.participating for made in plans}) == 1
     assert len({made.reference for made in plans}) == 1
     ranks = [made.participating_rank for made in plans if made.participates]
-    assert ranks == list(range(len(plans[0].counted)))
+    assert ranks == list(range(len(plans[0].participating)))
 
 
 def test_a_vote_needs_an_open_step() -> None:
@@ -178,9 +178,9 @@ def test_a_step_that_was_never_voted_on_may_be_opened_again() -> None:
 
 
 def test_objections_name_their_reason() -> None:
-    assert objection(failed=False, counted=2, min_replica_size=2) is None
-    assert objection(failed=True, counted=2, min_replica_size=2) is Why.ERROR
-    assert objection(failed=False, counted=1, min_replica_size=2) is Why.TOO_FEW
+    assert objection(failed=False, participating=2, min_replica_size=2) is None
+    assert objection(failed=True, participating=2, min_replica_size=2) is Why.ERROR
+    assert objection(failed=False, participating=1, min_replica_size=2) is Why.TOO_FEW
 
 
 def test_options_out_of_range_are_refused() -> None:

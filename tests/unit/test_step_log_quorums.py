@@ -109,7 +109,7 @@ def test_what_is_said_for_programs_names_group_and_step() -> None:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        log().closed(Any, plan(1), step=7, committed=True, why=None, sent=0, received=0)  # type: ignore[arg-type]
+        log().closed(Any, plan(1), number=7, committed=True, why=None, sent=0, received=0)  # type: ignore[arg-type]
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)

@@ -6,10 +6,9 @@ from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
-from torchft.ledger import Ledger
-from torchft.manager.plan import Options, WorldSizeMode
-from torchft.manager.progress import Progress
-from torchft.manager.vote import Closer
+from helpers.steps import a_context, parts
+
+from torchft.manager.queue import Steps
 from torchft.script import ranks
 from torchft.timeouts import inside_group
 
@@ -20,39 +19,28 @@ def test_ranks_of_a_group_wait_longer_for_each_other_than_for_other_groups() -> 
     assert T < inside_group(T) < 2 * T
 
 
-def test_a_vote_waits_longer_than_a_collective(monkeypatch: Any) -> None:
+def test_a_vote_waits_longer_than_a_collective() -> None:
     waited: list[timedelta] = []
-    monkeypatch.setattr("torchft.manager.vote.has_tried_all_donors", lambda *_: False)
 
     class Client:
         def should_commit(self, *_: Any, timeout: timedelta) -> bool:
             waited.append(timeout)
             return True
 
-    closer = Closer(
-        group=SimpleNamespace(client=Client(), rank=0, world_size=2),  # type: ignore[arg-type]
-        communicator=SimpleNamespace(finish=lambda *args: waited.append(args[-1])),  # type: ignore[arg-type]
-        options=Options(1, True, WorldSizeMode.DYNAMIC, T, T, T, None),
-        ledger=Ledger(),
-        log=SimpleNamespace(closed=lambda *_, **__: None),  # type: ignore[arg-type]
-        progress=Progress(fresh=False),
-        load_staged=lambda _: None,
-        withdraw=lambda _: None,
-        leave=lambda *_: None,
-        bytes_offered=lambda: 0,
+    steps = Steps(*parts(a_context(timeout=T), Client(), world_size=2))
+    plan: Any = SimpleNamespace(
+        participating=(0, 1), step=0, donor=None, anyone_heals=False, final_sync=False
     )
-    transaction: Any = SimpleNamespace(
-        failed=False,
-        not_finite=False,
-        error=None,
-        account=SimpleNamespace(bytes_sent=0),
-        healed_bytes=0,
-        offered_before=0,
-    )
-    plan: Any = SimpleNamespace(counted=(0, 1), step=0, anyone_heals=False)
-    assert closer.close(transaction, plan, None)
-    assert waited == [T, inside_group(T)]
-    assert closer.close(transaction, plan, timedelta(seconds=3))
+    plan.participates = False
+    average: Any = SimpleNamespace(wait=waited.append, report=lambda: None)
+    for timeout in (None, timedelta(seconds=3)):
+        step = steps._next()
+        step.known_plan = plan
+        step.averages.append(average)
+        step.finish_forming()
+        assert steps.close(step, timeout)
+    steps.shutdown()
+    assert waited[:2] == [T, inside_group(T)]
     assert waited[2:] == [timedelta(seconds=3)] * 2, "what the caller says is what is done"
 
 

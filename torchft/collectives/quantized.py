@@ -39,9 +39,9 @@ class QuantizedMean(OrderedMean):
     It counts and fails as `OrderedMean` does, and like that one it is finished by who waits. With
     `summed` it is their sum: the mean times their number.
 
-    `unsaid`, contiguous fp32 or fp64 of as many elements, holds what this member's tensor should
-    say; what did not arrive of it is left there, as `quantized_mean` has it. It is written before
-    it is known whether the mean counts.
+    `error_feedback`, contiguous fp32 or fp64 of as many elements. In: the exact values of this
+    member's tensor. Out: the quantisation error, as `quantized_mean` has it, written before it is
+    known whether the mean counts.
 
     Raises:
         SettingsError: the codec cannot hold the tensor's dtype, or there is no such codec.
@@ -55,21 +55,21 @@ class QuantizedMean(OrderedMean):
         codec: str | Codec,
         *,
         summed: bool = False,
-        unsaid: Tensor | None = None,
+        error_feedback: Tensor | None = None,
     ) -> None:
         self._codec = codec_of(codec)
         self._codec.check(tensor.dtype)
-        self._unsaid = unsaid
+        self._error_feedback = error_feedback
         self._chunk = chunk_of(tensor.numel(), group.size())
         self._summed = summed
         super().__init__(group, tensor, counted)
 
     def _send_chunks(self) -> None:
         super()._send_chunks()
-        if self._unsaid is not None:
+        if self._error_feedback is not None:
             for member in range(self._sent.shape[0]):  # one by one: all of it is a second tensor
                 said = self._codec.decode(self._sent[member : member + 1], self._chunk)
-                take_said(self._unsaid, said, first=member)
+                take_said(self._error_feedback, said, first=member)
 
     def _encode(self, rows: Tensor) -> Tensor:
         return self._codec.encode(rows)
@@ -80,9 +80,9 @@ class QuantizedMean(OrderedMean):
 
     def _encode_mean(self, mean: Tensor) -> Tensor:
         encoded = super()._encode_mean(mean)
-        if self._unsaid is not None:
+        if self._error_feedback is not None:
             sent = self._codec.decode(encoded, self._chunk)
-            add_lost(self._unsaid, self._own_rank(), mean, sent, len(self._counted))
+            add_lost(self._error_feedback, self._own_rank(), mean, sent, len(self._counted))
         return encoded
 
     def _own_rank(self) -> int:

@@ -28,7 +28,7 @@ from torchft import settings
 from torchft.coordination import LighthouseServer, watch_parent
 from torchft.errors import TorchftError
 from torchft.manager import Manager
-from torchft.manager.peers import ManagedPeers
+from torchft.manager.peers import ManagerPeers
 from torchft.process_group import ProcessGroupGloo
 
 __all__ = ["LocalNode", "NodeTask", "Target", "name_of", "run_node", "serve_lighthouse"]
@@ -108,9 +108,9 @@ class LocalNode:
         self._pipe.recv()
         return self.manager
 
-    def peers(self, *, deterministic: bool = False) -> ManagedPeers:
+    def peers(self, *, deterministic: bool = False) -> ManagerPeers:
         """The other nodes, to exchange numbers with."""
-        return ManagedPeers(self.manager, deterministic=deterministic)
+        return ManagerPeers(self.manager, deterministic=deterministic)
 
     def joined(self) -> None:
         """A round has opened: nobody has to wait for this node's coming any longer."""

@@ -30,8 +30,7 @@ from torchft.strategies.strategy import Strategy
 
 if TYPE_CHECKING:
     from torchft.experiments.local_node import LocalNode
-    from torchft.manager.background_round import BackgroundRound
-    from torchft.manager.peers import ManagedRound
+    from torchft.manager.peers import BackgroundRound, ManagerRound
 
 __all__ = ["RealNode", "complete", "device_of", "to_bytes", "warm_up"]
 
@@ -207,10 +206,10 @@ class _WatchedRound:
         self,
         peers: _Watched,
         place: Place,
-        real: ManagedRound | BackgroundRound,
+        real: ManagerRound | BackgroundRound,
         healed_from: int | None = None,
     ) -> None:
-        self.opening = real.opening
+        self.bootstrap = real.bootstrap
         self._peers, self._place, self._real = peers, place, real
         self._kind, self._collectives = peers.averages, 0
         self._recipe = peers.strategy.opening
@@ -232,11 +231,11 @@ class _WatchedRound:
         self,
         tensors: Sequence[Tensor],
         codec: Codec | None = None,
-        unsaid: Sequence[Tensor] | None = None,
+        error_feedback: Sequence[Tensor] | None = None,
     ) -> Handle:
         self._kind = self._kind if codec is None else "quantized"
         self._collectives += sum(tensor.numel() > 0 for tensor in tensors)
-        return self._mortal(self._real.average(tensors, codec, unsaid))
+        return self._mortal(self._real.average(tensors, codec, error_feedback))
 
     def gather(self, tensors: Sequence[Tensor]) -> Handle:
         self._kind = self._kind if self._collectives else "gather"

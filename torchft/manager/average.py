@@ -30,7 +30,7 @@ from torchft.ledger import Bucket
 from torchft.process_group.account import paid_by
 
 if TYPE_CHECKING:
-    from torchft.manager.transaction import Transaction
+    from torchft.manager.step import Step
 
 __all__ = ["Average", "Done", "Members", "Name", "is_finite"]
 
@@ -39,7 +39,7 @@ Name = str | Callable[[torch.Tensor], Mapping[str, torch.Tensor]]
 
 _LOOK_S = 0.05
 _LOOKS_WITHOUT_A_MEMBER = 10
-"""So long may it take to end what a lost member has done its part of."""
+"""How many looks, `_LOOK_S` apart, an operation is given to end after a member was lost."""
 
 
 class Members(Protocol):
@@ -61,7 +61,7 @@ class Average(Work):
 
     def __init__(
         self,
-        transaction: Transaction,
+        step: Step,
         work: Work,
         tensor: torch.Tensor,
         divisor: int,
@@ -76,7 +76,7 @@ class Average(Work):
         finite is looked at. With a `name`, the step is discarded when it is not; without one that
         is left to whoever asks `is_finite`."""
         super().__init__()
-        self._transaction = transaction
+        self._step = step
         self._work = work
         self._tensor = tensor
         self._sent = tensor if sent is None else sent
@@ -109,11 +109,11 @@ class Average(Work):
         """Discard the step if the average has arrived and is not finite, and has a name to be
         called by."""
         with self._once:
-            if self._name is None or self.is_finite() or self._transaction.failed:
+            if self._name is None or self.is_finite() or self._step.failed:
                 return
             name, tensor = self._name, self._tensor
             named = {name: tensor} if isinstance(name, str) else name(tensor)
-            self._transaction.report(not_finite(named), at_home=True)
+            self._step.report(not_finite(named), local=True)
 
     def advance(self) -> None:
         """Begin the second half of what has two, when the first has arrived."""
@@ -168,9 +168,9 @@ class Average(Work):
         self, wait: Callable[[timedelta], object], timeout: timedelta | None
     ) -> Exception | None:
         # Who waits may have to start the second half.
-        paid = paid_by(self._transaction.account)
+        paid = paid_by(self._step.account)
         try:
-            with self._transaction.ledger.spending(Bucket.COMMUNICATE), paid:
+            with self._step.ledger.spending(Bucket.COMMUNICATE), paid:
                 self._await(wait, timeout)
         except Exception as error:
             return error
@@ -223,13 +223,13 @@ class Average(Work):
                 self._divide()
             self._finished = True
         # The first error is the cause; those that come of abandoning the rest add nothing.
-        transaction = self._transaction
-        if error is not None and (not transaction.failed or transaction.not_finite):
+        step = self._step
+        if error is not None and (not step.failed or step.not_finite):
             failed = CollectiveError(
                 f"the all-reduce of {tuple(self._tensor.shape)} failed: {_plain(error)}"
             )
             failed.__cause__ = error
-            transaction.report(failed)
+            step.report(failed)
 
     def _divide(self) -> None:
         if self._judged:

@@ -17,14 +17,68 @@ import torch
 from torch.distributed import Store
 
 from torchft.errors import CollectiveError, MismatchError
+from torchft.manager.plan import Options
 
-__all__ = ["Description", "compare", "describe", "exchange", "same_world_sizes", "withdraw"]
+__all__ = [
+    "Description",
+    "Fingerprint",
+    "compare",
+    "describe",
+    "exchange",
+    "same_world_sizes",
+    "withdraw",
+]
 
 _LONGEST = 200
 """Characters of one value in an error: a description may be as long as the model."""
 
 Description = dict[str, object]
 """What is compared, in the order in which differences are named. Values that JSON can hold."""
+
+
+class Fingerprint:
+    """What one manager has compared with the other groups, whenever a process group is made.
+
+    Args:
+        options: how the manager runs its steps, as far as all groups must agree on it.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self._options: Description = {
+            "use_async_quorum": not options.sync,
+            "world_size_mode": options.mode.name,
+            "min_replica_size": options.min_replica_size,
+            "check_finite": options.check_finite,
+        }
+        self._described: Description = {}
+        self._listeners: Description = {}
+        self._once: Description = {}
+
+    def describe_model(self, key: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Have names, shapes and dtypes of `tensors` compared, before anything is averaged."""
+        self._described[key] = describe(tensors)
+
+    def describe_setting(self, name: str, value: str) -> None:
+        """Have a setting compared before anything is averaged, e.g. the codec."""
+        self._described[name] = value
+
+    def update(self, always: Description, once: Description) -> bool:
+        """Have compared what the step listeners describe: `always`, and `once` in the next step.
+
+        Returns:
+            Whether there is something new to compare, for which a process group must be made.
+        """
+        new = bool(once) or always != self._listeners
+        self._listeners, self._once = always, self._once | once
+        return new
+
+    def whole(self) -> Description:
+        """All that must be equal in the groups now."""
+        return {**self._options, **self._described, **self._listeners, **self._once}
+
+    def was_compared(self) -> None:
+        """Forget what was to be compared once: all groups have agreed on it."""
+        self._once = {}
 
 
 def describe(tensors: Iterable[tuple[str, torch.Tensor]]) -> Description:
@@ -36,7 +90,7 @@ def describe(tensors: Iterable[tuple[str, torch.Tensor]]) -> Description:
 
 
 def compare(mine: Mapping[str, object], theirs: Mapping[str, object]) -> str | None:
-    """The first difference in words; None when there is none."""
+    """Describe the first difference in words; None if the two are equal."""
     for name in [*theirs, *mine]:
         here, there = mine.get(name), theirs.get(name)
         if here == there:

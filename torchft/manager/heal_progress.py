@@ -131,7 +131,7 @@ def wait_for_heals(
     members: Sequence[str],
     healing: Sequence[int],
     *,
-    counted: Sequence[int],
+    participating: Sequence[int],
     is_over: Callable[[], str | None],
     patience: Patience,
 ) -> None:
@@ -140,8 +140,8 @@ def wait_for_heals(
     `is_over` says why it is no use to wait any longer, None while it is.
 
     Raises:
-        CollectiveError: one of them could not heal, and is `counted`; or nothing moves any more, it
-            takes too long, or `is_over`.
+        CollectiveError: one of those `participating` could not heal; or nothing moves any more,
+            it takes too long, or `is_over`.
     """
     watch = HealWatch(healing, time.monotonic(), patience)
     if not watch.waiting:
@@ -157,7 +157,7 @@ def wait_for_heals(
                 if watch.waiting:
                     raise CollectiveError(why_over)
     for rank, why in watch.failed.items():
-        if rank in counted:
+        if rank in participating:
             raise CollectiveError(f"{members[rank]} could not heal: {why}")
 
 

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
 from torchft.errors import SettingsError, StepError
 from torchft.manager.fingerprint import Description
-from torchft.manager.transaction import Transaction
+
+if TYPE_CHECKING:
+    from torchft.manager.step import Step
 
 __all__ = ["StepListener", "StepListeners"]
 
@@ -45,49 +47,44 @@ class StepListener(Protocol):
 
 
 class StepListeners:
-    """The listeners of one manager, in the order in which they were added.
+    """The listeners of one manager, in the order in which they were added."""
 
-    Args:
-        compare: has what it is given compared with the other groups: what always must be equal,
-            and what must be this once.
-    """
-
-    def __init__(self, compare: Callable[[Description, Description], None]) -> None:
-        self._compare = compare
+    def __init__(self) -> None:
         self._listeners: list[weakref.ref[StepListener]] = []
 
     def add(self, listener: StepListener) -> None:
-        """Call it from now on, for as long as somebody else holds it."""
+        """Call `listener` when a step begins and before its vote, while somebody else holds it."""
         self._listeners.append(weakref.ref(listener))
-        self._describe({})
 
-    def before_step(self) -> None:
-        """A step is about to begin."""
+    def before_step(self) -> tuple[Description, Description]:
+        """Tell all that a step is about to begin.
+
+        Returns:
+            What must be equal in all groups always, and what must be this once.
+        """
         once: Description = {}
         for key, listener in self._named():
             once.update({f"new in {key}: {k}": v for k, v in listener.before_step().items()})
-        self._describe(once)
+        return {key: listener.description for key, listener in self._named()}, once
 
-    def before_vote(self, transaction: Transaction) -> None:
+    def before_vote(self, step: Step) -> None:
         """The step is about to be voted on. One in which this group sent nothing, although the
         others may wait for it, is completed by a lone listener; several cannot know whose turn it
         was, so that the step is discarded."""
         listeners = self._named()
-        idle = not transaction.averages
-        if idle and len(listeners) > 1 and not transaction.failed:
+        idle = not step.averages
+        if idle and len(listeners) > 1 and not step.failed:
             kinds = ", ".join(key for key, _ in listeners)
-            transaction.report(
+            step.report(
                 StepError(
                     f"no gradient was averaged in this step, of {kinds}: call backward before step"
                 )
             )
         for _, listener in listeners:
-            if not transaction.failed:
+            if not step.failed:
                 listener.before_vote(idle=idle)
 
-    def refuse_unaveraged(
-        self, param_groups: Sequence[dict[str, Any]], transaction: Transaction
-    ) -> None:
+    def refuse_unaveraged(self, param_groups: Sequence[dict[str, Any]], step: Step) -> None:
         """See that an optimizer applies no gradient that this group alone has: of a parameter that
         no listener's model has, where nothing was averaged but by listeners.
 
@@ -96,7 +93,7 @@ class StepListeners:
         """
         listeners = [listener for _, listener in self._named()]
         sent = sum(listener.sent for listener in listeners)
-        if not listeners or transaction.failed or len(transaction.averages) > sent:
+        if not listeners or step.failed or len(step.averages) > sent:
             return
         for number, group in enumerate(param_groups):
             names = group.get("param_names") or [str(n) for n in range(len(group["params"]))]
@@ -122,7 +119,3 @@ class StepListeners:
                 key = listener.kind if number == 1 else f"{listener.kind} {number}"
                 named.append((key, listener))
         return named
-
-    def _describe(self, once: Description) -> None:
-        always: Description = {key: listener.description for key, listener in self._named()}
-        self._compare(always, once)

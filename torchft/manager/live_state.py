@@ -33,8 +33,7 @@ class LiveState:
     """What users registered, in order. `timeout` bounds the wait for the lock."""
 
     def __init__(self, timeout: timedelta) -> None:
-        self.copies = False
-        """Collect copies, because the state changes while it is being fetched."""
+        self._copies = False
         self._functions: dict[str, _Functions] = {}
         self._lock = RWLock(timeout=timeout.total_seconds())
         self._readable = True
@@ -45,6 +44,11 @@ class LiveState:
         """AssertionError when `key` is registered already."""
         assert key not in self._functions, f"state {key!r} is registered already"
         self._functions[key] = _Functions(load, save)
+
+    def offer_copies(self) -> None:
+        """Copy the state before it is offered, from now on: training goes on while a step is open,
+        so that the state changes while it is being fetched."""
+        self._copies = True
 
     def allow_read(self) -> None:
         """The parameters are whole. Allowing twice is fine."""
@@ -66,7 +70,7 @@ class LiveState:
         with self._lock.r_lock():
             assert self._functions, "no state is registered: a joining group could not heal"
             user = {key: functions.save() for key, functions in self._functions.items()}
-            if self.copies:
+            if self._copies:
                 user = tree_map_only(torch.Tensor, _copy, user)
             return {"user": user, "torchft": manager_state()}
 

@@ -2,14 +2,14 @@
 
 A step is a transaction: *begin* (a quorum forms), *communicate*, *vote*, then *apply* or *discard*.
 `Phase` says where it stands and `FOLLOWS` what may come next; `plan_step` turns a quorum into a
-`Plan`: who is counted, who heals whom and when; `objection` is this rank's vote.
+`Plan`: who participates, who heals whom and when; `objection` is this rank's vote.
 
-Who is counted, so that every group computes the same divisor from the same quorum:
+Who participates, so that every group computes the same divisor from the same quorum:
 
     member of the quorum                                   gradients (BEFORE)   weights (AFTER)
-    up to date                                             counted              counted
-    new, in its first quorum                               counted              zeros
-    heals, and does so before it computes gradients        counted              zeros
+    up to date                                             participates         participates
+    new, in its first quorum                               participates         zeros
+    heals, and does so before it computes gradients        participates         zeros
     heals while the step runs                              zeros                zeros
     beyond min_replica_size, with FIXED_WITH_SPARES        zeros                zeros
 """
@@ -78,7 +78,7 @@ def follow(phase: Phase, to: Phase) -> Phase:
 
 
 class WorldSizeMode(enum.Enum):
-    """How many of the groups in a quorum are counted."""
+    """How many of the groups in a quorum participate."""
 
     DYNAMIC = 0
     """All that are there."""
@@ -91,7 +91,7 @@ class Options:
     """How a manager runs its steps."""
 
     min_replica_size: int
-    """Fewer counted groups than this, and the step is discarded."""
+    """Fewer participating groups than this, and the step is discarded."""
     sync: bool
     """Quorums are waited for before the forward pass."""
     mode: WorldSizeMode
@@ -156,8 +156,8 @@ class Plan:
     store_address: str
     reconfigure: bool
     """The process group does not belong to this quorum id yet."""
-    counted: tuple[int, ...]
-    """Replica ranks whose contribution is counted, in order."""
+    participating: tuple[int, ...]
+    """Replica ranks whose contribution enters the averages, in order."""
     donor: Donor | None
     """Set when this group heals."""
     serves: tuple[int, ...]
@@ -166,22 +166,22 @@ class Plan:
     """Replica ranks that are behind."""
     anyone_heals: bool
     """Some member heals: donors must not close the step before it has what it needs."""
-    opening: bool
+    bootstrap: bool
     """All members are new: nobody has anything to contribute yet."""
-    settling: bool
+    final_sync: bool
     """A member ends its run: in this round who is behind heals, and nothing is averaged."""
     reference: int
     """The replica rank whose model the others must match."""
 
     @property
     def participating_rank(self) -> int | None:
-        """Position among the counted, None for a group that contributes zeros."""
-        return self.counted.index(self.replica_rank) if self.participates else None
+        """Position among the participating groups, None for a group that contributes zeros."""
+        return self.participating.index(self.replica_rank) if self.participates else None
 
     @property
     def participates(self) -> bool:
-        """Whether this group's contribution is counted."""
-        return self.replica_rank in self.counted
+        """Whether this group's contribution enters the averages."""
+        return self.replica_rank in self.participating
 
     @property
     def donors(self) -> int:
@@ -195,7 +195,7 @@ class Plan:
         When all members are new, the rank that keeps its own state lies in one group for group
         rank 0 and in another for group rank 1, so some ranks of a group have a donor and some not.
         """
-        return self.donor is not None or (self.opening and self.anyone_heals)
+        return self.donor is not None or (self.bootstrap and self.anyone_heals)
 
     @property
     def name(self) -> str:
@@ -219,15 +219,15 @@ def plan_step(
     fresh = frozenset(quorum.fresh_replica_ranks)
     me, ranks = quorum.replica_rank, range(quorum.replica_world_size)
 
-    def is_counted(rank: int) -> bool:
+    def participates(rank: int) -> bool:
         if place is Place.AFTER:
             return rank not in recovering | fresh
         heals_first = options.sync or rank in fresh
         return rank not in recovering or (allow_heal and heals_first)
 
-    counted = tuple(rank for rank in ranks if is_counted(rank))
+    participating = tuple(rank for rank in ranks if participates(rank))
     if options.mode is WorldSizeMode.FIXED_WITH_SPARES:
-        counted = counted[: options.min_replica_size]
+        participating = participating[: options.min_replica_size]
     heals = quorum.heal and allow_heal and quorum.recover_src_replica_rank is not None
     return Plan(
         quorum_id=quorum.quorum_id,
@@ -236,13 +236,13 @@ def plan_step(
         step=quorum.max_step,
         store_address=quorum.store_address,
         reconfigure=quorum.quorum_id != configured,
-        counted=counted,
+        participating=participating,
         donor=_donor(quorum) if heals else None,
         serves=tuple(quorum.recover_dst_replica_ranks) if allow_heal else (),
         healing=tuple(sorted(recovering)),
         anyone_heals=bool(recovering) and allow_heal,
-        opening=len(fresh) == len(ranks),
-        settling=bool(quorum.settling_replica_ranks),
+        bootstrap=len(fresh) == len(ranks),
+        final_sync=bool(quorum.settling_replica_ranks),
         reference=_reference(ranks, recovering, fresh),
     )
 
@@ -262,7 +262,7 @@ def _reference(ranks: Sequence[int], recovering: frozenset[int], fresh: frozense
 
 
 def plan_of_others(
-    plan: Plan, *, quorum_id: int, members: Sequence[str], counted: Sequence[int]
+    plan: Plan, *, quorum_id: int, members: Sequence[str], participating: Sequence[int]
 ) -> Plan:
     """The plan of a step that others opened before this group healed in `plan`: it has no part in
     its collectives, and closes it as they do."""
@@ -272,13 +272,13 @@ def plan_of_others(
         members=tuple(members),
         replica_rank=-1,
         reconfigure=False,
-        counted=tuple(counted),
+        participating=tuple(participating),
         donor=None,
         serves=(),
         healing=(),
         anyone_heals=False,
-        opening=False,
-        settling=False,
+        bootstrap=False,
+        final_sync=False,
     )
 
 
@@ -289,7 +289,7 @@ LEAST_TRIES = 3
 def has_tried_all_donors(plan: Plan, heals_failed: int) -> bool:
     """Whether a group must leave, after so many heals in a row that cost the others a step each.
 
-    One that is not counted in its step costs them nothing and may go on trying.
+    One that does not participate in its step costs them nothing and may go on trying.
     """
     return plan.participates and heals_failed >= max(LEAST_TRIES, plan.donors)
 
@@ -298,19 +298,19 @@ class Why(enum.Enum):
     """Why a step was discarded, in a step record."""
 
     ERROR = "error"
-    TOO_FEW = "too few groups are counted"
+    TOO_FEW = "too few groups participate"
     ANOTHER_RANK = "another rank of this group voted no"
     NOT_FINITE = "not finite"
     """NaN or infinity in an average, here or at another rank of this group, and nothing else."""
 
 
 def objection(
-    *, failed: bool, counted: int, min_replica_size: int, not_finite: bool = False
+    *, failed: bool, participating: int, min_replica_size: int, not_finite: bool = False
 ) -> Why | None:
     """What this rank has against committing; None is a yes."""
     if failed and not not_finite:
         return Why.ERROR
-    if counted < min_replica_size:
+    if participating < min_replica_size:
         return Why.TOO_FEW
     if failed:
         return Why.NOT_FINITE

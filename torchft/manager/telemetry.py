@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torchft import settings
 from torchft.best_effort import BestEffort
@@ -24,8 +24,10 @@ from torchft.errors import SettingsError
 from torchft.ledger import Ledger, spent_between
 from torchft.manager.group import ReplicaGroup
 from torchft.manager.plan import Plan
-from torchft.manager.transaction import Transaction
 from torchft.records import StepRecord, StepRecords
+
+if TYPE_CHECKING:
+    from torchft.manager.step import Step
 
 __all__ = ["StepLog", "changes", "same_names"]
 
@@ -147,20 +149,20 @@ class StepLog:
 
     def closed(
         self,
-        transaction: Transaction,
+        step: Step,
         plan: Plan,
         *,
-        step: int,
+        number: int,
         committed: bool,
         why: str | None,
         sent: int,
         received: int,
     ) -> None:
-        """`step` has been voted on: bytes are those of this step."""
+        """Record that the step called `number` was voted on; bytes are those of this step."""
         if _commits.isEnabledFor(logging.INFO):
             word = "committed" if committed else "discarded"
-            text = f"[{self._where} - step {step}] {word}"
-            _commits.info(text, extra={**self._labels(step), "commit_result": committed})
+            text = f"[{self._where} - step {number}] {word}"
+            _commits.info(text, extra={**self._labels(number), "commit_result": committed})
         notes, self._notes = self._notes, {}
         if not self._path:
             return
@@ -169,15 +171,15 @@ class StepLog:
             t_monotonic=time.monotonic(),
             replica_id=self._group.replica_id,
             group_rank=self._group.rank,
-            step=step,
+            step=number,
             quorum_id=plan.quorum_id,
             members=plan.members,
-            participants=len(plan.counted),
+            participants=len(plan.participating),
             committed=committed,
             why=why,
             bytes_sent=sent,
             bytes_received=received,
-            seconds=spent_between(self._since(transaction, now), now),
+            seconds=spent_between(self._since(step, now), now),
             ledger=now,
             extra=notes,
         )
@@ -205,11 +207,11 @@ class StepLog:
     def _warn(self, message: str, *values: object) -> None:
         _log.warning(f"[{self._where}] {message}", *values)
 
-    def _since(self, transaction: Transaction, now: dict[str, float]) -> dict[str, float]:
+    def _since(self, step: Step, now: dict[str, float]) -> dict[str, float]:
         """Since the step began, or since the last record of one that was open at the same time: no
         second is in two records."""
         last, self._spent_until_last = self._spent_until_last, now
-        began = transaction.ledger_before
+        began = step.ledger_before
         return {bucket: max(began[bucket], last.get(bucket, 0.0)) for bucket in began}
 
     def close(self) -> None:

@@ -1,27 +1,27 @@
-"""How a step closes: what is under way ends, a heal is loaded, the ranks of the group vote, and the
-step is recorded.
+"""How a step ends: the ranks of the group vote, and the step is recorded.
 
-The counterpart of `forming`, always on the training thread. To apply or to discard is the caller's.
+Always on the training thread. `Voter.vote` asks and returns an `Outcome`; `record` writes it down.
+To apply or to discard is the caller's.
 """
 
 from __future__ import annotations
 
+import enum
 import logging
-from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from torchft.errors import DiscardedTooOften, HealError
-from torchft.ledger import Bucket, Ledger
-from torchft.manager.collectives import Communicator
-from torchft.manager.group import ReplicaGroup
-from torchft.manager.plan import Options, Plan, Why, has_tried_all_donors, objection
-from torchft.manager.progress import Progress
-from torchft.manager.telemetry import StepLog
-from torchft.manager.transaction import Transaction
+from torchft.ledger import Bucket
+from torchft.manager.plan import Plan, Why, has_tried_all_donors, objection
 from torchft.timeouts import inside_group
 
-__all__ = ["Closer"]
+if TYPE_CHECKING:
+    from torchft.manager.group import ReplicaGroup
+    from torchft.manager.step import Context, Step
 
+__all__ = ["Outcome", "Verdict", "Voter"]
 
 _MANY_SKIPPED = {10**power for power in range(1, 7)}
 _STUCK = (
@@ -30,145 +30,130 @@ _STUCK = (
 )
 
 
-class Closer:
-    """Closes one step after the other for one rank, and keeps count of how they ended."""
+class Verdict(enum.Enum):
+    """How a step ended, at all ranks of the group alike."""
 
-    def __init__(
-        self,
-        *,
-        group: ReplicaGroup,
-        communicator: Communicator,
-        options: Options,
-        ledger: Ledger,
-        log: StepLog,
-        progress: Progress,
-        load_staged: Callable[[Transaction], None],
-        leave: Callable[[Transaction, Exception], None],
-        withdraw: Callable[[Transaction], None],
-        bytes_offered: Callable[[], int],
-    ) -> None:
+    COMMITTED = "committed"
+    SYNCED = "synced"
+    """All members met and whoever was behind has healed; no step was to be counted."""
+    SKIPPED = "skipped"
+    """Discarded for NaN or infinity in an average, and nothing else."""
+    DISCARDED = "discarded"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a vote decided."""
+
+    verdict: Verdict
+    step: int
+    """What was voted on: later than planned when steps that opened before closed meanwhile."""
+    why: Why | None
+    """What this rank had against it."""
+    heal_failed: bool
+    """This rank was to heal in the step, and could not."""
+
+    @property
+    def went_well(self) -> bool:
+        """Whether the step is to be applied, or all members are in sync."""
+        return self.verdict in (Verdict.COMMITTED, Verdict.SYNCED)
+
+
+class Voter:
+    """Votes on one step after the other for one rank, with the other ranks of its group."""
+
+    def __init__(self, context: Context, group: ReplicaGroup) -> None:
+        self._context, self._options = context, context.options
         self._group = group
-        self._communicator = communicator
-        self._options = options
-        self._ledger = ledger
-        self._log = log
-        self._progress = progress
-        self._load_staged = load_staged
-        self._leave = leave
-        self._withdraw = withdraw
-        self._bytes_offered = bytes_offered
         self._offered_until_last = 0
 
-    def heal(self, transaction: Transaction, plan: Plan) -> None:
-        """Load a donor's state now, before a step that may stay open: where a rank of this group
-        could not, none has healed, and the step's error says so on all of them. Also a rank that
-        has nothing to load meets the others here.
-
-        Raises as `close` does.
-        """
-        fresh = self._progress.fresh
-        self._load_staged(transaction)
-        if not plan.may_heal or self._group.world_size == 1:
-            return
-        healed = not transaction.failed
-        all_have = self._all_say(plan.step, healed, self._patience(plan, None))
-        if healed and not all_have:
-            self._progress.fresh = fresh
-            error = HealError("another rank of this group could not heal, so it heals once more")
-            transaction.report(error, at_home=not plan.participates)
-
-    def close(self, transaction: Transaction, plan: Plan, timeout: timedelta | None) -> bool:
-        """Vote on the step: whether it is committed. `timeout`: of the collectives and the vote,
-        in place of the manager's.
+    def all_healed(self, step: Step, plan: Plan) -> bool:
+        """Whether all ranks of this group have healed in a step that stays open, where each of
+        them may have had to. Also a rank that had nothing to load meets the others here.
 
         Raises:
-            TimeoutError: a rank of this group does not vote in `timeout`.
-            DiscardedTooOften: more discarded steps in a row than `max_retries`, or too many heals
-                that failed and cost the others a step each.
+            TimeoutError: a rank of this group does not say so in time.
         """
-        self._communicator.finish(transaction, plan, timeout or self._options.timeout)
-        self._load_staged(transaction)
-        why = objection(
-            failed=transaction.failed,
-            not_finite=transaction.not_finite,
-            counted=len(plan.counted),
-            min_replica_size=self._options.min_replica_size,
-        )
-        step = self._step_of(plan)
-        committed = self._vote(transaction, step, why is None, self._patience(plan, timeout))
-        if committed:
-            self._progress.commit(len(plan.counted))
-        elif self._is_only_not_finite(transaction, why, step, self._patience(plan, timeout)):
-            why = Why.NOT_FINITE
-            # Who was given a donor's state has loaded it: else that would be the step's error.
-            self._progress.skip(met=plan.donor is None)
-        else:
-            self._discard(transaction, plan)
-        self._record(transaction, plan, step, committed, why)
-        self._leave_if_hopeless(transaction, plan)
-        return committed
+        if not plan.may_heal or self._group.world_size == 1:
+            return True
+        return self._all_say(plan.step, not step.failed, self._patience(plan, None))
 
-    def fall_behind(self, plan: Plan) -> None:
-        """The step that was just committed could not be applied here."""
-        self._progress.fall_behind(len(plan.counted))
+    def vote(self, step: Step, plan: Plan, timeout: timedelta | None, *, counts: bool) -> Outcome:
+        """Ask all ranks of this group whether the step went well.
 
-    def close_without_step(
-        self, transaction: Transaction, plan: Plan, timeout: timedelta | None
-    ) -> bool:
-        """All members meet, who is behind heals, no step is counted. Whether that went well.
+        Args:
+            timeout: of the vote, in place of the manager's.
+            counts: whether it is a step to be committed; else the members only meet.
 
-        Raises as `close` does.
+        Raises:
+            TimeoutError: a rank of this group does not vote in time.
         """
-        self._communicator.finish(transaction, plan, timeout or self._options.timeout)
-        self._load_staged(transaction)
-        why = Why.ERROR if transaction.failed else None
-        step = self._step_of(plan)
-        healed = self._vote(transaction, step, why is None, self._patience(plan, timeout))
-        if healed:
-            self._progress.meet()
+        why = self._objection(step, plan, counts)
+        number = max(plan.step, self._context.progress.step)
+        patience = self._patience(plan, timeout)
+        if self._all_say(number, why is None, patience):
+            verdict = Verdict.COMMITTED if counts else Verdict.SYNCED
+        elif counts and self._is_only_not_finite(why, number, patience):
+            verdict, why = Verdict.SKIPPED, Why.NOT_FINITE
         else:
-            self._discard(transaction, plan)
-            self._record(transaction, plan, step, False, why)
-        return healed
-
-    def _discard(self, transaction: Transaction, plan: Plan) -> None:
-        error = transaction.error.original_exception if transaction.error else None
+            verdict = Verdict.DISCARDED
+        error = step.error.original_exception if step.error else None
         could_not_heal = plan.donor is not None and isinstance(error, HealError)
-        self._progress.discard(heal_failed=could_not_heal)
+        return Outcome(verdict, number, why, could_not_heal)
 
-    def _leave_if_hopeless(self, transaction: Transaction, plan: Plan) -> None:
-        """A group that cannot heal must not keep the others from committing."""
-        failed = self._progress.heals_failed
-        if not has_tried_all_donors(plan, failed):
+    def record(self, step: Step, plan: Plan, outcome: Outcome, offered: int) -> None:
+        """Log how the step ended, and write its record; `offered`: bytes of state sent so far.
+
+        Raises:
+            DiscardedTooOften: more discarded steps in a row than `max_retries`.
+        """
+        if outcome.verdict is Verdict.SYNCED:
             return
-        cause = transaction.error.original_exception if transaction.error else "unknown"
-        error = DiscardedTooOften(
+        committed = outcome.verdict is Verdict.COMMITTED
+        reason = None if committed else (outcome.why or Why.ANOTHER_RANK).value
+        if reason is not None and step.error is not None:
+            reason = f"{reason}: {step.error.original_exception}"
+        collectives = step.account.bytes_sent  # which move as much in as out
+        self._context.log.closed(
+            step,
+            plan,
+            number=outcome.step,
+            committed=committed,
+            why=reason,
+            sent=collectives + self._offered_in(step, offered),
+            received=collectives + step.healed_bytes,
+        )
+        if reason is not None:
+            self._warn(outcome.step, reason, error_said=step.error is not None)
+
+    def hopeless(self, step: Step, plan: Plan) -> DiscardedTooOften | None:
+        """Why this group must leave the job: one that cannot heal, with any donor, keeps the
+        others from committing. None while it may go on."""
+        failed = self._context.progress.heals_failed
+        if not has_tried_all_donors(plan, failed):
+            return None
+        cause = step.error.original_exception if step.error else "unknown"
+        return DiscardedTooOften(
             f"{cause}. {failed} heals of {self._group.replica_id} failed in a row and cost the "
             "other groups a step each, so it leaves the job: start it again"
         )
-        self._leave(transaction, error)
-        raise error
 
-    def _step_of(self, plan: Plan) -> int:
-        """What is voted on: later than planned when steps that opened before closed meanwhile."""
-        return max(plan.step, self._progress.step)
+    def _objection(self, step: Step, plan: Plan, counts: bool) -> Why | None:
+        if not counts:
+            return Why.ERROR if step.failed else None
+        return objection(
+            failed=step.failed,
+            not_finite=step.not_finite,
+            participating=len(plan.participating),
+            min_replica_size=self._options.min_replica_size,
+        )
 
-    def _vote(self, transaction: Transaction, step: int, yes: bool, timeout: timedelta) -> bool:
-        try:
-            return self._all_say(step, yes, timeout)
-        finally:
-            with self._ledger.spending(Bucket.HEAL):
-                self._withdraw(transaction)
-
-    def _is_only_not_finite(
-        self, transaction: Transaction, why: Why | None, step: int, timeout: timedelta
-    ) -> bool:
+    def _is_only_not_finite(self, why: Why | None, number: int, patience: timedelta) -> bool:
         """Whether a step that was voted down has NaN in an average, at a rank of this group, and
         nothing else is wrong with it at any: the ranks of a sharded model see other averages."""
-        finite_or_not = why in (None, Why.NOT_FINITE)
         if self._group.world_size == 1:
             return why is Why.NOT_FINITE
-        return self._all_say(step, finite_or_not, timeout)
+        return self._all_say(number, why in (None, Why.NOT_FINITE), patience)
 
     def _patience(self, plan: Plan, timeout: timedelta | None) -> timedelta:
         """How long the ranks of this group wait for each other: another one may still heal, or wait
@@ -176,54 +161,33 @@ class Closer:
         timeout = timeout or inside_group(self._options.timeout)
         return timeout + self._options.heal_limit if plan.anyone_heals else timeout
 
-    def _all_say(self, step: int, yes: bool, timeout: timedelta) -> bool:
-        """Whether all ranks of this group say yes to what is asked of them at `step`."""
-        with self._ledger.spending(Bucket.VOTE):
-            return self._group.client.should_commit(self._group.rank, step, yes, timeout=timeout)
+    def _all_say(self, number: int, yes: bool, timeout: timedelta) -> bool:
+        """Whether all ranks of this group say yes to what is asked of them at this step."""
+        with self._context.ledger.spending(Bucket.VOTE):
+            return self._group.client.should_commit(self._group.rank, number, yes, timeout=timeout)
 
-    def _record(
-        self, transaction: Transaction, plan: Plan, step: int, committed: bool, why: Why | None
-    ) -> None:
-        reason = None if committed else (why or Why.ANOTHER_RANK).value
-        if reason is not None and transaction.error is not None:
-            reason = f"{reason}: {transaction.error.original_exception}"
-        collectives = transaction.account.bytes_sent  # which move as much in as out
-        self._log.closed(
-            transaction,
-            plan,
-            step=step,
-            committed=committed,
-            why=reason,
-            sent=collectives + self._offered_in(transaction),
-            received=collectives + transaction.healed_bytes,
-        )
-        if reason is not None:
-            self._warn(step, reason, error_said=transaction.error is not None)
-
-    def _say_skipped(self, step: int, skipped: int) -> None:
-        if skipped in _MANY_SKIPPED:
-            self._log.say(logging.WARNING, step, _STUCK, skipped)
-        else:
-            self._log.say(logging.DEBUG, step, "skipped, %d in a row", skipped)
-
-    def _offered_in(self, transaction: Transaction) -> int:
+    def _offered_in(self, step: Step, offered: int) -> int:
         """State sent since the step began, or since the last record of one that was open at the
         same time: no byte is in two records."""
-        before, self._offered_until_last = self._offered_until_last, self._bytes_offered()
-        return self._offered_until_last - max(before, transaction.offered_before)
+        before, self._offered_until_last = self._offered_until_last, offered
+        return offered - max(before, step.offered_before)
 
-    def _warn(self, step: int, reason: str, *, error_said: bool) -> None:
+    def _warn(self, number: int, reason: str, *, error_said: bool) -> None:
         """A step was discarded; after too many in a row it is no use to go on."""
-        failures, most = self._progress.discarded, self._options.max_retries
-        if self._progress.skipped:
+        progress, most = self._context.progress, self._options.max_retries
+        say = self._context.log.say
+        if progress.skipped:
             # The error has been said already, and a gradient scaler makes some on purpose.
-            self._say_skipped(step, self._progress.skipped)
+            if progress.skipped in _MANY_SKIPPED:
+                say(logging.WARNING, number, _STUCK, progress.skipped)
+            else:
+                say(logging.DEBUG, number, "skipped, %d in a row", progress.skipped)
             return
         # One line an event: an error was said when it happened.
         level = logging.DEBUG if error_said else logging.WARNING
-        self._log.say(level, step, "%s: step discarded, %d in a row", reason, failures)
-        if most is not None and failures > most:
+        say(level, number, "%s: step discarded, %d in a row", reason, progress.discarded)
+        if most is not None and progress.discarded > most:
             raise DiscardedTooOften(
-                f"{self._group.replica_id} discarded {failures} steps in a row at step "
-                f"{step}, more than max_retries={most}; the last one because of: {reason}"
+                f"{self._group.replica_id} discarded {progress.discarded} steps in a row at step "
+                f"{number}, more than max_retries={most}; the last one because of: {reason}"
             )

@@ -5,10 +5,11 @@
     x = 0.3 each round, codes are whole numbers: 0, 1, 0, 0, 1, 0, 0, 1, …: 0.3 on average
 
 Where a round cuts its rows, and so where blocks begin, depends on its members. So the round itself
-takes what it encoded off what should have arrived (`unsaid` of `torchft.peers.Round.average`), to
-the bit. A mean is encoded once more on its way back; what that loses, times the number of those
-that went into the mean, is added by the member that computed it. Then, over any number of rounds
-with the same members, but for the rounding of fp32 sums and of results to their dtype,
+takes what it encoded off what should have arrived (`error_feedback` of
+`torchft.peers.Round.average`), to the bit. A mean is encoded once more on its way back; what that
+loses, times the number of those that went into the mean, is added by the member that computed it.
+Then, over any number of rounds with the same members, but for the rounding of fp32 sums and of
+results to their dtype,
 
     sum of the averages received + mean of the residuals = sum of the means of x
 
@@ -38,8 +39,8 @@ class ErrorFeedback:
 
     @torch.no_grad()
     def draft(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """Add to `values`, in place, what is left over; returns the sums, to be the `unsaid` of a
-        round. They have the digits that `values` of a smaller dtype cannot hold."""
+        """Add to `values`, in place, what is left over; returns the sums, to be the
+        `error_feedback` of a round. They have the digits that a smaller dtype cannot hold."""
         drafts = [value + left for value, left in zip(values, self.residuals, strict=True)]
         for value, draft in zip(values, drafts, strict=True):
             value.copy_(draft)
@@ -47,9 +48,9 @@ class ErrorFeedback:
 
     @torch.no_grad()
     def commit(self, draft: Sequence[Tensor]) -> None:
-        """The round counts: what it left unsaid is left over."""
-        for residual, unsaid in zip(self.residuals, draft, strict=True):
-            residual.copy_(unsaid)
+        """The round counts: what did not arrive is left over."""
+        for residual, lost in zip(self.residuals, draft, strict=True):
+            residual.copy_(lost)
 
 
 def _precise(tensor: Tensor) -> torch.dtype:

@@ -27,12 +27,13 @@ def quantized_mean(
     rows: Tensor,
     codec: Codec,
     which: Sequence[int] | None = None,
-    unsaid: Tensor | None = None,
+    error_feedback: Tensor | None = None,
 ) -> Tensor:
     """`[members, …]` → `[1, …]`, the mean of `which` (default all), in the dtype of `rows`.
 
-    `unsaid`, fp32 or fp64 like `rows`, holds what each row should say, and afterwards what did not
-    arrive of it: in its own coding, and in that of the mean of the chunk that is its to sum.
+    `error_feedback`, fp32 or fp64, of the shape of `rows`. In: the exact values. Out: the
+    quantisation error of each row: of its own coding, and of that of the mean of the chunk that is
+    its to sum.
 
     Raises:
         ValueError: there is no row to average.
@@ -43,30 +44,30 @@ def quantized_mean(
     said = codec.decode(codec.encode(padded), chunk)
     total = ordered_mean(said, which)
     mean = codec.decode(codec.encode(total), chunk)
-    if unsaid is not None:
+    if error_feedback is not None:
         counted = members if which is None else len(which)
         for member in range(members):
-            take_said(unsaid[member], said[member])
-            add_lost(unsaid[member], member, total[0, member], mean[0, member], counted)
+            take_said(error_feedback[member], said[member])
+            add_lost(error_feedback[member], member, total[0, member], mean[0, member], counted)
     return mean.view(1, -1)[:, :n].reshape(1, *rows.shape[1:]).to(rows.dtype)
 
 
 @torch.no_grad()
-def take_said(unsaid: Tensor, said: Tensor, first: int = 0) -> None:
+def take_said(error_feedback: Tensor, said: Tensor, first: int = 0) -> None:
     """Take chunks off what one row should say: `said` `[k, chunk]`, of which the first is number
     `first` of the row. What reaches beyond its end was padding."""
-    part = unsaid.view(-1)[first * said.shape[-1] :][: said.numel()]
+    part = error_feedback.view(-1)[first * said.shape[-1] :][: said.numel()]
     part.sub_(said.reshape(-1)[: part.numel()])
 
 
 @torch.no_grad()
-def add_lost(unsaid: Tensor, chunk: int, mean: Tensor, sent: Tensor, counted: int) -> None:
+def add_lost(error_feedback: Tensor, chunk: int, mean: Tensor, sent: Tensor, counted: int) -> None:
     """Add to one row what the mean of chunk number `chunk` lost when it was encoded to `sent`.
 
     All share a mean, and the next one divides by their number: whoever adds it adds it for all.
     """
     lost = (mean - sent).view(-1).mul_(counted)
-    part = unsaid.view(-1)[chunk * lost.numel() :][: lost.numel()]
+    part = error_feedback.view(-1)[chunk * lost.numel() :][: lost.numel()]
     part.add_(lost[: part.numel()])
 
 

@@ -159,7 +159,7 @@ class StackedPeers:
 class StackedRound(FormedAtOnce):
     """A round among nodes that are rows of one process."""
 
-    opening = False
+    bootstrap = False
 
     def __init__(
         self,
@@ -182,37 +182,37 @@ class StackedRound(FormedAtOnce):
         self,
         tensors: Sequence[Tensor],
         codec: Codec | None = None,
-        unsaid: Sequence[Tensor] | None = None,
+        error_feedback: Sequence[Tensor] | None = None,
     ) -> _Ready:
         """Row by row in node order, as everywhere: `[rows, n]` → `[1, n]`."""
         if codec is not None:
-            return self._average_encoded(tensors, codec, unsaid)
+            return self._average_encoded(tensors, codec, error_feedback)
         self._kind = "ordered" if self._peers.deterministic else "average"
         for tensor in tensors:
             self._count(tensor, self._kind, self.members)
         return _Ready([ordered_mean(tensor, self.counted) for tensor in tensors])
 
     def _average_encoded(
-        self, tensors: Sequence[Tensor], codec: Codec, unsaid: Sequence[Tensor] | None
+        self, tensors: Sequence[Tensor], codec: Codec, error_feedback: Sequence[Tensor] | None
     ) -> _Ready:
         self._kind = "quantized"
         for tensor in tensors:
             codec.check(tensor.dtype)
             self._count(tensor, "quantized", self.members, codec)
-        owed = [None] * len(tensors) if unsaid is None else unsaid
+        owed = [None] * len(tensors) if error_feedback is None else error_feedback
         pairs = zip(tensors, owed, strict=True)
         return _Ready([self._encoded_mean(tensor, codec, left) for tensor, left in pairs])
 
-    def _encoded_mean(self, tensor: Tensor, codec: Codec, unsaid: Tensor | None) -> Tensor:
+    def _encoded_mean(self, tensor: Tensor, codec: Codec, error_feedback: Tensor | None) -> Tensor:
         # Members that are not counted sum a chunk too.
         which = [at for at, node in enumerate(self.members) if node in self.counted]
         rows = self._rows_of(self.members, tensor)
-        if unsaid is None:
+        if error_feedback is None:
             return quantized_mean(rows, codec, which)
-        of_members = self._rows_of(self.members, unsaid)
+        of_members = self._rows_of(self.members, error_feedback)
         mean = quantized_mean(rows, codec, which, of_members)
-        if of_members is not unsaid:
-            unsaid[list(self.members)] = of_members
+        if of_members is not error_feedback:
+            error_feedback[list(self.members)] = of_members
         return mean
 
     def gather(self, tensors: Sequence[Tensor]) -> _Ready:

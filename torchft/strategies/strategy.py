@@ -168,7 +168,7 @@ class Strategy:
 
     def _join(self, recipes: Sequence[Recipe]) -> bool:
         peers_round = self._open(recipes)
-        if peers_round.opening:
+        if peers_round.bootstrap:
             return True
         healed = not peers_round.failed
         if self._at(Place.BEFORE):
@@ -371,7 +371,7 @@ class Strategy:
 
     def _synchronise(self, recipe: Recipe) -> None:
         peers_round = self._open([recipe])
-        if not peers_round.opening:
+        if not peers_round.bootstrap:
             self._send(recipe, peers_round)
             self._close_due(recipe)
 
@@ -383,8 +383,8 @@ class Strategy:
             peers_round.fail(HealError("a joining group could not heal: the round is given up"))
         try:
             sent, draft = checks.contributed(recipe, fragment)
-            unsaid = draft if recipe.error_feedback else None
-            handle = self._start(recipe, peers_round, sent, unsaid)
+            error_feedback = draft if recipe.error_feedback else None
+            handle = self._start(recipe, peers_round, sent, error_feedback)
             beside = self._start_buffers(recipe, peers_round)
         except Exception as error:
             self._discard(recipe, fragment, None)
@@ -418,17 +418,17 @@ class Strategy:
         recipe: Recipe,
         peers_round: Round,
         sent: list[Tensor],
-        unsaid: list[Tensor] | None,
+        error_feedback: list[Tensor] | None,
     ) -> Handle:
         if recipe.by is By.GATHER:
             return peers_round.gather(sent)
         if recipe.by is By.ISLANDS:
             return peers_round.average_within(sent, recipe.islands)
         if self.bucket_bytes is not None:
-            if unsaid is not None:
-                unsaid = buckets.cut(unsaid, self.bucket_bytes, like=sent)
+            if error_feedback is not None:
+                error_feedback = buckets.cut(error_feedback, self.bucket_bytes, like=sent)
             sent = buckets.cut(sent, self.bucket_bytes)
-        return peers_round.average(sent, recipe.codec, unsaid)
+        return peers_round.average(sent, recipe.codec, error_feedback)
 
     def _start_buffers(self, recipe: Recipe, peers_round: Round) -> Buffers | None:
         if recipe.buffers == LEFT or not self.local.buffers()[0]:
