@@ -240,7 +240,7 @@ def test_each_order_is_one_step(
         loop = Loop(node, door)
         for step in range(STEPS):
             order(loop, step)
-        return loop.weights, loop.manager.begun - loop.manager.is_step_open()
+        return loop.weights, loop.manager.begun - loop.manager.is_open
 
     for weights, begun in World(Script(2)).run(story).values():
         assert_close(weights, BOTH)
