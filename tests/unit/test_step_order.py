@@ -23,12 +23,12 @@ STEPS = 4
 class Counted(InProcessManager):
     """Counts the steps that were begun."""
 
-    begun = 0
+    begins = 0
 
     def start_quorum(self, *args: Any, **kwargs: Any) -> None:
         before = self._round
         super().start_quorum(*args, **kwargs)
-        self.begun += self._round is not before
+        self.begins += self._round is not before
 
 
 def line(seed: int) -> nn.Linear:
@@ -137,7 +137,7 @@ def test_two_models_and_two_optimizers_train_as_without_groups(
         for _ in range(STEPS):
             order(gan)
         weights = [p.detach() for model in gan.models for p in model.parameters()]
-        return weights, manager.begun, manager.current_step()
+        return weights, manager.begins, manager.current_step()
 
     plain = Gan(lambda model: model, lambda one: one)
     for _ in range(STEPS):
@@ -240,7 +240,7 @@ def test_each_order_is_one_step(
         loop = Loop(node, door)
         for step in range(STEPS):
             order(loop, step)
-        return loop.weights, loop.manager.begun - loop.manager.is_open
+        return loop.weights, loop.manager.begins - loop.manager.is_open
 
     for weights, begun in World(Script(2)).run(story).values():
         assert_close(weights, BOTH)
@@ -263,7 +263,7 @@ def test_a_batch_that_is_skipped_before_backward_costs_nothing(
                     break
             found.backward()
             assert loop.optimizer.step()
-        return loop.weights, loop.manager.begun
+        return loop.weights, loop.manager.begins
 
     for weights, begun in World(Script(2)).run(story).values():
         assert_close(weights, BOTH)
