@@ -46,7 +46,7 @@ class InProcessManager:
         self._round: InProcessRound | None = None
         self.listeners = StepListeners()
         self.steps = self.state = self.fingerprint = self  # one object plays all the parts
-        self._step_now: Step = lone_step(self.ledger)
+        self.step_now: Step = lone_step(self.ledger)
         self._step_voted: InProcessStep | None = None
         self._met = False
         self._open = False
@@ -101,7 +101,7 @@ class InProcessManager:
 
     @property
     def needs_new(self) -> bool:
-        return not (self._open and not self._step_now.averages and self.errored() is None)
+        return not (self._open and not self.step_now.averages and self.errored() is None)
 
     @property
     def voted(self) -> InProcessStep | None:
@@ -129,12 +129,12 @@ class InProcessManager:
             return
         self._compare(*self.listeners.before_step())
         self._round = self._node.open(place)
-        self._step_now = lone_step(self.ledger)
+        self.step_now = lone_step(self.ledger)
         self._open = True
 
     def begun(self, what: str) -> InProcessStep:
         assert self._round is not None, f"call start_quorum before {what}"
-        return InProcessStep(self, self._round, self._step_now)
+        return InProcessStep(self, self._round, self.step_now)
 
     def close(
         self, step: InProcessStep, timeout: timedelta | None = None, *, counts: bool = True
@@ -152,12 +152,12 @@ class InProcessManager:
     ) -> Work:
         assert self._open, "call start_quorum before allreduce"
         work = self.begun("it").allreduce(tensor, should_quantize)
-        self._step_now.averages.append(work)  # type: ignore[arg-type]
+        self.step_now.averages.append(work)  # type: ignore[arg-type]
         work.wait()
         return _DummyWork(tensor)
 
     def report_error(self, e: Exception) -> None:
-        self._step_now.report(e)
+        self.step_now.report(e)
         self.begun("it").report_error(e)
 
     def errored(self) -> Exception | None:
@@ -167,9 +167,9 @@ class InProcessManager:
     def should_commit(self, timeout: timedelta | None = None) -> bool:
         if not self._open:
             raise PhaseError("no step is open")
-        self.listeners.before_vote(self._step_now)
-        if self._step_now.error is not None:
-            self.report_error(self._step_now.error.original_exception)
+        self.listeners.before_vote(self.step_now)
+        if self.step_now.error is not None:
+            self.report_error(self.step_now.error.original_exception)
         self._open = False
         self._step_voted = self.begun("it")
         return self._step_voted.close()
@@ -180,7 +180,7 @@ class InProcessManager:
         return self.begun("take")
 
     def take_over(self, **carried: Any) -> InProcessStep:
-        return InProcessStep(self, self._node.take_over(carried), self._step_now)
+        return InProcessStep(self, self._node.take_over(carried), self.step_now)
 
     def count(self, steps: int) -> None:
         self._step += steps

@@ -79,7 +79,7 @@ def train(
         if clip:
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        quorums.add(manager._begun("the test").plan.quorum_id)
+        quorums.add(manager.steps.begun("the test").plan.quorum_id)
         committed.append(bool(scaler.step(optimizer)))
         scaler.update()
         scales.append(scaler.get_scale())

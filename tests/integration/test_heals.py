@@ -226,7 +226,7 @@ def test_a_joiner_takes_part_in_the_others_round_with_zeros(tmp_path: Path) -> N
             round_ = peers.open(Place.AFTER)
             (mean,) = round_.average([torch.full((1, 1), value)]).wait()
             committed = round_.close()
-            if len(manager._begun("this").plan.members) == 2:
+            if len(manager.steps.begun("this").plan.members) == 2:
                 return mean.item(), committed, group.w[0].item(), manager.current_step()
 
     def late(group: Group) -> Any:

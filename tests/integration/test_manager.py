@@ -128,7 +128,7 @@ def test_a_late_error_does_not_touch_the_next_step(tmp_path: Path) -> None:
         manager.start_quorum()
         late: Future[int] = Future()
         guarded = manager.wrap_future(late, default=7)
-        before = manager._begun("this").transaction
+        before = manager.steps.begun("this")
         assert manager.should_commit()
         manager.start_quorum()
         before.report(RuntimeError("late"))
@@ -355,7 +355,7 @@ def test_timeout_variables_reach_every_part_that_waits(tmp_path: Path, monkeypat
         with pytest.raises(TimeoutError):
             manager.start_quorum()
         waited = time.monotonic() - began
-        transport, lock = manager._transport, manager._state._lock
+        transport, lock = manager._transport, manager.state._lock
         return options.connect_timeout, transport._timeout_s, lock.timeout, 0.5 < waited < 5
 
     (found,) = World(tmp_path, min_replicas=2).run(story)

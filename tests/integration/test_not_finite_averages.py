@@ -70,7 +70,7 @@ def train(group: Group, front: Callable[..., nn.Module], bad: float, **options: 
         wrapped(torch.ones(2, 2) * poison).mean().backward()
         if isinstance(wrapped, ByHand):
             wrapped.average()
-        quorums.add(manager._begun("the test").plan.quorum_id)
+        quorums.add(manager.steps.begun("the test").plan.quorum_id)
         said = said or manager.errored()
         committed.append(optimizer.step())
     return committed, len(quorums), said, [p.detach() for p in model.parameters()]
@@ -163,7 +163,7 @@ def test_nan_in_the_shard_of_one_rank_is_no_failure_for_the_group() -> None:
             manager.start_quorum()
             bad = step == BAD and group.number == 0 and group.rank == 0
             manager.allreduce(torch.full((4,), NAN if bad else 1.0)).wait()
-            quorums.add(manager._begun("the test").plan.quorum_id)
+            quorums.add(manager.steps.begun("the test").plan.quorum_id)
             committed.append(manager.should_commit())
         return committed, len(quorums), manager.current_step()
 
@@ -190,7 +190,7 @@ def with_a_nan_gradient(
             poison = NAN if group.number == 0 and step == 5 else 1.0
             (model(torch.ones(2, 2)).mean() * poison).backward()
             inner.step()
-            quorums.add(manager._begun("the test").plan.quorum_id)
+            quorums.add(manager.steps.begun("the test").plan.quorum_id)
     counts = {int(state["step"]) for state in inner.state.values()}
     return manager.current_step(), len(quorums), counts, [p.detach() for p in model.parameters()]
 

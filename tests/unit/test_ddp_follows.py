@@ -172,7 +172,7 @@ class TestOneGroup:
         model[0].weight.requires_grad_(True)
         wrapped(torch.ones(1, 2)).sum().backward()
         assert not manager.should_commit()
-        error = manager._transaction.error
+        error = manager.step_now.error
         assert error is not None
         assert "0.weight began to be trained in the middle of the step" in str(error)
         assert self.step(manager, wrapped)

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 __all__ = ["BackgroundRound", "ManagerPeers", "ManagerRound"]
 
+_FORMER_KEYS = {"counted": "participating"}
+"""What a donor of an older version calls the values of `Step.carried`."""
+
 
 class ManagerPeers:
     """The groups that a manager meets at its lighthouse.
@@ -90,7 +93,8 @@ class ManagerPeers:
     def take_over(self, carried: dict[str, Any]) -> ManagerRound:
         """Go on with one of the donor's open rounds, while its state is loaded."""
         steps = self._manager.steps
-        return ManagerRound(steps, steps.take_over(**carried), bootstrap=False)
+        named = {_FORMER_KEYS.get(key, key): value for key, value in carried.items()}
+        return ManagerRound(steps, steps.take_over(**named), bootstrap=False)
 
 
 class ManagerRound(FormedAtOnce):
