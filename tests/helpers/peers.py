@@ -212,7 +212,9 @@ class Node:
 
     def take_over(self, carried: dict[str, Any]) -> InProcessRound:
         """A round that the donor has open."""
-        taken = InProcessRound(self, carried["number"], carried["members"], carried["counted"])
+        taken = InProcessRound(
+            self, carried["number"], carried["members"], carried["participating"]
+        )
         taken.failed = carried["failed"]
         self.open_rounds.append(taken)
         return taken
@@ -281,7 +283,7 @@ class InProcessRound(FormedAtOnce):
         return {
             "number": self.number,
             "members": self.members,
-            "counted": self.counted,
+            "participating": self.counted,
             "failed": self.failed,
         }
 

@@ -219,7 +219,8 @@ class TestPure:
 def test_the_model_is_described_to_the_other_groups(door: Callable[..., nn.Module]) -> None:
     manager = InProcessManager(Node(World(Script(1)), 0, 1))
     wrapped = door(manager, nn.Linear(2, 3))
-    described = manager.listened[-1][type(wrapped).__name__]
+    always, _ = manager.listeners.before_step()
+    described: Any = always[type(wrapped).__name__]
     assert described["parameters"] == {"weight": "[3, 2] float32", "bias": "[3] float32"}
 
 

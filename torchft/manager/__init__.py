@@ -139,7 +139,7 @@ class Manager(Uncopied):
             raise SettingsError("give load_state_dict and state_dict together, or neither")
         self.ledger = Ledger()
         """Where the time of this rank goes."""
-        options = Options(
+        self._options = options = Options(
             min_replica_size=min_replica_size,
             sync=not use_async_quorum,
             mode=world_size_mode,
@@ -195,7 +195,6 @@ class Manager(Uncopied):
         self._max_retries = max_retries
         self._quorum_retries = quorum_retries
         self._replica_id = group.name
-        self._options = options
         if settings.under_torchrun():
             watch_parent()
 

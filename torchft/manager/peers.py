@@ -266,7 +266,7 @@ class BackgroundRound:
 
     @property
     def failed(self) -> bool:
-        """An error is known already."""
+        """Whether an error is known that will discard the round."""
         return self._now.failed
 
     @property

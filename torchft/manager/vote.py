@@ -43,7 +43,7 @@ class Verdict(enum.Enum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a vote decided."""
+    """What the ranks of a group decided about one step."""
 
     verdict: Verdict
     step: int
