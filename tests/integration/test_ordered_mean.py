@@ -8,12 +8,11 @@ import pytest
 import torch
 from helpers.magnitudes import row_of, rows_of
 from helpers.ranks import Rank, ranks
+from helpers.steps import lone_step
 from torch import Tensor
 
 from torchft.collectives import OrderedMean, as_bytes
-from torchft.ledger import Ledger
 from torchft.manager.average import Average
-from torchft.manager.transaction import Transaction
 from torchft.ordered import ordered_bytes, ordered_mean
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -64,17 +63,17 @@ def test_a_member_that_is_not_counted_takes_part_and_leaves_no_trace() -> None:
 
 def _die_between_the_halves(rank: Rank) -> None:
     group = rank.configure()
-    transaction = Transaction(Ledger(), on_error=lambda _: group.abort())
+    step = lone_step(pg=group)
     tensor = torch.ones(7)
     works = [OrderedMean(group, tensor, range(3)), OrderedMean(group, torch.ones(2), range(3))]
-    averages = [Average(transaction, w, tensor, 1, group.generation) for w in works]
+    averages = [Average(step, w, tensor, 1, group.generation) for w in works]
     for work in works:
         work._chunks.wait()  # the first half of both is done everywhere
     rank.tell("half")
     rank.listen()
     for average in averages:
         average.wait(timedelta(seconds=20))
-    rank.tell((str(transaction.error), tensor.tolist()))
+    rank.tell((str(step.error), tensor.tolist()))
 
 
 def test_a_member_that_dies_between_the_halves_frees_the_others() -> None:

@@ -9,14 +9,13 @@ import pytest
 import torch
 from helpers.magnitudes import row_of, rows_of
 from helpers.ranks import Rank, ranks
+from helpers.steps import lone_step
 from torch.distributed import ReduceOp
 from torch.distributed.distributed_c10d import AllreduceOptions
 
 from torchft.collectives import QuantizedMean, allreduce_quantized, as_bytes
 from torchft.digest import digest
-from torchft.ledger import Ledger
 from torchft.manager.average import Average
-from torchft.manager.transaction import Transaction
 from torchft.quantization import codec_names, codec_of, mean_bytes, quantized_mean
 
 SIZES = (0, 1, 2, 7, 257, 1009, 5003)
@@ -65,12 +64,12 @@ def test_a_member_that_is_not_counted_leaves_no_trace() -> None:
 def _say_what_is_left(rank: Rank, counted: list[int]) -> None:
     group, members = rank.configure(), rank.world_size
     for name, n, dtype in CASES:
-        tensor, unsaid = row_of(rank.rank, n, dtype), row_of(rank.rank + 7, n)
-        QuantizedMean(group, tensor, counted, name, unsaid=unsaid).wait(SOON)
+        tensor, error_feedback = row_of(rank.rank, n, dtype), row_of(rank.rank + 7, n)
+        QuantizedMean(group, tensor, counted, name, error_feedback=error_feedback).wait(SOON)
         everybodys = torch.stack([row_of(member + 7, n) for member in range(members)])
         alone = quantized_mean(rows_of(members, n, dtype), codec_of(name), counted, everybodys)[0]
         assert torch.equal(as_bytes(tensor), as_bytes(alone)), (name, n, dtype)
-        assert torch.equal(unsaid, everybodys[rank.rank]), (name, n, dtype)
+        assert torch.equal(error_feedback, everybodys[rank.rank]), (name, n, dtype)
     rank.tell("equal")
 
 
@@ -99,11 +98,11 @@ def test_what_one_member_has_overflown_all_members_see(codec: str, bad: float) -
 
 def _die_between_the_halves(rank: Rank) -> None:
     group = rank.configure()
-    transaction = Transaction(Ledger(), on_error=lambda _: group.abort())
+    step = lone_step(pg=group)
     tensors = [torch.ones(1000), torch.ones(3)]
     works = [QuantizedMean(group, tensor, range(3), "int8") for tensor in tensors]
     averages = [
-        Average(transaction, work, tensor, 1, group.generation)
+        Average(step, work, tensor, 1, group.generation)
         for work, tensor in zip(works, tensors, strict=True)
     ]
     for work in works:
@@ -113,7 +112,7 @@ def _die_between_the_halves(rank: Rank) -> None:
     for average in averages:
         average.wait(SOON)
     unchanged = all((tensor == 1).all() for tensor in tensors)
-    rank.tell((str(transaction.error), unchanged))
+    rank.tell((str(step.error), unchanged))
 
 
 def test_a_member_that_dies_between_the_halves_frees_the_others() -> None:
