@@ -26,7 +26,8 @@ from torchft.parameter_server.core.rules import Refusal, Rules
 from torchft.parameter_server.core.shape import ModelShape
 from torchft.parameter_server.core.submission import Submission
 from torchft.parameter_server.server.weights import ServerWeights
-from torchft.parameter_server.worker.weights import WorkerWeights, named_parameters
+from torchft.parameter_server.worker.sharded import named_parameters
+from torchft.parameter_server.worker.weights import WorkerWeights
 from torchft.quantization import codec_of
 
 __all__ = ["Node", "Plan", "Simulated"]

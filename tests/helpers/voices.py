@@ -13,7 +13,7 @@ from torchft.parameter_server.core.chunks import Chunks
 from torchft.parameter_server.core.shape import ModelShape
 from torchft.parameter_server.server.server import DiLoCoServer
 from torchft.parameter_server.worker.client import DiLoCoClient
-from torchft.parameter_server.worker.weights import named_parameters
+from torchft.parameter_server.worker.sharded import named_parameters
 from torchft.quantization import Identity
 
 __all__ = ["TOKENS", "Voice", "raw"]

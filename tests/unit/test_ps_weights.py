@@ -13,7 +13,8 @@ from torchft.errors import SettingsError
 from torchft.parameter_server.core.chunks import Chunks
 from torchft.parameter_server.core.shape import ModelShape
 from torchft.parameter_server.server.weights import UpdateKind
-from torchft.parameter_server.worker.weights import WorkerWeights, named_parameters
+from torchft.parameter_server.worker.sharded import named_parameters
+from torchft.parameter_server.worker.weights import WorkerWeights
 from torchft.parameter_server.worker.worker import DiLoCoWorker
 from torchft.quantization import codec_of
 

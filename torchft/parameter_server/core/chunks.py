@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from torchft.errors import TorchftError
 from torchft.quantization import Codec
 
-__all__ = ["CHUNK", "ChunkError", "Chunks", "RowIdentity", "identity_of"]
+__all__ = ["CHUNK", "ChunkError", "Chunks", "checksum_of", "identity_from", "identity_of"]
 
 CHUNK = 1 << 20
 """Numbers in a chunk; whole blocks of every codec."""
@@ -184,41 +184,27 @@ class Chunks:
         return True
 
 
-class RowIdentity:
-    """A short text that tells one fp32 row from another, from its chunks in their order.
+def checksum_of(index: int, numbers: Tensor) -> int:
+    """What chunk `index` of a row, fp32 `[1, m]`, contributes to the row's identity."""
+    return _checksum(numbers[0].contiguous().numpy().view(np.uint8).data, index)
 
-    The sum of its 64-bit words, each chunk's multiplied by its place. It guards against mistakes
-    and damage, not against malice.
+
+def identity_from(checksums: Iterable[int]) -> str:
+    """A short text that tells one fp32 row from another, of the checksums of its chunks in order.
+
+    16 hexadecimal digits: the sum of the row's 64-bit words, each chunk's multiplied by its place.
+    It guards against mistakes and damage, not against malice.
     """
-
-    def __init__(self) -> None:
-        self._words = self._count = 0
-
-    @staticmethod
-    def checksum(index: int, numbers: Tensor) -> int:
-        """What chunk `index`, `[1, m]`, contributes to the identity."""
-        return _checksum(numbers[0].contiguous().numpy().view(np.uint8).data, index)
-
-    def add(self, numbers: Tensor) -> None:
-        """Add the next chunk of the row, `[1, m]`."""
-        self.join(self.checksum(self._count, numbers))
-
-    def join(self, checksum: int) -> None:
-        """Add the next chunk by its checksum."""
-        self._words = (self._words * _MIX + checksum) % (1 << 64)
-        self._count += 1
-
-    def __str__(self) -> str:
-        """16 hexadecimal digits."""
-        return f"{self._words:016x}"
+    words = 0
+    for checksum in checksums:
+        words = (words * _MIX + checksum) % (1 << 64)
+    return f"{words:016x}"
 
 
 def identity_of(row: Tensor) -> str:
-    """The identity of a row `[1, n]`, as 16 hexadecimal digits."""
-    found = RowIdentity()
-    for part in row.split(CHUNK, 1) if row.shape[1] else ():
-        found.add(part)
-    return str(found)
+    """The identity of a row `[1, n]`, as `identity_from` makes it."""
+    parts = row.split(CHUNK, 1) if row.shape[1] else ()
+    return identity_from(checksum_of(index, part) for index, part in enumerate(parts))
 
 
 def _checksum(data: memoryview, index: int) -> int:

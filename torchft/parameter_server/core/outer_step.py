@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchft.parameter_server.core.chunks import Chunks, RowIdentity
+from torchft.parameter_server.core.chunks import Chunks, checksum_of, identity_from
 
 __all__ = ["OuterStep"]
 
@@ -64,10 +64,8 @@ class OuterStep:
         with ThreadPoolExecutor(threads, "outer-step") as pool:
             parts = [pool.submit(self._every, first, threads) for first in range(threads)]
         stepped = sorted(one for part in parts for one in part.result())
-        identity = RowIdentity()
-        for one in stepped:
-            identity.join(one.checksum)
-        return math.sqrt(sum(one.squares for one in stepped)), str(identity)
+        norm = math.sqrt(sum(one.squares for one in stepped))
+        return norm, identity_from(one.checksum for one in stepped)
 
     @torch.no_grad()
     def _every(self, first: int, stride: int) -> list[_Stepped]:
@@ -78,8 +76,7 @@ class OuterStep:
             span = self.chunks.span(index)
             norm = float(torch.linalg.vector_norm(self.weights[:, span]))
             self._publish(index, memory)
-            checksum = RowIdentity.checksum(index, self.sent[:, span])
-            stepped.append(_Stepped(index, norm**2, checksum))
+            stepped.append(_Stepped(index, norm**2, checksum_of(index, self.sent[:, span])))
         return stepped
 
     def _publish(self, index: int, memory: memoryview) -> None:

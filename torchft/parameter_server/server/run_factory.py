@@ -104,7 +104,7 @@ class RunFactory:
             run.rounds.lose(submission)
         if (lost or not complete) and self._options.save_every:
             with self._storage.checkpoint() as new:
-                self._storage.write(new, run.saved(run.decided()), run.model())
+                self._storage.checkpoints.save(new, run.saved(run.decided()), run.model())
             self._storage.records.clear()  # what happens from here on follows that checkpoint
         self._storage.delete_all_but(s.upload for s in pending if s not in lost)
         logger.info("going on from checkpoint %d at versions %s", number, run.versions)

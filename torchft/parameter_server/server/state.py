@@ -355,7 +355,7 @@ class ServerState:
         with self._storage.checkpoint() as number:
             decided = run.decided()
             path = await self._work.in_turn(
-                lambda: self._storage.write(number, run.saved(decided), run.model())
+                lambda: self._storage.checkpoints.save(number, run.saved(decided), run.model())
             )
         self.counts.checkpoints += 1
         self._note(f"saved {path.name}")

@@ -19,10 +19,7 @@ _METRICS = (
     ("outer_step_seconds_total", "outer_step_s", "counter", "time of outer steps, with waiting"),
     ("checkpoints_total", "checkpoints", "counter", "checkpoints written"),
     ("workers", "workers", "gauge", "workers registered"),
-    (
-        *("worker_deaths_total", "total_worker_deaths"),
-        *("counter", "workers that fell silent or were replaced"),
-    ),
+    ("worker_deaths_total", "total_worker_deaths", "counter", "workers gone silent or replaced"),
     ("uptime_seconds", "uptime_s", "gauge", "time since the start"),
 )
 """Name, key in the status (of a table: how many there are), Prometheus' type and help."""

@@ -8,12 +8,10 @@ An upload stays until a checkpoint has what it was used for. With `save_every` 0
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from torchft.errors import TorchftError
 from torchft.parameter_server.core.events import RoundClosed
@@ -49,7 +47,7 @@ class Storage:
         self.number = 0
         """Of the newest checkpoint, or of the one that is being written."""
         self._options = options
-        self._checkpoints = Checkpoints(folder / "checkpoints", options.save_total_limit)
+        self.checkpoints = Checkpoints(folder / "checkpoints", options.save_total_limit)
         self._spent: list[Path] = []
         self._pool = FilePool(self.uploads, _FREE_UPLOADS)
         self._rounds = 0
@@ -71,11 +69,11 @@ class Storage:
         for old in self.updates.iterdir():
             old.unlink()
         chosen = self._options.from_checkpoint
-        saved = self._checkpoints.newest() if chosen is None else load(chosen)
+        saved = self.checkpoints.newest() if chosen is None else load(chosen)
         if saved is None:
             self.records.clear()
             return None
-        known = (int(path.name.split("-")[1]) for path in self._checkpoints.all())
+        known = (int(path.name.split("-")[1]) for path in self.checkpoints.all())
         self.number = max([saved[0], *known])
         follows = chosen is None and self._journal_follows(saved[0])
         if follows:
@@ -150,14 +148,6 @@ class Storage:
             raise
         self.journal.forget(number)
         self._retire(spent)
-
-    def write(self, number: int, state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Path:
-        """Write the checkpoint that `number` was given to.
-
-        Raises:
-            OSError: there is no room, and nothing that was there has changed.
-        """
-        return self._checkpoints.save(number, state, weights)
 
     def delete_all_but(self, pending: Iterable[str]) -> None:
         """Delete the uploads that no event needs; `pending` names those of open rounds."""

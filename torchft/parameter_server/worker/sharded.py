@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from torchft import step_hooks
 from torchft.errors import SettingsError
 from torchft.parameter_server.worker.ranks import ALONE, Ranks
 from torchft.sharded import is_sharded, local_part
 from torchft.strategies.model_local import ModelLocal
 
-__all__ = ["check_optimizer", "named_parameters", "put", "unwrapped", "whole"]
+__all__ = ["named_parameters", "put", "unwrapped", "whole"]
 
 
 def whole(parameter: Any) -> Tensor:
@@ -49,16 +47,6 @@ def named_parameters(model: nn.Module, ranks: Ranks = ALONE) -> dict[str, nn.Par
         if is_sharded(parameter):
             _check_mesh(name, parameter, ranks)
     return found
-
-
-def check_optimizer(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Refuse an optimizer that does not train the model, or a part of it.
-
-    Raises:
-        SettingsError: if it is not an optimizer, or steps none of `parameters`.
-    """
-    step_hooks.check_optimizer("optimizer", optimizer)
-    step_hooks.check_trains(list(parameters), list(parameters.values()), optimizer)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

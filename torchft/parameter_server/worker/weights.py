@@ -25,17 +25,17 @@ import torch
 from torch import Tensor, nn
 
 from torchft.checkpointing.memory import fresh_memory
-from torchft.parameter_server.core.chunks import Chunks, RowIdentity, identity_of
+from torchft.parameter_server.core.chunks import Chunks, checksum_of, identity_from, identity_of
 from torchft.parameter_server.core.shape import ModelShape
 from torchft.parameter_server.core.weight_update import UpdateKind
 from torchft.parameter_server.worker.ranks import ALONE, Ranks
 from torchft.parameter_server.worker.row_view import RowView
-from torchft.parameter_server.worker.sharded import named_parameters, put, whole
+from torchft.parameter_server.worker.sharded import put, whole
 from torchft.quantization import Codec, Identity
 from torchft.sharded import is_sharded
 from torchft.strategies.parts.deltas import rounding_lost
 
-__all__ = ["WorkerWeights", "named_parameters"]
+__all__ = ["WorkerWeights"]
 
 
 class WorkerWeights:
@@ -115,16 +115,16 @@ class WorkerWeights:
             The identity of the new base; another one than the server's if something was damaged.
         """
         view, base = self._view(fragment), self._bases[fragment]
-        chunks, identity = Chunks(base.shape[1], codec), RowIdentity()
+        chunks, checksums = Chunks(base.shape[1], codec), []
         read, room = _reader(chunks, update), chunks.numbers()
         for index, span in chunks.spans():
             beyond = self._delta(fragment, view, span, room).neg_()
             chunks.add(index, sent[index], beyond)
             read(index, base[:, span])
-            identity.add(base[:, span])
+            checksums.append(checksum_of(index, base[:, span]))
             self._write_beyond(fragment, view, span, beyond, mix)
         view.close()
-        return str(identity)
+        return identity_from(checksums)
 
     def load(self, fragment: int, update: Sequence[tuple[UpdateKind, Path]], codec: Codec) -> None:
         """Read a complete base from the files of an update; the weights stay as they are."""

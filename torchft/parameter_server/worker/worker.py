@@ -34,11 +34,11 @@ from torchft.parameter_server.worker.connection import ServerConnection
 from torchft.parameter_server.worker.download_cache import DownloadedUpdate
 from torchft.parameter_server.worker.options import WorkerOptions
 from torchft.parameter_server.worker.ranks import Ranks
-from torchft.parameter_server.worker.sharded import check_optimizer, unwrapped
+from torchft.parameter_server.worker.sharded import named_parameters, unwrapped
 from torchft.parameter_server.worker.submissions import PendingSubmission, Submissions
-from torchft.parameter_server.worker.weights import WorkerWeights, named_parameters
+from torchft.parameter_server.worker.weights import WorkerWeights
 from torchft.quantization import codec_of
-from torchft.step_hooks import StepHooks
+from torchft.step_hooks import StepHooks, check_optimizer, check_trains
 from torchft.strategies.parts.broken import begin_anew, states_of
 from torchft.strategies.rounds_schedule import RoundSchedule
 from torchft.strategies.trained import TrainedModel
@@ -98,7 +98,8 @@ class DiLoCoWorker(Uncopied):
         self.worker_id = self.options.named()
         self._ranks = Ranks.of(process_group, _APART * self.options.timeout_s)
         parameters = named_parameters(model, self._ranks)
-        check_optimizer(parameters, optimizer)
+        check_optimizer("optimizer", optimizer)
+        check_trains(list(parameters), list(parameters.values()), optimizer)
         shape = ModelShape.of(parameters.items(), 1)
         self._weights = WorkerWeights(parameters, shape, self._ranks)
         self._submissions = Submissions()
