@@ -41,7 +41,7 @@ class Options:
     """How much is learned."""
 
     steps: int = option(320, "inner steps of each node")
-    every: int = option(40, "H, and the steps in which the inner rate rises")
+    sync_every: int = option(40, "H, and the steps in which the inner rate rises")
     batch: int = option(8, "rows of 64 bytes in a step of a node")
     seeds: int = option(3, "runs of each strategy and codec")
     held_out: int = option(2048, "rows that a loss is taken on")
@@ -98,15 +98,15 @@ def _gaps(found: Found) -> Iterator[Figure]:
 def _strategy(kind: Callable[..., Strategy], options: Options, codec: str | None) -> Strategy:
     settings: dict[str, Any] = {}
     if kind is not strategies.SimpleReduceStrategy:
-        settings |= {"H": options.every, "outer_optim_spec": OUTER}
+        settings |= {"H": options.sync_every, "outer_optim_spec": OUTER}
     if kind is strategies.StreamingDiLoCoStrategy:
-        settings |= {"fragments": FRAGMENTS, "fragment_sync_delay": options.every // 4}
-        settings |= {"fragment_update_alpha": ALPHA}
+        settings |= {"fragments": FRAGMENTS, "delay": options.sync_every // 4}
+        settings |= {"mix": ALPHA}
     return kind(
         optim_spec=INNER,
         max_norm=1.0,
         lr_scheduler="lambda_cosine",
-        lr_scheduler_kwargs={"warmup_steps": options.every, "cosine_anneal": True},
+        lr_scheduler_kwargs={"warmup_steps": options.sync_every, "cosine_anneal": True},
         codec=codec,
         **settings,
     )
@@ -119,7 +119,7 @@ STRATEGIES: dict[str, Callable[[Options, str | None], Strategy]] = {
 }
 TITLES = {"all_reduce": "all-reduce", "diloco": "DiLoCo", "streaming": "Streaming DiLoCo"}
 
-QUICK = Options(steps=4, every=4, batch=2, seeds=1, held_out=16)
+QUICK = Options(steps=4, sync_every=4, batch=2, seeds=1, held_out=16)
 
 if __name__ == "__main__":
     raise SystemExit(run("learning", __doc__, Options(), QUICK, measure))

@@ -48,7 +48,7 @@ class Options:
     """The links, and what travels."""
 
     mbit_s: tuple[int, ...] = option((1000, 100, 10), "of each link, both directions")
-    every: tuple[int, ...] = option((20, 100), "H: inner steps between synchronisations")
+    sync_every: tuple[int, ...] = option((20, 100), "H: inner steps between synchronisations")
     slots: tuple[int, ...] = option(
         (1,), f"streaming delays, in distances between rounds: H/{FRAGMENTS} steps each"
     )
@@ -65,7 +65,7 @@ class Case:
     """One line of the table."""
 
     mbit_s: int
-    every: int
+    sync_every: int
     slots: int
     """0: DiLoCo, whole and at once."""
     codec: str | None
@@ -81,18 +81,18 @@ class Case:
     @property
     def delay(self) -> int:
         """In inner steps."""
-        return self.slots * (self.every // FRAGMENTS)
+        return self.slots * (self.sync_every // FRAGMENTS)
 
     @property
     def name(self) -> str:
         """For people."""
         kind = f"streaming, delay {self.delay}" if self.slots else "DiLoCo"
-        return f"{self.mbit_s} Mbit/s, H = {self.every}, {kind}, {self.codec or 'fp32'}"
+        return f"{self.mbit_s} Mbit/s, H = {self.sync_every}, {kind}, {self.codec or 'fp32'}"
 
     @property
     def key(self) -> str:
         """For goals."""
-        return f"{self.mbit_s}.{self.every}.{self.slots}.{self.codec or 'fp32'}"
+        return f"{self.mbit_s}.{self.sync_every}.{self.slots}.{self.codec or 'fp32'}"
 
 
 @dataclass(frozen=True)
@@ -137,10 +137,10 @@ def measure(options: Options) -> Findings:
 
 def _cases(options: Options) -> Iterator[Case]:
     common = (options.kilobytes, options.step_ms, options.cycles)
-    for mbit_s, every, slots, codec in product(
-        options.mbit_s, options.every, (0, *options.slots), (None, "int8")
+    for mbit_s, sync_every, slots, codec in product(
+        options.mbit_s, options.sync_every, (0, *options.slots), (None, "int8")
     ):
-        yield Case(mbit_s, every, slots, codec, *common)
+        yield Case(mbit_s, sync_every, slots, codec, *common)
 
 
 def _run(
@@ -183,8 +183,8 @@ def _figures(case: Case, found: list[Found]) -> list[Figure]:
     """Of the group that trained least."""
     one = min(found, key=lambda one: one.compute_s / one.wall_s)
     transfer = transfer_s(one.payload_bytes / one.all_rounds, case.mbit_s)
-    step_s = one.compute_s / (case.every * case.cycles)
-    between_s = step_s * case.every / case.fragments
+    step_s = one.compute_s / (case.sync_every * case.cycles)
+    between_s = step_s * case.sync_every / case.fragments
     share = predicted(between_s, transfer, case.delay * step_s)
     return [
         Figure(
@@ -262,15 +262,15 @@ def _case(group: int, host: Host, case: Case, address: str, records: Path) -> Fo
             list(parts),
             inner,
             outer,
-            case.every,
+            case.sync_every,
             should_quantize=case.codec or False,
             fragment_sync_delay=case.delay,
         ),
     ):
-        _train(manager, inner, case.every, case.step_ms)
+        _train(manager, inner, case.sync_every, case.step_ms)
         before, began_step = manager.ledger.snapshot(), manager.current_step()
         began = time.perf_counter()
-        _train(manager, inner, case.every * case.cycles, case.step_ms)
+        _train(manager, inner, case.sync_every * case.cycles, case.step_ms)
         wall_s = time.perf_counter() - began
         after, ended_step = manager.ledger.snapshot(), manager.current_step()
     spent = {bucket: after[bucket] - before.get(bucket, 0.0) for bucket in after}
@@ -303,7 +303,7 @@ def _train(manager: Any, inner: Any, steps: int, step_ms: float) -> None:
         inner.step()
 
 
-QUICK = Options(mbit_s=(100,), every=(4,), kilobytes=100, step_ms=1.0, cycles=1)
+QUICK = Options(mbit_s=(100,), sync_every=(4,), kilobytes=100, step_ms=1.0, cycles=1)
 
 if __name__ == "__main__":
     raise SystemExit(run("links", __doc__, Options(), QUICK, measure))

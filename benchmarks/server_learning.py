@@ -48,7 +48,7 @@ class Options:
     """How much is learned."""
 
     steps: int = option(800, "inner steps of all four nodes together, of the bytes")
-    every: int = option(5, "H")
+    sync_every: int = option(5, "H")
     batch: int = option(8, "rows of 64 bytes in a step")
     seeds: int = option(3, "runs of each case")
     held_out: int = option(1024, "rows that a loss is taken on")
@@ -98,7 +98,7 @@ def _trained(task: Task, mode: Mode, speeds: str, options: Options) -> Trained:
     for seed in range(1, options.seeds + 1):
         nodes = [_node(task, seed, place, SPEEDS[speeds][place]) for place in range(NODES)]
         rules = Rules(NODES, mode)
-        world = Simulated(Plan(rules, task.outer, options.every, task.steps, seed), nodes)
+        world = Simulated(Plan(rules, task.outer, options.sync_every, task.steps, seed), nodes)
         world.run()
         losses.append(_held_out_loss(task, nodes[0].model))
         simulated_s += world.now / options.seeds
@@ -203,7 +203,7 @@ def _figures(found: Found) -> Iterator[Figure]:
             yield Figure.mean(f"server_learning.gap.{key}", title, above, "%")
 
 
-QUICK = Options(steps=16, every=2, batch=1, seeds=1, held_out=8, toy_steps=32)
+QUICK = Options(steps=16, sync_every=2, batch=1, seeds=1, held_out=8, toy_steps=32)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

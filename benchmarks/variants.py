@@ -39,7 +39,7 @@ class Options:
     """How much is learned."""
 
     steps: int = option(200, "inner steps of each node")
-    every: int = option(10, "H")
+    sync_every: int = option(10, "H")
     batch: int = option(32, "images in a step of a node")
     images: int = option(7500, "that are trained on")
     seeds: int = option(3, "runs of each variant")
@@ -48,7 +48,7 @@ class Options:
 
 def _make(kind: Callable[..., Any], settings: dict[str, str], options: Options) -> Any:
     if kind is not strategies.DeMoStrategy:
-        return kind("adamw", H=options.every, **settings)
+        return kind("adamw", H=options.sync_every, **settings)
     return kind(**settings)
 
 
@@ -107,7 +107,7 @@ def _shards(train: Any) -> Callable[..., Any]:
     return shard
 
 
-QUICK = Options(steps=2, every=2, batch=2, images=60, seeds=1, held_out=16)
+QUICK = Options(steps=2, sync_every=2, batch=2, images=60, seeds=1, held_out=16)
 
 if __name__ == "__main__":
     raise SystemExit(run("variants", __doc__, Options(), QUICK, measure))

@@ -119,14 +119,14 @@ class LocalSGD(StrategyHooks):
     def sync(self) -> None:
         """Average now, and count the steps to the next average from here."""
         clock = self._strategy.clock
-        clock.steps += -clock.steps % self._recipe.every
+        clock.steps += -clock.steps % self._recipe.sync_every
         self._strategy.synchronise()
         self._hooks.watch.forget()
 
     @property
     def _local_step(self) -> int:
         """Inner steps since the last average."""
-        return self._strategy.clock.steps % self._recipe.every
+        return self._strategy.clock.steps % self._recipe.sync_every
 
 
 class DiLoCo(StrategyHooks):
@@ -210,7 +210,13 @@ class DiLoCo(StrategyHooks):
             check_optimizer("outer_optimizer", outer)
         if isinstance(outer_optimizer, list):
             assert len(outers) == parts, f"{len(outers)} outer optimizers for {parts} fragments"
-        diloco.check_schedule(sync_every, parts, fragment_sync_delay, fragment_update_alpha)
+        diloco.check_schedule(
+            sync_every,
+            parts,
+            fragment_sync_delay,
+            fragment_update_alpha,
+            called=("fragment_sync_delay", "fragment_update_alpha"),
+        )
         self._recipe = diloco.DiLoCoRecipe(
             ModelOuter(outers, keep_weights=fragment_update_alpha > 0),
             sync_every,

@@ -101,7 +101,7 @@ class Replicated(Uncopied):
         check_trains(self._local.names, self._local.parameters, stepped)
         _warn_of_strangers(self._local, stepped)
         self._trained = TrainedModel(self._modules, stepped, front=type(self).__name__)
-        moved = [recipe.every for recipe in strategy.recipes if recipe.moves_frozen]
+        moved = [recipe.sync_every for recipe in strategy.recipes if recipe.moves_frozen]
         self._frozen_steps = min(moved, default=None)
         self._joined = self._loaded = self._begun = False
         if peers is None:
@@ -299,7 +299,7 @@ class Replicated(Uncopied):
             )
         for name, value in {
             "strategy": ", ".join(kind_of(recipe) for recipe in recipes),
-            "sync_every": ", ".join(str(recipe.every) for recipe in recipes),
+            "sync_every": ", ".join(str(recipe.sync_every) for recipe in recipes),
             "fragment_sync_delay": ", ".join(str(recipe.delay) for recipe in recipes),
             "deterministic": str(deterministic),
             "bucket bytes": str(self._strategy.bucket_bytes),

@@ -60,7 +60,7 @@ class Plan:
 
     rules: Rules
     outer: OuterOptions
-    every: int
+    sync_every: int
     """H."""
     steps: int
     """Of all nodes together."""
@@ -120,15 +120,15 @@ class Simulated:
     def _begin(self, place: int) -> None:
         """H more steps; or the node leaves, when the run has been given all of them."""
         node, plan = self.nodes[place], self.plan
-        if self._begun + plan.every > plan.steps:
+        if self._begun + plan.sync_every > plan.steps:
             self._carry_out(self._rounds.leave(node.name))
             return
-        for _ in range(plan.every):
+        for _ in range(plan.sync_every):
             node.train(node.steps, self._begun / plan.steps)
             node.steps += 1
             self._begun += 1
         pace = max(0.5, self._random.gauss(1.0, JITTER))
-        heapq.heappush(self._ends, (self.now + plan.every * node.step_s * pace, place))
+        heapq.heappush(self._ends, (self.now + plan.sync_every * node.step_s * pace, place))
 
     def _submit(self, place: int) -> None:
         node = self.nodes[place]
@@ -138,7 +138,15 @@ class Simulated:
         node.identity, node.sent = node.weights.identity(0), node.weights.encode(0, chunks)
         self._upload(name).write_bytes(b"".join(node.sent))
         node.waits = True
-        of = (node.name, "1", 0, node.version, node.number, self.plan.every, self.plan.every)
+        of = (
+            node.name,
+            "1",
+            0,
+            node.version,
+            node.number,
+            self.plan.sync_every,
+            self.plan.sync_every,
+        )
         self._carry_out([Submission(*of, name)])
 
     def _carry_out(self, events: Sequence[Event]) -> None:

@@ -41,7 +41,7 @@ STEPS, KILLED = 24, 7
 class Halfway(Recipe):
     """A user's own recipe: every second step half of the way to the mean, in the end all of it."""
 
-    every = 2
+    sync_every = 2
 
     def contribution(self, fragment: Any) -> Any:
         return self.local.weights(fragment), None
@@ -63,9 +63,7 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "FedAvg": lambda: FedAvgStrategy(ADAMW, H=3),
     "LocalSGD": lambda: LocalSGDStrategy(ADAMW, H=3),
     "DiLoCo": lambda: DiLoCoStrategy(ADAMW, H=4, codec="int8", error_feedback=True),
-    "Streaming DiLoCo": lambda: StreamingDiLoCoStrategy(
-        ADAMW, H=6, fragments=2, fragment_sync_delay=2, fragment_update_alpha=0.5
-    ),
+    "Streaming DiLoCo": lambda: StreamingDiLoCoStrategy(ADAMW, H=6, fragments=2, delay=2, mix=0.5),
     "SPARTA": lambda: SPARTAStrategy(ADAMW, index_selector=some_then_all, sparta_interval=2),
     "DeMo": lambda: DeMoStrategy(compression_topk=4, compression_chunk=16),
     "top-k": lambda: TopKStrategy(ADAMW, H=3, topk=4, chunk=16),

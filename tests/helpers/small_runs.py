@@ -49,9 +49,7 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "local_sgd": lambda: LocalSGDStrategy(H=4),
     "diloco": lambda: DiLoCoStrategy(H=4, max_norm=0.5, **COSINE),
     "streaming": lambda: StreamingDiLoCoStrategy(H=6, fragments=3),
-    "streaming_late": lambda: StreamingDiLoCoStrategy(
-        H=7, fragments=2, fragment_sync_delay=2, fragment_update_alpha=0.5
-    ),
+    "streaming_late": lambda: StreamingDiLoCoStrategy(H=7, fragments=2, delay=2, mix=0.5),
     "sparta": lambda: SPARTAStrategy(p_sparta=0.2),
     "sparta_all": lambda: SPARTAStrategy(index_selector=IndexSelector(), sparta_interval=3),
     "sparta_sequential": lambda: SPARTAStrategy(

@@ -18,7 +18,7 @@ TINY = {
     "data": "tests.helpers.sweeps:data",
     "strategies": ["all_reduce", "diloco"],
     "nodes": [2],
-    "every": [4],
+    "sync_every": [4],
     "steps": 12,
     "batch_size": 4,
     "validate_every": 5,

@@ -116,7 +116,7 @@ ROWS = {
     ),
     "DiLoCo, 2 fragments, delayed, int8, error feedback": Row(
         Kind("diloco", every=6, fragments=2, delay=2, mix=0.5, codec=Int8(16), feedback=True),
-        with_model_outer(every=6, fragments=2, delay=2, mix=0.5, error_feedback=True),
+        with_model_outer(sync_every=6, fragments=2, delay=2, mix=0.5, error_feedback=True),
     ),
     "LocalSGD": Row(Kind("local_sgd", every=3), lambda _: LocalSGDRecipe(3)),
     "LocalSGD without backup": Row(
@@ -128,7 +128,7 @@ ROWS = {
         lambda _: FedAvgRecipe(3, island_size=2, seed=5),
     ),
     "DiLoCo": Row(Kind("diloco", every=4), lambda _: DiLoCoRecipe(OUTER, 4)),
-    "DiLoCo, the model's outer": Row(Kind("diloco", every=4), with_model_outer(every=4)),
+    "DiLoCo, the model's outer": Row(Kind("diloco", every=4), with_model_outer(sync_every=4)),
     "DiLoCo in buckets": Row(
         Kind("diloco", every=4), lambda _: DiLoCoRecipe(OUTER, 4), bucket_bytes=36
     ),
@@ -145,10 +145,10 @@ ROWS = {
     ),
     "DiLoCo, cut in 2, strided, the model's outer": Row(
         Kind("diloco", every=4, fragments=2, cut=STRIDED),
-        with_model_outer(every=4, fragments=2, pattern="strided"),
+        with_model_outer(sync_every=4, fragments=2, pattern="strided"),
     ),
     "DiLoCo, 2 fragments, the model's outer": Row(
-        Kind("diloco", every=4, fragments=2), with_model_outer(every=4, fragments=2)
+        Kind("diloco", every=4, fragments=2), with_model_outer(sync_every=4, fragments=2)
     ),
     "DiLoCo, mixed": Row(
         Kind("diloco", every=2, mix=0.25), lambda _: DiLoCoRecipe(OUTER, 2, mix=0.25)
@@ -159,7 +159,7 @@ ROWS = {
     ),
     "DiLoCo, 2 fragments, delayed, mixed": Row(
         Kind("diloco", every=6, fragments=2, delay=2, mix=0.5),
-        with_model_outer(every=6, fragments=2, delay=2, mix=0.5),
+        with_model_outer(sync_every=6, fragments=2, delay=2, mix=0.5),
     ),
     "DiLoCo, 2 fragments in 5 steps": Row(
         Kind("diloco", every=5, fragments=2), lambda _: DiLoCoRecipe(OUTER, 5, fragments=2)
@@ -170,11 +170,11 @@ ROWS = {
     ),
     "DiLoCo, 2 fragments, a round closes where the next opens": Row(
         Kind("diloco", every=6, fragments=2, delay=3, mix=0.5),
-        with_model_outer(every=6, fragments=2, delay=3, mix=0.5),
+        with_model_outer(sync_every=6, fragments=2, delay=3, mix=0.5),
     ),
     "DiLoCo, both of 2 fragments in flight": Row(
         Kind("diloco", every=6, fragments=2, delay=5, mix=0.5),
-        with_model_outer(every=6, fragments=2, delay=5, mix=0.5),
+        with_model_outer(sync_every=6, fragments=2, delay=5, mix=0.5),
     ),
     "DiLoCo, both of 2 fragments always in flight": Row(
         Kind("diloco", every=4, fragments=2, delay=4),
@@ -190,7 +190,7 @@ ROWS = {
     ),
     "DiLoCo, 2 fragments, delayed, the inner state restored too": Row(
         Kind("diloco", every=6, fragments=2, delay=2, restores_inner=True),
-        with_model_outer(every=6, fragments=2, delay=2, inner_state="restored"),
+        with_model_outer(sync_every=6, fragments=2, delay=2, inner_state="restored"),
     ),
     "LocalSGD, buffers averaged": Row(
         Kind("local_sgd", every=3), lambda _: LocalSGDRecipe(3, buffers="averaged")

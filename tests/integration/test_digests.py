@@ -163,7 +163,7 @@ class Halved(OddModel):
 
 HALF: dict[str, Callable[[], Strategy]] = {
     "Streaming, in flight and mixed": lambda: StreamingDiLoCoStrategy(
-        ADAMW, H=6, fragments=2, fragment_sync_delay=2, fragment_update_alpha=0.5
+        ADAMW, H=6, fragments=2, delay=2, mix=0.5
     ),
     "LocalSGD": lambda: LocalSGDStrategy(ADAMW, H=3),
     "int8, fed back": lambda: DiLoCoStrategy(ADAMW, H=3, codec="int8", error_feedback=True),

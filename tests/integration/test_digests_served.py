@@ -14,7 +14,7 @@ from torchft.verify.served import Served, compare_served
 def test_workers_of_a_server_are_equal_to_simulated_nodes(name: str) -> None:
     pair = serve(name, steps=24, nodes=3, method="fork")
     assert pair.equal, f"they part at step {pair.first_difference}"
-    distance = SERVED[name].every // SERVED[name].fragments
+    distance = SERVED[name].sync_every // SERVED[name].fragments
     assert list(pair.real) == list(range(distance - 1, 24, distance))
 
 

@@ -41,7 +41,7 @@ from torchft.quantization import Identity
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[DiLoCoServer]:
     address = Address(port=0, tokens=TOKENS, read_timeout_s=1.0)
-    with DiLoCoServer(options(tmp_path, outer=plain_outer, grace_s=1.0), address) as one:
+    with DiLoCoServer(options(tmp_path, outer_optimizer=plain_outer, grace_s=1.0), address) as one:
         yield one
 
 

@@ -157,7 +157,7 @@ def follows(rank: Rank, kind: str, server: str) -> None:
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_the_server_goes_away_and_all_ranks_train_on(tmp_path: Path, kind: str) -> None:
-    opts = options(tmp_path, workers=1, save_every=1, outer=plain_outer)
+    opts = options(tmp_path, workers=1, save_every=1, outer_optimizer=plain_outer)
     server = DiLoCoServer(opts, Address(port=0, tokens=TOKENS)).start()
     with ranks(2, follows, kind, server.address) as group:
         group.hear_all()
@@ -230,7 +230,7 @@ def diverges(rank: Rank, server: str) -> None:
 
 def test_work_that_is_refused_is_taken_back_at_all_ranks(tmp_path: Path) -> None:
     with (
-        server_in(tmp_path, outer=plain_outer) as server,
+        server_in(tmp_path, outer_optimizer=plain_outer) as server,
         ranks(2, diverges, server.address) as group,
     ):
         assert group.hear_all() == [(True, 1)] * 2

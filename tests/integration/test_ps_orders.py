@@ -74,7 +74,7 @@ def test_an_order_of_how_many_workers_there_are_outlives_the_server_until_other_
 
 MODES = {
     "synchronous": {},
-    "one by one": {"mode": Mode.ASYNCHRONOUS, "outer": OuterOptions(dn_buffer_size=2)},
+    "one by one": {"mode": Mode.ASYNCHRONOUS, "outer_optimizer": OuterOptions(dn_buffer_size=2)},
 }
 
 
@@ -223,7 +223,9 @@ def test_flags_that_differ_from_the_run_are_named(
 ) -> None:
     with server_at(options(tmp_path, workers=1, save_every=1)) as server:
         submit(voices(server.address)[0], 0)
-    other = options(tmp_path, workers=1, outer=OuterOptions(lr=0.1), sync_every=7, codec="fp32")
+    other = options(
+        tmp_path, workers=1, outer_optimizer=OuterOptions(lr=0.1), sync_every=7, codec="fp32"
+    )
     with caplog.at_level("WARNING"), server_at(other) as again:
         assert Voice(again.address).status()["outer_lr"] == 0.7
     assert "outer lr 0.7 and momentum 0.9, not with 0.1 and 0.9" in caplog.text

@@ -92,7 +92,7 @@ def test_a_killed_server_does_again_what_its_journal_says(tmp_path: Path) -> Non
 
 
 def test_a_cut_line_at_the_end_of_the_journal_is_no_event(tmp_path: Path) -> None:
-    opts = options(tmp_path, workers=1, save_every=100, outer=plain_outer)
+    opts = options(tmp_path, workers=1, save_every=100, outer_optimizer=plain_outer)
     server = server_at(opts).start()
     voice = Voice(server.address)
     voice.begin()
@@ -107,7 +107,7 @@ def test_a_cut_line_at_the_end_of_the_journal_is_no_event(tmp_path: Path) -> Non
 
 # An error of ours that must not come back: events were added to the cut line, and lost with it.
 def test_what_follows_a_cut_line_outlives_the_next_kill(tmp_path: Path) -> None:
-    opts = options(tmp_path, workers=1, save_every=100, outer=plain_outer)
+    opts = options(tmp_path, workers=1, save_every=100, outer_optimizer=plain_outer)
     killed_after(opts, 1)
     (newest,) = (tmp_path / "journal").glob("*.jsonl")
     newest.write_text(newest.read_text() + '["close", {"frag')
@@ -136,7 +136,7 @@ def uploads_in(folder: Path) -> list[Path]:
 def test_an_upload_that_is_lost_with_the_record_costs_what_came_after_it(
     tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
-    opts = options(tmp_path, workers=1, save_every=100, outer=plain_outer)
+    opts = options(tmp_path, workers=1, save_every=100, outer_optimizer=plain_outer)
     before = killed_after(opts, 2)
     killed_after(opts, 1, first=2)
     for path in [uploads_in(tmp_path)[-1], *(tmp_path / "spool" / "state").iterdir()]:
@@ -152,7 +152,7 @@ def test_an_upload_that_is_lost_with_the_record_costs_what_came_after_it(
 
 
 def test_a_lost_upload_of_an_open_round_is_sent_again(tmp_path: Path) -> None:
-    opts = options(tmp_path, workers=2, save_every=100, outer=plain_outer)
+    opts = options(tmp_path, workers=2, save_every=100, outer_optimizer=plain_outer)
     server = server_at(opts).start()
     a, b = Voice(server.address, "a"), Voice(server.address, "b")
     a.begin()
@@ -172,7 +172,7 @@ def test_a_lost_upload_of_an_open_round_is_sent_again(tmp_path: Path) -> None:
 # An error of ours that must not come back: the journal of a checkpoint was done again over the one
 # before it, so that the rounds between the two were left out and their version said otherwise.
 def test_a_journal_is_not_done_again_over_an_older_checkpoint(tmp_path: Path) -> None:
-    opts = options(tmp_path, workers=1, save_every=100, outer=plain_outer)
+    opts = options(tmp_path, workers=1, save_every=100, outer_optimizer=plain_outer)
     before = killed_after(opts, 2, save=True)
     killed_after(opts, 2, first=2, save=True)
     killed_after(opts, 1, first=4)
@@ -204,7 +204,7 @@ def test_what_follows_a_named_checkpoint_outlives_a_kill(tmp_path: Path) -> None
 # An error of ours that must not come back: the second deleted what the first was receiving, and
 # only then found that its port was taken.
 def test_a_second_server_in_the_same_folder_is_refused_and_touches_nothing(tmp_path: Path) -> None:
-    opts = options(tmp_path, workers=1, save_every=1, outer=plain_outer)
+    opts = options(tmp_path, workers=1, save_every=1, outer_optimizer=plain_outer)
     with server_at(opts) as server:
         voice = Voice(server.address)
         voice.begin()
@@ -221,7 +221,7 @@ def test_a_second_server_in_the_same_folder_is_refused_and_touches_nothing(tmp_p
 # An error of ours that must not come back: who had left was a member again, and was waited for.
 @pytest.mark.parametrize("kicked", [False, True], ids=["left", "kicked"])
 def test_who_is_gone_stays_gone_when_the_server_is_killed(tmp_path: Path, kicked: bool) -> None:
-    opts = options(tmp_path, workers=2, save_every=100, outer=plain_outer)
+    opts = options(tmp_path, workers=2, save_every=100, outer_optimizer=plain_outer)
     server = server_at(opts).start()
     a, b = Voice(server.address, "a"), Voice(server.address, "b")
     a.begin()
@@ -261,7 +261,7 @@ def test_going_on_from_a_named_checkpoint(tmp_path: Path) -> None:
 
 # An old failing that must not come back: a retry wiped the worker's local steps.
 def test_workers_train_on_while_the_server_is_away(tmp_path: Path) -> None:
-    opts = options(tmp_path, workers=1, save_every=1, outer=plain_outer)
+    opts = options(tmp_path, workers=1, save_every=1, outer_optimizer=plain_outer)
     server = server_at(opts).start()
     fleet = Fleet(server.address, auth_token=Voice(server.address).token)
     worker = fleet.worker("a")
@@ -293,7 +293,7 @@ def test_workers_train_on_while_the_server_is_away(tmp_path: Path) -> None:
 def test_workers_train_on_while_the_servers_disk_is_full(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    opts = options(tmp_path, workers=1, save_every=100, outer=plain_outer)
+    opts = options(tmp_path, workers=1, save_every=100, outer_optimizer=plain_outer)
     full, said = threading.Event(), threading.Event()
     write = Journal.write
 
@@ -392,7 +392,7 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
 
 # An error of ours that must not come back: the end gave up at once, and said that it had waited.
 def test_the_last_steps_wait_for_a_server_that_is_being_restarted(tmp_path: Path) -> None:
-    opts = options(tmp_path, workers=1, save_every=1, outer=plain_outer)
+    opts = options(tmp_path, workers=1, save_every=1, outer_optimizer=plain_outer)
     server = server_at(opts).start()
     port, away = server.port, threading.Event()
     fleet = Fleet(server.address, auth_token=Voice(server.address).token)
@@ -421,7 +421,7 @@ def test_the_last_steps_wait_for_a_server_that_is_being_restarted(tmp_path: Path
 
 
 def test_a_server_that_forgot_everything_gets_the_weights_again(tmp_path: Path) -> None:
-    opts = options(tmp_path, workers=1, save_every=0, outer=plain_outer)
+    opts = options(tmp_path, workers=1, save_every=0, outer_optimizer=plain_outer)
     server = server_at(opts).start()
     fleet = Fleet(server.address, auth_token=Voice(server.address).token)
     worker = fleet.worker("a")

@@ -197,7 +197,7 @@ def test_an_upload_that_broke_in_its_third_chunk_goes_on_there(
 
     monkeypatch.setattr(DiLoCoClient, "put", breaks_once)
     address = Address(port=0, read_timeout_s=0.5)
-    with DiLoCoServer(options(tmp_path, workers=1, outer=plain_outer), address) as server:
+    with DiLoCoServer(options(tmp_path, workers=1, outer_optimizer=plain_outer), address) as server:
         fleet = Fleet(server.address)
         with fleet.worker("a") as worker:
             assert Chunks(worker._weights.shape.size(0), Identity()).count == 3
@@ -257,7 +257,7 @@ def test_a_server_or_proxy_in_trouble_is_one_that_is_away(status: int) -> None:
 
 
 def test_a_slow_reader_of_many_bytes_holds_up_nobody(tmp_path: Path) -> None:
-    opts = options(tmp_path, workers=1, outer=plain_outer)
+    opts = options(tmp_path, workers=1, outer_optimizer=plain_outer)
     with DiLoCoServer(opts, Address(port=0, tokens=TOKENS)) as server:
         slow, other = Wide(server.address, "slow"), Wide(server.address, "other")
         slow.begin()

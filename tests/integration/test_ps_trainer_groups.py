@@ -75,7 +75,7 @@ def test_the_ranks_of_a_trainer_are_one_worker_under_ddp_and_fsdp2(tmp_path: Pat
     with ExitStack() as stack:
         servers = [
             stack.enter_context(
-                DiLoCoServer(options(tmp_path / kind, 1, outer=plain_outer, codec="fp32"))
+                DiLoCoServer(options(tmp_path / kind, 1, outer_optimizer=plain_outer, codec="fp32"))
             ).address
             for kind in ("ddp", "fsdp2")
         ]

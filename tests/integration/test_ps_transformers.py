@@ -91,7 +91,9 @@ def trainer(folder: Path, *callbacks: Any, steps: int = 10, **more: Any) -> Any:
 
 
 def server_of(folder: Path, **more: Any) -> DiLoCoServer:
-    return DiLoCoServer(options(folder / "server", 1, outer=plain_outer, codec="fp32", **more))
+    return DiLoCoServer(
+        options(folder / "server", 1, outer_optimizer=plain_outer, codec="fp32", **more)
+    )
 
 
 def workers_of(server: DiLoCoServer) -> set[str]:

@@ -295,9 +295,7 @@ class TestRounds:
         assert self.rounds(StreamingDiLoCoStrategy(H=6, fragments=2), 13) == [3, 6, 9, 12]
 
     def test_a_delayed_fragment_opens_so_many_steps_earlier(self) -> None:
-        strategy = StreamingDiLoCoStrategy(
-            H=6, fragments=2, fragment_sync_delay=2, fragment_update_alpha=0.5
-        )
+        strategy = StreamingDiLoCoStrategy(H=6, fragments=2, delay=2, mix=0.5)
         assert self.rounds(strategy, 13) == [1, 4, 7, 10, 13]
 
     def test_sparta_keeps_its_interval(self) -> None:
@@ -320,13 +318,15 @@ class TestWhatArgumentsMean:
         assert FedAvgStrategy(H=2, island_size=2).recipes[0].by is By.ISLANDS
 
     def test_dilocos_outer_optimizer(self) -> None:
-        assert DiLoCoStrategy().config()["outer"] == {
+        assert DiLoCoStrategy().config()["outer_optimizer"] == {
             "name": "SGD",
             "lr": 0.7,
             "momentum": 0.9,
             "nesterov": True,
         }
-        given = DiLoCoStrategy(outer_optim_spec=OptimSpec(AdamW, lr=0.3)).config()["outer"]
+        given = DiLoCoStrategy(outer_optim_spec=OptimSpec(AdamW, lr=0.3)).config()[
+            "outer_optimizer"
+        ]
         assert given == {"name": "AdamW", "lr": 0.3}
 
     def test_the_outer_optimizer_steps_in_every_round(self) -> None:
@@ -353,15 +353,15 @@ class TestWhatArgumentsMean:
         assert_close(second.item(), 1 - 0.7 * 0.19 - 0.7 * 0.271)
 
     def test_how_long_a_fragment_travels_and_what_of_training_stays(self) -> None:
-        given = {"fragment_sync_delay": 2, "fragment_update_alpha": 0.25}
+        given = {"delay": 2, "mix": 0.25}
         strategy = StreamingDiLoCoStrategy(H=8, **given)  # type: ignore[arg-type]
         assert {name: strategy.config()[name] for name in given} == given
         (recipe,) = strategy.recipes
         assert (recipe.delay, recipe.mix) == (2, 0.25)  # type: ignore[attr-defined]
-        with pytest.raises(SettingsError, match=r"fragment_sync_delay=9 does not fit.* 0 to 8"):
-            StreamingDiLoCoStrategy(H=8, fragment_sync_delay=9)
-        with pytest.raises(SettingsError, match=r"fragment_update_alpha=1.5: .* at most 1"):
-            StreamingDiLoCoStrategy(H=8, fragment_update_alpha=1.5)
+        with pytest.raises(SettingsError, match=r"delay=9 does not fit.* 0 to 8"):
+            StreamingDiLoCoStrategy(H=8, delay=9)
+        with pytest.raises(SettingsError, match=r"mix=1.5: .* at most 1"):
+            StreamingDiLoCoStrategy(H=8, mix=1.5)
 
     def test_which_weights_sparta_averages(self) -> None:
         assert SPARTAStrategy().config()["index_selector"] == "RandomIndexSelector(p=0.005)"

@@ -309,9 +309,7 @@ class Pulled(nn.Module):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: StreamingDiLoCoStrategy(
-            "adamw", H=4, fragments=2, fragment_sync_delay=1, fragment_update_alpha=0.5
-        ),
+        lambda: StreamingDiLoCoStrategy("adamw", H=4, fragments=2, delay=1, mix=0.5),
         lambda: TopKStrategy("adamw", H=3, topk=4, chunk=16),
         lambda: LocalSGDStrategy("adamw", H=3),
     ],

@@ -68,18 +68,32 @@ def test_one_that_is_right_runs() -> None:
     run(Strategy([Mine()], inner=Inner()))
 
 
+def test_the_old_name_of_its_period_works_once_more() -> None:
+    def old(name: str, body: dict[str, Any]) -> Any:
+        with pytest.warns(DeprecationWarning, match=f"torchft: {name}.every is now sync_every"):
+            return type(name, (Mine,), body)
+
+    assert old("OnTheClass", {"every": 3}).sync_every == 3
+    recipe = Mine()
+    with pytest.warns(DeprecationWarning, match=r"Mine.every is now sync_every"):
+        recipe.every = 2
+    with pytest.warns(DeprecationWarning, match=r"Mine.every is now sync_every"):
+        assert recipe.every == recipe.sync_every == 2
+    assert Mine.sync_every == 1
+
+
 def test_its_rounds_open_every_so_many_steps() -> None:
     class Other(Mine):
-        def __init__(self, every: int) -> None:
-            self.every = every
+        def __init__(self, sync_every: int) -> None:
+            self.sync_every = sync_every
             self.rounds: list[int] = []
 
         def adopt(self, fragment: Any, news: Any, draft: Any) -> None:
             super().adopt(fragment, news, draft)
             self.rounds.append(self.clock.steps)
 
-    for every, rounds in (1, [1, 2]), (2, [2]), (3, []):
-        recipe = Other(every)
+    for sync_every, rounds in (1, [1, 2]), (2, [2]), (3, []):
+        recipe = Other(sync_every)
         run(Strategy([recipe], inner=Inner()))
         assert recipe.rounds == rounds
 
@@ -90,10 +104,10 @@ def test_its_rounds_open_every_so_many_steps() -> None:
         ({"place": "after"}, r"Other.place='after': it must be one of Place.\w+, Place.\w+"),
         ({"by": "average"}, "Other.by='average': it must be one of By.AVERAGE"),
         ({"delay": 1.5}, "Other.delay=1.5: it must be an integer"),
-        ({"every": 2.5}, "Other.every=2.5: it must be an integer"),
-        ({"every": 0}, "Other.every=0: it must be an integer, at least 1"),
-        ({"H": 10}, "Other has H=10, which decides nothing.*set every"),
-        ({"sync_every": 5}, "Other has sync_every=5, which decides nothing"),
+        ({"sync_every": 2.5}, "Other.sync_every=2.5: it must be an integer"),
+        ({"sync_every": 0}, "Other.sync_every=0: it must be an integer, at least 1"),
+        ({"H": 10}, "Other has H=10, which decides nothing.*Other.sync_every steps"),
+        ({"interval": 5}, "Other has interval=5, which decides nothing"),
         ({"contribution": Recipe.contribution}, "Other has no method contribution"),
         ({"adopt": Recipe.adopt}, "Other has no method adopt"),
         ({"by": By.ISLANDS}, "Other has no method islands: a recipe defines contribution and"),

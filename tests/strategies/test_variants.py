@@ -169,7 +169,7 @@ class TestFedAvgWeighs:
     def test_as_exo_gym_does_under_its_name(self) -> None:
         assert self.learned(GymsFedAvg(PLAIN, H=1)) == pytest.approx(0.7, abs=1e-6)
         with pytest.warns(UserWarning, match="has no async_sparta_delay=0"):
-            assert GymsFedAvg(PLAIN, H=7, async_sparta_delay=0).recipes[0].every == 7  # type: ignore[attr-defined]
+            assert GymsFedAvg(PLAIN, H=7, async_sparta_delay=0).recipes[0].sync_every == 7  # type: ignore[attr-defined]
 
     def test_a_data_set_that_is_dealt_out_costs_no_further_number(self) -> None:
         strategy = FedAvgStrategy(PLAIN, H=1)

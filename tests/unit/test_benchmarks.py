@@ -106,9 +106,9 @@ def test_a_gap_is_taken_seed_by_seed_and_a_quarter_of_h_is_the_delay() -> None:
     from learning import STRATEGIES, Options
 
     assert gaps([2.02, 1.96], [2.0, 2.0]) == pytest.approx([1.0, -2.0])
-    settings = STRATEGIES["streaming"](Options(every=20), "int8").config()
+    settings = STRATEGIES["streaming"](Options(sync_every=20), "int8").config()
     assert (settings["H"], settings["fragments"], settings["codec"]) == (20, 4, "int8")
-    assert (settings["fragment_sync_delay"], settings["fragment_update_alpha"]) == (5, 0.5)
+    assert (settings["delay"], settings["mix"]) == (5, 0.5)
 
 
 def test_what_takes_ten_minutes_runs_only_when_it_is_named(

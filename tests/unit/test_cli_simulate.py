@@ -53,7 +53,7 @@ def test_every_flag_reaches_its_setting(tmp_path: Path) -> None:
     network = tmp_path / "w.yaml"
     network.write_text("nodes: [{step_s: 2}]")
     asked = config(
-        *("--strategies", "diloco", "demo", "--nodes", "2", "4", "--every", "5", "10"),
+        *("--strategies", "diloco", "demo", "--nodes", "2", "4", "--sync-every", "5", "10"),
         *("--lr", "0.1", "0.2", "--seeds", "0", "7", "--model", "gpt", "--data", "stdlib-text"),
         *("--steps", "9", "--batch-size", "3", "--equal", "steps", "--schedule", "cosine"),
         *("--network", str(network), "--target-loss", "1.5", "--device", "cuda"),
@@ -62,7 +62,7 @@ def test_every_flag_reaches_its_setting(tmp_path: Path) -> None:
     assert asked == SimulateConfig(
         strategies=(StrategyConfig(name="diloco"), StrategyConfig(name="demo")),
         nodes=(2, 4),
-        every=(5, 10),
+        sync_every=(5, 10),
         lr=(0.1, 0.2),
         seeds=(0, 7),
         model="gpt",
@@ -91,7 +91,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     [
         (["--nodes", "0"], "--nodes: 0: it must be an integer, at least 1"),
         (["--nodes", "two"], "'two': it must be an integer, at least 1"),
-        (["--every", "0"], "--every: 0: it must be an integer, at least 1"),
+        (["--sync-every", "0"], "--sync-every: 0: it must be an integer, at least 1"),
         (["--seeds", "-1"], "at least 0"),
         (["--jobs", "0"], "--jobs: 0: it must be an integer, at least 1"),
         (["--equal", "time"], "invalid choice: 'time'"),
@@ -110,7 +110,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
 def test_what_cannot_be_is_refused_in_words(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, typed: list[str], said: str
 ) -> None:
-    many = ["--every", "400"] if typed == ["--nodes", "64"] else []
+    many = ["--sync-every", "400"] if typed == ["--nodes", "64"] else []
     code, out, err = ran(capsys, *typed, *many, "--out", tmp_path / "out")
     assert (code, out) == (2, "")
     assert said in err

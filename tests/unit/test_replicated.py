@@ -70,7 +70,7 @@ def alone() -> Group:
 class Halfway(Recipe):
     """A user's own recipe: every second step half of the way to the mean of the weights."""
 
-    every = 2
+    sync_every = 2
 
     def contribution(self, fragment: Any) -> Any:
         return self.local.weights(fragment), None

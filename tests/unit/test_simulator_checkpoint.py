@@ -164,7 +164,7 @@ def test_a_checkpoint_of_another_experiment_is_refused_with_what_differs(
 @pytest.mark.parametrize(
     ("strategy", "message"),
     [
-        (lambda: DiLoCoStrategy(H=5), r"recipes\[0\]\.every: 4 → 5"),
+        (lambda: DiLoCoStrategy(H=5), r"recipes\[0\]\.sync_every: 4 → 5"),
         (lambda: DiLoCoStrategy(OptimSpec(lr=0.5), H=4), r"kwargs\.lr: nothing → 0\.5"),
         (SimpleReduceStrategy, r"strategy\.class: DiLoCoStrategy → SimpleReduceStrategy"),
     ],

@@ -38,7 +38,7 @@ def test_one_value_stands_where_a_list_is_swept() -> None:
 
 
 def test_one_strategy_with_two_options_has_two_labels() -> None:
-    slow = {"name": "diloco", "label": "slow", "options": {"outer": {"lr": 0.1}}}
+    slow = {"name": "diloco", "label": "slow", "options": {"outer_optimizer": {"lr": 0.1}}}
     config = from_mapping({"strategies": ["diloco", slow]})
     assert [one.shown for one in config.strategies] == ["diloco", "slow"]
 
@@ -63,7 +63,7 @@ def test_one_strategy_with_two_options_has_two_labels() -> None:
         ({"nodes": [0]}, "nodes=0: it must be an integer, at least 1"),
         ({"nodes": [2, 2]}, "nodes has 2 twice"),
         ({"nodes": [1.5]}, "nodes.0: .*, not 1.5"),
-        ({"every": 0}, "every=0: it must be an integer, at least 1"),
+        ({"sync_every": 0}, "sync_every=0: it must be an integer, at least 1"),
         ({"steps": "many"}, "steps: .*, not 'many'"),
         ({"steps": 0}, "steps=0: it must be an integer, at least 1"),
         ({"lr": 0}, "lr=0.0: it must be a number, above 0"),
@@ -88,7 +88,7 @@ def test_all_mistakes_are_told_at_once() -> None:
 
 CONFIGS = [
     {},
-    {"strategies": [{"name": "diloco", "label": "x", "options": {"outer": {"lr": 0.4}}}]},
+    {"strategies": [{"name": "diloco", "label": "x", "options": {"outer_optimizer": {"lr": 0.4}}}]},
     {"network": None},
     {"network": {"nodes": [{"step_s": 1, "up_bps": 8}]}, "faults": {"failures": {"rate": 0.1}}},
     {"faults": {"events": [{"node": 1, "event": "dies", "step": 3}]}, "networks": {"a": {}}},

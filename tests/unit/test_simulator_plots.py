@@ -35,7 +35,7 @@ def report(
     *,
     seed: int = 0,
     nodes: int = 2,
-    every: int | None = 5,
+    sync_every: int | None = 5,
     lr: float = 0.1,
     start: float = 20.0,
     nbytes: int = 500_000,
@@ -53,12 +53,12 @@ def report(
             committed=True,
             bytes_per_node=dict.fromkeys(members, nbytes),
         )
-        for step in range((every or 1) - 1, STEPS, every or 1)
+        for step in range((sync_every or 1) - 1, STEPS, sync_every or 1)
     ]
     spec = RunSpec(
         strategy=StrategyConfig(name=name),
         nodes=nodes,
-        every=every,
+        sync_every=sync_every,
         lr=lr,
         seed=seed,
         steps=STEPS,
@@ -95,7 +95,7 @@ def test_one_seed_has_no_spread() -> None:
 
 
 def test_each_combination_is_a_row() -> None:
-    reports = [report(), report(nodes=3), report(every=10), report(lr=0.2), report("fedavg")]
+    reports = [report(), report(nodes=3), report(sync_every=10), report(lr=0.2), report("fedavg")]
     assert len(rows_of(sweep(*reports))) == 5
 
 
@@ -116,7 +116,7 @@ def test_or_to_what_is_asked_for_which_some_never_reach() -> None:
 
 
 def test_the_table_is_aligned_and_says_what_was_lost_only_if_something_was() -> None:
-    quiet = as_table(rows_of(sweep(report(), report("all_reduce", every=None))), 6.0)
+    quiet = as_table(rows_of(sweep(report(), report("all_reduce", sync_every=None))), 6.0)
     lines = quiet.splitlines()
     assert len({len(line) for line in lines}) == 1
     assert lines[0].split()[1] == "strategy"
@@ -140,10 +140,14 @@ def test_each_network_has_its_columns() -> None:
 
 
 def test_csv_has_every_figure() -> None:
-    rows = rows_of(sweep(report(), report(seed=1), report("all_reduce", every=None)))
+    rows = rows_of(sweep(report(), report(seed=1), report("all_reduce", sync_every=None)))
     first, second = csv.DictReader(io.StringIO(as_csv(rows)))
-    assert (first["strategy"], first["every"], first["loss"]) == ("diloco", "5", "3.5")
-    assert (second["strategy"], second["every"], second["loss_spread"]) == ("all_reduce", "", "")
+    assert (first["strategy"], first["sync_every"], first["loss"]) == ("diloco", "5", "3.5")
+    assert (second["strategy"], second["sync_every"], second["loss_spread"]) == (
+        "all_reduce",
+        "",
+        "",
+    )
     assert float(first["network_utilisation"]) == 1.0
 
 
@@ -177,16 +181,16 @@ def test_a_label_says_what_tells_a_line_from_the_others() -> None:
         return [line.label for line in lines_of(sweep(*reports), lambda one: range(STEPS))]
 
     assert labels(report(), report("fedavg")) == ["diloco", "fedavg"]
-    assert labels(report(), report(nodes=3, every=10, lr=0.2)) == [
+    assert labels(report(), report(nodes=3, sync_every=10, lr=0.2)) == [
         "diloco, 2 nodes, every 5, lr 0.1",
         "diloco, 3 nodes, every 10, lr 0.2",
     ]
-    assert labels(report(), report("all_reduce", every=None)) == ["diloco", "all_reduce"]
+    assert labels(report(), report("all_reduce", sync_every=None)) == ["diloco", "all_reduce"]
 
 
 def test_pictures_are_drawn_against_steps_bytes_and_time(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    found = sweep(report(), report("all_reduce", every=None), networks={"lan": ONE_SECOND})
+    found = sweep(report(), report("all_reduce", sync_every=None), networks={"lan": ONE_SECOND})
     written = write_plots(found, tmp_path)
     assert [path.name for path in written] == [
         "loss_by_steps.png",

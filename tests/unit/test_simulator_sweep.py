@@ -45,15 +45,15 @@ class Ends:
 
 
 def test_every_combination_is_a_run() -> None:
-    specs = plan(tiny(nodes=[2, 3], every=[2, 4], seeds=[0, 1], equal="steps"))
+    specs = plan(tiny(nodes=[2, 3], sync_every=[2, 4], seeds=[0, 1], equal="steps"))
     # All-reduce has no H: 2 nodes x 2 seeds of it, and 2 x 2 x 2 of DiLoCo.
     assert [spec.strategy.name for spec in specs] == ["all_reduce"] * 4 + ["diloco"] * 8
-    assert {spec.every for spec in specs if spec.strategy.name == "all_reduce"} == {None}
+    assert {spec.sync_every for spec in specs if spec.strategy.name == "all_reduce"} == {None}
     assert len(set(specs)) == 12
 
 
 def test_with_twice_the_nodes_half_the_steps() -> None:
-    steps = {spec.nodes: spec.steps for spec in plan(tiny(nodes=[2, 4], every=2))}
+    steps = {spec.nodes: spec.steps for spec in plan(tiny(nodes=[2, 4], sync_every=2))}
     assert steps == {2: 12, 4: 6}
 
 
@@ -104,7 +104,15 @@ def test_what_has_ended_is_not_run_again(tmp_path: Path) -> None:
         ({"network": None}, 0),
         ({"target_loss": 1.0}, 0),
         ({"strategies": [{"name": "all_reduce", "label": "mean"}, "diloco"]}, 0),
-        ({"strategies": ["all_reduce", {"name": "diloco", "options": {"outer": "sgd"}}]}, 1),
+        (
+            {
+                "strategies": [
+                    "all_reduce",
+                    {"name": "diloco", "options": {"outer_optimizer": "sgd"}},
+                ]
+            },
+            1,
+        ),
         ({"faults": {"events": [{"node": 1, "event": "dies", "step": 8}]}}, 2),
         ({"batch_size": 8}, 2),
         ({"max_norm": 1.0}, 2),
@@ -188,7 +196,10 @@ def test_failures_are_in_the_forecast(tmp_path: Path) -> None:
     ("change", "said"),
     [
         ({"strategies": [{"name": "diloco", "options": {"outr": 1}}]}, "diloco has no option outr"),
-        ({"strategies": [{"name": "diloco", "options": {"outer": 3}}]}, "write outer: {name: sgd"),
+        (
+            {"strategies": [{"name": "diloco", "options": {"outer_optimizer": 3}}]},
+            "write outer_optimizer: {name: sgd",
+        ),
         ({"strategies": ["tests.helpers.sweeps:nothing"]}, "cannot be found"),
         ({"strategies": ["no_such_module:x"]}, "cannot be found: No module named 'no_such_module'"),
         ({"strategies": [f"{HERE}:not_a_strategy"], "optimizer": "sgd"}, "no option optim_spec"),
@@ -250,9 +261,10 @@ def test_the_names_of_the_configuration_are_those_of_the_catalogue() -> None:
 
 def test_options_reach_the_optimizers() -> None:
     entry = StrategyConfig(
-        name="diloco", options={"optim": {"name": "sgd", "lr": 0.5}, "outer": {"lr": 0.25}}
+        name="diloco",
+        options={"optim": {"name": "sgd", "lr": 0.5}, "outer_optimizer": {"lr": 0.25}},
     )
-    made = registry.strategy_of(SimulateConfig(), entry, every=7, lr=0.1)
+    made = registry.strategy_of(SimulateConfig(), entry, sync_every=7, lr=0.1)
     assert made.inner is not None
     assert made.inner.optim.kwargs == {"lr": 0.5}
     assert made.config()["H"] == 7

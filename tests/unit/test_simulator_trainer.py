@@ -353,7 +353,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "checkpoints of processes": ({"processes": True, "checkpoint_interval": 5}, "processes=True"),
     "checkpoints where a round is always in flight": (
         {
-            "strategy": StreamingDiLoCoStrategy(H=4, fragments=2, fragment_sync_delay=2),
+            "strategy": StreamingDiLoCoStrategy(H=4, fragments=2, delay=2),
             "checkpoint_interval": 5,
         },
         "DiLoCoRecipe has delay=2, so a round is in flight after every step",

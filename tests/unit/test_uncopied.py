@@ -55,7 +55,7 @@ def test_a_strategy_front_is_refused_and_its_rounds_go_on(make: Any, way: Any) -
             way(front)
         for number in range(1, 13):
             group.step(number)
-    assert group.manager.current_step() == 12 // front._recipe.every
+    assert group.manager.current_step() == 12 // front._recipe.sync_every
 
 
 @every_way

@@ -149,7 +149,7 @@ def options_of(typed: argparse.Namespace) -> ServerOptions:
         return {field.name: values[field.name] for field in fields(options) if field.name in values}
 
     rules, outer = Rules(**given(Rules)), OuterOptions(**given(OuterOptions))
-    return ServerOptions(**given(ServerOptions), rules=rules, outer=outer)
+    return ServerOptions(**given(ServerOptions), rules=rules, outer_optimizer=outer)
 
 
 def run(typed: argparse.Namespace) -> int:

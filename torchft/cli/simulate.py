@@ -43,7 +43,7 @@ strategies: {", ".join(STRATEGIES)}
 
 examples:
   torchft simulate                               three strategies, 4 nodes: half a minute
-  torchft simulate --strategies diloco fedavg --nodes 2 4 8 --every 10 50 --seeds 0 1 2 --jobs 2
+  torchft simulate --strategies diloco fedavg --nodes 2 4 8 --sync-every 10 50 --seeds 0 1 --jobs 2
   torchft simulate sweep.yaml --steps 1000       a file, and flags over it
   torchft simulate --network dsl.yaml            another network: nothing is trained again
   torchft simulate --model gpt --data my_texts/ --set optimizer=sgd --set max_norm=1.0
@@ -75,7 +75,8 @@ def _add_swept_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--strategies", nargs="+", metavar="NAME", help="see below (all_reduce fedavg diloco)")
     add("--nodes", nargs="+", type=at_least(1), metavar="N", help="simulated nodes (4)")
-    add("--every", nargs="+", type=at_least(1), metavar="H", help="steps between rounds (20)")
+    add("--sync-every", nargs="+", type=at_least(1), metavar="H", help="steps between rounds (20)")
+    add("--every", nargs="+", type=at_least(1), help=argparse.SUPPRESS)  # of an earlier release
     add("--lr", nargs="+", type=float, metavar="RATE", help="inner learning rate (0.001)")
     add("--seeds", nargs="+", type=at_least(0), metavar="S", help="weights, order, masks (0)")
 
@@ -141,6 +142,8 @@ def config_of(typed: argparse.Namespace) -> SimulateConfig:
     """
     said = {} if typed.config is None else read_config(typed.config)
     said |= given(typed, SimulateConfig) | dict(_setting(one) for one in typed.set)
+    if typed.every is not None:
+        said["every"] = typed.every
     for name in ("network", "faults", "weather"):
         if (path := getattr(typed, name)) is not None:
             said[name] = read_part(path)

@@ -180,8 +180,8 @@ def strategy_of(options: TrainOptions) -> Strategy:
                 OUTER,
                 H=every * FRAGMENTS,
                 fragments=FRAGMENTS,
-                fragment_sync_delay=every + every // 2,
-                fragment_update_alpha=0.5,
+                delay=every + every // 2,
+                mix=0.5,
                 codec=codec,
                 error_feedback=bool(codec),
             )

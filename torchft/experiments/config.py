@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from torchft.arguments import check_integer, check_number
 from torchft.errors import SettingsError
+from torchft.renamed import renamed_arguments, with_new_names
 from torchft.simulator.faults import FaultEvent, FaultSchedule, RandomFailures
 from torchft.simulator.network import NetworkModel, NodeProfile
 from torchft.simulator.weather import split_weather
@@ -68,8 +69,8 @@ class StrategyConfig:
     label: str = ""
     """In tables and plots; by default the name. Two entries of one name need two labels."""
     options: dict[str, Any] = field(default_factory=dict, hash=False)
-    """Further arguments, as the strategy takes them; `outer: {lr: 0.4}` is an optimizer, by default
-    SGD."""
+    """Further arguments, as the strategy takes them; `outer_optimizer: {lr: 0.4}` is an
+    optimizer, by default SGD."""
 
     @property
     def shown(self) -> str:
@@ -77,9 +78,10 @@ class StrategyConfig:
         return self.label or self.name
 
 
+@renamed_arguments(every="sync_every")
 @dataclass(frozen=True, kw_only=True)
 class SimulateConfig:
-    """A sweep: each strategy with each of nodes, every, lr and seeds."""
+    """A sweep: each strategy with each of nodes, sync_every, lr and seeds."""
 
     strategies: tuple[StrategyConfig, ...] = (
         StrategyConfig(name="all_reduce"),
@@ -87,7 +89,7 @@ class SimulateConfig:
         StrategyConfig(name="diloco"),
     )
     nodes: tuple[int, ...] = (4,)
-    every: tuple[int, ...] = (20,)
+    sync_every: tuple[int, ...] = (20,)
     """H: inner steps between synchronisations, for the strategies that have it."""
     lr: tuple[float, ...] = (1e-3,)
     seeds: tuple[int, ...] = (0,)
@@ -136,12 +138,12 @@ class SimulateConfig:
     """Time-to-loss is the time to this training loss. None: what every run of the sweep reached."""
 
     def __post_init__(self) -> None:
-        for name in ("strategies", "nodes", "every", "lr", "seeds"):
+        for name in ("strategies", "nodes", "sync_every", "lr", "seeds"):
             _check_swept(name, getattr(self, name))
         for name in ("steps", "batch_size", "micro_batch_size", "validate_every", "val_samples"):
             if (value := getattr(self, name)) is not None:
                 check_integer(name, value, least=1)
-        for name, least in (("nodes", 1), ("every", 1), ("seeds", 0)):
+        for name, least in (("nodes", 1), ("sync_every", 1), ("seeds", 0)):
             check_integer(name, min(getattr(self, name)), least=least)
         check_number("lr", min(self.lr), above=0)
         check_integer("warmup_steps", self.warmup_steps, least=0)
@@ -292,13 +294,13 @@ def _default(one: dataclasses.Field[Any]) -> Any:
 
 def _spread(given: Mapping[str, Any]) -> dict[str, Any]:
     """A single value where a list is swept, and a name where a strategy stands, are fine."""
-    spread = dict(given)
+    spread = with_new_names("torchft simulate", given, {"every": "sync_every"}, stacklevel=4)
     if "weather" in spread:
         warnings.warn("the setting weather is now network and faults", DeprecationWarning, 3)
         old = spread.pop("weather")
         network, faults = split_weather(old) if isinstance(old, Mapping) else (old, None)
         spread = {"network": network, "faults": faults, **spread}
-    for name in ("strategies", "nodes", "every", "lr", "seeds"):
+    for name in ("strategies", "nodes", "sync_every", "lr", "seeds"):
         value = spread.get(name)
         if value is not None and not isinstance(value, list | tuple):
             spread[name] = [value]

@@ -70,8 +70,8 @@ def _label(group: RunSpec, groups: Sequence[RunSpec]) -> str:
     label = group.strategy.shown
     if len({other.nodes for other in groups}) > 1:
         label += f", {group.nodes} nodes"
-    if group.every is not None and len({other.every for other in groups} - {None}) > 1:
-        label += f", every {group.every}"
+    if group.sync_every is not None and len({other.sync_every for other in groups} - {None}) > 1:
+        label += f", every {group.sync_every}"
     if len({other.lr for other in groups}) > 1:
         label += f", lr {group.lr:g}"
     return label

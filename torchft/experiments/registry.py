@@ -18,6 +18,7 @@ from torchft.arguments import check_integer
 from torchft.errors import SettingsError
 from torchft.experiments import datasets, models
 from torchft.experiments.config import SimulateConfig, StrategyConfig
+from torchft.renamed import old_names_of, with_new_names
 from torchft.strategies import OptimSpec, Strategy
 
 __all__ = ["data_name", "data_of", "has_interval", "model_of", "strategy_of"]
@@ -44,7 +45,7 @@ def has_interval(strategy: StrategyConfig) -> bool:
 
 
 def strategy_of(
-    config: SimulateConfig, strategy: StrategyConfig, *, every: int | None, lr: float
+    config: SimulateConfig, strategy: StrategyConfig, *, sync_every: int | None, lr: float
 ) -> Strategy:
     """A new strategy object.
 
@@ -52,15 +53,16 @@ def strategy_of(
         SettingsError: options that it does not take.
     """
     factory = _factory(strategy)
-    given = dict(strategy.options)
+    options = {"outer": "outer_optimizer"}
+    given = with_new_names(f"torchft simulate: {strategy.shown}", strategy.options, options)
     settings: dict[str, Any] = {
         "optim_spec": _inner(config, strategy, given.pop("optim", None), lr),
         "max_norm": config.max_norm,
     }
-    if "outer" in given:
-        settings["outer_optim_spec"] = _optim("outer", given.pop("outer"), "sgd")
-    if every is not None:
-        settings["H"] = every
+    if (outer := given.pop("outer_optimizer", None)) is not None:
+        settings["outer_optim_spec"] = _optim("outer_optimizer", outer, "sgd")
+    if sync_every is not None:
+        settings["H"] = sync_every
     if config.schedule == "cosine" or config.warmup_steps:
         settings["lr_scheduler"] = "lambda_cosine"
         settings["lr_scheduler_kwargs"] = {
@@ -146,8 +148,8 @@ def _optim(setting: str, given: object, default: str, **more: Any) -> OptimSpec:
 
 def _called(what: str, factory: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
     """`factory(**arguments)`; what it does not take is refused with what it does."""
-    signature = inspect.signature(factory)
-    known = signature.parameters
+    known = inspect.signature(factory).parameters
+    arguments = with_new_names(f"torchft simulate: {what}", arguments, old_names_of(factory))
     free = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
     unknown = sorted(arguments.keys() - known.keys())
     # What every strategy of ours takes need not be taken by one of the user's, if it is unset.
@@ -161,5 +163,5 @@ def _called(what: str, factory: Callable[..., Any], arguments: Mapping[str, Any]
         return factory(**taken)
     except TypeError as error:
         lists = [f"{k}={v!r}" for k, v in taken.items() if isinstance(v, list | tuple)]
-        hint = f" ({', '.join(lists)}: options are not swept; nodes, every, lr and seeds are)"
+        hint = f" ({', '.join(lists)}: options are not swept; nodes, sync_every, lr and seeds are)"
         raise SettingsError(f"{what}: {error}{hint if lists else ''}") from error

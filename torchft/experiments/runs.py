@@ -27,7 +27,7 @@ from torchft.simulator.simulated_time import Forecast, forecast_records
 __all__ = ["RunReport", "RunSpec", "key_of", "read_report", "write_report"]
 
 ANOTHER_MATTER = (
-    *("strategies", "nodes", "every", "lr", "seeds", "steps", "equal"),  # in the specification
+    *("strategies", "nodes", "sync_every", "lr", "seeds", "steps", "equal"),  # in the specification
     *("network", "networks", "faults", "target_loss"),  # of these only the events change learning
 )
 
@@ -38,7 +38,7 @@ class RunSpec:
 
     strategy: StrategyConfig
     nodes: int
-    every: int | None
+    sync_every: int | None
     """None: this strategy has no H."""
     lr: float
     seed: int
@@ -50,7 +50,7 @@ class RunSpec:
         return replace(self, seed=0)
 
     def __str__(self) -> str:
-        every = "" if self.every is None else f", every {self.every}"
+        every = "" if self.sync_every is None else f", every {self.sync_every}"
         return f"{self.strategy.shown}, {self.nodes} nodes{every}, lr {self.lr:g}, seed {self.seed}"
 
 
@@ -126,7 +126,7 @@ def key_of(config: SimulateConfig, spec: RunSpec, events: list[Event]) -> str:
         "events": [[type(event).__name__, asdict(event)] for event in events],
     }
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
-    every = "" if spec.every is None else f"-every{spec.every}"
+    every = "" if spec.sync_every is None else f"-every{spec.sync_every}"
     readable = f"{spec.strategy.name}-nodes{spec.nodes}{every}-lr{spec.lr:g}-seed{spec.seed}"
     return f"{re.sub('[^A-Za-z0-9._-]', '_', readable)}-{digest.hexdigest()[:10]}"
 

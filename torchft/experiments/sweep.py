@@ -62,10 +62,10 @@ def plan(config: SimulateConfig) -> list[RunSpec]:
         SettingsError: a run would be too short.
     """
     return [
-        _spec(config, strategy, nodes, every, lr, seed)
+        _spec(config, strategy, nodes, sync_every, lr, seed)
         for strategy in config.strategies
         for nodes in config.nodes
-        for every in (config.every if registry.has_interval(strategy) else (None,))
+        for sync_every in (config.sync_every if registry.has_interval(strategy) else (None,))
         for lr in config.lr
         for seed in config.seeds
     ]
@@ -75,19 +75,21 @@ def _spec(
     config: SimulateConfig,
     strategy: StrategyConfig,
     nodes: int,
-    every: int | None,
+    sync_every: int | None,
     lr: float,
     seed: int,
 ) -> RunSpec:
     steps = config.steps
     if config.equal == "tokens":
         steps = steps * min(config.nodes) // nodes
-    if steps < (every or 1):
+    if steps < (sync_every or 1):
         raise SettingsError(
             f"{strategy.shown} on {nodes} nodes would end after {steps} steps, before the first of "
-            f"its rounds, which are {every or 1} steps apart: give more steps, or equal=steps"
+            f"its rounds, which are {sync_every or 1} steps apart: give more steps, or equal=steps"
         )
-    return RunSpec(strategy=strategy, nodes=nodes, every=every, lr=lr, seed=seed, steps=steps)
+    return RunSpec(
+        strategy=strategy, nodes=nodes, sync_every=sync_every, lr=lr, seed=seed, steps=steps
+    )
 
 
 def check_runs(config: SimulateConfig, specs: Sequence[RunSpec], data: Data) -> None:
@@ -111,7 +113,9 @@ def experiment_of(config: SimulateConfig, spec: RunSpec, data: Data) -> Experime
         model=registry.model_of(config),
         train_dataset=data[0],
         val_dataset=data[1],
-        strategy=registry.strategy_of(config, spec.strategy, every=spec.every, lr=spec.lr),
+        strategy=registry.strategy_of(
+            config, spec.strategy, sync_every=spec.sync_every, lr=spec.lr
+        ),
         num_nodes=spec.nodes,
         max_steps=spec.steps,
         batch_size=config.batch_size,

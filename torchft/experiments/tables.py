@@ -78,7 +78,7 @@ class TableRow:
         flat: dict[str, Any] = {
             "strategy": spec.strategy.shown,
             "nodes": spec.nodes,
-            "every": spec.every,
+            "sync_every": spec.sync_every,
             "lr": spec.lr,
             "steps": spec.steps,
             "seeds": self.seeds,
@@ -174,7 +174,7 @@ def as_table(rows: Sequence[TableRow], target: float | None) -> str:
 
 
 def _heads(rows: Sequence[TableRow], target: float | None) -> list[str]:
-    heads = ["strategy", "nodes", "every", "lr", "steps", "seeds", "loss", "MB/node", "it/s"]
+    heads = ["strategy", "nodes", "sync_every", "lr", "steps", "seeds", "loss", "MB/node", "it/s"]
     for name in rows[0].networks if rows else ():
         at = "" if name == "network" else f" ({name})"
         heads += [f"s to loss {target:.3g}{at}", f"utilised{at}", f"lost node-steps{at}"]
@@ -183,8 +183,8 @@ def _heads(rows: Sequence[TableRow], target: float | None) -> list[str]:
 
 def _cells(row: TableRow) -> list[str]:
     spec = row.spec
-    every = "" if spec.every is None else str(spec.every)
-    cells = [spec.strategy.shown, str(spec.nodes), every, f"{spec.lr:g}"]
+    sync_every = "" if spec.sync_every is None else str(spec.sync_every)
+    cells = [spec.strategy.shown, str(spec.nodes), sync_every, f"{spec.lr:g}"]
     cells += [str(spec.steps), str(row.seeds)]
     cells += [str(row.loss), str(row.megabytes), f"{row.steps_per_s.mean:.0f}"]
     for found in row.networks.values():

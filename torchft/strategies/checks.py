@@ -31,8 +31,8 @@ __all__ = [
     "recipes_of",
 ]
 
-_PERIODS = ("H", "sync_every", "interval", "period")
-"""What recipes that somebody else wrote call `every`."""
+_PERIODS = ("H", "interval", "period")
+"""What recipes that somebody else wrote call `sync_every`."""
 _PAIR = "contribution returns a pair: a list of tensors [rows, …] and a draft, which may be None"
 
 
@@ -119,7 +119,7 @@ def _check_recipe(recipe: Recipe) -> None:
     for setting, kind in (("place", Place), ("by", By)):
         check_choice(f"{name}.{setting}", getattr(recipe, setting), kind)
     check_integer(f"{name}.delay", recipe.delay, least=0)
-    check_integer(f"{name}.every", recipe.every, least=1)
+    check_integer(f"{name}.sync_every", recipe.sync_every, least=1)
     _check_period(recipe)
     needed = ["contribution", "adopt", *(["islands"] if recipe.by is By.ISLANDS else [])]
     for method in needed:
@@ -134,14 +134,14 @@ def _check_period(recipe: Recipe) -> None:
     """Refuse a number of steps that nobody reads: rounds would open after every step."""
     from torchft.strategies.recipe import Recipe
 
-    if type(recipe).due is not Recipe.due or recipe.every != 1:
+    if type(recipe).due is not Recipe.due or recipe.sync_every != 1:
         return
     name = type(recipe).__name__
     for setting in _PERIODS:
         if isinstance(getattr(recipe, setting, None), int):
             raise SettingsError(
                 f"{name} has {setting}={getattr(recipe, setting)}, which decides nothing: rounds "
-                f"open every {name}.every steps, or when its method due says so; set every"
+                f"open every {name}.sync_every steps, or when its method due says so; set that"
             )
 
 

@@ -42,6 +42,7 @@ from torch import Tensor
 from torchft.arguments import check_choice, check_integer, check_number
 from torchft.errors import SettingsError
 from torchft.quantization import ErrorFeedback
+from torchft.renamed import renamed_arguments
 from torchft.strategies.buffers import BUFFERS, LEFT
 from torchft.strategies.fragments import PATTERNS, SEQUENTIAL
 from torchft.strategies.local import Fragment
@@ -65,15 +66,16 @@ Draft = list[Tensor] | None
 
 
 class DiLoCoRecipe(Recipe):
-    """`outer` is an optimizer factory, or an `Outer` part that holds optimizers already. `pattern`
-    says which blocks make a fragment: see `torchft.strategies.fragments`."""
+    """`outer_optimizer` is an optimizer factory, or an `Outer` part that holds optimizers already.
+    `pattern` says which blocks make a fragment: see `torchft.strategies.fragments`."""
 
     moves_frozen = True
 
+    @renamed_arguments(outer="outer_optimizer", every="sync_every")
     def __init__(
         self,
-        outer: OuterFactory | Outer,
-        every: int,
+        outer_optimizer: OuterFactory | Outer,
+        sync_every: int,
         *,
         fragments: int = 1,
         pattern: str = SEQUENTIAL,
@@ -86,12 +88,13 @@ class DiLoCoRecipe(Recipe):
         backup_device: torch.device | str | None = "cpu",
         pin_memory: bool = True,
     ) -> None:
-        check_schedule(every, fragments, delay, mix)
+        check_schedule(sync_every, fragments, delay, mix)
         check_choice("inner_state", inner_state, INNER_STATES)
         check_choice("pattern", pattern, PATTERNS)
         self.buffers = check_choice("buffers", buffers, BUFFERS)
-        self.outer: Outer = FlatOuter(outer) if callable(outer) else outer
-        self.every = every
+        given = outer_optimizer
+        self.outer: Outer = FlatOuter(given) if callable(given) else given
+        self.sync_every = sync_every
         self.fragments: list[Fragment] = []
         self.backups: list[Backup] = []
         self.inner_backups: list[InnerBackup] = []
@@ -134,11 +137,11 @@ class DiLoCoRecipe(Recipe):
     @property
     def rests(self) -> bool:
         """Unless the next round opens where the last one closes, between any two."""
-        return self.delay < -(-self.every // self._parts)
+        return self.delay < -(-self.sync_every // self._parts)
 
     def due(self) -> bool:
         """`delay` steps before a round must close."""
-        return is_slot(self.clock.steps + self.delay, self.every, self._parts)
+        return is_slot(self.clock.steps + self.delay, self.sync_every, self._parts)
 
     def fragment(self) -> Fragment:
         """Of those that are not in flight, the one with the fewest outer steps: so they take turns,
@@ -260,28 +263,36 @@ class DiLoCoRecipe(Recipe):
             self.load_fragment_state(fragment, state[str(fragment.index)])
 
 
-def check_schedule(every: int, fragments: int, delay: int, mix: float) -> None:
-    """Refuse a schedule that does not fit the fragments, and say what would.
+def check_schedule(
+    sync_every: int,
+    fragments: int,
+    delay: int,
+    mix: float,
+    *,
+    called: tuple[str, str] = ("delay", "mix"),
+) -> None:
+    """Refuse a schedule that does not fit the fragments, and say what would. A front has the last
+    two arguments `called` otherwise.
 
     Raises:
         SettingsError: also a ValueError.
     """
     for name, value in (
-        ("sync_every", every),
+        ("sync_every", sync_every),
         ("fragments", fragments),
-        ("fragment_sync_delay", delay),
+        (called[0], delay),
     ):
         check_integer(name, value)
     if fragments < 1:
         raise SettingsError("there is no fragment to synchronise")
-    if every < fragments:
+    if sync_every < fragments:
         raise SettingsError(
-            f"sync_every={every} is less than the {fragments} fragments, one of which synchronises "
-            f"at a time: use {fragments} or more"
+            f"sync_every={sync_every} is less than the {fragments} fragments, one of which "
+            f"synchronises at a time: use {fragments} or more"
         )
-    if not 0 <= delay <= every:
+    if not 0 <= delay <= sync_every:
         raise SettingsError(
-            f"fragment_sync_delay={delay} does not fit between two synchronisations of a fragment, "
-            f"which are {every} inner steps apart: use 0 to {every}"
+            f"{called[0]}={delay} does not fit between two synchronisations of a fragment, "
+            f"which are {sync_every} inner steps apart: use 0 to {sync_every}"
         )
-    check_number("fragment_update_alpha", mix, least=0, most=1)
+    check_number(called[1], mix, least=0, most=1)

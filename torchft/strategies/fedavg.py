@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from torchft.arguments import check_integer
+from torchft.renamed import renamed_arguments
 from torchft.strategies.local_sgd import LocalSGDRecipe
 from torchft.strategies.parts.agreed import generator
 from torchft.strategies.parts.precision import SharedDtype
@@ -33,9 +34,10 @@ __all__ = ["FedAvgRecipe"]
 class FedAvgRecipe(LocalSGDRecipe):
     """Islands of `island_size` nodes (the last may be smaller); None is one island of all."""
 
+    @renamed_arguments(every="sync_every")
     def __init__(
         self,
-        every: int,
+        sync_every: int,
         *,
         island_size: int | None = None,
         seed: int = 0,
@@ -46,7 +48,7 @@ class FedAvgRecipe(LocalSGDRecipe):
         if island_size is not None:
             check_integer("island_size", island_size, least=1)
         super().__init__(
-            every,
+            sync_every,
             backup=island_size is None,
             weighting=weighting,
             shared_dtype=shared_dtype,

@@ -31,6 +31,7 @@ import torch
 from torchft.arguments import check_integer
 from torchft.errors import SettingsError
 from torchft.quantization import Codec
+from torchft.renamed import renamed_arguments
 from torchft.strategies.all_reduce import AllReduceRecipe
 from torchft.strategies.buffers import LEFT
 from torchft.strategies.diloco import DiLoCoRecipe
@@ -204,7 +205,7 @@ class DiLoCoStrategy(Averaged):
             error_feedback=error_feedback,
             buffers=buffers,
             H=H,
-            outer=outer,
+            outer_optimizer=outer,
             shared_dtype=shared_dtype,
         )
 
@@ -214,10 +215,11 @@ class StreamingDiLoCoStrategy(Averaged):
 
     Their blocks are neighbours ("sequential"), or dealt out in turn ("strided").
 
-    It opens `fragment_sync_delay` steps before, and the average travels while they are taken; then
-    w ← `fragment_update_alpha` · w + (1 - `fragment_update_alpha`) · backup.
+    It opens `delay` steps before, and the average travels while they are taken; then
+    w ← `mix` · w + (1 - `mix`) · backup.
     """
 
+    @renamed_arguments(fragment_sync_delay="delay", fragment_update_alpha="mix")
     def __init__(
         self,
         optim_spec: Optim = None,
@@ -233,8 +235,8 @@ class StreamingDiLoCoStrategy(Averaged):
         lr_scheduler_kwargs: Arguments = None,
         codec: Codec | str | None = None,
         buffers: str = LEFT,
-        fragment_sync_delay: int = 0,
-        fragment_update_alpha: float = 0.0,
+        delay: int = 0,
+        mix: float = 0.0,
         error_feedback: bool = False,
         shared_dtype: SharedDtype = torch.float32,
     ) -> None:
@@ -248,8 +250,8 @@ class StreamingDiLoCoStrategy(Averaged):
             outer,
             H,
             fragments=fragments,
-            delay=fragment_sync_delay,
-            mix=fragment_update_alpha,
+            delay=delay,
+            mix=mix,
             pattern=pattern,
             buffers=buffers,
             error_feedback=error_feedback,
@@ -264,10 +266,10 @@ class StreamingDiLoCoStrategy(Averaged):
             error_feedback=error_feedback,
             H=H,
             fragments=fragments,
-            fragment_sync_delay=fragment_sync_delay,
-            fragment_update_alpha=fragment_update_alpha,
+            delay=delay,
+            mix=mix,
             pattern=pattern,
-            outer=outer,
+            outer_optimizer=outer,
             shared_dtype=shared_dtype,
         )
 
@@ -352,7 +354,7 @@ class SPARTADiLoCoStrategy(Averaged):
             codec=codec,
             error_feedback=error_feedback,
             H=H,
-            outer=outer,
+            outer_optimizer=outer,
             shared_dtype=shared_dtype,
             **settings,
         )

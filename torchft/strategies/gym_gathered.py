@@ -124,4 +124,6 @@ class TopKStrategy(Named):
             "chunks_of": chunks_of,
             "shared_dtype": shared_dtype,
         }
-        super().__init__([TopKRecipe(outer, H, **options)], inner, outer=outer, H=H, **options)
+        super().__init__(
+            [TopKRecipe(outer, H, **options)], inner, outer_optimizer=outer, H=H, **options
+        )

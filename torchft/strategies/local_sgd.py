@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from torchft.arguments import check_choice, check_integer
-from torchft.errors import SettingsError
+from torchft.renamed import renamed_arguments
 from torchft.strategies.buffers import BUFFERS, LEFT
 from torchft.strategies.local import Fragment
 from torchft.strategies.parts.backup import Backup
@@ -47,11 +47,12 @@ __all__ = ["LocalSGDRecipe"]
 
 
 class LocalSGDRecipe(Recipe):
-    """Average the weights every `every` inner steps; with one island, this is FedAvg."""
+    """Average the weights every `sync_every` inner steps; with one island, this is FedAvg."""
 
+    @renamed_arguments(every="sync_every")
     def __init__(
         self,
-        every: int,
+        sync_every: int,
         *,
         backup: bool = True,
         weighting: str | None = EQUAL,
@@ -60,13 +61,11 @@ class LocalSGDRecipe(Recipe):
         backup_device: torch.device | str | None = "cpu",
         pin_memory: bool = True,
     ) -> None:
-        check_integer("sync_every", every, least=1)
-        if every < 1:
-            raise SettingsError(f"sync_every={every}: weights are averaged every 1 or more steps")
+        check_integer("sync_every", sync_every, least=1)
         self.buffers = check_choice("buffers", buffers, BUFFERS)
         self.weighting = check_choice("weighting", weighting, (None, *WEIGHTINGS))
         self.shared_dtype = check_shared_dtype(shared_dtype)
-        self.every = every
+        self.sync_every = sync_every
         self.backup: Backup | None = None
         self._wants_backup = backup
         self._device, self._pin = backup_device, pin_memory

@@ -24,6 +24,7 @@ from torch import Tensor
 from torchft.errors import SettingsError
 from torchft.peers import Place
 from torchft.quantization import Codec
+from torchft.renamed import OldAttribute
 from torchft.strategies.buffers import LEFT
 from torchft.strategies.local import Fragment, Local
 from torchft.strategies.optim_spec import OptimSpec
@@ -62,9 +63,10 @@ class Recipe:
 
     place: ClassVar[Place] = Place.AFTER
     by: By = By.AVERAGE
-    every: int = 1
+    sync_every: int = 1
     """Inner steps from one round to the next, unless `due` says otherwise. Rounds follow steps H,
     2H, 3H; those about gradients (`Place.BEFORE`) are part of steps 1, H + 1, 2H + 1."""
+    every = OldAttribute("sync_every")
     delay: int = 0
     """Inner steps between a round's opening and its close."""
 
@@ -93,6 +95,10 @@ class Recipe:
     """It took over a donor's shared state, and no round has opened since."""
     has_contributed: bool = False
     """It has been asked for its contribution to a round."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        Recipe.__dict__["every"].renew(cls)
 
     def bind(self, local: Local, clock: Clock) -> None:
         """Give the recipe the weights it works on, and the clock. Once.
@@ -140,7 +146,7 @@ class Recipe:
 
     def due(self) -> bool:
         """Whether a round opens now, by the clock."""
-        return self.clock.steps % self.every == 0
+        return self.clock.steps % self.sync_every == 0
 
     def fragment(self) -> Fragment:
         """What the round that opens now is about; asked after it opened, so the clock is agreed."""

@@ -17,9 +17,9 @@ from torchft.errors import SettingsError
 __all__ = ["RoundSchedule", "is_slot", "next_fragment"]
 
 
-def is_slot(step: int, every: int, fragments: int) -> bool:
-    """Whether `step` is ⌊k · every / fragments⌋ for an integer k."""
-    return -(-step * fragments // every) * every < (step + 1) * fragments
+def is_slot(step: int, sync_every: int, fragments: int) -> bool:
+    """Whether `step` is ⌊k · sync_every / fragments⌋ for an integer k."""
+    return -(-step * fragments // sync_every) * sync_every < (step + 1) * fragments
 
 
 def next_fragment(versions: Sequence[int], in_flight: Collection[int]) -> int | None:
@@ -34,27 +34,27 @@ def next_fragment(versions: Sequence[int], in_flight: Collection[int]) -> int | 
 
 
 class RoundSchedule:
-    """Counts inner steps, and says when a slot comes. `every` is H and may change, `fragments` N.
+    """Counts inner steps, and says when a slot comes. `sync_every` is H, and may change.
 
     Raises:
         SettingsError: if there are more fragments than steps in a cycle.
     """
 
-    def __init__(self, every: int, fragments: int) -> None:
-        if not 1 <= fragments <= every:
-            raise SettingsError(f"{fragments} fragments do not fit into {every} steps")
-        self.every, self.fragments = every, fragments
-        self._next_every = every
+    def __init__(self, sync_every: int, fragments: int) -> None:
+        if not 1 <= fragments <= sync_every:
+            raise SettingsError(f"{fragments} fragments do not fit into {sync_every} steps")
+        self.sync_every, self.fragments = sync_every, fragments
+        self._next_every = sync_every
         self._step = 0
 
-    def change(self, every: int) -> None:
-        """Take `every` steps to a cycle from the next cycle on; at least one for each fragment."""
-        self._next_every = max(every, self.fragments)
+    def change(self, sync_every: int) -> None:
+        """From the next cycle on, take as many steps to a cycle, at least one for each fragment."""
+        self._next_every = max(sync_every, self.fragments)
 
     def advance(self) -> bool:
         """Count one inner step; returns whether a slot comes after it."""
         self._step += 1
-        slot = is_slot(self._step, self.every, self.fragments)
-        if self._step == self.every:
-            self._step, self.every = 0, self._next_every
+        slot = is_slot(self._step, self.sync_every, self.fragments)
+        if self._step == self.sync_every:
+            self._step, self.sync_every = 0, self._next_every
         return slot

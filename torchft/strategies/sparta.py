@@ -19,7 +19,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchft.arguments import check_integer
 from torchft.errors import SettingsError
+from torchft.renamed import renamed_arguments
 from torchft.seeds import seed63
 from torchft.strategies.local import Fragment
 from torchft.strategies.parts.precision import (
@@ -37,26 +39,24 @@ Draft = tuple[list[Tensor], list[Tensor]]
 
 
 class SpartaRecipe(Recipe):
-    """Average what `selector` names every `every` inner steps."""
+    """Average what `selector` names every `sync_every` inner steps."""
 
     varies = True
 
+    @renamed_arguments(every="sync_every")
     def __init__(
         self,
         selector: Selector,
-        every: int = 1,
+        sync_every: int = 1,
         *,
         seed: int = 0,
         shared_dtype: SharedDtype = torch.float32,
     ) -> None:
-        if every < 1:
-            raise SettingsError(
-                f"sparta_interval={every}: weights are averaged every 1 or more steps"
-            )
+        check_integer("sync_every", sync_every, least=1)
         if isinstance(selector, type):
             name = selector.__name__
             raise SettingsError(f"the selector is the class {name}: give an instance, {name}(…)")
-        self.selector, self.every, self.seed = selector, every, seed
+        self.selector, self.sync_every, self.seed = selector, sync_every, seed
         self.shared_dtype = check_shared_dtype(shared_dtype)
 
     def setup(self) -> None:
@@ -67,7 +67,7 @@ class SpartaRecipe(Recipe):
 
     def positions(self) -> list[Tensor]:
         """The subset of this round, of each flat tensor."""
-        turn = self.clock.steps // self.every - 1
+        turn = self.clock.steps // self.sync_every - 1
         return [
             self.selector(numel, turn, seed63(self.seed, flat)).to(device)
             for flat, (numel, device) in enumerate(self._flats)

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from torchft.arguments import check_choice, check_integer, check_number
+from torchft.renamed import renamed_arguments
 from torchft.strategies.local import Fragment
 from torchft.strategies.parts import chunks
 from torchft.strategies.parts.backup import Backup
@@ -47,15 +48,16 @@ Draft = tuple[list[Tensor], list[Tensor]]
 
 
 class TopKRecipe(Recipe):
-    """`topk` numbers of every `chunk`, every `every` inner steps; the residual fades by `decay`."""
+    """`topk` numbers of each `chunk` every `sync_every` steps; the residual fades by `decay`."""
 
     by = By.GATHER
     moves_frozen = True
 
+    @renamed_arguments(outer="outer_optimizer", every="sync_every")
     def __init__(
         self,
-        outer: OuterFactory,
-        every: int,
+        outer_optimizer: OuterFactory,
+        sync_every: int,
         *,
         topk: int = 64,
         chunk: int = 4096,
@@ -65,14 +67,14 @@ class TopKRecipe(Recipe):
         shared_dtype: SharedDtype = torch.float32,
         backup_device: torch.device | str | None = None,
     ) -> None:
-        for name, count in {"every": every, "topk": topk, "chunk": chunk}.items():
+        for name, count in {"sync_every": sync_every, "topk": topk, "chunk": chunk}.items():
             check_integer(name, count, least=1)
         check_number("decay", decay, least=0, most=1)
         chunks.check_chunks_of(chunks_of, chunk)
-        self.every, self.topk, self.chunk, self.decay = every, topk, chunk, decay
+        self.sync_every, self.topk, self.chunk, self.decay = sync_every, topk, chunk, decay
         self.mean_over, self.chunks_of = check_choice("mean_over", mean_over, MEAN_OVER), chunks_of
         self.shared_dtype = check_shared_dtype(shared_dtype)
-        self.outer = FlatOuter(outer)
+        self.outer = FlatOuter(outer_optimizer)
         self._device = backup_device
 
     def setup(self) -> None:

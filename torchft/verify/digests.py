@@ -62,10 +62,10 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
     ),
     "Streaming DiLoCo": lambda: StreamingDiLoCoStrategy(ADAMW, H=12, fragments=3),
     "Streaming delayed": lambda: StreamingDiLoCoStrategy(
-        ADAMW, H=12, fragments=3, fragment_sync_delay=3, fragment_update_alpha=0.5
+        ADAMW, H=12, fragments=3, delay=3, mix=0.5
     ),
     "Streaming in flight": lambda: StreamingDiLoCoStrategy(
-        ADAMW, H=12, fragments=3, fragment_sync_delay=10, fragment_update_alpha=0.5
+        ADAMW, H=12, fragments=3, delay=10, mix=0.5
     ),
     "Streaming, strided": lambda: StreamingDiLoCoStrategy(
         ADAMW, H=12, fragments=3, pattern="strided"

@@ -70,8 +70,10 @@ class ServedDiLoCo(DiLoCoRecipe):
 
     by = By.GATHER
 
-    def __init__(self, outer: OptimSpec, every: int, encoding: Codec, fragments: int = 1) -> None:
-        super().__init__(outer, every, fragments=fragments, backup_device=None)
+    def __init__(
+        self, outer: OptimSpec, sync_every: int, encoding: Codec, fragments: int = 1
+    ) -> None:
+        super().__init__(outer, sync_every, fragments=fragments, backup_device=None)
         self._encoding = encoding
         self.bases: list[list[Tensor]] = []
         """What nodes hold, by fragment."""
@@ -123,7 +125,7 @@ def _rounds_to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
 class Served:
     """A strategy that the server knows too."""
 
-    every: int
+    sync_every: int
     fragments: int
     codec: str
 
@@ -132,8 +134,8 @@ class Served:
         codec = codec_of(self.codec)
         if isinstance(codec, Identity):
             return named
-        outer = named.settings["outer"]
-        recipe = ServedDiLoCo(outer, self.every, codec, self.fragments)
+        outer = named.settings["outer_optimizer"]
+        recipe = ServedDiLoCo(outer, self.sync_every, codec, self.fragments)
         return Strategy([recipe], inner=named.inner)
 
 
@@ -267,7 +269,7 @@ class _Story:
         from torchft.parameter_server.core.options import OuterOptions, ServerOptions
         from torchft.parameter_server.core.rules import Rules
 
-        outer = self.experiment.strategy.settings["outer"].kwargs
+        outer = self.experiment.strategy.settings["outer_optimizer"].kwargs
         rules = Rules(self.experiment.num_nodes, grace_s=_PATIENCE_S)
         return ServerOptions(self.folder / "server", rules, OuterOptions(**outer))
 
@@ -311,7 +313,7 @@ class _Story:
             optimizer,
             self._address(),
             worker_id=name,
-            sync_every=self.served.every,
+            sync_every=self.served.sync_every,
             num_fragments=self.served.fragments,
             codec=self.served.codec,
             in_flight=0,

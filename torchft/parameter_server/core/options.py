@@ -14,6 +14,7 @@ from torchft.errors import SettingsError
 from torchft.parameter_server.core.delayed_nesterov import DelayedNesterov
 from torchft.parameter_server.core.rules import Mode, Rules
 from torchft.quantization import codec_names
+from torchft.renamed import renamed_arguments
 from torchft.strategies.optim_spec import OptimSpec
 from torchft.strategies.parts.outer import FlatOuter
 
@@ -109,13 +110,14 @@ class OuterOptions:
         return FlatOuter(OptimSpec(torch.optim.SGD, **self.settings))
 
 
+@renamed_arguments(outer="outer_optimizer")
 @dataclass(frozen=True)
 class ServerOptions:
     """All that `diloco server` takes, but the address and the tokens."""
 
     output_dir: Path
     rules: Rules
-    outer: OuterOptions = field(default_factory=OuterOptions)
+    outer_optimizer: OuterOptions = field(default_factory=OuterOptions)
     model: Path | None = None
     """Folder with safetensors to start from; None: the first worker's weights."""
     from_checkpoint: Path | None = None
@@ -142,7 +144,7 @@ class ServerOptions:
                 "dylu gives slower workers fewer steps, which a synchronous round cannot use: "
                 "choose --async or --mode decoupled"
             )
-        self.outer.build(self.rules)
+        self.outer_optimizer.build(self.rules)
 
     @property
     def fixed(self) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class RunFactory:
     def warm_up(self) -> None:
         """Make an outer optimizer: torch loads much for its first one, and no worker should wait
         for that."""
-        outer = self._options.outer.build(self._options.rules)
+        outer = self._options.outer_optimizer.build(self._options.rules)
         row = FlatRow([torch.zeros(1, 1, dtype=torch.float32, device="cpu")])
         outer.bind([Fragment(0, (0,))], [row])
 
@@ -68,7 +68,7 @@ class RunFactory:
         agreed = self._options.agree(request.wished)
         shape = request.shape.cut(agreed.fragments)
         rounds = Rounds(self._options.rules, agreed.fragments)
-        run = TrainingRun(agreed, shape, rounds, self._options.outer)
+        run = TrainingRun(agreed, shape, rounds, self._options.outer_optimizer)
         if self._options.model is not None:
             tensors = read_model(self._options.model)
             run.weights_or_none = self.weights(run, rows_of_model(shape, tensors))
@@ -133,7 +133,7 @@ class RunFactory:
 
     def _outer_of(self, saved: Mapping[str, Any]) -> OuterOptions:
         """The run's own, which an order may have changed; not what the flags say."""
-        flags = self._options.outer
+        flags = self._options.outer_optimizer
         outer = flags.changed(**saved["optimizer"])
         if outer != flags:
             logger.warning(

@@ -29,7 +29,7 @@ def status_of(state: ServerState, now: float, uptime_s: float) -> dict[str, Any]
     """The whole status as JSON values, for `diloco status` and the page."""
     counts, run = state.counts, state.run
     rules = state.options.rules if run is None else run.rounds.rules  # orders change them
-    outer = state.options.outer if run is None else run.outer
+    outer = state.options.outer_optimizer if run is None else run.outer
     evicted = counts.departures.get("silent", 0) + counts.departures.get("replaced", 0)
     common: dict[str, Any] = {
         "mode": rules.mode,

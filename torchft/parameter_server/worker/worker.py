@@ -172,7 +172,9 @@ class DiLoCoWorker(Uncopied):
     @property
     def sync_every(self) -> int:
         """How many inner steps a cycle has now; in each cycle every fragment is submitted once."""
-        return self._schedule.every if self.active and self._started else self.options.sync_every
+        return (
+            self._schedule.sync_every if self.active and self._started else self.options.sync_every
+        )
 
     @property
     def bases(self) -> dict[int, Tensor]:

@@ -1,0 +1,109 @@
+"""Names of arguments and attributes in an earlier release, which work once more, with a warning.
+
+    @renamed_arguments(every="sync_every")
+    def __init__(self, sync_every: int) -> None: ...
+
+Names of modules and classes: `torchft.lazy_names`.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+__all__ = ["OldAttribute", "old_names_of", "renamed_arguments", "with_new_names"]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def with_new_names(
+    what: str, given: Mapping[str, Any], new_names: Mapping[str, str], *, stacklevel: int = 2
+) -> dict[str, Any]:
+    """Put what was given under the names of an earlier release under the names of now.
+
+    Args:
+        what: whose names they are, as the DeprecationWarning calls it.
+        given: name → value.
+        new_names: old name → new name.
+        stacklevel: that of `warnings.warn`, seen from here.
+
+    Raises:
+        TypeError: something is given under both names.
+    """
+    named = dict(given)
+    for old in named.keys() & new_names.keys():
+        new = new_names[old]
+        if new in named:
+            raise TypeError(f"{what}: {old} is now {new}, and both are given")
+        warnings.warn(f"{what}: {old} is now {new}", DeprecationWarning, stacklevel=stacklevel + 1)
+        named[new] = named.pop(old)
+    return named
+
+
+def renamed_arguments(**new_names: str) -> Callable[[_F], _F]:
+    """Let a function, or the making of a class, take keyword arguments by the names that they had
+    in an earlier release.
+
+    Args:
+        new_names: old name → new name.
+    """
+
+    def decorate(function: _F) -> _F:
+        if isinstance(function, type):
+            made: Any = function
+            made.__init__ = decorate(made.__init__)
+            return function
+        what = f"{function.__module__}.{function.__qualname__.removesuffix('.__init__')}"
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return function(*args, **with_new_names(what, kwargs, new_names))
+
+        call.renamed_arguments = new_names  # type: ignore[attr-defined]
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+def old_names_of(made_by: Any) -> Mapping[str, str]:
+    """Old name → new name of the arguments that a function or the making of a class takes."""
+    called = getattr(made_by, "__init__") if isinstance(made_by, type) else made_by  # noqa: B009
+    names: Mapping[str, str] = getattr(called, "renamed_arguments", {})
+    return names
+
+
+class OldAttribute:
+    """An attribute by the name that it had in an earlier release, on the class or the object.
+
+    The class calls `renew` in its `__init_subclass__`.
+    """
+
+    def __init__(self, new: str) -> None:
+        self._new = new
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._old = name
+
+    def __get__(self, instance: object, owner: type) -> Any:
+        self._warn(owner)
+        return getattr(owner if instance is None else instance, self._new)
+
+    def __set__(self, instance: object, value: Any) -> None:
+        self._warn(type(instance))
+        setattr(instance, self._new, value)
+
+    def renew(self, subclass: type) -> None:
+        """Move what the body of `subclass` says under the old name to the new one."""
+        if self._old in vars(subclass):
+            self._warn(subclass)
+            setattr(subclass, self._new, vars(subclass)[self._old])
+            delattr(subclass, self._old)
+
+    def _warn(self, owner: type) -> None:
+        warnings.warn(
+            f"torchft: {owner.__name__}.{self._old} is now {self._new}",
+            DeprecationWarning,
+            stacklevel=3,
+        )
