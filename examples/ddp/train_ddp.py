@@ -3,6 +3,7 @@
 Start a lighthouse, then this script in as many shells as there are groups, each with a number of
 its own. Kill one whenever you like, watch the others go on, start it again: it heals.
 TORCH_CPP_LOG_LEVEL=ERROR keeps torch's own warnings away.
+`minimal_ddp.py` does it with DistributedDataParallel and Optimizer, as existing torchft scripts do.
 
     torchft_lighthouse --min_replicas 1 --quorum_tick_ms 100 --join_timeout_ms 10000
 
@@ -15,11 +16,10 @@ from __future__ import annotations
 import argparse
 import sys
 from datetime import timedelta
-from typing import Any
 
 import torch
 
-from torchft import DistributedDataParallel, Manager, Optimizer, ProcessGroupGloo
+from torchft import Manager, ProcessGroupGloo, Replicated
 from torchft.digest import digest
 from torchft.script import (
     FinishBarrier,
@@ -30,11 +30,12 @@ from torchft.script import (
     run_script,
     shared_flags,
 )
+from torchft.strategies import OptimSpec, SimpleReduceStrategy
 from torchft.toy.byte_model import ByteCorpus, ByteTransformer, Order, next_byte_loss
 
 STEPS = 10_000  # then it ends; some minutes on a laptop
 ROWS = 8  # windows of text in a batch
-LR = 2e-3  # AdamW
+ADAMW = OptimSpec(torch.optim.AdamW, lr=2e-3)
 FINISH_TOGETHER_S = 60  # a group that is away at the end is waited for so long
 MIN_GROUPS = 1  # with fewer groups than this, steps are discarded
 TIMEOUT = timedelta(seconds=30)  # of what groups wait for; ranks of a group wait longer
@@ -49,26 +50,19 @@ def main() -> None:
 
     # What is trained, and on what: each rank of each group reads a shard of its own.
     torch.manual_seed(SEED)
-    module = ByteTransformer().to(device)
-    adamw = torch.optim.AdamW(module.parameters(), lr=LR)
+    model = ByteTransformer().to(device)
+    adamw = ADAMW.build(model)
     corpus = ByteCorpus.load(arguments.corpus)
-    context = module.shape.context
+    context = model.shape.context
     order = Order(windows=corpus.windows(context), shards=job.shards, rows=ROWS, seed=SEED)
 
-    # What a group that joins gets from one that trains.
-    def save() -> dict[str, Any]:
-        return {"model": module.state_dict(), "optimizer": adamw.state_dict()}
-
-    def load(state: dict[str, Any]) -> None:
-        module.load_state_dict(state["model"])
-        adamw.load_state_dict(state["optimizer"])
-
-    # From here on the other groups know of this one.
+    # From here on the other groups know of this one. Weights and optimizer heal by themselves; give
+    # the manager functions for more state if you have it.
     with joining():
         manager = Manager(
             pg=ProcessGroupGloo(timeout=TIMEOUT),
-            load_state_dict=load,
-            state_dict=save,
+            load_state_dict=None,
+            state_dict=None,
             min_replica_size=MIN_GROUPS,
             timeout=TIMEOUT,
             connect_timeout=TIMEOUT,
@@ -79,16 +73,15 @@ def main() -> None:
             steps=arguments.steps, groups=job.groups, patience_s=arguments.finish_together_s
         )
         manager.register_state_dict_fn("together", barrier.load_state_dict, barrier.state_dict)
-        model = DistributedDataParallel(manager, module)
-        optimizer = Optimizer(manager, adamw)
+        replicated = Replicated(manager, model, adamw, SimpleReduceStrategy(ADAMW))
         while not barrier.reached:
-            optimizer.zero_grad()  # begin: who is there? who heals, and from whom?
+            replicated.zero_grad()  # begin: who is there? who heals, and from whom?
             batch = order.batch(manager.current_step(), shard=job.shard)
             inputs, targets = (part.to(device) for part in corpus.batch(batch, context=context))
             loss = next_byte_loss(model, inputs, targets)
-            loss.backward()  # communicate: averages travel while it goes on
-            average_inside(module.parameters())
-            committed = optimizer.step()  # vote: the step is taken, or discarded
+            loss.backward()
+            average_inside(model.parameters())
+            committed = replicated.step()  # average and vote: the step is taken, or discarded
             step, there = manager.current_step(), manager.num_participants()
             if not committed:
                 say(f"step {step + 1} is discarded and tried again")
@@ -97,9 +90,9 @@ def main() -> None:
                 say(news)
             if step % SAY_EVERY == 0:
                 say(f"step {step}, {there} of {job.groups} groups, loss {loss.item():.4f}")
-        manager.final_sync()  # whoever missed the last step heals from the others
-        step = manager.current_step()
-        say(f"step {step}, digest of weights and optimizer: {digest(save())}")
+        replicated.finish()  # whoever missed the last step heals from the others
+        state = [model.state_dict(), adamw.state_dict()]
+        say(f"step {manager.current_step()}, digest of weights and optimizer: {digest(state)}")
     finally:
         manager.shutdown()
 

@@ -3,6 +3,7 @@
 Start a lighthouse, then this script in as many shells as there are groups, each with a number of
 its own. Kill one whenever you like, watch the others go on, start it again: it heals.
 TORCH_CPP_LOG_LEVEL=ERROR keeps torch's own warnings away.
+`minimal_diloco.py` does it with torchft.local_sgd.DiLoCo, as existing torchft scripts do.
 
     torchft_lighthouse --min_replicas 1 --quorum_tick_ms 100 --join_timeout_ms 10000
 
@@ -20,9 +21,8 @@ from datetime import timedelta
 
 import torch
 
-from torchft import Manager, ProcessGroupGloo
+from torchft import Manager, ProcessGroupGloo, Replicated
 from torchft.digest import digest
-from torchft.local_sgd import DiLoCo
 from torchft.script import (
     FinishBarrier,
     JobRank,
@@ -32,14 +32,14 @@ from torchft.script import (
     run_script,
     shared_flags,
 )
+from torchft.strategies import DiLoCoStrategy, OptimSpec
 from torchft.toy.byte_model import ByteCorpus, ByteTransformer, Order, next_byte_loss
 
 SYNC_EVERY = 100  # inner steps of each group between two outer steps
 OUTER_STEPS = 100  # then it ends; some minutes on a laptop
 ROWS = 8  # windows of text in a batch
-INNER_LR = 1e-3  # AdamW, local to each group
-OUTER_LR = 0.7  # SGD with Nesterov momentum, equal in all groups
-OUTER_MOMENTUM = 0.9
+INNER = OptimSpec(torch.optim.AdamW, lr=1e-3)  # local to each group
+OUTER = OptimSpec(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)  # equal in all groups
 FINISH_TOGETHER_S = 60  # a group that is away at the end is waited for so long
 MIN_GROUPS = 1  # fewer groups than this take no outer step
 TIMEOUT = timedelta(seconds=30)  # of what groups wait for; ranks of a group wait longer
@@ -54,19 +54,18 @@ def main() -> None:
     # What is trained, and on what: each rank of each group reads a shard of its own.
     torch.manual_seed(SEED)
     model = ByteTransformer().to(device)
-    inner = torch.optim.AdamW(model.parameters(), lr=INNER_LR)
-    outer = torch.optim.SGD(model.parameters(), lr=OUTER_LR, momentum=OUTER_MOMENTUM, nesterov=True)
+    inner = INNER.build(model)
     corpus = ByteCorpus.load(arguments.corpus)
     context = model.shape.context
     order = Order(windows=corpus.windows(context), shards=job.shards, rows=ROWS, seed=SEED)
 
-    # From here on the other groups know of this one. DiLoCo itself hands a group that joins the
-    # global weights and the outer momentum; the inner optimizer comes along so that it is warm.
+    # From here on the other groups know of this one. Weights, inner and outer optimizer heal by
+    # themselves; give the manager functions for more state if you have it.
     with joining():
         manager = Manager(
             pg=ProcessGroupGloo(timeout=TIMEOUT),
-            load_state_dict=inner.load_state_dict,
-            state_dict=inner.state_dict,
+            load_state_dict=None,
+            state_dict=None,
             min_replica_size=MIN_GROUPS,
             use_async_quorum=False,
             timeout=TIMEOUT,
@@ -79,29 +78,30 @@ def main() -> None:
         )
         manager.register_state_dict_fn("together", barrier.load_state_dict, barrier.state_dict)
         inner_steps = 0
-        with DiLoCo(manager, [model], inner, outer, sync_every=arguments.sync_every):
-            while not barrier.reached:
-                outer_steps = manager.current_step()
-                batch = order.batch(inner_steps, shard=job.shard)
-                inputs, targets = (part.to(device) for part in corpus.batch(batch, context=context))
-                inner.zero_grad()
-                loss = next_byte_loss(model, inputs, targets)
-                loss.backward()
-                average_inside(model.parameters())
-                inner.step()  # every SYNC_EVERY-th time it also takes the outer step
-                inner_steps += 1
-                if inner_steps % arguments.sync_every == 0:
-                    say(f"Number of inner optimizer steps completed: {inner_steps}")
-                if manager.current_step() != outer_steps:
-                    done, there = manager.current_step(), manager.num_participants()
-                    say(
-                        f"Number of outer optimizer steps completed: [{done}] "
-                        f"loss = {loss.item()}, {there} of {job.groups} groups"
-                    )
-                    for news in barrier.committed(done, there):
-                        say(news)
-        manager.final_sync()  # whoever missed the last outer step heals from the others
-        state = [model.state_dict(), outer.state_dict()]
+        strategy = DiLoCoStrategy(INNER, OUTER, H=arguments.sync_every)
+        replicated = Replicated(manager, model, inner, strategy)
+        while not barrier.reached:
+            outer_steps = manager.current_step()
+            batch = order.batch(inner_steps, shard=job.shard)
+            inputs, targets = (part.to(device) for part in corpus.batch(batch, context=context))
+            replicated.zero_grad()
+            loss = next_byte_loss(model, inputs, targets)
+            loss.backward()
+            average_inside(model.parameters())
+            replicated.step()  # every SYNC_EVERY-th time it also takes the outer step
+            inner_steps += 1
+            if inner_steps % arguments.sync_every == 0:
+                say(f"Number of inner optimizer steps completed: {inner_steps}")
+            if manager.current_step() != outer_steps:
+                done, there = manager.current_step(), manager.num_participants()
+                say(
+                    f"Number of outer optimizer steps completed: [{done}] "
+                    f"loss = {loss.item()}, {there} of {job.groups} groups"
+                )
+                for news in barrier.committed(done, there):
+                    say(news)
+        replicated.finish()  # whoever missed the last outer step heals from the others
+        state = replicated.shared_state_dict()
         say(f"step {manager.current_step()}, digest of weights and outer state: {digest(state)}")
     finally:
         manager.shutdown()

@@ -6,6 +6,7 @@ For the `diloco` section: flag over `DILOCO_*` variable (what `diloco worker` wa
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from torchft import settings
 from torchft.arguments import at_least
 from torchft.errors import SettingsError
 
@@ -91,14 +91,15 @@ class Asked(Section):
 
 
 _VARIABLES = {
-    "server": settings.DILOCO_SERVER,
-    "sync_every": settings.DILOCO_SYNC_EVERY,
-    "num_fragments": settings.DILOCO_NUM_FRAGMENTS,
-    "worker_id": settings.DILOCO_WORKER_ID,
-    "codec": settings.DILOCO_CODEC,
-    "dylu": settings.DILOCO_DYLU,
-    "heartbeat_interval_s": settings.DILOCO_HEARTBEAT_INTERVAL,
+    "server": "DILOCO_SERVER",
+    "sync_every": "DILOCO_SYNC_EVERY",
+    "num_fragments": "DILOCO_NUM_FRAGMENTS",
+    "worker_id": "DILOCO_WORKER_ID",
+    "codec": "DILOCO_CODEC",
+    "dylu": "DILOCO_DYLU",
+    "heartbeat_interval_s": "DILOCO_HEARTBEAT_INTERVAL",
 }
+"""Field → the variable that `diloco worker` sets for it, which goes over the file."""
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -194,7 +195,7 @@ def _diloco(section: Diloco | None, typed: argparse.Namespace) -> dict[str, Any]
 
 
 def _is_set(name: str) -> bool:
-    return settings.text(_VARIABLES[name]) is not None
+    return bool(os.environ.get(_VARIABLES[name]))
 
 
 def _with(section: Section, flags: Mapping[str, Any]) -> dict[str, Any]:
