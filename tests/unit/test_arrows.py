@@ -118,6 +118,13 @@ def test_every_room_is_named() -> None:
     assert {_room(path) for path in SOURCES} == MAY_IMPORT.keys()
 
 
+def test_the_architecture_document_names_every_package() -> None:
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    packages = {init.parent.name for init in PACKAGE.glob("*/__init__.py")}
+    drawn = {name for name in packages if f"\n  {name}/" in text and f"`{name}`" in text}
+    assert drawn == packages
+
+
 def test_no_two_rooms_import_each_other_and_no_files_in_a_circle() -> None:
     files = {_module(path): path for path in SOURCES}
     graph = {name: {*_files(path, files)} - {name} for name, path in files.items()}
