@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import json
 import tomllib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -40,17 +41,18 @@ __all__ = [
     "whole",
 ]
 
-STRATEGIES = (
-    "all_reduce",
-    "fedavg",
-    "local_sgd",
-    "diloco",
-    "streaming",
-    "sparta",
-    "sparta_diloco",
-    "demo",
-    "topk",
-)
+STRATEGIES = {
+    "all_reduce": "torchft.strategies:SimpleReduceStrategy",
+    "fedavg": "torchft.strategies:FedAvgStrategy",
+    "local_sgd": "torchft.strategies:LocalSGDStrategy",
+    "diloco": "torchft.strategies:DiLoCoStrategy",
+    "streaming": "torchft.strategies:StreamingDiLoCoStrategy",
+    "sparta": "torchft.strategies:SPARTAStrategy",
+    "sparta_diloco": "torchft.strategies:SPARTADiLoCoStrategy",
+    "demo": "torchft.strategies:DeMoStrategy",
+    "topk": "torchft.strategies:TopKStrategy",
+}
+"""By name: what makes it, as a configuration would write one of its own."""
 MODELS = ("mlp", "cnn", "gpt")
 DATA = ("digits", "stdlib-text")
 
@@ -269,27 +271,11 @@ def whole(config: SimulateConfig) -> dict[str, Any]:
     return _plain(config, brief=False)
 
 
-def _plain(value: Any, *, brief: bool) -> Any:
-    if dataclasses.is_dataclass(value):
-        shown = {one.name: getattr(value, one.name) for one in dataclasses.fields(value)}
-        if brief:
-            shown = {
-                one.name: shown[one.name]
-                for one in dataclasses.fields(value)
-                if shown[one.name] != _default(one)
-            }
-        return {name: _plain(inside, brief=brief) for name, inside in shown.items()}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inside, brief=brief) for key, inside in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inside, brief=brief) for inside in value]
-    return str(value) if isinstance(value, Path) else value
-
-
-def _default(one: dataclasses.Field[Any]) -> Any:
-    if one.default_factory is not dataclasses.MISSING:
-        return one.default_factory()
-    return one.default
+def _plain(config: SimulateConfig, *, brief: bool) -> dict[str, Any]:
+    adapter = needed("pydantic").TypeAdapter(SimulateConfig)
+    dumped = adapter.dump_python(config, exclude_defaults=brief, warnings=False)
+    plain: dict[str, Any] = json.loads(json.dumps(dumped, default=str))
+    return plain
 
 
 def _spread(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -347,7 +333,7 @@ def _check_swept(name: str, values: Sequence[Any]) -> None:
     _check(not twice, f"{name} has {', '.join(twice)} twice{hint}")
 
 
-def _check_names(setting: str, name: str, known: Sequence[str]) -> None:
+def _check_names(setting: str, name: str, known: Collection[str]) -> None:
     if name in known or ":" in name:
         return
     near = difflib.get_close_matches(name, known, n=1)

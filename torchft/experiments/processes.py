@@ -12,20 +12,25 @@ With several CUDA devices the nodes take them in turn (not tested on a machine t
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from torchft.errors import SettingsError
+from torchft.experiments.local_node import Target
 from torchft.experiments.local_nodes import LocalNodes, Start
 from torchft.experiments.real_node import RealNode, complete, warm_up
-from torchft.experiments.spmd.run import run_program
+from torchft.experiments.spmd.node import SPMDProcess, check_program
+from torchft.experiments.validation import Validation
 from torchft.launch.guard import check_guarded
+from torchft.peers import Place
 from torchft.records import StepRecord, read_step_records
 from torchft.simulator.events import Dies, Event, Joins
 from torchft.simulator.experiment import Experiment
 from torchft.simulator.node import NodeError
+from torchft.simulator.peers import RoundRecord
 from torchft.simulator.program import SPMDStrategy
 from torchft.simulator.replay import events_of, heals_of, round_records_of, rounds_of
 from torchft.simulator.result import Result, StepRow
@@ -55,39 +60,51 @@ def run_processes(
         NodeError: a loss is not finite.
         NodeFailed: a process failed otherwise; with its traceback.
     """
-    started = perf_counter()
+    began = perf_counter()
     check_guarded()
     experiment.check()
-    strategy = experiment.strategy
-    if isinstance(strategy, SPMDStrategy):
-        return run_program(experiment, method=method)
-    strategy.check_unused()
-    check_among_groups(strategy.recipes)
-    deaths = _deaths(experiment)
-    with kept_rng(experiment.torch_device):
-        warm_up(experiment)
     log = _Log(experiment.num_nodes)
     with tempfile.TemporaryDirectory(prefix="torchft-") as temporary:
+        target = _target(experiment, Path(temporary))
         records = folder or Path(temporary)
-        nodes = LocalNodes(
-            RealNode(experiment, deaths),
-            _starts(experiment),
-            records,
-            may_die={death.node for death in deaths},
-            method=method,
-            preload=["torchft.experiments.real_node", "torchft.simulator.preloaded"],
-            on_report=log.add,
-            expected_errors=(NodeError, SettingsError),
-        )
         try:
-            ends = nodes.run()
+            ends = _run_nodes(target, experiment, records, log, method)
         except BaseException:
             keep(log.result())
             raise
         told = [read_step_records(path) for path in sorted(records.glob("node_*.jsonl"))]
-    result = _result(experiment, log, [record for life in told for record in life])
+    result = log.result([record for life in told for record in life])
     keep(result)
-    return complete(result, experiment, ends, began=started, compute_s=log.compute_s)
+    return complete(result, experiment, ends, began=began, compute_s=log.compute_s)
+
+
+def _target(experiment: Experiment, folder: Path) -> Target:
+    """What each process does."""
+    strategy = experiment.strategy
+    if isinstance(strategy, SPMDStrategy):
+        check_program(experiment)
+        return SPMDProcess(experiment, strategy.program, folder / "rendezvous")
+    strategy.check_unused()
+    check_among_groups(strategy.recipes)
+    return RealNode(experiment, _deaths(experiment))
+
+
+def _run_nodes(
+    target: Target, experiment: Experiment, records: Path, log: _Log, method: str | None
+) -> dict[int, Any]:
+    with kept_rng(experiment.torch_device):
+        warm_up(experiment)
+    nodes = LocalNodes(
+        target,
+        _starts(experiment),
+        records,
+        may_die={event.node for event in experiment.all_events() if isinstance(event, Dies)},
+        method=method,
+        preload=[type(target).__module__, "torchft.simulator.preloaded"],
+        on_report=log.add,
+        expected_errors=(NodeError, SettingsError),
+    )
+    return nodes.run()
 
 
 def _starts(experiment: Experiment) -> list[Start]:
@@ -109,52 +126,76 @@ def _deaths(experiment: Experiment) -> list[Dies]:
     return [event for event in experiment.all_events() if isinstance(event, Dies)]
 
 
+@dataclass
 class _Log:
-    """What the nodes told while they ran, by step."""
+    """What the nodes told while they ran: by step, and then by node."""
 
-    def __init__(self, nodes: int) -> None:
-        self._nodes = nodes
-        self._losses: dict[int, dict[int, float]] = {}
-        self._rates: dict[int, float] = {}
-        self._digests: dict[int, list[str | None]] = {}
-        self.compute_s = 0.0
-        """Of all nodes together, in forward and backward passes."""
+    nodes: int
+    compute_s: float = 0.0
+    """Of all nodes together, in forward and backward passes."""
+    _rows: dict[int, dict[int, dict[str, Any]]] = field(default_factory=dict)
+    _looks: dict[int, dict[int, dict[str, Any]]] = field(default_factory=dict)
+    """At held-out samples, after so many steps."""
 
     def add(self, node: int, rows: Iterable[dict[str, Any]]) -> None:
         """Some steps of one node."""
         for row in rows:
-            step = row["step"]
-            if "loss" in row:
-                self._losses.setdefault(step, {})[node] = row["loss"]
-                self._rates[step] = row["lr"]
-                self.compute_s += row["compute_s"]
-            if "digest" in row:
-                self._digests.setdefault(step, [None] * self._nodes)[node] = row["digest"]
+            by_step = self._looks if "global_loss" in row else self._rows
+            by_step.setdefault(row["step"], {}).setdefault(node, {}).update(row)
+            self.compute_s += row.get("compute_s", 0.0)
 
-    def history(self) -> list[StepRow]:
-        """A row for each step, nodes in order."""
-        return [
-            StepRow(step, dict(sorted(losses.items())), self._rates[step])
-            for step, losses in sorted(self._losses.items())
-        ]
+    def result(self, records: list[StepRecord] | None = None) -> Result:
+        """What is known without the models. Where there are step records, the rounds are in them;
+        of a program there are none."""
+        rounds = rounds_of(records or [])
+        return Result(
+            self.nodes,
+            events=events_of(records or []),
+            history=list(self._history()),
+            digests=list(self._digests()),
+            rounds=round_records_of(rounds) or list(self._program_rounds()),
+            heals=heals_of(rounds),
+            validations=list(self._validations()),
+            records=records or [],
+        )
 
-    def result(self) -> Result:
-        """What is known without the step records and models."""
-        return Result(self._nodes, history=self.history(), digests=self.digests())
+    def _of(self, name: str) -> Iterator[tuple[int, dict[int, Any]]]:
+        """Each step in which nodes told `name`, with that, nodes in order."""
+        for step, rows in sorted(self._rows.items()):
+            told = {node: row[name] for node, row in sorted(rows.items()) if name in row}
+            if told:
+                yield step, told
 
-    def digests(self) -> list[tuple[int, list[str | None]]]:
+    def _history(self) -> Iterator[StepRow]:
+        for (step, losses), (_, rates) in zip(self._of("loss"), self._of("lr"), strict=True):
+            yield StepRow(step, losses, next(iter(rates.values())))
+
+    def _digests(self) -> Iterator[tuple[int, list[str | None]]]:
         """Of each step in which a round committed."""
-        return sorted(self._digests.items())
+        for step, digests in self._of("digest"):
+            yield step, [digests.get(node) for node in range(self.nodes)]
 
+    def _program_rounds(self) -> Iterator[RoundRecord]:
+        """One for each step in which anybody sent anything."""
+        everyone = tuple(range(self.nodes))
+        for (step, collectives), (_, sent) in zip(
+            self._of("collectives"), self._of("nbytes"), strict=True
+        ):
+            if most := max(collectives.values()):
+                yield RoundRecord(
+                    step=step,
+                    place=Place.AFTER,
+                    kind="average",
+                    members=everyone,
+                    counted=everyone,
+                    committed=True,
+                    bytes_per_node=sent,
+                    collectives=most,
+                    restores=False,
+                )
 
-def _result(experiment: Experiment, log: _Log, records: list[StepRecord]) -> Result:
-    rounds = rounds_of(records)
-    return Result(
-        experiment.num_nodes,
-        events=events_of(records),
-        history=log.history(),
-        digests=log.digests(),
-        rounds=round_records_of(rounds),
-        heals=heals_of(rounds),
-        records=records,
-    )
+    def _validations(self) -> Iterator[dict[str, Any]]:
+        for step, looks in sorted(self._looks.items()):
+            local = {node: look["local_loss"] for node, look in sorted(looks.items())}
+            seen = Validation(local, looks[0]["global_loss"])
+            yield {"step": step, "local_loss": seen.local_loss, **asdict(seen)}

@@ -13,27 +13,15 @@ from typing import Any
 
 import torch
 
-from torchft import strategies
 from torchft.arguments import check_integer
 from torchft.errors import SettingsError
 from torchft.experiments import datasets, models
-from torchft.experiments.config import SimulateConfig, StrategyConfig
+from torchft.experiments.config import STRATEGIES, SimulateConfig, StrategyConfig
 from torchft.renamed import old_names_of, with_new_names
 from torchft.strategies import OptimSpec, Strategy
 
 __all__ = ["data_name", "data_of", "has_interval", "model_of", "strategy_of"]
 
-STRATEGIES: dict[str, Callable[..., Strategy]] = {
-    "all_reduce": strategies.SimpleReduceStrategy,
-    "fedavg": strategies.FedAvgStrategy,
-    "local_sgd": strategies.LocalSGDStrategy,
-    "diloco": strategies.DiLoCoStrategy,
-    "streaming": strategies.StreamingDiLoCoStrategy,
-    "sparta": strategies.SPARTAStrategy,
-    "sparta_diloco": strategies.SPARTADiLoCoStrategy,
-    "demo": strategies.DeMoStrategy,
-    "topk": strategies.TopKStrategy,
-}
 SIGNS = ("demo",)
 """These step with signs, so their inner optimizer is plain SGD unless they are given another."""
 DATA_OF = {"mlp": "digits", "cnn": "digits", "gpt": "stdlib-text"}
@@ -126,7 +114,7 @@ def found(name: str) -> Callable[..., Any]:
 
 
 def _factory(strategy: StrategyConfig) -> Callable[..., Any]:
-    return STRATEGIES.get(strategy.name) or found(strategy.name)
+    return found(STRATEGIES.get(strategy.name, strategy.name))
 
 
 def _inner(config: SimulateConfig, strategy: StrategyConfig, own: object, lr: float) -> OptimSpec:

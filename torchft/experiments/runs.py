@@ -10,14 +10,13 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from torchft.errors import SettingsError
-from torchft.experiments.config import SimulateConfig, StrategyConfig, whole
+from torchft.experiments.config import SimulateConfig, StrategyConfig, needed, whole
 from torchft.peers import Place
 from torchft.simulator.events import Dies, Event
 from torchft.simulator.network import NetworkModel
@@ -147,37 +146,14 @@ def read_report(path: Path, spec: RunSpec) -> RunReport:
     Raises:
         SettingsError: the file is not one of ours.
     """
+    pydantic = needed("pydantic")
     try:
         plain: dict[str, Any] = json.loads(path.read_text())
-        return RunReport(
-            **{
-                **plain,
-                "spec": spec,
-                "losses": [_by_node(row) for row in plain["losses"]],
-                "validations": [(step, loss) for step, loss in plain["validations"]],
-                "rounds": [_round(record) for record in plain["rounds"]],
-                "heals": [HealRecord(**heal) for heal in plain["heals"]],
-                "deaths": [Dies(**death) for death in plain["deaths"]],
-            }
-        )
+        for record in plain["rounds"]:
+            record["place"] = Place[record["place"]]
+        report: RunReport = pydantic.TypeAdapter(RunReport).validate_python({**plain, "spec": spec})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SettingsError(
             f"{path} is no finished run ({error}): delete it, or give another --out"
         ) from error
-
-
-def _round(record: Mapping[str, Any]) -> RoundRecord:
-    return RoundRecord(
-        **{
-            **record,
-            "place": Place[record["place"]],
-            "members": tuple(record["members"]),
-            "counted": tuple(record["counted"]),
-            "bytes_per_node": _by_node(record["bytes_per_node"]),
-        }
-    )
-
-
-def _by_node(row: Mapping[str, Any]) -> dict[int, Any]:
-    """JSON's keys are text."""
-    return {int(node): value for node, value in row.items()}
+    return report

@@ -27,7 +27,7 @@ from torchft.simulator.seeds import kept_rng, seed_node
 if TYPE_CHECKING:
     from torchft.experiments.local_node import LocalNode
 
-__all__ = ["SPMDNode", "SPMDProcess"]
+__all__ = ["SPMDNode", "SPMDProcess", "check_program"]
 
 _SHARED = 1 << 36
 """In the place of a node's number: for draws that are alike at all nodes."""
@@ -181,4 +181,22 @@ class SPMDProcess:
             rank=rank,
             world_size=size,
             timeout=_TIMEOUT,
+        )
+
+
+def check_program(experiment: Experiment) -> None:
+    """Refuse what only the rounds of recipes have.
+
+    Raises:
+        SettingsError: the experiment asks for events, `deterministic` or `digests`.
+    """
+    asked = {
+        "events": bool(experiment.all_events()),
+        "deterministic": experiment.deterministic,
+        "digests": experiment.digests,
+    }
+    for name in (name for name, given in asked.items() if given):
+        raise SettingsError(
+            f"{name} is for strategies made of recipes: leave it out with one that calls "
+            "torch.distributed itself"
         )
