@@ -84,7 +84,7 @@ class Simulated:
         self._begun = 0
         self._rounds = Rounds(plan.rules, 1)
         parameters = named_parameters(nodes[0].model)
-        shape = ModelShape.of(parameters.items(), 1)
+        shape = ModelShape.of(parameters.items())
         first = WorkerWeights(parameters, shape).row(0)
         outer = plan.outer.build(plan.rules)
         self._state = ServerWeights(shape, self._codec, outer, [first], self._uploads / "news")

@@ -28,7 +28,7 @@ class Voice:
         self.token = None if scope is None else TOKENS.by_scope[scope]
         self.client = DiLoCoClient(server, token=self.token, timeout_s=20.0)
         self.who = {"worker": worker, "session": f"{worker}-1"}
-        self.shape = ModelShape.of(named_parameters(Net()).items(), 1)
+        self.shape = ModelShape.of(named_parameters(Net()).items())
 
     def register(self, **changes: Any) -> dict[str, Any]:
         request = {

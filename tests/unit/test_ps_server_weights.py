@@ -43,7 +43,7 @@ class World:
         self, folder: Path, codec: str = "fp32", outer: FlatOuter | DelayedNesterov | None = None
     ) -> None:
         self.folder = folder
-        shape = ModelShape.of([("w", torch.empty(N))], 1)
+        shape = ModelShape.of([("w", torch.empty(N))])
         self.state = ServerWeights(
             shape, codec_of(codec), outer or FlatOuter(SGD), [row(0)], folder / "news"
         )

@@ -19,7 +19,7 @@ def shape(parts: int = 1, layers: int = 6, width: int = 8) -> ModelShape:
             "h": nn.ModuleList(nn.Linear(width, width) for _ in range(layers)),
         }
     )
-    return ModelShape.of(model.named_parameters(), parts)
+    return ModelShape.of(model.named_parameters()).cut(parts)
 
 
 def test_no_block_is_cut() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -61,17 +61,13 @@ class ModelShape:
     fragments: tuple[Fragment, ...]
 
     @classmethod
-    def of(cls, named: Iterable[tuple[str, Tensor]], parts: int) -> ModelShape:
-        """The shape of a model, of its trained parameters by name, in `parts` fragments.
-
-        Raises:
-            SettingsError: there are fewer parameters than parts.
-        """
+    def of(cls, named: Iterable[tuple[str, Tensor]]) -> ModelShape:
+        """The shape of a model, of its trained parameters by name, in one fragment."""
         found = tuple(
             Parameter(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
             for name, tensor in named
         )
-        return cls(found, _cut(found, parts))
+        return cls(found, (Fragment(0, tuple(range(len(found)))),))
 
     @property
     def fingerprint(self) -> str:
@@ -153,18 +149,15 @@ class ModelShape:
             raise MismatchError("the fragments do not have each parameter once")
         return cls(parameters, tuple(Fragment(index, mine) for index, mine in enumerate(held)))
 
-    def in_fragments(self, fragments: Sequence[Sequence[int]]) -> ModelShape:
-        """The same model, cut as somebody else did: the positions of each fragment's parameters."""
-        held = (Fragment(index, tuple(mine)) for index, mine in enumerate(fragments))
-        return ModelShape(self.parameters, tuple(held))
-
     def cut(self, parts: int) -> ModelShape:
         """The same model in so many fragments.
 
         Raises:
             SettingsError: there are fewer parameters than parts.
         """
-        return ModelShape(self.parameters, _cut(self.parameters, parts))
+        names = [parameter.name for parameter in self.parameters]
+        sizes = [parameter.numel * 4 for parameter in self.parameters]  # at the server all are fp32
+        return ModelShape(self.parameters, tuple(cut(names, sizes, parts)))
 
 
 def _position(at: object) -> int:
@@ -186,8 +179,3 @@ def _parameter(described: object) -> Parameter:
 
 def _said(parameter: Parameter) -> str:
     return f"{list(parameter.shape)} {parameter.dtype}"
-
-
-def _cut(parameters: Sequence[Parameter], parts: int) -> tuple[Fragment, ...]:
-    # At the server all numbers are fp32.
-    return tuple(cut([p.name for p in parameters], [p.numel * 4 for p in parameters], parts))

@@ -100,7 +100,7 @@ class DiLoCoWorker(Uncopied):
         parameters = named_parameters(model, self._ranks)
         check_optimizer("optimizer", optimizer)
         check_trains(list(parameters), list(parameters.values()), optimizer)
-        shape = ModelShape.of(parameters.items(), 1)
+        shape = ModelShape.of(parameters.items())
         self._weights = WorkerWeights(parameters, shape, self._ranks)
         self._submissions = Submissions()
         self._fresh = 0
@@ -258,10 +258,10 @@ class DiLoCoWorker(Uncopied):
             },
         )
 
-    def _agree(self, agreed: dict[str, Any], fragments: list[list[int]]) -> None:
+    def _agree(self, agreed: dict[str, Any], model: dict[str, Any]) -> None:
         """Take over the server's settings, at every rank."""
         settings = SharedSettings(**agreed)
-        self._weights.shape = self._weights.shape.in_fragments(fragments)
+        self._weights.shape = ModelShape.from_json(model)
         self._codec = codec_of(settings.codec)
         self._schedule = RoundSchedule(settings.sync_every, settings.fragments)
         default = 0 if settings.fragments == 1 else 1
@@ -292,10 +292,9 @@ class DiLoCoWorker(Uncopied):
         return self._weights.row(fragment)
 
     def _hear_agreed(self) -> None:
-        agreed = asdict(self._connection.agreed)
-        fragments = self._connection.shape.to_json()["fragments"]
-        self._ranks.say("agreed", agreed, fragments)
-        self._agree(agreed, fragments)
+        agreed, model = asdict(self._connection.agreed), self._connection.shape.to_json()
+        self._ranks.say("agreed", agreed, model)
+        self._agree(agreed, model)
 
     def _begin(self) -> None:
         try:
