@@ -52,8 +52,12 @@ def test_deadlines_pass_in_their_order_and_not_in_that_of_their_setting() -> Non
     order = []
     later = future_timeout(never, timedelta(seconds=0.06))
     sooner = future_timeout(never, SOON)
-    later.add_done_callback(lambda _: order.append("later"))
-    sooner.add_done_callback(lambda _: order.append("sooner"))
+    noted = [
+        later.then(lambda _: order.append("later")),
+        sooner.then(lambda _: order.append("sooner")),
+    ]
+    for one in noted:
+        one.wait()
     for limited in (later, sooner):
         with pytest.raises(TimeoutError):
             limited.wait()
