@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from torchft.errors import SettingsError
 
 __all__ = [
+    "CODECS",
     "above_zero",
     "at_least",
     "boolean_of",
@@ -31,6 +32,9 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+CODECS = ("fp32", "bf16", "fp8", "int8", "int4")
+"""How numbers can travel, by name; here, since command lines are read without torch."""
 
 _BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 

@@ -6,7 +6,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from torchft.arguments import above_zero, at_least
+from torchft.arguments import CODECS, above_zero, at_least
 from torchft.cli import report
 from torchft.cli.parser import given
 
@@ -34,7 +34,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     add("--sync-every", type=at_least(1), metavar="H", help="steps of a round (10)")
     add(
         "--codec",
-        choices=["fp32", "bf16", "fp8", "int8", "int4"],
+        choices=CODECS,
         help="how numbers travel (bf16)",
     )
     add(

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchft.arguments import at_least
+from torchft.arguments import CODECS, at_least
 from torchft.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ _FLAGS = {
     "for all workers; what is not given is what the first worker asks for": {
         "--sync-every=H": "steps between two submissions",
         "--num-fragments=N": "parts of the model, submitted in turn",
-        "--codec=fp32|bf16|fp8|int8|int4": "how numbers travel",
+        f"--codec={'|'.join(CODECS)}": "how numbers travel",
     },
     "files": {
         "-o --output-dir=DIR": "checkpoints, journal and uploads",

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torchft import settings
-from torchft.arguments import at_least
+from torchft.arguments import CODECS, at_least
 from torchft.errors import SettingsError
 
 __all__ = ["add_command", "environment_of"]
@@ -37,7 +37,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--sync-every", type=at_least(1), metavar="H", help="default 500")
     parser.add_argument("--worker-id", metavar="ID", help="default: host name and 8 random digits")
     parser.add_argument("--no-bf16", action="store_true", help="send fp32")
-    parser.add_argument("--codec", choices=["fp32", "bf16", "fp8", "int8", "int4"])
+    parser.add_argument("--codec", choices=CODECS)
     parser.add_argument("--dylu", action="store_true", help="take the steps the server recommends")
     parser.add_argument("--heartbeat-interval", type=float, metavar="S", help="default 30; 0: none")
     parser.add_argument("-d", "--devices", metavar="LIST", help="sets CUDA_VISIBLE_DEVICES")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from torchft import arguments
 from torchft.arguments import check_choice, check_integer
 from torchft.demo.group_scenario import Scenario
 from torchft.errors import SettingsError
@@ -12,7 +13,8 @@ from torchft.errors import SettingsError
 __all__ = ["CODECS", "STRATEGIES", "DemoOptions"]
 
 STRATEGIES = ("ddp", "local_sgd", "diloco", "streaming")
-CODECS = ("bf16", "fp8", "int8", "int4")
+CODECS = arguments.CODECS[1:]
+"""Without fp32, which is what groups do when no codec is given."""
 
 DEFAULT_STEPS = {"ddp": 240, "local_sgd": 60, "diloco": 60, "streaming": 60}
 """Committed steps; but for DDP `sync_every` inner steps lie between two of them."""

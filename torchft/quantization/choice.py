@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from torchft.arguments import check_choice
+from torchft.arguments import CODECS, check_choice
 from torchft.quantization.codec import Codec
 from torchft.quantization.float8 import Float8
 from torchft.quantization.integers import Int4, Int8
@@ -12,14 +12,14 @@ from torchft.quantization.plain import BFloat16, Identity
 
 __all__ = ["codec_for", "codec_names", "codec_of", "default_codec"]
 
-_CODECS: dict[str, Codec] = {
-    codec.name: codec for codec in (Identity(), BFloat16(), Float8(), Int8(), Int4())
-}
+_CODECS = dict[str, Codec](
+    zip(CODECS, (Identity(), BFloat16(), Float8(), Int8(), Int4()), strict=True)
+)
 
 
 def codec_names() -> tuple[str, ...]:
     """The names of the codecs that `codec_of` knows."""
-    return tuple(_CODECS)
+    return CODECS
 
 
 def codec_of(codec: str | Codec) -> Codec:
