@@ -40,7 +40,10 @@ PRIVATE_OF = {
     "the extension's, named as torchft's scripts call them": {
         *("_checkpoint_metadata", "_end_group", "_quorum"),
     },
-    "torchft's, read by its own scripts": {"_init_sync", "_use_async_quorum"},
+    "the manager's, for which scripts of torchft have these names": {
+        "_init_sync",
+        "_use_async_quorum",
+    },
 }
 PERHAPS_OF = {
     "Python's": {
@@ -54,6 +57,8 @@ PERHAPS_OF = {
     "an optimizer, or an object that is used like one": {
         *("defaults", "optimizer", "param_groups", "state", "step"),
     },
+    "a process group of a script's own": {"generation"},
+    "a function that has arguments by old names": {"renamed_arguments"},
     "a model's output, a hook, a setting, or what a recipe returns": {
         *("config", "loss", "name", "shape"),
     },
@@ -103,10 +108,14 @@ def _private(tree: ast.AST) -> set[str]:
 
 def _perhaps(tree: ast.AST) -> set[str]:
     """The names that a file asks objects for, other than modules and its own `self`."""
-    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
-    asks = [node for node in calls if isinstance(node.func, ast.Name) and "attr" in node.func.id]
-    said = [re.match(r"(?:getattr|hasattr)\((.*), '(\w+)'[,)]", ast.unparse(a)) for a in asks]
-    return {one[2] for one in said if one and one[1] not in ("self", "os", "mmap", "socket")}
+    asked: list[tuple[ast.expr, str]] = []
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(ast.Name("getattr"), [of, ast.Constant(str(name)), _]):
+                asked.append((of, name))
+            case ast.Call(ast.Name("hasattr"), [of, ast.Constant(str(name))]):
+                asked.append((of, name))
+    return {name for of, name in asked if ast.unparse(of) not in ("self", "os", "mmap", "socket")}
 
 
 def _found(read: Reader) -> dict[str, set[str]]:

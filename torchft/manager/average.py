@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch.distributed import Work
@@ -54,6 +54,13 @@ class Members(Protocol):
     def lost(self) -> bool:
         """Whether one of the members has left since."""
         ...
+
+
+@runtime_checkable
+class _HasHalves(Protocol):
+    """A collective whose second half begins when somebody asks, such as `OrderedMean`."""
+
+    def advance(self, timeout: timedelta | None = None) -> None: ...
 
 
 class Average(Work):
@@ -117,9 +124,8 @@ class Average(Work):
 
     def advance(self) -> None:
         """Begin the second half of what has two, when the first has arrived."""
-        advance = getattr(self._work, "advance", None)
-        if advance is not None and not self._finished:
-            error = self._failure_of(advance, self._timeout)
+        if isinstance(self._work, _HasHalves) and not self._finished:
+            error = self._failure_of(self._work.advance, self._timeout)
             if error is not None:
                 self._finish(error)
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from torch.distributed import Store
 
 from torchft.errors import CollectiveError
+from torchft.retry import pauses
 
 __all__ = ["HealWatch", "Patience", "report_progress", "wait_for_heals"]
 
@@ -167,7 +168,7 @@ def _listening(store: Store, step: int, watch: HealWatch) -> Iterator[threading.
     changed, stop = threading.Event(), threading.Event()
 
     def listen() -> None:
-        pause_s = _FIRST_LOOK_S
+        waits = pauses(_FIRST_LOOK_S, _LONGEST_LOOK_S)
         try:
             while watch.waiting and not stop.is_set():
                 for rank in list(watch.waiting):
@@ -176,8 +177,7 @@ def _listening(store: Store, step: int, watch: HealWatch) -> Iterator[threading.
                         watch.hear(rank, said, time.monotonic())
                 if not watch.waiting:
                     changed.set()
-                stop.wait(pause_s)
-                pause_s = min(1.5 * pause_s, _LONGEST_LOOK_S)
+                stop.wait(next(waits))
         except RuntimeError:
             return  # The store is gone: nothing is heard any more, which is a stall.
 
