@@ -132,7 +132,7 @@ class Chunks:
         """New memory for the numbers of the longest chunk, fp32 `[1, m]` on the CPU."""
         return torch.empty(1, self.span(0).stop, dtype=torch.float32, device="cpu")
 
-    def room(self, path: Path) -> Path:
+    def prepare(self, path: Path) -> Path:
         """Make `path` a file that a row can be written into, over whatever is there."""
         with path.open("ab") as file:
             file.truncate(min(file.tell(), self.nbytes))
@@ -164,7 +164,7 @@ class Chunks:
         return piece
 
     def write_one(self, path: Path, index: int, piece: memoryview) -> None:
-        """Write chunk `index` of the row into a file that `room` made.
+        """Write chunk `index` of the row into a file that `prepare` made.
 
         Raises:
             OSError: there is no room for all of it.

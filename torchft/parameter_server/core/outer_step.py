@@ -59,7 +59,7 @@ class OuterStep:
             ChunkError, OSError: an upload cannot be read again, or the update cannot be written.
                 Some chunks are stepped then, and others are not.
         """
-        self.chunks.room(self.path)
+        self.chunks.prepare(self.path)
         threads = max(1, min(_THREADS, self.chunks.count))
         with ThreadPoolExecutor(threads, "outer-step") as pool:
             parts = [pool.submit(self._every, first, threads) for first in range(threads)]

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from torchft.parameter_server.server.state import ServerState
+from torchft.parameter_server.server.training_run import TrainingRun
 
 __all__ = ["metrics_of", "status_of"]
 
@@ -31,7 +32,7 @@ def status_of(state: ServerState, now: float, uptime_s: float) -> dict[str, Any]
     rules = state.options.rules if run is None else run.rounds.rules  # orders change them
     outer = state.options.outer_optimizer if run is None else run.outer
     evicted = counts.departures.get("silent", 0) + counts.departures.get("replaced", 0)
-    common: dict[str, Any] = {
+    return {
         "mode": rules.mode,
         "num_workers": rules.workers,
         "min_workers": rules.min_workers,
@@ -42,26 +43,25 @@ def status_of(state: ServerState, now: float, uptime_s: float) -> dict[str, Any]
         "outer_momentum": outer.momentum,
         **asdict(counts),
         "total_worker_deaths": evicted,
-        "workers": {},
-        "fragments": [],
         "recent_rounds": state.history.rounds(now),
         "events": state.history.events(now),
         "ready": run is not None and run.weights_or_none is not None,
+        **({"workers": {}, "fragments": []} if run is None else _of_run(state, run, now)),
     }
-    if run is None:
-        return common
-    common["agreed"] = asdict(run.agreed)
-    common["model_params"] = run.shape.numel
-    common["workers"] = {
+
+
+def _of_run(state: ServerState, run: TrainingRun, now: float) -> dict[str, Any]:
+    """What is only known once the first worker has registered."""
+    workers = {
         name: {
             "hostname": state.hosts.get(name, "unknown"),
             "last_heartbeat_s_ago": now - member.heard_at,
-            "silent": member.is_silent(now, rules),
+            "silent": member.is_silent(now, run.rounds.rules),
             "steps_per_second": member.steps_per_s,
         }
         for name, member in sorted(run.rounds.members.items())
     }
-    common["fragments"] = [
+    fragments = [
         {
             "version": one.version,
             "pending": sorted(one.submitters),
@@ -69,7 +69,12 @@ def status_of(state: ServerState, now: float, uptime_s: float) -> dict[str, Any]
         }
         for index, one in enumerate(run.rounds.rounds)
     ]
-    return common
+    return {
+        "agreed": asdict(run.agreed),
+        "model_params": run.shape.numel,
+        "workers": workers,
+        "fragments": fragments,
+    }
 
 
 def metrics_of(status: dict[str, Any]) -> str:

@@ -41,7 +41,7 @@ class Upload:
         self._squares = 0.0
         self._dropped = False
         self._lock = threading.Lock()
-        chunks.room(path)
+        chunks.prepare(path)
 
     @property
     def is_complete(self) -> bool:

@@ -59,7 +59,7 @@ class DownloadCache:
         """
         path = Path(self._folder.name) / Path(name).name
         if name not in self._have:
-            chunks.room(self._pool.create(path))
+            chunks.prepare(self._pool.create(path))
             self._have[name] = 0
         have = self._have[name]
         if have < chunks.count:
