@@ -4,7 +4,7 @@
     row     chunks of 2²⁰ numbers, the last one shorter
 
 Sizes follow from the number of numbers and the codec, so none of them travels, and both ends know
-the length of everything before the first byte. A transfer that broke goes on at a whole chunk.
+the length of everything before the first byte. A transfer that broke goes on where a chunk begins.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torchft.quantization import Codec
 __all__ = ["CHUNK", "ChunkError", "Chunks", "checksum_of", "identity_from", "identity_of"]
 
 CHUNK = 1 << 20
-"""Numbers in a chunk; whole blocks of every codec."""
+"""Numbers in a chunk; a multiple of every codec's block."""
 TRAILER = struct.Struct("<Q")
 _MIX = 0x9E3779B97F4A7C15
 
@@ -49,7 +49,7 @@ class Chunks:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole row on the wire, checksums included."""
+        """Bytes of the row on the wire, checksums included."""
         return self.offset(self.count)
 
     def span(self, index: int) -> slice:

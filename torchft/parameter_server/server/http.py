@@ -19,13 +19,14 @@ import json
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from aiohttp import StreamReader, web
 
+from torchft.arguments import integer_from
 from torchft.errors import MismatchError, SettingsError
 from torchft.parameter_server.auth import Scope, Tokens
 from torchft.parameter_server.core.chunks import Chunks
@@ -211,13 +212,13 @@ class HttpService:
 
     async def _weights(self, request: web.Request) -> web.Response:
         who = WorkerSession.of(request.query)
-        upload = self.state.initial(who, _number(request.match_info["fragment"], "fragment"))
+        upload = self.state.initial(who, _number(request.match_info, "fragment"))
         await self._receive(request, upload)
         return web.json_response({"have": upload.have, **await self.state.finish_initial()})
 
     async def _receive(self, request: web.Request, upload: Upload) -> None:
         """Chunks from `from` on; while one is checked the next one is read."""
-        index, chunks = _number(request.query.get("from", "0"), "from"), upload.chunks
+        index, chunks = _number({"from": "0", **request.query}, "from"), upload.chunks
         if index > upload.have:
             raise Refused(f"go on from chunk {upload.have}")
         self._check_length(request, chunks, index)
@@ -314,10 +315,8 @@ class _UpdateFile(web.FileResponse):
             return await super().prepare(request)
 
 
-def _number(value: str, name: str) -> int:
-    if not value.isdigit() or len(value) > 9:
-        raise Refused(f"{name}: give a whole number")
-    return int(value)
+def _number(texts: Mapping[str, str], name: str) -> int:
+    return integer({name: integer_from(texts[name])}, name)
 
 
 def _refusal(request: web.Request, status: int, reason: str) -> web.Response:

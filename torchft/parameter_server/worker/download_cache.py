@@ -47,7 +47,7 @@ class DownloadCache:
         self._folder = tempfile.TemporaryDirectory(prefix="diloco-")
         self._pool = FilePool(Path(self._folder.name), _FREE_FILES)
         self._have: dict[str, int] = {}
-        """File → whole chunks that are here and good."""
+        """File → how many of its chunks are here and good."""
 
     def fetch(
         self, name: str, chunks: Chunks, reading: Callable[[int], AbstractContextManager[Fill]]

@@ -1,6 +1,6 @@
-"""Parameters as a group of ranks holds them: whole at each (DDP), or sharded (FSDP2, DTensor).
+"""Parameters as a group of ranks holds them: all at each (DDP), or sharded (FSDP2, DTensor).
 
-What the server sees is always whole, under the names that the model has without a wrapper.
+The server always sees complete ones, under the names that the model has without a wrapper.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from torchft.parameter_server.worker.ranks import ALONE, Ranks
 from torchft.sharded import is_sharded, local_part
 from torchft.strategies.model_local import ModelLocal
 
-__all__ = ["named_parameters", "put", "unwrapped", "whole"]
+__all__ = ["complete", "named_parameters", "unwrapped", "write_shard"]
 
 
-def whole(parameter: Any) -> Tensor:
+def complete(parameter: Any) -> Tensor:
     """The complete parameter; all ranks call this together for a sharded one."""
     return parameter.full_tensor() if is_sharded(parameter) else parameter
 
 
-def put(parameter: Any, new: Tensor) -> None:
+def write_shard(parameter: Any, new: Tensor) -> None:
     """Write `new`, complete and of any dtype, into what this rank holds of a parameter."""
     part = new.to(parameter.device, parameter.dtype)
     if is_sharded(parameter):

@@ -30,7 +30,7 @@ from torchft.parameter_server.core.shape import ModelShape
 from torchft.parameter_server.core.weight_update import UpdateKind
 from torchft.parameter_server.worker.ranks import ALONE, Ranks
 from torchft.parameter_server.worker.row_view import RowView
-from torchft.parameter_server.worker.sharded import put, whole
+from torchft.parameter_server.worker.sharded import complete, write_shard
 from torchft.quantization import Codec, Identity
 from torchft.sharded import is_sharded
 from torchft.strategies.parts.deltas import rounding_lost
@@ -60,14 +60,14 @@ class WorkerWeights:
             self._ranks.say("read", fragment)
         row = self.shape.new_row(fragment)
         for name, view in self.shape.views(fragment, row).items():
-            view.copy_(whole(self._parameters[name].detach()))
+            view.copy_(complete(self._parameters[name].detach()))
         return row
 
     @torch.no_grad()
     def read_along(self, fragment: int) -> None:
         """The other ranks' part of `row`."""
         for parameter in self.shape.of_fragment(fragment):
-            whole(self._parameters[parameter.name].detach())
+            complete(self._parameters[parameter.name].detach())
 
     @torch.no_grad()
     def write_along(self, fragment: int) -> None:
@@ -75,7 +75,7 @@ class WorkerWeights:
         for parameter in self.shape.of_fragment(fragment):
             new = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
             self._ranks.broadcast(new)
-            put(self._parameters[parameter.name].detach(), new)
+            write_shard(self._parameters[parameter.name].detach(), new)
 
     @property
     def bases(self) -> dict[int, Tensor]:
@@ -202,7 +202,7 @@ class WorkerWeights:
         self._ranks.say("write", fragment)
         for name, view in self.shape.views(fragment, row).items():
             self._ranks.broadcast(view)
-            put(self._parameters[name].detach(), view)
+            write_shard(self._parameters[name].detach(), view)
 
 
 def _all_of(row: Tensor) -> slice:
@@ -213,9 +213,9 @@ def _reader(
     chunks: Chunks, update: Sequence[tuple[UpdateKind, Path]]
 ) -> Callable[[int, Tensor], None]:
     """A function that reads chunk by chunk: each file of an update changes the numbers."""
-    whole = Chunks(chunks.n, Identity())
-    kinds = [(kind, whole if kind is UpdateKind.FULL else chunks, path) for kind, path in update]
-    memory = whole.memory()
+    full = Chunks(chunks.n, Identity())
+    kinds = [(kind, full if kind is UpdateKind.FULL else chunks, path) for kind, path in update]
+    memory = full.memory()
 
     def read(index: int, part: Tensor) -> None:
         for kind, of_kind, path in kinds:
