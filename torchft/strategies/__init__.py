@@ -11,6 +11,7 @@ from torchft.strategies.demo import DeMoRecipe
 from torchft.strategies.diloco import DiLoCoRecipe
 from torchft.strategies.fedavg import FedAvgRecipe
 from torchft.strategies.gym import (
+    DeMoStrategy,
     DiLoCoStrategy,
     FedAvgStrategy,
     LocalSGDStrategy,
@@ -18,8 +19,8 @@ from torchft.strategies.gym import (
     SPARTADiLoCoStrategy,
     SPARTAStrategy,
     StreamingDiLoCoStrategy,
+    TopKStrategy,
 )
-from torchft.strategies.gym_gathered import DeMoStrategy, TopKStrategy
 from torchft.strategies.inner import Inner, InnerOptimizer
 from torchft.strategies.local import Fragment, Layout, Local
 from torchft.strategies.local_sgd import LocalSGDRecipe

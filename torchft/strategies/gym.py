@@ -26,33 +26,34 @@ An argument that is not listed is an error, as in any Python call.
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
 import torch
 
-from torchft.arguments import check_integer
+from torchft.arguments import check_integer, check_number
 from torchft.errors import SettingsError
-from torchft.quantization import Codec
 from torchft.renamed import renamed_arguments
 from torchft.strategies.all_reduce import AllReduceRecipe
 from torchft.strategies.buffers import LEFT
+from torchft.strategies.demo import DeMoRecipe
 from torchft.strategies.diloco import DiLoCoRecipe
 from torchft.strategies.fedavg import FedAvgRecipe
 from torchft.strategies.fragments import SEQUENTIAL
+from torchft.strategies.inner import Inner
 from torchft.strategies.local_sgd import LocalSGDRecipe
-from torchft.strategies.named import (
-    OUTER,
-    Arguments,
-    Averaged,
-    Optim,
-    Scheduler,
-    inner_step_of,
-    one_of,
-)
-from torchft.strategies.optim_spec import ensure_optim_spec
+from torchft.strategies.named import Averaged, Named, Optim, inner_step_of
+from torchft.strategies.optim_spec import OptimSpec, ensure_optim_spec
+from torchft.strategies.parts.chunks import MODEL
+from torchft.strategies.parts.largest import SENDERS
 from torchft.strategies.parts.precision import SharedDtype
 from torchft.strategies.parts.selectors import RandomIndexSelector, Selector
+from torchft.strategies.recipe import Recipe
 from torchft.strategies.sparta import SpartaRecipe
+from torchft.strategies.top_k import TopKRecipe
 
 __all__ = [
+    "DeMoStrategy",
     "DiLoCoStrategy",
     "FedAvgStrategy",
     "LocalSGDStrategy",
@@ -60,156 +61,104 @@ __all__ = [
     "SPARTAStrategy",
     "SimpleReduceStrategy",
     "StreamingDiLoCoStrategy",
+    "TopKStrategy",
 ]
 
+_OUTER = OptimSpec(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)
+_PLAIN_OUTER = OptimSpec(torch.optim.SGD, lr=1.0)
+_SIGN_STEP = OptimSpec(torch.optim.SGD, lr=1e-3)
 
+
+@dataclass(eq=False, repr=False)
 class SimpleReduceStrategy(Averaged):
     """Average all gradients in every step."""
 
-    def __init__(
-        self,
-        optim_spec: Optim = None,
-        max_norm: float | None = None,
-        *,
-        inner_optim: Optim = None,
-        inner_optim_spec: Optim = None,
-        lr_scheduler: Scheduler = None,
-        lr_scheduler_kwargs: Arguments = None,
-        codec: Codec | str | None = None,
-        error_feedback: bool = False,
-    ) -> None:
-        optim = one_of(
-            optim_spec=optim_spec, inner_optim=inner_optim, inner_optim_spec=inner_optim_spec
-        )
-        inner = inner_step_of(optim, max_norm, lr_scheduler, lr_scheduler_kwargs)
-        super().__init__(
-            [AllReduceRecipe(error_feedback=error_feedback)],
-            inner,
-            codec=codec,
-            error_feedback=error_feedback,
-        )
+    optim_spec: Optim = None
+    max_norm: float | None = None
+    _: KW_ONLY
+    error_feedback: bool = False
+
+    def _recipes(self) -> list[Recipe]:
+        return [AllReduceRecipe(error_feedback=self.error_feedback)]
 
 
+@dataclass(eq=False, repr=False)
 class FedAvgStrategy(Averaged):
     """Average the weights every H steps, among all or within random islands of `island_size`.
 
     Nodes weigh "equal", or by the "samples" that each has: `weighting`, see `fedavg.py`.
     """
 
-    def __init__(
-        self,
-        inner_optim: Optim = None,
-        island_size: int | None = None,
-        H: int = 1,
-        max_norm: float | None = None,
-        *,
-        optim_spec: Optim = None,
-        inner_optim_spec: Optim = None,
-        lr_scheduler: Scheduler = None,
-        lr_scheduler_kwargs: Arguments = None,
-        codec: Codec | str | None = None,
-        seed: int = 0,
-        weighting: str | None = None,
-        shared_dtype: SharedDtype = torch.float32,
-    ) -> None:
-        check_integer("H", H, least=1)
-        optim = one_of(
-            optim_spec=optim_spec, inner_optim=inner_optim, inner_optim_spec=inner_optim_spec
-        )
-        inner = inner_step_of(optim, max_norm, lr_scheduler, lr_scheduler_kwargs)
+    inner_optim: Optim = None
+    island_size: int | None = None
+    H: int = 1
+    max_norm: float | None = None
+    _: KW_ONLY
+    seed: int = 0
+    weighting: str | None = None
+    shared_dtype: SharedDtype = torch.float32
+
+    def _recipes(self) -> list[Recipe]:
+        check_integer("H", self.H, least=1)
         recipe = FedAvgRecipe(
-            H,
-            island_size=island_size,
-            seed=seed,
-            weighting=weighting,
-            shared_dtype=shared_dtype,
+            self.H,
+            island_size=self.island_size,
+            seed=self.seed,
+            weighting=self.weighting,
+            shared_dtype=self.shared_dtype,
             backup_device=None,
         )
-        super().__init__(
-            [recipe],
-            inner,
-            codec=codec,
-            H=H,
-            island_size=island_size,
-            seed=seed,
-            weighting=weighting,
-            shared_dtype=shared_dtype,
-        )
+        return [recipe]
 
 
+@dataclass(eq=False, repr=False)
 class LocalSGDStrategy(Averaged):
     """Average the weights among all every H steps; after a no they go back to the last average."""
 
-    def __init__(
-        self,
-        optim_spec: Optim = None,
-        H: int = 100,
-        max_norm: float | None = None,
-        *,
-        inner_optim: Optim = None,
-        inner_optim_spec: Optim = None,
-        lr_scheduler: Scheduler = None,
-        lr_scheduler_kwargs: Arguments = None,
-        codec: Codec | str | None = None,
-        buffers: str = LEFT,
-        shared_dtype: SharedDtype = torch.float32,
-    ) -> None:
-        check_integer("H", H, least=1)
-        optim = one_of(
-            optim_spec=optim_spec, inner_optim=inner_optim, inner_optim_spec=inner_optim_spec
+    optim_spec: Optim = None
+    H: int = 100
+    max_norm: float | None = None
+    _: KW_ONLY
+    buffers: str = LEFT
+    shared_dtype: SharedDtype = torch.float32
+
+    def _recipes(self) -> list[Recipe]:
+        check_integer("H", self.H, least=1)
+        recipe = LocalSGDRecipe(
+            self.H, buffers=self.buffers, shared_dtype=self.shared_dtype, backup_device=None
         )
-        inner = inner_step_of(optim, max_norm, lr_scheduler, lr_scheduler_kwargs)
-        recipe = LocalSGDRecipe(H, buffers=buffers, shared_dtype=shared_dtype, backup_device=None)
-        super().__init__(
-            [recipe], inner, codec=codec, buffers=buffers, H=H, shared_dtype=shared_dtype
-        )
+        return [recipe]
 
 
+@dataclass(eq=False, repr=False)
 class DiLoCoStrategy(Averaged):
     """Every H steps, exactly, an outer optimizer steps with the mean of what the nodes moved."""
 
-    def __init__(
-        self,
-        optim_spec: Optim = None,
-        outer_optim_spec: Optim = None,
-        H: int = 100,
-        max_norm: float | None = None,
-        *,
-        inner_optim: Optim = None,
-        inner_optim_spec: Optim = None,
-        lr_scheduler: Scheduler = None,
-        lr_scheduler_kwargs: Arguments = None,
-        codec: Codec | str | None = None,
-        buffers: str = LEFT,
-        error_feedback: bool = False,
-        shared_dtype: SharedDtype = torch.float32,
-    ) -> None:
-        check_integer("H", H, least=1)
-        optim = one_of(
-            optim_spec=optim_spec, inner_optim=inner_optim, inner_optim_spec=inner_optim_spec
-        )
-        inner = inner_step_of(optim, max_norm, lr_scheduler, lr_scheduler_kwargs)
-        outer = ensure_optim_spec(outer_optim_spec, OUTER)
+    optim_spec: Optim = None
+    outer_optim_spec: Optim = None
+    H: int = 100
+    max_norm: float | None = None
+    _: KW_ONLY
+    buffers: str = LEFT
+    error_feedback: bool = False
+    shared_dtype: SharedDtype = torch.float32
+
+    def _recipes(self) -> list[Recipe]:
+        check_integer("H", self.H, least=1)
+        self.outer_optim_spec = outer = ensure_optim_spec(self.outer_optim_spec, _OUTER)
         recipe = DiLoCoRecipe(
             outer,
-            H,
-            buffers=buffers,
-            error_feedback=error_feedback,
-            shared_dtype=shared_dtype,
+            self.H,
+            buffers=self.buffers,
+            error_feedback=self.error_feedback,
+            shared_dtype=self.shared_dtype,
             backup_device=None,
         )
-        super().__init__(
-            [recipe],
-            inner,
-            codec=codec,
-            error_feedback=error_feedback,
-            buffers=buffers,
-            H=H,
-            outer_optimizer=outer,
-            shared_dtype=shared_dtype,
-        )
+        return [recipe]
 
 
+@renamed_arguments(fragment_sync_delay="delay", fragment_update_alpha="mix")
+@dataclass(eq=False, repr=False)
 class StreamingDiLoCoStrategy(Averaged):
     """DiLoCo by `fragments` in turn: the k-th round closes after step ⌊kH/fragments⌋, for any H.
 
@@ -219,150 +168,175 @@ class StreamingDiLoCoStrategy(Averaged):
     w ← `mix` · w + (1 - `mix`) · backup.
     """
 
-    @renamed_arguments(fragment_sync_delay="delay", fragment_update_alpha="mix")
-    def __init__(
-        self,
-        optim_spec: Optim = None,
-        outer_optim_spec: Optim = None,
-        H: int = 100,
-        fragments: int = 4,
-        max_norm: float | None = None,
-        *,
-        pattern: str = SEQUENTIAL,
-        inner_optim: Optim = None,
-        inner_optim_spec: Optim = None,
-        lr_scheduler: Scheduler = None,
-        lr_scheduler_kwargs: Arguments = None,
-        codec: Codec | str | None = None,
-        buffers: str = LEFT,
-        delay: int = 0,
-        mix: float = 0.0,
-        error_feedback: bool = False,
-        shared_dtype: SharedDtype = torch.float32,
-    ) -> None:
-        check_integer("H", H, least=1)
-        optim = one_of(
-            optim_spec=optim_spec, inner_optim=inner_optim, inner_optim_spec=inner_optim_spec
-        )
-        inner = inner_step_of(optim, max_norm, lr_scheduler, lr_scheduler_kwargs)
-        outer = ensure_optim_spec(outer_optim_spec, OUTER)
+    optim_spec: Optim = None
+    outer_optim_spec: Optim = None
+    H: int = 100
+    fragments: int = 4
+    max_norm: float | None = None
+    _: KW_ONLY
+    pattern: str = SEQUENTIAL
+    buffers: str = LEFT
+    delay: int = 0
+    mix: float = 0.0
+    error_feedback: bool = False
+    shared_dtype: SharedDtype = torch.float32
+
+    def _recipes(self) -> list[Recipe]:
+        check_integer("H", self.H, least=1)
+        self.outer_optim_spec = outer = ensure_optim_spec(self.outer_optim_spec, _OUTER)
         recipe = DiLoCoRecipe(
             outer,
-            H,
-            fragments=fragments,
-            delay=delay,
-            mix=mix,
-            pattern=pattern,
-            buffers=buffers,
-            error_feedback=error_feedback,
-            shared_dtype=shared_dtype,
+            self.H,
+            fragments=self.fragments,
+            delay=self.delay,
+            mix=self.mix,
+            pattern=self.pattern,
+            buffers=self.buffers,
+            error_feedback=self.error_feedback,
+            shared_dtype=self.shared_dtype,
             backup_device=None,
         )
-        super().__init__(
-            [recipe],
-            inner,
-            codec=codec,
-            buffers=buffers,
-            error_feedback=error_feedback,
-            H=H,
-            fragments=fragments,
-            delay=delay,
-            mix=mix,
-            pattern=pattern,
-            outer_optimizer=outer,
-            shared_dtype=shared_dtype,
-        )
+        return [recipe]
 
 
+@dataclass(eq=False, repr=False)
 class SPARTAStrategy(Averaged):
     """Average a share `p_sparta` (0.005) of the weights, at random, every `sparta_interval` steps.
 
     `index_selector` chooses them in another way; it stands instead of `p_sparta`.
     """
 
-    def __init__(
-        self,
-        optim_spec: Optim = None,
-        p_sparta: float | None = None,
-        sparta_interval: int = 1,
-        max_norm: float | None = None,
-        *,
-        index_selector: Selector | None = None,
-        seed: int = 0,
-        inner_optim: Optim = None,
-        inner_optim_spec: Optim = None,
-        lr_scheduler: Scheduler = None,
-        lr_scheduler_kwargs: Arguments = None,
-        codec: Codec | str | None = None,
-        shared_dtype: SharedDtype = torch.float32,
-    ) -> None:
-        check_integer("sparta_interval", sparta_interval, least=1)
-        optim = one_of(
-            optim_spec=optim_spec, inner_optim=inner_optim, inner_optim_spec=inner_optim_spec
-        )
-        inner = inner_step_of(optim, max_norm, lr_scheduler, lr_scheduler_kwargs)
-        selector = _selector(p_sparta, index_selector)
-        recipe = SpartaRecipe(selector, sparta_interval, seed=seed, shared_dtype=shared_dtype)
-        settings = {"index_selector": selector, "sparta_interval": sparta_interval, "seed": seed}
-        super().__init__([recipe], inner, codec=codec, shared_dtype=shared_dtype, **settings)
+    optim_spec: Optim = None
+    p_sparta: float | None = None
+    sparta_interval: int = 1
+    max_norm: float | None = None
+    _: KW_ONLY
+    index_selector: Selector | None = None
+    seed: int = 0
+    shared_dtype: SharedDtype = torch.float32
+
+    def _recipes(self) -> list[Recipe]:
+        return [_sparta(self)]
 
 
+@dataclass(eq=False, repr=False)
 class SPARTADiLoCoStrategy(Averaged):
     """SPARTA between the rounds of DiLoCo. Where both are due, SPARTA goes first."""
 
-    def __init__(
-        self,
-        inner_optim_spec: Optim = None,
-        outer_optim_spec: Optim = None,
-        p_sparta: float | None = None,
-        sparta_interval: int = 1,
-        H: int = 100,
-        max_norm: float | None = None,
-        *,
-        index_selector: Selector | None = None,
-        seed: int = 0,
-        optim_spec: Optim = None,
-        inner_optim: Optim = None,
-        lr_scheduler: Scheduler = None,
-        lr_scheduler_kwargs: Arguments = None,
-        codec: Codec | str | None = None,
-        error_feedback: bool = False,
-        shared_dtype: SharedDtype = torch.float32,
-    ) -> None:
-        check_integer("H", H, least=1)
-        check_integer("sparta_interval", sparta_interval, least=1)
-        optim = one_of(
-            optim_spec=optim_spec, inner_optim=inner_optim, inner_optim_spec=inner_optim_spec
+    inner_optim_spec: Optim = None
+    outer_optim_spec: Optim = None
+    p_sparta: float | None = None
+    sparta_interval: int = 1
+    H: int = 100
+    max_norm: float | None = None
+    _: KW_ONLY
+    index_selector: Selector | None = None
+    seed: int = 0
+    error_feedback: bool = False
+    shared_dtype: SharedDtype = torch.float32
+
+    def _recipes(self) -> list[Recipe]:
+        check_integer("H", self.H, least=1)
+        self.outer_optim_spec = outer = ensure_optim_spec(self.outer_optim_spec, _OUTER)
+        diloco = DiLoCoRecipe(
+            outer,
+            self.H,
+            error_feedback=self.error_feedback,
+            shared_dtype=self.shared_dtype,
+            backup_device=None,
         )
-        inner = inner_step_of(optim, max_norm, lr_scheduler, lr_scheduler_kwargs)
-        outer = ensure_optim_spec(outer_optim_spec, OUTER)
-        selector = _selector(p_sparta, index_selector)
-        recipes = [
-            SpartaRecipe(selector, sparta_interval, seed=seed, shared_dtype=shared_dtype),
-            DiLoCoRecipe(
-                outer,
-                H,
-                backup_device=None,
-                error_feedback=error_feedback,
-                shared_dtype=shared_dtype,
-            ),
-        ]
-        settings = {"index_selector": selector, "sparta_interval": sparta_interval, "seed": seed}
-        super().__init__(
-            recipes,
-            inner,
-            codec=codec,
-            error_feedback=error_feedback,
-            H=H,
-            outer_optimizer=outer,
-            shared_dtype=shared_dtype,
-            **settings,
-        )
+        return [_sparta(self), diloco]
 
 
-def _selector(p: float | None, selector: Selector | None) -> Selector:
-    if selector is None:
-        return RandomIndexSelector(0.005 if p is None else p)
-    if p is not None:
+def _sparta(said: SPARTAStrategy | SPARTADiLoCoStrategy) -> SpartaRecipe:
+    check_integer("sparta_interval", said.sparta_interval, least=1)
+    if said.index_selector is None:
+        said.index_selector = RandomIndexSelector(0.005 if said.p_sparta is None else said.p_sparta)
+        said.p_sparta = None  # the selector has it
+    if said.p_sparta is not None:
         raise SettingsError("index_selector says which weights: leave p_sparta out")
-    return selector
+    return SpartaRecipe(
+        said.index_selector, said.sparta_interval, seed=said.seed, shared_dtype=said.shared_dtype
+    )
+
+
+@dataclass(eq=False, repr=False)
+class DeMoStrategy(Named):
+    """Send the largest DCT coefficients of each node's momentum; step with the sign of their mean.
+
+    The inner optimizer is SGD with lr 1e-3, unless plain SGD with another one is given; any other
+    optimizer is refused, since it would take the signs for gradients. `weight_decay` is decoupled:
+    w ← w - lr · weight_decay · w. `mean_over`: see `demo.py`.
+    """
+
+    compression_decay: float = 0.999
+    compression_topk: int = 32
+    compression_chunk: int = 64
+    weight_decay: float = 0.0
+    max_norm: float | None = None
+    _: KW_ONLY
+    mean_over: str = SENDERS
+
+    def _recipes(self) -> list[Recipe]:
+        recipe = DeMoRecipe(
+            self.compression_decay,
+            self.compression_topk,
+            self.compression_chunk,
+            max_norm=self.max_norm,
+            mean_over=self.mean_over,
+        )
+        return [recipe]
+
+    def _inner_step(self) -> Inner:
+        """The recipe clips, before its momentum takes the gradient up."""
+        optim = _with_decay(self._inner_optim(_SIGN_STEP), self.weight_decay)
+        return inner_step_of(optim, None, self.lr_scheduler, self.lr_scheduler_kwargs)
+
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), "max_norm": self.max_norm}
+
+
+def _with_decay(optim: OptimSpec, weight_decay: float) -> OptimSpec:
+    check_number("weight_decay", weight_decay, least=0)
+    if not weight_decay:
+        return optim
+    if "weight_decay" in optim.kwargs:
+        raise SettingsError(f"{optim!r} has a weight_decay: leave the strategy's out")
+    # Plain SGD adds the decay to the gradient and steps once: that is the decoupled one.
+    return OptimSpec(optim.cls, **optim.kwargs, weight_decay=weight_decay)
+
+
+@dataclass(eq=False, repr=False)
+class TopKStrategy(Named):
+    """DiLoCo that sends `topk` of every `chunk` numbers, and keeps the rest for later rounds.
+
+    The outer optimizer is SGD with lr 1 unless another is given: the residual is its momentum.
+    `mean_over` and `chunks_of`: see `top_k.py`.
+    """
+
+    optim_spec: Optim = None
+    outer_optim_spec: Optim = None
+    H: int = 100
+    topk: int = 64
+    chunk: int = 4096
+    decay: float = 0.95
+    max_norm: float | None = None
+    _: KW_ONLY
+    mean_over: str = SENDERS
+    chunks_of: str = MODEL
+    shared_dtype: SharedDtype = torch.float32
+
+    def _recipes(self) -> list[Recipe]:
+        check_integer("H", self.H, least=1)
+        self.outer_optim_spec = outer = ensure_optim_spec(self.outer_optim_spec, _PLAIN_OUTER)
+        recipe = TopKRecipe(
+            outer,
+            self.H,
+            topk=self.topk,
+            chunk=self.chunk,
+            decay=self.decay,
+            mean_over=self.mean_over,
+            chunks_of=self.chunks_of,
+            shared_dtype=self.shared_dtype,
+        )
+        return [recipe]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from torchft.strategies.recipe import Recipe
 from torchft.strategies.strategy import Strategy
 
 __all__ = [
-    "OUTER",
     "Arguments",
     "Averaged",
     "Named",
@@ -32,32 +31,71 @@ Optim = OptimSpec | type[torch.optim.Optimizer] | str | None
 Scheduler = type[LRScheduler] | str | None
 Arguments = dict[str, Any] | None
 
-OUTER = OptimSpec(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)
+_OF_INNER = {"optim_spec", "inner_optim", "inner_optim_spec", "lr_scheduler", "lr_scheduler_kwargs"}
+_NOT_TOLD = {*_OF_INNER, "max_norm", "p_sparta"}
+"""Fields that `config` tells as those of the inner step, or by another field."""
 
 
-class Named(Strategy):
-    """A strategy that knows its settings by name."""
-
-    def __init__(self, recipes: Sequence[Recipe], inner: Inner, **settings: Any) -> None:
-        super().__init__(recipes, inner=inner)
-        self.settings = settings
+class _Clipped(Strategy):
+    max_norm: float | None
+    """Each node's gradient is clipped to this L2 norm."""
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
+class Named(_Clipped):
+    """A strategy that is made of its settings, which are its fields.
+
+    Afterwards they are what was meant: of several names of one thing one is left, and a default
+    that depends on others stands there.
+    """
+
+    optim_spec: Optim = None
+    inner_optim: Optim = None
+    inner_optim_spec: Optim = None
+    lr_scheduler: Scheduler = None
+    lr_scheduler_kwargs: Arguments = None
+
+    def __post_init__(self) -> None:
+        inner = self._inner_step()
+        super().__init__(self._recipes(), inner=inner)
+        self.optim_spec, self.inner_optim, self.inner_optim_spec = inner.optim, None, None
+        self.settings = self._settings()
+
+    def _recipes(self) -> list[Recipe]:
+        raise NotImplementedError
+
+    def _inner_step(self) -> Inner:
+        optim = self._inner_optim()
+        return inner_step_of(optim, self.max_norm, self.lr_scheduler, self.lr_scheduler_kwargs)
+
+    def _inner_optim(self, default: OptimSpec | None = None) -> OptimSpec:
+        return one_of(
+            default=default,
+            optim_spec=self.optim_spec,
+            inner_optim=self.inner_optim,
+            inner_optim_spec=self.inner_optim_spec,
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        told = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_TOLD}
+        if "outer_optim_spec" in told:
+            told["outer_optimizer"] = told.pop("outer_optim_spec")
+        return told
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
 class Averaged(Named):
-    """One whose averages may be encoded."""
+    """A strategy by name whose averages may be encoded."""
 
-    def __init__(
-        self,
-        recipes: Sequence[Recipe],
-        inner: Inner,
-        *,
-        codec: Codec | str | None,
-        **settings: Any,
-    ) -> None:
-        by = None if codec is None else codec_of(codec)
-        super().__init__(recipes, inner, codec=None if by is None else by.name, **settings)
+    codec: Codec | str | None = None
+
+    def __post_init__(self) -> None:
+        codec = None if self.codec is None else codec_of(self.codec)
+        self.codec = codec
+        super().__post_init__()
+        self.settings["codec"] = None if codec is None else codec.name
         for recipe in self.recipes:
-            recipe.codec = by
+            recipe.codec = codec
         check_codecs(self.recipes)
 
 
