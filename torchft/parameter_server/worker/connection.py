@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -40,6 +40,8 @@ from torchft.quantization import Identity, codec_of
 from torchft.retry import pauses
 
 __all__ = ["ServerConnection"]
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +79,7 @@ class ServerConnection:
         """The server cannot be reached just now."""
         self.fault: Exception | None = None
         """The server is another one than it was: training with it makes no sense."""
-        self.bytes_sent = self.bytes_received = self.reconnections = 0
+        self.reconnections = 0
         self._options, self._rows, self._speed = options, rows, speed
         self._client, self._beat_client = options.client(), options.client()
         self._beat_s = options.heartbeat_interval_s
@@ -90,25 +92,24 @@ class ServerConnection:
 
     # ------------------------------------------------------------------ from the training thread
 
-    def connect(self, timeout_s: float) -> dict[str, Any]:
+    def connect(self) -> None:
         """Register, and wait for a server that is not there yet.
 
         Raises:
-            UnreachableError: if there was none within `timeout_s`.
+            UnreachableError: if there was none within the option `timeout_s`.
             Refused: if the server does not take this worker.
             MismatchError: if the server has another model.
         """
-        reply = self._patiently(self._register, timeout_s)
+        reply = self._patiently(self._register)
         self.agreed = SharedSettings(**reply["agreed"])
         self.shape = ModelShape.from_json(reply["model"])
         for difference in reply["differences"]:
             logger.warning("the server's settings hold: %s", difference)
         if reply["send_weights"]:
-            self._patiently(self._send_weights, timeout_s)
+            self._patiently(self._send_weights)
         self._beat_s = min(self._beat_s, reply["beat_s"])
-        return reply
 
-    def fetch(self, fragment: int, timeout_s: float) -> DownloadedUpdate:
+    def fetch(self, fragment: int) -> DownloadedUpdate:
         """Download the newest weights of a fragment, complete. Raises as `connect`."""
 
         def ask() -> DownloadedUpdate:
@@ -117,7 +118,7 @@ class ServerConnection:
                 raise NotReady("the server has no weights yet")
             return update
 
-        return self._patiently(ask, timeout_s)
+        return self._patiently(ask)
 
     def start(self) -> None:
         """Start the threads that send submissions and heartbeats."""
@@ -207,14 +208,16 @@ class ServerConnection:
             except NotFound:
                 return  # another worker's were there first
 
-    def _patiently(self, call: Callable[[], Any], timeout_s: float) -> Any:
+    def _patiently(self, call: Callable[[], T]) -> T:
         """Again and again while the server is away, not ready, or knows an older process."""
         began, waits = time.monotonic(), enumerate(pauses(*_PAUSE_S))
         while True:
             try:
                 return call()
             except (UnreachableError, NotReady, Conflict) as error:
-                limit = min(timeout_s, _TAKEN_ID_S) if isinstance(error, Conflict) else timeout_s
+                limit = self._options.timeout_s
+                if isinstance(error, Conflict):
+                    limit = min(limit, _TAKEN_ID_S)
                 left = limit - (time.monotonic() - began)
                 number, pause = next(waits)
                 if left <= 0 or self._end.wait(min(pause, left)):
@@ -299,9 +302,7 @@ class ServerConnection:
         self, path: str, data: Iterable[memoryview], nbytes: int, have: int, **query: object
     ) -> dict[str, Any]:
         pieces = (chunk[at : at + _PIECE] for chunk in data for at in range(0, len(chunk), _PIECE))
-        reply = self._client.put(path, pieces, nbytes, **{"from": have}, **query)
-        self.bytes_sent += nbytes
-        return reply
+        return self._client.put(path, pieces, nbytes, **{"from": have}, **query)
 
     def _ask_update(
         self, fragment: int, base: int, identity: str, wait_s: float = 0.0
@@ -317,9 +318,7 @@ class ServerConnection:
     def _download(self, fragment: int, kind: UpdateKind, name: str) -> Path:
         codec = Identity() if kind is UpdateKind.FULL else codec_of(self.agreed.codec)
         chunks = Chunks(self.shape.size(fragment), codec)
-        path = self._cache.fetch(name, chunks, partial(self._client.reading, name))
-        self.bytes_received += chunks.nbytes
-        return path
+        return self._cache.fetch(name, chunks, partial(self._client.reading, name))
 
     # ------------------------------------------------------------------ signs of life
 

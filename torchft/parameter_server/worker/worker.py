@@ -298,7 +298,7 @@ class DiLoCoWorker(Uncopied):
 
     def _begin(self) -> None:
         try:
-            self._connection.connect(self.options.timeout_s)
+            self._connection.connect()
             self._hear_agreed()
             self._take_over()
         except BaseException:
@@ -316,7 +316,7 @@ class DiLoCoWorker(Uncopied):
 
     def _fetch(self, fragment: int, beyond: Tensor | None = None) -> DownloadedUpdate:
         """Set a fragment to the newest common weights, and add `beyond` where it is given."""
-        update = self._connection.fetch(fragment, self.options.timeout_s)
+        update = self._connection.fetch(fragment)
         self._weights.load(fragment, update.files, self._codec)
         self._weights.restore(fragment, beyond)
         return update
