@@ -11,19 +11,16 @@ Small tensors are compared by their minimum, which is the work itself; large one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from harness.cli import Findings, option, run
 from harness.figures import Figure, Floor
-from harness.group import manager_of
+from harness.group import both_groups, manager_of, meet
 from harness.lighthouse import lighthouse
-from harness.spread import Spread, timed
-from harness.workers import Worker, results
+from harness.spread import Spread, in_turns, timed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,15 +48,10 @@ class Options:
 
 def measure(options: Options) -> Findings:
     """What the first of the two groups saw."""
-    with ExitStack() as stack:
-        address = stack.enter_context(lighthouse(min_replicas=GROUPS)).address
-        # They meet at the first one's store.
-        workers = [stack.enter_context(Worker(_worker, group=0, address=address, options=options))]
-        (port,) = workers[0].events(options.timeout_s)
-        for group in range(1, GROUPS):
-            other = Worker(_worker, group=group, address=address, options=options, port=port)
-            workers.append(stack.enter_context(other))
-        sizes, in_flight = results(workers, timeout_s=options.timeout_s)[0]
+    with lighthouse(min_replicas=GROUPS) as running:
+        sizes, in_flight = both_groups(
+            _worker, timeout_s=options.timeout_s, address=running.address, options=options
+        )
     figures = [figure for size in sizes for figure in _figures(size)]
     figures.append(_in_flight_figure(in_flight))
     details = {"sizes": [asdict(size) for size in sizes], "in_flight": asdict(in_flight)}
@@ -112,17 +104,9 @@ def _size(count: int) -> str:
 
 
 def _worker(
-    line: Connection, *, group: int, address: str, options: Options, port: int | None = None
+    line: Connection, *, group: int, port: int | None, address: str, options: Options
 ) -> tuple[list[Size], InFlight]:
-    import torch
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port or 0, is_master=port is None, wait_for_workers=False)
-    if port is None:
-        line.send(store.port)
-    dist.init_process_group("gloo", store=store, rank=group, world_size=GROUPS)
-    barrier = partial(dist.barrier, dist.new_group(backend="gloo"))
+    barrier = meet(line, group, port)
     with manager_of(group, lighthouse=address, min_replicas=GROUPS, init_sync=False) as manager:
         manager.start_quorum()
         sizes = [_one_size(manager, barrier, size, _times(size, options)) for size in options.sizes]
@@ -153,22 +137,14 @@ def _one_size(manager: Manager, barrier: Act, size: int, times: int) -> Size:
     def managed() -> None:
         manager.allreduce(tensor).wait()
 
-    kinds = (raw, raw_and_division, managed)
-    found = _in_turns(kinds, barrier, tensor, WARM_UP + times)
+    def of_ones() -> None:
+        tensor.fill_(1)
+        barrier()
+
+    found = in_turns(WARM_UP + times, (raw, raw_and_division, managed), before=of_ones)
     if not (tensor == 1).all():
         raise RuntimeError("the average of ones is not one")
     return Size(size, *(Spread.of(times_s[WARM_UP:], scale=1e6) for times_s in found))
-
-
-def _in_turns(kinds: Sequence[Act], barrier: Act, tensor: Tensor, times: int) -> list[list[float]]:
-    """Seconds of each kind, `times` times, all on `tensor` of ones."""
-    found: list[list[float]] = [[] for _ in kinds]
-    for _ in range(times):
-        for kind, act in enumerate(kinds):
-            tensor.fill_(1)
-            barrier()
-            found[kind].append(timed(act))
-    return found
 
 
 def _in_flight(manager: Manager, barrier: Act, count: int, times: int = 10) -> InFlight:

@@ -13,14 +13,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
-import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from harness import machine
+from harness.group import manager_of
+from harness.lighthouse import lighthouse as lighthouse_of
+from harness.spread import repeat, timed
+from harness.threads import at_once
 
 ROOT = Path(__file__).parents[1]
 
@@ -91,70 +96,26 @@ def table(sides: dict[str, dict[str, float]]) -> str:
 # ---------------------------------------------------------------- in a process of either side
 
 
-def cpu_s() -> float:
-    return time.process_time()
-
-
 def torch_alone() -> dict[str, float]:
     import torch  # noqa: F401
 
-    return {"torch_cpu_s": cpu_s()}
+    return {"torch_cpu_s": time.process_time()}
 
 
 def imports() -> dict[str, float]:
     from torchft import DistributedDataParallel, Manager  # noqa: F401
 
-    return {"import_cpu_s": cpu_s()}
+    return {"import_cpu_s": time.process_time()}
 
 
 def lighthouse() -> dict[str, float]:
     """The command, until its port answers; its own CPU time and resident memory."""
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = Path(sys.executable).with_name("torchft_lighthouse")
-    flags = ["--bind", f"127.0.0.1:{port}", "--min_replicas", "1"]
-    server = subprocess.Popen([command, *flags], stdout=subprocess.DEVNULL)
-    until = time.monotonic() + 60
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            break
-        except OSError:
-            if time.monotonic() > until:
-                raise
-            time.sleep(0.01)
-    status = Path(f"/proc/{server.pid}/status").read_text()
-    resident = int(status.split("VmRSS:")[1].split()[0]) / 1024
-    server.kill()
-    server.wait()
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return {"lighthouse_cpu_s": used.ru_utime + used.ru_stime, "lighthouse_mib": resident}
-
-
-def manager_of(number: int, groups: int, server: Any, model: Any) -> Any:
-    from torch.distributed import TCPStore
-
-    from torchft import Manager, ProcessGroupGloo
-
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    made = Manager(
-        pg=ProcessGroupGloo(),
-        load_state_dict=model.load_state_dict,
-        state_dict=model.state_dict,
-        min_replica_size=groups,
-        rank=0,
-        world_size=1,
-        store_addr="127.0.0.1",
-        store_port=store.port,
-        lighthouse_addr=server.address(),
-        replica_id=f"group{number}",
-        hostname="127.0.0.1",
-    )
-    made.the_store = store
-    return made
+    command = [str(Path(sys.executable).with_name("torchft_lighthouse"))]
+    with lighthouse_of(min_replicas=1, command=command) as running:
+        return {
+            "lighthouse_cpu_s": machine.cpu_seconds(running.pid),
+            "lighthouse_mib": machine.resident_mib(running.pid),
+        }
 
 
 def server_for(groups: int) -> Any:
@@ -168,13 +129,13 @@ def steps() -> dict[str, float]:
 
     torch.set_num_threads(1)
     server = server_for(1)
-    manager = manager_of(0, 1, server, torch.nn.Linear(2, 1))
-    took = []
-    for _ in range(520):
-        began = time.perf_counter()
-        manager.start_quorum()
-        manager.should_commit()
-        took.append(time.perf_counter() - began)
+    with manager_of(0, lighthouse=server.address(), min_replicas=1) as manager:
+
+        def step() -> None:
+            manager.start_quorum()
+            manager.should_commit()
+
+        took = repeat(520, step)
     return {"step_ms": statistics.median(took[20:]) * 1e3}
 
 
@@ -186,21 +147,23 @@ def averages() -> dict[str, float]:
     server, found = server_for(2), {}
 
     def group(number: int) -> None:
-        manager = manager_of(number, 2, server, torch.nn.Linear(2, 1))
-        took = []
-        for _ in range(220):
-            tensor = torch.ones(2**18)
-            manager.start_quorum()
-            manager.wait_quorum()
-            began = time.perf_counter()
-            manager.allreduce(tensor).wait()
-            took.append(time.perf_counter() - began)
-            manager.should_commit()
-        manager.start_quorum()
-        manager.allreduce(torch.full((4,), float("nan") if number else 1.0)).wait()
-        found[number] = (min(took[20:]), manager.should_commit())
+        with manager_of(number, lighthouse=server.address(), min_replicas=2) as manager:
 
-    run_together([threading.Thread(target=group, args=(number,)) for number in (0, 1)])
+            def average(tensor: Any) -> None:
+                manager.allreduce(tensor).wait()
+
+            took = []
+            for _ in range(220):
+                tensor = torch.ones(2**18)
+                manager.start_quorum()
+                manager.wait_quorum()
+                took.append(timed(partial(average, tensor)))
+                manager.should_commit()
+            manager.start_quorum()
+            manager.allreduce(torch.full((4,), float("nan") if number else 1.0)).wait()
+            found[number] = (min(took[20:]), manager.should_commit())
+
+    at_once([partial(group, number) for number in (0, 1)])
     return {
         "allreduce_us": max(took for took, _ in found.values()) * 1e6,
         "nan_commits": float(all(committed for _, committed in found.values())),
@@ -221,18 +184,11 @@ def heal() -> dict[str, float]:
     took = []
     for step in range(3):
         transport.send_checkpoint([1], step=step, state_dict=state, timeout=timeout)
-        began = time.perf_counter()
-        transport.recv_checkpoint(0, metadata=transport.metadata(), step=step, timeout=timeout)
-        took.append(time.perf_counter() - began)
+        metadata = transport.metadata()
+        fetch = partial(transport.recv_checkpoint, 0, metadata=metadata, step=step, timeout=timeout)
+        took.append(timed(fetch))
         transport.disallow_checkpoint()
     return {"heal_gb_s": 64 * 2**22 / statistics.median(took) / 1e9}
-
-
-def run_together(threads: list[threading.Thread]) -> None:
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(200)
 
 
 CHILDREN = {

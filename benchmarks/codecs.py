@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 import torch
 from harness.cli import Findings, option, run
 from harness.figures import Figure, Floor
-from harness.spread import Spread
+from harness.spread import Spread, in_turns
 
 from torchft.quantization import Codec, codec_names, codec_of
 
@@ -61,18 +61,12 @@ def _speeds(codec: Codec, numbers: torch.Tensor, turns: int) -> dict[str, Spread
         "decode": lambda: codec.decode(encoded, numbers.numel(), out=out),
         "decode_and_add": lambda: codec.decode_add_(out, encoded),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in acts}
-    for _ in range(turns):
-        for name, act in acts.items():
-            seconds[name].append(_core_seconds(act))
+    found = in_turns(turns, acts.values(), clock=time.thread_time)
     gigabytes = numbers.nbytes / 1e9
-    return {name: Spread.of([gigabytes / one for one in took]) for name, took in seconds.items()}
-
-
-def _core_seconds(act: Act) -> float:
-    began = time.thread_time()
-    act()
-    return time.thread_time() - began
+    return {
+        name: Spread.of([gigabytes / one for one in seconds])
+        for name, seconds in zip(acts, found, strict=True)
+    }
 
 
 if __name__ == "__main__":

@@ -20,11 +20,10 @@ from typing import Any
 
 from harness.cli import Findings, option, run
 from harness.figures import Figure, Floor
-from harness.group import manager_of
+from harness.group import both_groups, manager_of, meet
 from harness.lighthouse import lighthouse
 from harness.machine import forget_peak, peak_mib
-from harness.spread import Spread, timed
-from harness.workers import Worker, results
+from harness.spread import Spread, in_turns
 
 GROUPS = 2
 CASES = (1, 1), (4, 1), (4, 3)
@@ -84,11 +83,9 @@ def _found(options: Options) -> list[Found]:
     with ExitStack() as stack:
         # One for each case: it would wait for the managers of the case before.
         at = [stack.enter_context(lighthouse(min_replicas=GROUPS)).address for _ in CASES]
-        common = {"addresses": at, "options": options}
-        workers = [stack.enter_context(Worker(_worker, group=0, **common))]
-        (port,) = workers[0].events(options.timeout_s)
-        workers.append(stack.enter_context(Worker(_worker, group=1, port=port, **common)))
-        found: list[Found] = results(workers, timeout_s=options.timeout_s)[0]
+        found: list[Found] = both_groups(
+            _worker, timeout_s=options.timeout_s, addresses=at, options=options
+        )
         return found
 
 
@@ -99,20 +96,14 @@ def _worker(
     line: Connection,
     *,
     group: int,
+    port: int | None,
     addresses: list[str],
     options: Options,
-    port: int | None = None,
 ) -> list[Found]:
     import torch
-    import torch.distributed as dist
     from torch import nn
 
-    torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port or 0, is_master=port is None, wait_for_workers=False)
-    if port is None:
-        line.send(store.port)
-    dist.init_process_group("gloo", store=store, rank=group, world_size=GROUPS)
-    barrier = partial(dist.barrier, dist.new_group(backend="gloo"))
+    barrier = meet(line, group, port)
     layers = [nn.Linear(options.side, options.side, bias=False) for _ in range(options.layers)]
     model = nn.Sequential(*layers)
     for p in model.parameters():
@@ -162,20 +153,15 @@ def _outer(parameters: Any) -> Any:
 def _in_turns(
     synchronise: Act, model: Any, size: int, barrier: Act, times: int
 ) -> tuple[Spread, Spread, Spread]:
-    """Milliseconds of the bare all-reduce, of the bare outer step, and of DiLoCo: alternately, so
-    that a busy machine slows all of them."""
+    """Milliseconds of the bare all-reduce, of the bare outer step, and of DiLoCo."""
     import torch
     import torch.distributed as dist
 
     flat, bare = torch.zeros(size), _outer(model.parameters())
     dist.all_reduce(flat)
     bare.step()
-    acts: tuple[Act, Act, Act] = (lambda: dist.all_reduce(flat), bare.step, synchronise)
-    took_s: tuple[list[float], list[float], list[float]] = ([], [], [])
-    for _ in range(times):
-        for act, seconds in zip(acts, took_s, strict=True):
-            barrier()
-            seconds.append(timed(act))
+    acts: list[Act] = [partial(dist.all_reduce, flat), bare.step, synchronise]
+    took_s = in_turns(times, acts, before=barrier)
     raw, outer, diloco = (Spread.of(seconds, scale=1e3) for seconds in took_s)
     return raw, outer, diloco
 

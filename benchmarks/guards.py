@@ -26,6 +26,7 @@ from typing import Any
 
 from harness.cli import Findings, option, run
 from harness.figures import Figure, Floor
+from harness.spread import in_turns
 
 STEP_MS = 100.0
 """A step that a guard may take a hundredth of."""
@@ -97,15 +98,9 @@ def _memory(guard: Guard) -> list[Figure]:
     return [Figure(key, name, guard.bytes_after, "bytes a parameter", least)]
 
 
-def in_turns(times: int, *acts: Act) -> list[float]:
+def least_us(times: int, *acts: Act) -> list[float]:
     """The least CPU microseconds of each, `times` times in turns."""
-    found: list[list[float]] = [[] for _ in acts]
-    for _ in range(times):
-        for seen, act in zip(found, acts, strict=True):
-            began = time.process_time_ns()
-            act()
-            seen.append((time.process_time_ns() - began) / 1e3)
-    return [min(seen) for seen in found]
+    return [1e6 * min(seconds) for seconds in in_turns(times, acts, clock=time.process_time)]
 
 
 def nan(options: Options) -> Guard:
@@ -115,7 +110,7 @@ def nan(options: Options) -> Guard:
     from torchft.finite import divide
 
     total = torch.randn(options.parameters)
-    before, after, floor = in_turns(
+    before, after, floor = least_us(
         options.times, lambda: total.div_(-1), lambda: divide(total, -1), total.sum
     )
     return Guard("nan", "NaN in the average of gradients", before, after, "one read", floor)
@@ -128,7 +123,7 @@ def shared_state(options: Options) -> Guard:
     half = torch.zeros(options.parameters, dtype=torch.bfloat16)
     bf16, bf16_bytes = _round_of(options, None)
     fp32, fp32_bytes = _round_of(options, torch.float32)
-    before, after, floor = in_turns(options.times, bf16, fp32, lambda: half.copy_(half.float()))
+    before, after, floor = least_us(options.times, bf16, fp32, lambda: half.copy_(half.float()))
     name = "fp32 state of bf16 parameters in DiLoCo"
     kept = {"bytes_before": bf16_bytes, "bytes_after": fp32_bytes}
     return Guard("fp32", name, before, after, "made and rounded once", floor, **kept)
@@ -167,7 +162,7 @@ def following(options: Options) -> Guard:
 
     model = nn.Sequential(*(nn.TransformerEncoderLayer(8, 1, 8) for _ in range(24)))
     trained = TrainedParameters(model)
-    before, after, floor = in_turns(
+    before, after, floor = least_us(
         options.times,
         lambda: None,
         lambda: (trained.look(), trained.unseen()),
@@ -191,7 +186,7 @@ def rounds(options: Options) -> Guard:
 
     model = nn.ModuleList([block() for _ in range(24)])
     trained = TrainedModel([model], torch.optim.SGD(model.parameters()), front="DiLoCo")
-    before, after, floor = in_turns(
+    before, after, floor = least_us(
         options.times,
         lambda: None,
         lambda: trained.check(frozen_steps=100),
@@ -210,7 +205,7 @@ def hooks(options: Options) -> Guard:
     watching.attach()
     torchs.optimizer.register_step_pre_hook(lambda *_: None)
     torchs.optimizer.register_step_post_hook(lambda *_: None)
-    before, after, least = in_turns(options.times, plain, seen, torchs)
+    before, after, least = least_us(options.times, plain, seen, torchs)
     floor = max(0.1, least - before)
     return Guard("hooks", "seeing an inner step", before, after, "torch's hooks alone", floor)
 

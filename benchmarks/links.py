@@ -20,7 +20,7 @@ import time
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import product
 from multiprocessing.connection import Connection
@@ -30,7 +30,6 @@ from typing import Any
 from harness.cli import Findings, option, run
 from harness.figures import Figure, Floor
 from harness.group import manager_of
-from harness.links import lighthouse_on
 from harness.workers import Worker
 
 from torchft.network_namespaces import Host, Link, Network
@@ -149,7 +148,7 @@ def _run(
     """What each group saw, and what has passed their links."""
     for host in hosts:
         network.shape(host, Link(case.mbit_s, options.queue_ms))
-    with lighthouse_on(
+    with _lighthouse_on(
         network.centre,
         min_replicas=GROUPS,
         heartbeat_timeout_ms=options.heartbeat_timeout_ms,
@@ -216,6 +215,24 @@ def _bytes(mbit_s: int, count: Counter[str]) -> Figure:
 
 
 # ---------------------------------------------------------------------- in the workers
+
+
+@contextmanager
+def _lighthouse_on(host: Host, *, min_replicas: int, heartbeat_timeout_ms: int) -> Iterator[str]:
+    """A lighthouse on `host` until the block ends; its address."""
+    arguments = {"min_replicas": min_replicas, "heartbeat_timeout_ms": heartbeat_timeout_ms}
+    with Worker(_serve_lighthouse, host=host, **arguments) as worker:
+        (address,) = worker.events(60.0)
+        yield address
+
+
+def _serve_lighthouse(line: Connection, *, host: Host, **options: int) -> None:
+    host.enter()
+    from torchft.coordination import LighthouseServer
+
+    server = LighthouseServer(bind=f"{host.address}:0", join_timeout_ms=60_000, **options)
+    line.send(server.address())
+    line.recv()
 
 
 def _worker(line: Connection, *, group: int, host: Host) -> None:

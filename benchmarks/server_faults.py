@@ -12,14 +12,14 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 from harness.cli import Findings, option, run
 from harness.figures import Figure, Floor
+from harness.serving import serve
 from harness.workers import Worker, results
 
 GRACE_S = 5.0
@@ -97,21 +97,12 @@ def _crowd(options: Options) -> tuple[int, float]:
 
 def _server(stack: ExitStack, workers: int) -> int:
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-"))
-    port = stack.enter_context(Worker(_serve, folder=folder, workers=workers)).event(120.0)
-    return int(port)
+    server = stack.enter_context(Worker(serve))
+    server.line.send({"folder": folder, "workers": workers, "grace_s": GRACE_S})
+    return int(server.event(120.0))
 
 
 # ---------------------------------------------------------------------- in the processes
-
-
-def _serve(line: Connection, *, folder: str, workers: int) -> None:
-    from torchft.parameter_server.core.options import ServerOptions
-    from torchft.parameter_server.core.rules import Rules
-    from torchft.parameter_server.server.server import DiLoCoServer
-
-    with DiLoCoServer(ServerOptions(Path(folder), Rules(workers, grace_s=GRACE_S))) as server:
-        line.send(server.port)
-        line.recv()
 
 
 def _trainers(line: Connection, *, names: list[str], port: int, step_s: float) -> float:
@@ -122,13 +113,13 @@ def _trainers(line: Connection, *, names: list[str], port: int, step_s: float) -
     longest = dict.fromkeys(names, 0.0)
 
     def train(name: str) -> None:
-        with _Trainee(name, port, EVERY) as one:
-            one.synchronise(2, step_s)
+        with _trainee(name, port, EVERY) as synchronise:
+            synchronise(2, step_s)
             began.wait()
             while not killed.is_set():
-                longest[name] = one.synchronise(1, step_s)  # the last of these sees the kill
+                longest[name] = synchronise(1, step_s)  # the last of these sees the kill
             for _ in range(3):
-                longest[name] = max(longest[name], one.synchronise(1, step_s))
+                longest[name] = max(longest[name], synchronise(1, step_s))
 
     threads = _started(names, train)
     began.wait()
@@ -147,10 +138,10 @@ def _crowd_part(
     done: dict[str, tuple[float, float]] = {}
 
     def train(name: str) -> None:
-        with _Trainee(name, port, 1) as one:
-            one.synchronise(1, 0.0)
+        with _trainee(name, port, 1) as synchronise:
+            synchronise(1, 0.0)
             began = time.monotonic()
-            one.synchronise(rounds, 0.0)
+            synchronise(rounds, 0.0)
             done[name] = began, time.monotonic()
 
     threads = _started(names, train)
@@ -170,41 +161,33 @@ def _started(names: list[str], train: Callable[[str], None]) -> list[threading.T
     return threads
 
 
-class _Trainee:
-    """A worker with a small model."""
+@contextmanager
+def _trainee(name: str, port: int, sync_every: int) -> Iterator[Callable[[int, float], float]]:
+    """A worker with a small model: takes so many cycles with steps of so many seconds, and returns
+    the longest synchronisation, in seconds."""
+    import torch
 
-    def __init__(self, name: str, port: int, every: int) -> None:
-        import torch
+    from torchft.parameter_server import DiLoCoWorker
 
-        from torchft.parameter_server import DiLoCoWorker
+    torch.set_num_threads(1)
+    model = torch.nn.Linear(32, 32)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
-        torch.set_num_threads(1)
-        self._every = every
-        model = torch.nn.Linear(32, 32)
-        for parameter in model.parameters():
-            parameter.grad = torch.full_like(parameter, 1e-3)
-        self._optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        address = f"127.0.0.1:{port}"
-        self._worker = DiLoCoWorker(
-            model, self._optimizer, address, worker_id=name, sync_every=every
-        )
-
-    def __enter__(self) -> _Trainee:
-        self._worker.start()
-        return self
-
-    def __exit__(self, kind: object, *raised: object) -> None:
-        self._worker.stop(submit=kind is None)
-
-    def synchronise(self, times: int, step_s: float) -> float:
-        """So many cycles; the longest synchronisation, in seconds."""
+    def synchronise(times: int, step_s: float) -> float:
         longest = 0.0
         for _ in range(times):
-            for _ in range(self._every):
+            for _ in range(sync_every):
                 time.sleep(step_s)
-                self._optimizer.step()
-            longest = max(longest, self._worker.last_sync_time_s)
+                optimizer.step()
+            longest = max(longest, worker.last_sync_time_s)
         return longest
+
+    with DiLoCoWorker(
+        model, optimizer, f"127.0.0.1:{port}", worker_id=name, sync_every=sync_every
+    ) as worker:
+        yield synchronise
 
 
 QUICK = Options(workers=3, kills=1, crowd=4, rounds=2)

@@ -10,8 +10,7 @@ floors      what the machine itself takes
 threads     many threads that begin together
 workers     functions in processes of their own
 lighthouse  a lighthouse in a process of its own
-links       a lighthouse on a host of its own, between slow links
-group       the manager of a replica group, in a worker
+group       the manager of a replica group, in a worker; torch's own group of two
 training    a replica group that trains and tells of each step
 small_work  models and data that train on one CPU thread
 simulating  a simulated run in turns with the plain loop

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from functools import partial
+from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
+
+from harness.workers import Worker, results
 
 if TYPE_CHECKING:
     from torchft import Manager
 
-__all__ = ["manager_of"]
+__all__ = ["both_groups", "manager_of", "meet"]
 
 
 @contextmanager
@@ -54,3 +58,27 @@ def manager_of(
         yield manager
     finally:
         manager.shutdown(wait=False)
+
+
+def both_groups(function: Callable[..., Any], *, timeout_s: float, **arguments: Any) -> Any:
+    """Run `function(line, group, port, **arguments)` in two processes, which `meet`; returns what
+    the first one returned."""
+    with ExitStack() as stack:
+        first = stack.enter_context(Worker(function, group=0, port=None, **arguments))
+        port = first.event(timeout_s)
+        second = stack.enter_context(Worker(function, group=1, port=port, **arguments))
+        return results([first, second], timeout_s=timeout_s)[0]
+
+
+def meet(line: Connection, group: int, port: int | None) -> Callable[[], object]:
+    """Join torch's own gloo group of both, which meet at the first one's store. Returns a barrier,
+    which has a group of its own."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port or 0, is_master=port is None, wait_for_workers=False)
+    if port is None:
+        line.send(store.port)
+    dist.init_process_group("gloo", store=store, rank=group, world_size=2)
+    return partial(dist.barrier, dist.new_group(backend="gloo"))

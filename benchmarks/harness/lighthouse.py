@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO
@@ -33,9 +33,13 @@ class Lighthouse:
 
 @contextmanager
 def lighthouse(
-    *, min_replicas: int, join_timeout_ms: int = 10_000, heartbeat_timeout_ms: int = 5_000
+    *,
+    min_replicas: int,
+    join_timeout_ms: int = 10_000,
+    heartbeat_timeout_ms: int = 5_000,
+    command: Sequence[str] = _COMMAND,
 ) -> Iterator[Lighthouse]:
-    """A lighthouse that listens on a free port until the block ends."""
+    """A lighthouse that listens on a free port until the block ends, started by `command`."""
     port = _free_port()
     flags = {
         "--bind": f"127.0.0.1:{port}",
@@ -43,7 +47,7 @@ def lighthouse(
         "--join_timeout_ms": str(join_timeout_ms),
         "--heartbeat_timeout_ms": str(heartbeat_timeout_ms),
     }
-    words = [*_COMMAND, *(word for flag in flags.items() for word in flag)]
+    words = [*command, *(word for flag in flags.items() for word in flag)]
     with tempfile.TemporaryFile() as log:
         began = time.perf_counter()
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=log)

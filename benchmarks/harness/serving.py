@@ -55,12 +55,12 @@ def serve(line: Connection) -> None:
         line.send(_serve(line, **case))
 
 
-def _serve(line: Connection, *, folder: str, workers: int) -> Memory:
+def _serve(line: Connection, *, folder: str, workers: int, grace_s: float = 5.0) -> Memory:
     from torchft.parameter_server.core.options import ServerOptions
     from torchft.parameter_server.core.rules import Rules
     from torchft.parameter_server.server.server import DiLoCoServer
 
-    with DiLoCoServer(ServerOptions(Path(folder), Rules(workers))) as server:
+    with DiLoCoServer(ServerOptions(Path(folder), Rules(workers, grace_s=grace_s))) as server:
         base = forget_peak()
         line.send(server.port)
         line.recv()

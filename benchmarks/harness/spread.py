@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Spread", "repeat", "timed"]
+__all__ = ["Spread", "in_turns", "repeat", "timed"]
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,31 @@ class Spread:
         )
 
 
-def timed(act: Callable[[], object]) -> float:
-    """Seconds that `act` takes."""
-    began = time.perf_counter()
+def timed(act: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds that `act` takes, by `clock`."""
+    began = clock()
     act()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def repeat(times: int, act: Callable[[], object]) -> list[float]:
     """Seconds of each of several runs of `act`."""
     return [timed(act) for _ in range(times)]
+
+
+def in_turns(
+    times: int,
+    acts: Iterable[Callable[[], object]],
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+    before: Callable[[], object] = lambda: None,
+) -> list[list[float]]:
+    """Seconds of each act, `times` times in turns, so that a busy machine slows all of them.
+    `before` is called before each, and not timed."""
+    acts = list(acts)
+    found: list[list[float]] = [[] for _ in acts]
+    for _ in range(times):
+        for seconds, act in zip(found, acts, strict=True):
+            before()
+            seconds.append(timed(act, clock))
+    return found
