@@ -1,9 +1,18 @@
 """For all tests: one thread per operation, so that they neither compete nor differ by machine, and
 no property fails because the machine is busy."""
 
+from pathlib import Path
+
+import pytest
 import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
 settings.register_profile("busy machine", deadline=None)
 settings.load_profile("busy machine")
+
+
+@pytest.fixture
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the test writes into its folder is gone afterwards."""
+    monkeypatch.chdir(tmp_path)

@@ -30,7 +30,7 @@ from torchft.strategies import (
     TopKStrategy,
 )
 
-__all__ = ["STRATEGIES", "Interrupt", "Odd", "bits", "fit", "odd", "pairs"]
+__all__ = ["STRATEGIES", "Fits", "Interrupt", "Odd", "bits", "fit", "odd", "pairs"]
 
 COSINE: dict[str, Any] = {
     "lr_scheduler": "lambda_cosine",
@@ -60,6 +60,17 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "demo": lambda: DeMoStrategy(compression_topk=4, compression_chunk=8),
     "topk": lambda: TopKStrategy(H=4, topk=4, chunk=32),
 }
+
+
+class Fits(nn.Module):
+    """A line whose loss is the mean of its squares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Linear(3, 1)
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return self.line(batch).pow(2).mean()
 
 
 class Odd(nn.Module):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Tiny", "backward", "digest", "flat"]
+__all__ = ["Breaks", "Tiny", "backward", "digest", "flat"]
 
 
 class Tiny(nn.Module):
@@ -30,6 +31,18 @@ class Tiny(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.first[2](self.first[1](self.first[0](x)))
         return self.second[2](self.second[1](self.second[0](x)))
+
+
+class Breaks(torch.autograd.Function):
+    """The identity, whose backward pass raises."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise RuntimeError("broken")
 
 
 def backward(model: nn.Module, node: int, step: int) -> None:

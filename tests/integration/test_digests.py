@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import cache
 
 import pytest
-import torch
+from helpers.halved import Halved
 from torch import Tensor, nn
 
 from torchft.quantization import Int8
@@ -151,14 +151,6 @@ def test_buffers_that_ride_along_are_equal_too(name: str, monkeypatch: pytest.Mo
 
 def buffers_of(model: nn.Module) -> dict[str, Tensor]:
     return {name.removeprefix("norm."): buffer for name, buffer in model.named_buffers()}
-
-
-class Halved(OddModel):
-    """Its parameters are bf16, so what all share has more digits than the weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.to(torch.bfloat16)
 
 
 HALF: dict[str, Callable[[], Strategy]] = {

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import torch
+from helpers.halved import Halved
 
 from torchft.strategies.strategy import Strategy
-from torchft.verify.digests import SERVED, OddModel, experiment_of, serve
+from torchft.verify.digests import SERVED, experiment_of, serve
 from torchft.verify.served import Served, compare_served
 
 
@@ -16,14 +16,6 @@ def test_workers_of_a_server_are_equal_to_simulated_nodes(name: str) -> None:
     assert pair.equal, f"they part at step {pair.first_difference}"
     distance = SERVED[name].sync_every // SERVED[name].fragments
     assert list(pair.real) == list(range(distance - 1, 24, distance))
-
-
-class Halved(OddModel):
-    """Its parameters are bf16, and the server's fp32."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.to(torch.bfloat16)
 
 
 @pytest.mark.slow

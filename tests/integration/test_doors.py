@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.peers import Script
 from helpers.reference import INNER, OUTER, Kind, reference
+from helpers.scripts import TinyScript
 from helpers.tiny import Tiny, backward, digest
 from torch import Tensor
 from torch.testing import assert_close
@@ -29,35 +30,17 @@ STEPS = 12
 INNER([torch.zeros(1)])
 
 
-class Training:
+class Training(TinyScript):
     """A replica group's script."""
 
     def __init__(self, group: Group, *, seed: int = 0, **options: Any) -> None:
+        super().__init__(group.number, seed)
         self.group = group
-        self.model = Tiny(seed)
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.inner = INNER(self.trained)
         self.manager: Manager = group.manager(
             use_async_quorum=False, state_dict=self.save, load_state_dict=self.load, **options
         )
         # From here on its heartbeat tells the lighthouse to wait for it.
         group.world.happen(f"{group.name} is up")
-
-    def save(self) -> Any:
-        return {"model": self.model.state_dict(), "inner": self.inner.state_dict()}
-
-    def load(self, state: Any) -> None:
-        self.model.load_state_dict(state["model"])
-        self.inner.load_state_dict(state["inner"])
-
-    @property
-    def weights(self) -> list[Tensor]:
-        return [p.detach().clone() for p in self.trained]
-
-    def step(self, number: int) -> None:
-        backward(self.model, self.group.number, number)
-        self.inner.step()
-        self.inner.zero_grad()
 
 
 def local_sgd(t: Training) -> LocalSGD:

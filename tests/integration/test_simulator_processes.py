@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.datasets import Fails, Samples
 from helpers.small_runs import bits, fit, odd, pairs
 from helpers.sweeps import TINY
-from torch.utils.data import Dataset
 
 from torchft.experiments.config import SimulateConfig, from_mapping
 from torchft.experiments.sweep import run_sweep
@@ -20,19 +19,7 @@ from torchft.simulator.feed import Feed
 LOADED_APART = {"num_workers": 1}
 
 
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
-class Samples(Dataset[Any]):
-    """One sample at a time, with a random part."""
-
-    def __len__(self) -> int:
-        return 25
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        return {"i": i, "noise": random.random() + torch.rand(()).item()}
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
 
 def test_worker_processes_load_the_same_batches() -> None:
@@ -54,19 +41,15 @@ def test_loading_in_other_processes_gives_the_same_run() -> None:
     assert bits(here) == bits(there)
 
 
-class Fails(Dataset[Any]):
-    def __len__(self) -> int:
-        return 64
-
-    def __getitem__(self, at: int) -> Any:
-        if at == 11:
-            raise KeyError("image")
-        return pairs()[at]
-
-
 def test_a_process_whose_data_fail_says_at_which_node_and_step() -> None:
     with pytest.raises(NodeError, match=r"batch of node 1 in step 1: KeyError: .*image") as found:
-        fit(odd(), Fails(), shuffle=False, minibatch_size=8, dataloader_kwargs=LOADED_APART)
+        fit(
+            odd(),
+            Fails(*pairs()[0]),
+            shuffle=False,
+            minibatch_size=8,
+            dataloader_kwargs=LOADED_APART,
+        )
     assert isinstance(found.value.__cause__, KeyError)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from helpers.small_runs import Fits
 
 from torchft.errors import SettingsError
 from torchft.peers import Place
@@ -16,15 +16,6 @@ from torchft.simulator.loop import run_stacked
 from torchft.strategies import AllReduceRecipe, DiLoCoStrategy, Inner, OptimSpec, Recipe, Strategy
 from torchft.strategies.model_local import ModelLocal
 from torchft.strategies.recipe import By
-
-
-class Fits(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.line = nn.Linear(3, 1)
-
-    def forward(self, batch: Tensor) -> Tensor:
-        return self.line(batch).pow(2).mean()
 
 
 class Mine(Recipe):

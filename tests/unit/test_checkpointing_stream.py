@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from helpers.clock import Clock
 
 from torchft.checkpointing.stream import Deadline, ProgressDeadline
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

@@ -73,9 +73,7 @@ NAMED = [
 every_name = pytest.mark.parametrize("cls", NAMED, ids=lambda cls: cls.__name__)
 
 
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
 
 @pytest.mark.parametrize("path", PATHS)

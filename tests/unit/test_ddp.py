@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.manager import InProcessManager
 from helpers.peers import Node, Script, World
-from helpers.tiny import Tiny, backward
+from helpers.tiny import Breaks, Tiny, backward
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -176,15 +176,6 @@ class TestPure:
         assert_close(model.state_dict(), Tiny(5).state_dict())
 
     def test_a_backward_that_raises_does_not_end_averaging(self) -> None:
-        class Breaks(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, x: Tensor) -> Tensor:
-                return x.clone()
-
-            @staticmethod
-            def backward(ctx: Any, grad: Tensor) -> Tensor:
-                raise RuntimeError("broken")
-
         model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
         wrapped, manager = self.alone(model)
         manager.start_quorum()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from helpers.records import step_record
+
 from torchft.demo.group_run import line_of, row_of, state_of
 from torchft.launch.group import Group, Life
 from torchft.launch.monitor import GroupMonitor
@@ -20,17 +22,8 @@ def watch(*records: StepRecord) -> GroupMonitor:
 
 
 def record(t: float, step: int, *, of: str = "group_0:a") -> StepRecord:
-    return StepRecord(
-        t_monotonic=t,
-        replica_id=of,
-        group_rank=0,
-        step=step,
-        quorum_id=1,
-        members=(of,),
-        participants=1,
-        committed=True,
-        extra={"loss": 2.0},
-    )
+    only = {"replica_id": of, "members": (of,), "participants": 1}
+    return step_record(step, t_monotonic=t, extra={"loss": 2.0}, **only)
 
 
 class Running(Group):

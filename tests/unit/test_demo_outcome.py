@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from helpers.records import step_record
+
 from torchft.demo.final_report import FinalReport, read_final_reports
 from torchft.demo.outcome import group_result, kill_result
 from torchft.demo.train_options import TrainOptions
@@ -13,17 +15,8 @@ from torchft.records import StepRecord
 
 
 def record(t: float, step: int, *members: str, of: str = "group_0:a") -> StepRecord:
-    return StepRecord(
-        t_monotonic=t,
-        replica_id=of,
-        group_rank=0,
-        step=step,
-        quorum_id=1,
-        members=members,
-        participants=len(members),
-        committed=True,
-        ledger={"compute": t - 1.0},
-    )
+    who = {"replica_id": of, "members": members, "participants": len(members)}
+    return step_record(step, t_monotonic=t, ledger={"compute": t - 1.0}, **who)
 
 
 def watch(number: int, *records: StepRecord) -> GroupMonitor:

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
+from helpers.records import step_record
+
 from torchft.launch.events import Events, short
 from torchft.records import StepRecord
 
 
-def record(
-    step: int, *, of: str = "group_0:a", quorum: int = 5, participants: int = 2, **fields: object
-) -> StepRecord:
-    values: dict[str, object] = {
-        "t_monotonic": 1.0,
-        "replica_id": of,
-        "group_rank": 0,
-        "step": step,
-        "quorum_id": quorum,
-        "members": ("group_0:a", "group_1:b"),
-        "participants": participants,
-        "committed": True,
-    }
-    return StepRecord(**{**values, **fields})  # type: ignore[arg-type]
+def record(step: int, *, of: str = "group_0:a", quorum: int = 5, **fields: object) -> StepRecord:
+    return step_record(step, replica_id=of, quorum_id=quorum, **fields)
 
 
 def told(*records: StepRecord, target: int = 100) -> list[str]:

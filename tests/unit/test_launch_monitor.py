@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from helpers.records import step_record
 
 from torchft.launch.monitor import GroupMonitor, RunMonitor, group_of
 from torchft.records import StepRecord, StepRecords
@@ -12,19 +13,11 @@ from torchft.records import StepRecord, StepRecords
 
 def record(t: float, step: int, *, life: str = "group_0:a", **fields: object) -> StepRecord:
     values: dict[str, object] = {
-        "t_monotonic": t,
-        "replica_id": life,
-        "group_rank": 0,
-        "step": step,
-        "quorum_id": 5,
-        "members": ("group_0:a", "group_1:b"),
-        "participants": 2,
-        "committed": True,
         "bytes_sent": 100,
         "ledger": {"compute": t - 1.0},
         "extra": {"pid": 77, "loss": 5.0 - step},
     }
-    return StepRecord(**{**values, **fields})  # type: ignore[arg-type]
+    return step_record(step, t_monotonic=t, replica_id=life, **{**values, **fields})
 
 
 def watch_of(path: Path, *records: StepRecord, number: int = 0) -> GroupMonitor:

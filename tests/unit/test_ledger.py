@@ -6,19 +6,10 @@ import threading
 import time
 
 import pytest
+from helpers.clock import Clock
 
 from torchft.errors import SettingsError
 from torchft.ledger import Bucket, Ledger, process_age_s, spent_between
-
-
-class Clock:
-    """A clock that a test moves, in seconds."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ import pytest
 import torch
 from helpers.manager import InProcessManager
 from helpers.peers import Node, Script, World
-from helpers.reference import INNER, OUTER, Kind, reference
-from helpers.tiny import Tiny, backward, digest
+from helpers.reference import OUTER, Kind, reference
+from helpers.scripts import TinyScript
+from helpers.tiny import digest
 from helpers.training import SEQUENTIAL, STRIDED
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -22,32 +23,14 @@ from torchft.quantization import BFloat16, Int4, Int8
 STEPS = 12
 
 
-class Group:
+class Group(TinyScript):
     """A replica group's script, as a user writes it."""
 
     def __init__(self, node: Node, *, seed: int = 0) -> None:
+        super().__init__(node.rank, seed)
         self.node = node
-        self.model = Tiny(seed)
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.inner = INNER(self.trained)
         node.register(self.load, self.save)
         self.manager = InProcessManager(node)
-
-    def save(self) -> Any:
-        return {"model": self.model.state_dict(), "inner": self.inner.state_dict()}
-
-    def load(self, state: Any) -> None:
-        self.model.load_state_dict(state["model"])
-        self.inner.load_state_dict(state["inner"])
-
-    @property
-    def weights(self) -> list[Tensor]:
-        return [p.detach().clone() for p in self.trained]
-
-    def step(self, number: int) -> None:
-        backward(self.model, self.node.rank, number)
-        self.inner.step()
-        self.inner.zero_grad()
 
     def run(self, door: Any, steps: int = STEPS) -> Group:
         with door:

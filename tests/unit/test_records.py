@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from helpers.records import step_record
 
 from torchft.records import (
     RecordsError,
@@ -16,16 +17,9 @@ from torchft.records import (
 
 
 def record(step: int, **fields: object) -> StepRecord:
-    known: dict[str, object] = {
-        "t_monotonic": 1.5,
-        "replica_id": "group_0:abc",
-        "group_rank": 0,
-        "quorum_id": 7,
-        "members": ("group_0:abc", "group_1:def"),
-        "participants": 2,
-        "committed": True,
-    }
-    return StepRecord(step=step, **{**known, **fields})  # type: ignore[arg-type]
+    members = ("group_0:abc", "group_1:def")
+    known = {"t_monotonic": 1.5, "quorum_id": 7, "replica_id": members[0], "members": members}
+    return step_record(step, **{**known, **fields})
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ import pytest
 import torch
 from helpers.manager import InProcessManager
 from helpers.peers import Node, Script, World
-from helpers.reference import INNER, OUTER, reference
-from helpers.tiny import Tiny, backward, digest
+from helpers.reference import OUTER, reference
+from helpers.scripts import TinyScript
+from helpers.tiny import backward, digest
 from helpers.training import ROWS, STEPS, Row
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -35,14 +36,12 @@ from torchft.strategies import (
 ADAMW = OptimSpec(torch.optim.AdamW, lr=1e-3)
 
 
-class Group:
+class Group(TinyScript):
     """A replica group's script, as a user writes it."""
 
     def __init__(self, node: Node) -> None:
+        super().__init__(node.rank, seed=node.rank if node.script.opening else 0)
         self.node = node
-        self.model = Tiny(node.rank if node.script.opening else 0)
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.inner = INNER(self.trained)
         self.manager = InProcessManager(node)
 
     def replicated(self, strategy: Strategy, **options: Any) -> Replicated:
@@ -57,10 +56,6 @@ class Group:
             replicated.step()
         replicated.strategy.finish()
         return self
-
-    @property
-    def weights(self) -> list[Tensor]:
-        return [p.detach().clone() for p in self.trained]
 
 
 def alone() -> Group:

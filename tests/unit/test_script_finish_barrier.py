@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from helpers.clock import Clock
 
 from torchft.script.finish_barrier import FinishBarrier
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

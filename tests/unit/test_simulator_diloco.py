@@ -7,7 +7,6 @@ import inspect
 import os
 import threading
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,9 +29,7 @@ from torchft.simulator import Result
 DATA = pairs(128)
 
 
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
 
 class Net(nn.Module):

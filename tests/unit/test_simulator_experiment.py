@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.small_runs import Fits
 from torch import Tensor, nn
 
 from torchft.errors import SettingsError
@@ -18,15 +19,6 @@ from torchft.simulator.loop import run_stacked
 from torchft.simulator.network import NetworkModel
 from torchft.simulator.weather import Weather
 from torchft.strategies import AllReduceRecipe, DiLoCoStrategy, Inner, LocalSGDRecipe, Strategy
-
-
-class Fits(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.line = nn.Linear(3, 1)
-
-    def forward(self, batch: Tensor) -> Tensor:
-        return self.line(batch).pow(2).mean()
 
 
 class Untouched(Fits):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pickle
-import random
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers.datasets import Samples
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from torchft.errors import SettingsError
 from torchft.simulator.feed import Feed
@@ -25,16 +25,6 @@ def feed(data: Any = NUMBERS, **settings: Any) -> Feed:
 def epoch_of(one: Feed, epoch: int, node: int) -> list[int]:
     steps = range(epoch * one.batches_per_epoch, (epoch + 1) * one.batches_per_epoch)
     return [int(i) for step in steps for i in one.batch(node, step)]
-
-
-class Samples(Dataset[Any]):
-    """One sample at a time, with a random part."""
-
-    def __len__(self) -> int:
-        return 25
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        return {"i": i, "noise": random.random() + torch.rand(()).item()}
 
 
 class Lists(Samples):

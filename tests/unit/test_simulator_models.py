@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.datasets import Fails
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import weight_norm
-from torch.utils.data import Dataset
 
 from torchft.errors import SettingsError
 from torchft.experiments import Trainer
@@ -333,20 +333,11 @@ class TestClassesWhereInstancesBelong:
 
 
 class TestDataThatFail:
-    class Fails(Dataset[Any]):
-        def __len__(self) -> int:
-            return 64
-
-        def __getitem__(self, at: int) -> Any:
-            if at == 11:
-                raise KeyError("image")
-            return X[at], Y[at]
-
     def test_say_at_which_node_and_step(self) -> None:
         with pytest.raises(
             NodeError, match=r"batch of node 1 in step 1: KeyError: .*image"
         ) as found:
-            fit(Net(), self.Fails(), shuffle=False, minibatch_size=8)
+            fit(Net(), Fails(X[0], Y[0]), shuffle=False, minibatch_size=8)
         assert isinstance(found.value.__cause__, KeyError)
 
     def test_say_so_when_it_is_the_collating(self) -> None:

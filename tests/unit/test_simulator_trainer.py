@@ -28,10 +28,7 @@ from torchft.strategies import (
     StreamingDiLoCoStrategy,
 )
 
-
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
 
 def read(name: str) -> list[dict[str, str]]:
