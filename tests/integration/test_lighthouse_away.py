@@ -25,11 +25,6 @@ from torchft.manager import Manager
 from torchft.process_group import ProcessGroupDummy
 
 
-@pytest.fixture
-def store() -> Iterator[TCPStore]:
-    yield TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-
-
 @contextmanager
 def group(store: TCPStore, address: str, *, ranks: int = 1, **options: Any) -> Iterator[list]:
     """The managers of all ranks of one group, which has nobody to average with."""

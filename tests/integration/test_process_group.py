@@ -41,11 +41,6 @@ LONG = timedelta(seconds=20)
 
 
 @pytest.fixture
-def store():
-    return TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-
-
-@pytest.fixture
 def alone(store):
     """A gloo group of one member."""
     group = ProcessGroupGloo(LONG)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -57,11 +56,6 @@ def open_ports() -> set[int]:
     """Those that this process listens at."""
     connections = psutil.Process().net_connections(kind="tcp")
     return {c.laddr.port for c in connections if c.status == psutil.CONN_LISTEN}
-
-
-@pytest.fixture
-def store() -> Iterator[TCPStore]:
-    yield TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 @pytest.mark.parametrize(
