@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
@@ -23,7 +22,7 @@ from typing import Any
 
 from torchft.coordination import LighthouseServer, ManagerClient, ManagerServer, QuorumResult
 
-__all__ = ["Child", "ask", "at_once", "free_port", "group", "lighthouse", "seconds", "until"]
+__all__ = ["Child", "ask", "at_once", "free_port", "group", "lighthouse", "seconds"]
 
 LIMIT = 30.0
 """Seconds after which a test gives up on an event."""
@@ -37,14 +36,6 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
-
-
-def until(happened: Callable[[], bool], what: str) -> None:
-    """Waits for something that only shows itself when asked."""
-    end = time.monotonic() + LIMIT
-    while not happened():
-        assert time.monotonic() < end, f"never happened: {what}"
-        time.sleep(0.005)
 
 
 @contextlib.contextmanager

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from torchft.parameter_server.core.options import OuterOptions, ServerOptions
 from torchft.parameter_server.core.rules import Mode, Rules
 from torchft.parameter_server.worker.worker import DiLoCoWorker
 
-__all__ = ["Fleet", "Net", "options", "train", "until"]
+__all__ = ["Fleet", "Net", "options", "train"]
 
 DEADLINE_S = 60.0
 
@@ -56,14 +54,6 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, steps: 
         optimizer.zero_grad()
         ((model(x) - x.flip(1)) ** 2).mean().backward()
         optimizer.step()
-
-
-def until(what: Callable[[], object], why: str) -> None:
-    """Wait for an event, at most the deadline."""
-    end = time.monotonic() + DEADLINE_S
-    while not what():
-        assert time.monotonic() < end, f"not within {DEADLINE_S:g} s: {why}"
-        time.sleep(0.01)
 
 
 class Fleet:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.commands import is_gone, wait_for
+from helpers.commands import is_gone
+from helpers.waiting import until
 
 from torchft.launch.processes import kill_all, tree
 from torchft.records import read_step_records
@@ -87,7 +88,7 @@ def test_a_demo_that_is_told_to_stop_leaves_nothing_behind(
     demo: Demo, number: signal.Signals
 ) -> None:
     command = demo("--replicas=2")
-    wait_for(lambda: len(descendants(command)) >= 2, within_s=60, why="the groups start")
+    until(lambda: len(descendants(command)) >= 2, "the groups start", within_s=60)
     processes = descendants(command)
     command.send_signal(number)
     said = said_all(command)
@@ -99,20 +100,20 @@ def test_a_demo_that_is_told_to_stop_leaves_nothing_behind(
 def test_a_demo_that_is_killed_leaves_nothing_behind(demo: Demo, tmp_path: Path) -> None:
     command = demo("--replicas=1", "--no-kill", "--steps=100000")
     records = tmp_path / "run" / "group_0.records.jsonl"
-    wait_for(records.exists, within_s=120, why="the group trains")
+    until(records.exists, "the group trains", within_s=120)
     processes = descendants(command)
     assert len(processes) == 2
     command.kill()
-    wait_for(lambda: all(map(is_gone, processes)), within_s=20, why="agent and worker end")
+    until(lambda: all(map(is_gone, processes)), "agent and worker end", within_s=20)
 
 
 def test_a_worker_whose_agent_is_killed_ends_within_a_second(demo: Demo, tmp_path: Path) -> None:
     command = demo("--replicas=1", "--no-kill", "--steps=100000")
     records = tmp_path / "run" / "group_0.records.jsonl"
-    wait_for(records.exists, within_s=120, why="the group trains")
+    until(records.exists, "the group trains", within_s=120)
     (worker,) = workers(command)
     worker.parent().kill()
-    wait_for(lambda: is_gone(worker), within_s=1.5, why="a second, and the time to look")
+    until(lambda: is_gone(worker), "a second, and the time to look", within_s=1.5)
 
 
 def test_a_killed_rank_takes_its_group_down_and_it_comes_back_whole(
@@ -125,7 +126,7 @@ def test_a_killed_rank_takes_its_group_down_and_it_comes_back_whole(
         written = read_step_records(records) if records.exists() else []
         return [r.extra["pid"] for r in written if r.group_rank == 1]
 
-    wait_for(lambda: bool(pids()), within_s=200, why="rank 1 trains")
+    until(lambda: bool(pids()), "rank 1 trains", within_s=200)
     os.kill(pids()[0], signal.SIGKILL)
     said = said_all(command)
     assert command.returncode == 0, said

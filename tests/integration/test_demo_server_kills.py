@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helpers.commands import is_gone, wait_for
+from helpers.commands import is_gone
+from helpers.waiting import until
 
 from torchft.launch.processes import kill_all, tree
 
@@ -82,13 +83,13 @@ def test_a_demo_that_is_ended_leaves_nothing_behind(
 ) -> None:
     command = demo(light())
     log = tmp_path / "run" / "worker_a" / "log.jsonl"
-    wait_for(log.exists, within_s=200, why="a trains")
+    until(log.exists, "a trains", within_s=200)
     processes = tree(command.pid)[1:]
     assert len(processes) >= 5, "the server, and two workers with a command each"
     os.kill(command.pid, number)
     code = command.wait(60)
     assert code == (128 + number if number == signal.SIGTERM else -number)
-    wait_for(lambda: all(map(is_gone, processes)), within_s=60, why="all have ended")
+    until(lambda: all(map(is_gone, processes)), "all have ended", within_s=60)
 
 
 def test_a_worker_that_fails_ends_the_demo_which_says_so(demo: Demo) -> None:

@@ -18,6 +18,7 @@ import pytest
 from torchft.coordination import LighthouseServer
 from torchft.launch.group import Group
 from torchft.launch.processes import tree
+from torchft.retry import wait_until
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -117,10 +118,7 @@ def wait_for_line(group: Group, pattern: str, *, within_s: float = 120) -> str:
 
 
 def wait_for_end(group: Group, *, within_s: float = 120) -> str:
-    deadline = time.monotonic() + within_s
-    while group.poll() is None:
-        assert time.monotonic() < deadline, group.log.read_text()
-        time.sleep(0.05)
+    assert wait_until(lambda: group.poll() is not None, within_s), group.log.read_text()
     return group.log.read_text()
 
 

@@ -16,6 +16,7 @@ from torch.distributed import ReduceOp, TCPStore
 
 from tests.helpers.ranks import Rank, ranks
 from torchft.errors import CollectiveError
+from torchft.retry import wait_until
 
 ABANDONED_S = 0.1
 linux = pytest.mark.skipif(
@@ -25,16 +26,6 @@ linux = pytest.mark.skipif(
 
 def _descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
-
-
-def _settle(condition, deadline_s: float = 10.0) -> bool:
-    """Whether `condition` comes true; what it waits for runs on another thread."""
-    until = time.monotonic() + deadline_s
-    while not condition():
-        if time.monotonic() > until:
-            return False
-        threading.Event().wait(0.001)
-    return True
 
 
 def _sum(rank: Rank, elements: int = 1024) -> float:
@@ -55,7 +46,7 @@ def _outlive_a_silent_peer(rank: Rank) -> None:
     began = time.perf_counter()
     group.abort()
     abort_s = time.perf_counter() - began
-    assert _settle(work.is_completed)
+    assert wait_until(work.is_completed, 10.0)
     ended_s = time.perf_counter() - began
     with pytest.raises(RuntimeError):  # torch reads its own symbols for this: slow the first time
         work.wait()
@@ -163,7 +154,7 @@ def _reconfigure_often(rank: Rank, times: int) -> None:
         seen.append((_descriptors(), tasks()))
     first = seen[: times // 5]
     before = max(files for files, _ in first), max(threads for _, threads in first)
-    settled = _settle(lambda: _descriptors() <= before[0] and tasks() <= before[1])
+    settled = wait_until(lambda: _descriptors() <= before[0] and tasks() <= before[1], 10.0)
     rank.tell((settled, before, (_descriptors(), tasks())))
     rank.listen()
 

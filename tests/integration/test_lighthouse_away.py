@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.coordination import Child, ask, at_once, free_port, lighthouse, seconds, until
+from helpers.coordination import Child, ask, at_once, free_port, lighthouse, seconds
 from helpers.coordination import group as server
+from helpers.waiting import until
 from torch.distributed import TCPStore
 
 from torchft.coordination import LighthouseServer, ManagerClient

@@ -10,7 +10,8 @@ import urllib.error
 import urllib.request
 
 import pytest
-from helpers.coordination import Child, free_port, seconds, until
+from helpers.coordination import Child, free_port, seconds
+from helpers.waiting import until
 
 from torchft.coordination import LighthouseClient
 

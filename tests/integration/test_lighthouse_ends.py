@@ -13,7 +13,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers.coordination import Child, ask, group, lighthouse, seconds, until
+from helpers.coordination import Child, ask, group, lighthouse, seconds
+from helpers.waiting import until
 
 from torchft.coordination import LighthouseClient, ManagerClient
 

@@ -9,8 +9,9 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from helpers.coordination import Child, ask, at_once, free_port, group, lighthouse, seconds, until
+from helpers.coordination import Child, ask, at_once, free_port, group, lighthouse, seconds
 from helpers.proxy import Relay
+from helpers.waiting import until
 
 from torchft.coordination import LighthouseClient, ManagerClient, ManagerServer
 from torchft.errors import QuorumError, StateLostError

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from helpers.coordination import free_port
-from helpers.ps import until
+from helpers.waiting import until
 
 from torchft.cli.diloco import main
 

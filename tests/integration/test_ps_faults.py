@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.ps import Fleet, options, plain_outer, train, until
+from helpers.ps import Fleet, options, plain_outer, train
 from helpers.voices import TOKENS, Voice, raw
+from helpers.waiting import until
 
 from torchft.errors import SettingsError, UnreachableError
 from torchft.parameter_server.auth import Scope

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers.ps import options, until
+from helpers.ps import options
 from helpers.voices import Voice, raw
+from helpers.waiting import until
 
 from torchft.parameter_server.core.refused import printable
 from torchft.parameter_server.server.server import Address, DiLoCoServer

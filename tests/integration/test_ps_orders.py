@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.ps import options, until
+from helpers.ps import options
+from helpers.waiting import until
 from integration.test_ps_faults import TOKENS, Voice
 from integration.test_ps_restarts import server_at, weights_at
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.ps import Fleet, options, plain_outer, train, until
+from helpers.ps import Fleet, options, plain_outer, train
 from helpers.voices import TOKENS, Voice
+from helpers.waiting import until
 
 from torchft.errors import SettingsError
 from torchft.parameter_server.auth import Scope

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.ps import Fleet, Net, options, plain_outer, train, until
+from helpers.ps import Fleet, Net, options, plain_outer, train
+from helpers.waiting import until
 from integration.test_ps_faults import TOKENS, Voice
 from safetensors.torch import load_file, save_file
 

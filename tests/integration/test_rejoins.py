@@ -12,7 +12,8 @@ from datetime import timedelta
 import psutil
 import pytest
 import torch
-from helpers.coordination import lighthouse, until
+from helpers.coordination import lighthouse
+from helpers.waiting import until
 from torch.distributed import TCPStore
 
 from torchft.manager import Manager

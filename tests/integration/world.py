@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from helpers.waiting import until
 from torch.distributed import TCPStore
 
 from torchft.coordination import LighthouseServer
@@ -121,10 +122,7 @@ class World:
 
     def wait(self, event: str) -> str:
         """Wait until it has; what was told with it."""
-        until = time.monotonic() + DEADLINE_S
-        while not self.happened(event):
-            assert time.monotonic() < until, f"{event} never happened"
-            time.sleep(0.005)
+        until(lambda: self.happened(event), event, within_s=DEADLINE_S)
         return (self._folder / event).read_text()
 
     def run(self, *stories: Callable[[Group], Any], ranks: int = 1) -> list[Any]:
@@ -156,10 +154,10 @@ class World:
 
     def _results(self, pipes: list[Connection]) -> list[Any]:
         results: dict[Connection, Any] = {}
-        until = time.monotonic() + self._deadline_s
+        end = time.monotonic() + self._deadline_s
         while len(results) < len(pipes):
             waiting = [pipe for pipe in pipes if pipe not in results]
-            ready = wait(waiting, timeout=until - time.monotonic())
+            ready = wait(waiting, timeout=end - time.monotonic())
             stuck = [f"rank {pipes.index(pipe)}" for pipe in waiting]
             assert ready, f"{stuck} did not end within {self._deadline_s} s"
             for pipe in ready:
