@@ -23,6 +23,8 @@ from harness.lighthouse import lighthouse
 from harness.training import Event, Mark, Step, train
 from harness.workers import Worker, WorkerFailed
 
+from torchft.retry import wait_until
+
 JOIN_TIMEOUT_MS = 10_000
 SETTLED_FOR_S = 1.0
 """The survivors go on by themselves for so long before the killed one comes back."""
@@ -30,7 +32,6 @@ AFTER_REJOINING = 10
 """Steps that it takes part in before the end is set …"""
 UNTIL_THE_END = 30
 """… so many steps ahead."""
-POLL_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -164,12 +165,9 @@ class _Story:
         return [event for event in self._events[worker] if isinstance(event, Step)]
 
     def _until(self, reached: Callable[[], bool], phase: str) -> None:
-        deadline = time.monotonic() + self._options.timeout_s
-        while not reached():
-            if time.monotonic() > deadline:
-                said = "\n".join(worker.said() for worker in self._living)
-                raise WorkerFailed(f"{phase}: not in {self._options.timeout_s:g} s\n{said}")
-            self._go_on_for(POLL_S)
+        if not wait_until(reached, self._options.timeout_s, sleep=self._go_on_for):
+            said = "\n".join(worker.said() for worker in self._living)
+            raise WorkerFailed(f"{phase}: not in {self._options.timeout_s:g} s\n{said}")
 
     def _go_on_for(self, seconds: float) -> None:
         time.sleep(seconds)
