@@ -106,7 +106,7 @@ class Replicated(Uncopied):
         self._joined = self._loaded = self._begun = False
         if peers is None:
             delayed = len(strategy.recipes) == 1 and strategy.recipes[0].delay > 0
-            background = manager._use_async_quorum and delayed
+            background = delayed and not manager.options.sync
             peers = ManagerPeers(manager, deterministic=deterministic, background=background)
         strategy.bind(self._local, peers, applying=self._applying)
         self._describe(deterministic)
@@ -139,7 +139,7 @@ class Replicated(Uncopied):
         if not self._loaded:
             self._take_backup()
         # 0 participants: this process has not met the others in a quorum yet.
-        if self._manager._init_sync and self._manager.num_participants() == 0:
+        if self._manager.options.init_sync and self._manager.num_participants() == 0:
             self._strategy.join()
 
     def zero_grad(self) -> None:

@@ -52,8 +52,8 @@ class InProcessManager:
         self._open = False
         self._begun_early = False
         self._step = 0
-        self._use_async_quorum = use_async_quorum
-        self._init_sync = node.joins or node.script.opening
+        begins_equal = node.joins or node.script.opening
+        self.options = SimpleNamespace(sync=not use_async_quorum, init_sync=begins_equal)
         node.register(self.load_state_dict, self.state_dict)
 
     def state_dict(self) -> dict[str, int]:

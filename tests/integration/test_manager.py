@@ -351,7 +351,7 @@ def test_timeout_variables_reach_every_part_that_waits(tmp_path: Path, monkeypat
 
     def story(group: Group) -> Any:
         manager = group.manager()
-        options, began = manager._options, time.monotonic()
+        options, began = manager.options, time.monotonic()
         with pytest.raises(TimeoutError):
             manager.start_quorum()
         waited = time.monotonic() - began

@@ -40,10 +40,6 @@ PRIVATE_OF = {
     "the extension's, named as torchft's scripts call them": {
         *("_checkpoint_metadata", "_end_group", "_quorum"),
     },
-    "the manager's, for which scripts of torchft have these names": {
-        "_init_sync",
-        "_use_async_quorum",
-    },
 }
 PERHAPS_OF = {
     "Python's": {

@@ -179,7 +179,7 @@ def test_a_group_that_did_not_ask_to_begin_equal_heals_when_its_first_round_open
 
     def story(node: Node) -> Group:
         group = Group(node, seed=7 * node.joins)
-        group.manager._init_sync = False
+        group.manager.options.init_sync = False
         return group.run(make(group))
 
     results = World(script).run(story)

@@ -99,7 +99,7 @@ def test_a_wrapper_passes_everything_on() -> None:
 
 class _Manager:
     def __init__(self) -> None:
-        self._pg = ProcessGroupDummy()
+        self.process_group = ProcessGroupDummy()
         self.asked = []
 
     def allreduce(self, tensor, *, reduce_op):
@@ -127,7 +127,7 @@ def test_a_managed_group_all_reduces_through_its_manager() -> None:
     with pytest.raises(SettingsError, match="one tensor, not 2"):
         group.allreduce([tensor, tensor], ReduceOp.SUM)
     group.barrier().wait()
-    assert manager._pg.wait_count == 1
+    assert manager.process_group.wait_count == 1
     with pytest.raises(NotImplementedError, match="its manager configures it"):
         group.configure("", "", 0, 1)
 

@@ -30,7 +30,7 @@ def manager(**given: Any) -> dict[str, Any]:
     with pytest.raises(Started) as started:
         made.__init__(None, None, None, 1, **group_of_one, **given)  # type: ignore[misc]
     server = started.value.args[0]
-    return {**vars(made._options), **server, "port": server["bind"]}
+    return {**vars(made.options), **server, "port": server["bind"]}
 
 
 def worker(**given: Any) -> dict[str, Any]:

@@ -139,7 +139,7 @@ class Manager(Uncopied):
             raise SettingsError("give load_state_dict and state_dict together, or neither")
         self.ledger = Ledger()
         """Where the time of this rank goes."""
-        self._options = options = Options(
+        self.options = Options(
             min_replica_size=min_replica_size,
             sync=not use_async_quorum,
             mode=world_size_mode,
@@ -151,7 +151,11 @@ class Manager(Uncopied):
             lighthouse_timeout=settings.timeout(
                 settings.LIGHTHOUSE_TIMEOUT_SEC, lighthouse_timeout
             ),
+            init_sync=init_sync,
         )
+        """How it runs its steps."""
+        self.process_group = pg
+        """Spans the groups; reconfigured whenever the members change."""
         with self.ledger.spending(Bucket.START), ExitStack() as undo:
             group = ReplicaGroup.join(
                 name=replica_id or "",
@@ -163,24 +167,24 @@ class Manager(Uncopied):
                 hostname=hostname,
                 port=port,
                 heartbeat_interval=heartbeat_interval,
-                connect_timeout=options.connect_timeout,
+                connect_timeout=self.options.connect_timeout,
                 quorum_retries=settings.integer(settings.QUORUM_RETRIES, quorum_retries),
             )
             undo.callback(group.leave)
             self._log = StepLog(group, self.ledger)
             undo.callback(self._log.close)
             self._transport: CheckpointTransport[Any] = checkpoint_transport or HTTPTransport(
-                timeout=options.timeout, num_chunks=0, hostname=hostname
+                timeout=self.options.timeout, num_chunks=0, hostname=hostname
             )
             undo.pop_all()  # from here on `shutdown` frees them
-        self.state = LiveState(options.timeout)
+        self.state = LiveState(self.options.timeout)
         """What a healing group needs, and when it may be read."""
-        self.fingerprint = Fingerprint(options)
+        self.fingerprint = Fingerprint(self.options)
         """What is compared with the other groups before anything is averaged."""
         self.listeners = StepListeners()
         """Who is called when a step begins and before its vote."""
         self._progress = Progress(fresh=init_sync)
-        context = Context(QuorumGroup(pg), options, self._progress, self.ledger, self._log)
+        context = Context(QuorumGroup(pg), self.options, self._progress, self.ledger, self._log)
         self.steps = Steps(
             context, group, self._transport, self.state, self.fingerprint, self.listeners
         )
@@ -262,7 +266,7 @@ class Manager(Uncopied):
             return
         request = steps.request(
             place,
-            timeout or self._options.quorum_timeout,
+            timeout or self.options.quorum_timeout,
             allow_heal=allow_heal,
             shrink_only=shrink_only,
         )
@@ -382,7 +386,7 @@ class Manager(Uncopied):
             Whether the others came. If not, which is logged, this group may be the only one at its
             step.
         """
-        until = time.monotonic() + (timeout or self._options.quorum_timeout).total_seconds()
+        until = time.monotonic() + (timeout or self.options.quorum_timeout).total_seconds()
         synced = self.steps.last is not None and self.steps.last.synced
         while not synced and time.monotonic() < until:
             left = timedelta(seconds=until - time.monotonic())

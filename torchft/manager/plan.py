@@ -105,6 +105,8 @@ class Options:
     """NaN or infinity in an average discards the step."""
     lighthouse_timeout: timedelta = timedelta(hours=1)
     """How long a lighthouse that does not answer is waited for."""
+    init_sync: bool = True
+    """At step 0 every group starts from one group's state."""
 
     @property
     def heal_limit(self) -> timedelta:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -21,7 +20,7 @@ __all__ = ["ManagedProcessGroup"]
 class _Manager(Protocol):
     """What is needed of `torchft.Manager`."""
 
-    _pg: ProcessGroup
+    process_group: ProcessGroup
 
     def allreduce(self, tensor: Tensor, *, reduce_op: Any) -> Work: ...
 
@@ -37,7 +36,7 @@ class ManagedProcessGroup(ProcessGroupWrapper):
     """
 
     def __init__(self, manager: _Manager) -> None:
-        super().__init__(pg=manager._pg)
+        super().__init__(pg=manager.process_group)
         self._manager = manager
 
     @untraced  # by torch's DistributedDataParallel, in the backward pass
@@ -76,11 +75,3 @@ class ManagedProcessGroup(ProcessGroupWrapper):
             NotImplementedError: always.
         """
         raise self._lacks("configure: its manager configures it")
-
-    def abort(self, errored: bool = True) -> None:
-        """Abandon what is pending in the manager's group."""
-        self._manager._pg.abort()
-
-    def set_timeout(self, timeout: timedelta) -> None:
-        """Set the deadline of operations in the manager's process group."""
-        self._manager._pg.set_timeout(timeout)
