@@ -24,7 +24,7 @@ from torchft.experiments.sweep import Sweep
 from torchft.experiments.tables import as_csv, as_table, rows_of, target_of, write_tables
 from torchft.peers import Place
 from torchft.simulator.events import Dies
-from torchft.simulator.peers import RoundRecord
+from torchft.simulator.round_records import RoundRecord
 
 STEPS = 20
 ONE_SECOND = {"nodes": [{"step_s": 1.0}]}

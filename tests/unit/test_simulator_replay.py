@@ -11,8 +11,8 @@ from torchft.errors import SettingsError
 from torchft.peers import Place
 from torchft.records import StepRecord
 from torchft.simulator.events import Dies, Discards, Event, Joins, Misses
-from torchft.simulator.peers import HealRecord
 from torchft.simulator.replay import events_of, heals_of, round_records_of, rounds_of
+from torchft.simulator.round_records import HealRecord
 
 NOTE = {"place": "AFTER", "recipe": 0, "restores": True, "kind": "ordered", "collectives": 1}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,41 +14,37 @@ from torchft.peers import Place
 from torchft.simulator.clocks import NodeSeconds, heal_seconds, round_seconds
 from torchft.simulator.events import Dies
 from torchft.simulator.network import NetworkModel, NodeProfile
+from torchft.simulator.round_records import HealRecord, RoundRecord
 from torchft.simulator.simulated_time import Forecast, forecast_records, smoothed
 
 
-@dataclass(frozen=True)
-class Round:
-    step: int
-    members: tuple[int, ...] = (0, 1)
-    nbytes: int = 0
-    committed: bool = True
-    place: Place = Place.AFTER
-    kind: str = "average"
-    collectives: int = 1
-    restores: bool = True
-    delay: int = 0
-    recipe: int = 0
-    counted: tuple[int, ...] = ()
-    bytes_per_node: dict[int, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "counted", self.counted or self.members)
-        object.__setattr__(self, "bytes_per_node", dict.fromkeys(self.members, self.nbytes))
-
-
-@dataclass(frozen=True)
-class Heal:
-    step: int
-    node: int
-    donor: int
-    nbytes: int
+def round_of(
+    step: int,
+    members: tuple[int, ...] = (0, 1),
+    nbytes: int = 0,
+    committed: bool = True,
+    place: Place = Place.AFTER,
+    kind: str = "average",
+    counted: tuple[int, ...] = (),
+    **more: Any,
+) -> RoundRecord:
+    """One in which each member sent `nbytes`."""
+    return RoundRecord(
+        step,
+        place,
+        kind,
+        members,
+        counted or members,
+        committed,
+        dict.fromkeys(members, nbytes),
+        **more,
+    )
 
 
 def run(
     network: NetworkModel,
     steps: int,
-    rounds: Sequence[Round] = (),
+    rounds: Sequence[RoundRecord] = (),
     *,
     nodes: int = 2,
     away: dict[int, range] | None = None,
@@ -70,7 +66,7 @@ def unequal(**link: float) -> NetworkModel:
 
 
 def test_alone_a_node_only_computes() -> None:
-    records = [Round(step, members=(0,), nbytes=1000) for step in range(4)]
+    records = [round_of(step, members=(0,), nbytes=1000) for step in range(4)]
     slow = NetworkModel(nodes=[NodeProfile(step_s=2.0, up_bps=1, down_bps=1, latency_s=100)])
     simulated = run(slow, 4, records, nodes=1)
     assert simulated.nodes == (NodeSeconds(compute_s=8.0),)
@@ -78,7 +74,7 @@ def test_alone_a_node_only_computes() -> None:
 
 
 def test_the_fast_node_waits_for_the_slow_one_in_each_round() -> None:
-    simulated = run(unequal(), 4, [Round(1), Round(3)])
+    simulated = run(unequal(), 4, [round_of(1), round_of(3)])
     assert simulated.nodes[0] == NodeSeconds(compute_s=4.0, wait_s=8.0)
     assert simulated.nodes[1] == NodeSeconds(compute_s=12.0)
     assert simulated.step_ends_s == [3.0, 6.0, 9.0, 12.0]
@@ -98,7 +94,7 @@ def test_without_rounds_it_waits_at_the_end_only() -> None:
 def test_latencies_add_up_by_the_pattern(
     kind: str, members: int, collectives: int, messages: int
 ) -> None:
-    record = Round(0, members=tuple(range(members)), kind=kind, collectives=collectives)
+    record = round_of(0, members=tuple(range(members)), kind=kind, collectives=collectives)
     links = [NodeProfile(latency_s=0.5)] * members
     assert round_seconds(record, links) == messages * 0.5
 
@@ -106,8 +102,8 @@ def test_latencies_add_up_by_the_pattern(
 @pytest.mark.parametrize("slow", [{"up_bps": 8.0}, {"down_bps": 8.0}])
 def test_the_slowest_link_sets_the_pace_of_the_bytes(slow: dict[str, float]) -> None:
     links = [NodeProfile(up_bps=800, down_bps=800), NodeProfile(**slow), NodeProfile()]
-    assert round_seconds(Round(0, members=(0, 1, 2), nbytes=100), links) == 100.0
-    assert round_seconds(Round(0, members=(0, 2), nbytes=100), links) == 1.0
+    assert round_seconds(round_of(0, members=(0, 1, 2), nbytes=100), links) == 100.0
+    assert round_seconds(round_of(0, members=(0, 2), nbytes=100), links) == 1.0
 
 
 def test_a_heal_takes_the_slower_of_both_directions() -> None:
@@ -117,7 +113,7 @@ def test_a_heal_takes_the_slower_of_both_directions() -> None:
 
 
 def test_a_death_between_rounds_delays_the_next_one_by_the_heartbeat_timeout() -> None:
-    rounds = [Round(0), Round(1, members=(0,))]
+    rounds = [round_of(0), round_of(1, members=(0,))]
     network = replace(unequal(), nodes=[NodeProfile(step_s=1.0)])
     simulated = run(network, 2, rounds, away={1: range(1, 2)}, deaths=[Dies(1, 1)])
     # Dead at 1 s, known at 6 s.
@@ -128,7 +124,7 @@ def test_a_death_between_rounds_delays_the_next_one_by_the_heartbeat_timeout() -
 
 
 def test_a_death_in_a_round_costs_the_survivors_the_timeout_and_all_their_work() -> None:
-    records = [Round(3, committed=False), Round(7, members=(0,))]
+    records = [round_of(3, committed=False), round_of(7, members=(0,))]
     simulated = run(
         unequal(), 8, records, away={1: range(4, 8)}, deaths=[Dies(1, 2, in_round=True)]
     )
@@ -140,7 +136,7 @@ def test_a_death_in_a_round_costs_the_survivors_the_timeout_and_all_their_work()
 
 
 def test_one_that_dies_in_the_very_first_round_was_there_until_then() -> None:
-    records = [Round(0, committed=False, place=Place.BEFORE), Round(1, members=(0,))]
+    records = [round_of(0, committed=False, place=Place.BEFORE), round_of(1, members=(0,))]
     simulated = run(
         unequal(latency_s=1.0),
         2,
@@ -153,14 +149,14 @@ def test_one_that_dies_in_the_very_first_round_was_there_until_then() -> None:
 
 
 def test_a_failed_round_that_restores_nothing_loses_no_work() -> None:
-    records = [Round(3, committed=False, restores=False), Round(7)]
+    records = [round_of(3, committed=False, restores=False), round_of(7)]
     lost = run(unequal(), 8, records).lost
     assert (lost.rounds, lost.node_steps) == (1, 0)
 
 
 def test_a_skipped_step_loses_one_step_of_each_member() -> None:
     records = [
-        Round(step, place=Place.BEFORE, committed=step != 2, restores=False) for step in range(5)
+        round_of(step, place=Place.BEFORE, committed=step != 2, restores=False) for step in range(5)
     ]
     simulated = run(unequal(), 5, records)
     assert (simulated.lost.rounds, simulated.lost.node_steps) == (1, 2)
@@ -168,9 +164,13 @@ def test_a_skipped_step_loses_one_step_of_each_member() -> None:
 
 def test_one_that_heals_at_a_round_makes_the_others_wait_for_its_transfer() -> None:
     nodes = [NodeProfile(step_s=1.0, up_bps=8.0, down_bps=8.0)]
-    records = [Round(0, members=(0,)), Round(1, counted=(0,)), Round(2)]
+    records = [round_of(0, members=(0,)), round_of(1, counted=(0,)), round_of(2)]
     simulated = run(
-        NetworkModel(nodes=nodes), 3, records, away={1: range(2)}, heals=[Heal(1, 1, 0, nbytes=10)]
+        NetworkModel(nodes=nodes),
+        3,
+        records,
+        away={1: range(2)},
+        heals=[HealRecord(1, 1, 0, nbytes=10)],
     )
     assert simulated.nodes[0] == NodeSeconds(compute_s=3.0, wait_s=10.0)
     assert simulated.nodes[1] == NodeSeconds(compute_s=1.0, away_s=2.0, heal_s=10.0)
@@ -180,9 +180,13 @@ def test_one_that_heals_at_a_round_makes_the_others_wait_for_its_transfer() -> N
 
 def test_one_that_heals_before_a_gradient_step_computes_after_its_transfer() -> None:
     nodes = [NodeProfile(step_s=1.0, up_bps=8.0)]
-    records = [Round(0, members=(0,), place=Place.BEFORE), Round(1, place=Place.BEFORE)]
+    records = [round_of(0, members=(0,), place=Place.BEFORE), round_of(1, place=Place.BEFORE)]
     simulated = run(
-        NetworkModel(nodes=nodes), 2, records, away={1: range(1)}, heals=[Heal(1, 1, 0, nbytes=10)]
+        NetworkModel(nodes=nodes),
+        2,
+        records,
+        away={1: range(1)},
+        heals=[HealRecord(1, 1, 0, nbytes=10)],
     )
     assert simulated.nodes[0] == NodeSeconds(compute_s=2.0, wait_s=10.0)
     assert simulated.nodes[1] == NodeSeconds(compute_s=1.0, away_s=1.0, heal_s=10.0)
@@ -190,11 +194,11 @@ def test_one_that_heals_before_a_gradient_step_computes_after_its_transfer() -> 
 
 def test_two_that_heal_from_one_share_its_uplink() -> None:
     nodes = [NodeProfile(step_s=1.0, up_bps=8.0)]
-    heals = [Heal(0, node, 0, nbytes=10) for node in (1, 2)]
+    heals = [HealRecord(0, node, 0, nbytes=10) for node in (1, 2)]
     simulated = run(
         NetworkModel(nodes=nodes),
         1,
-        [Round(0, members=(0, 1, 2), counted=(0,))],
+        [round_of(0, members=(0, 1, 2), counted=(0,))],
         nodes=3,
         away={1: range(1), 2: range(1)},
         heals=heals,
@@ -211,7 +215,7 @@ def slow_uplinks() -> NetworkModel:
 
 
 def test_what_travels_beside_training_costs_no_time() -> None:
-    simulated = run(slow_uplinks(), 4, [Round(3, delay=3, nbytes=3)])
+    simulated = run(slow_uplinks(), 4, [round_of(3, delay=3, nbytes=3)])
     # They meet at 2 s; the average arrives at 5 s, when node 0 closes its round.
     assert simulated.nodes[0] == NodeSeconds(compute_s=4.0, wait_s=4.0)
     assert simulated.nodes[1] == NodeSeconds(compute_s=8.0)
@@ -219,7 +223,7 @@ def test_what_travels_beside_training_costs_no_time() -> None:
 
 
 def test_what_has_not_arrived_at_the_close_is_waited_for_where_one_is() -> None:
-    simulated = run(slow_uplinks(), 4, [Round(2, delay=2, nbytes=5)])
+    simulated = run(slow_uplinks(), 4, [round_of(2, delay=2, nbytes=5)])
     # It arrives at 7 s. Node 0 closes the round at 4 s, and node 1 at 6 s.
     assert simulated.nodes[0] == NodeSeconds(compute_s=4.0, wait_s=2.0, communicate_s=3.0)
     assert simulated.nodes[1] == NodeSeconds(compute_s=8.0, communicate_s=1.0)
@@ -227,7 +231,7 @@ def test_what_has_not_arrived_at_the_close_is_waited_for_where_one_is() -> None:
 
 
 def test_a_round_opens_where_the_last_one_closes_and_its_bytes_follow() -> None:
-    records = [Round(1, delay=1, nbytes=4), Round(2, delay=1, nbytes=4)]
+    records = [round_of(1, delay=1, nbytes=4), round_of(2, delay=1, nbytes=4)]
     simulated = run(slow_uplinks(), 3, records)
     # From 2 s to 6 s, and from 6 s, when both have closed the first, to 10 s.
     assert simulated.elapsed_s == 10.0
@@ -235,7 +239,7 @@ def test_a_round_opens_where_the_last_one_closes_and_its_bytes_follow() -> None:
 
 
 def test_two_rounds_in_flight_share_the_link_one_after_the_other() -> None:
-    records = [Round(2, delay=0, nbytes=1, recipe=1), Round(3, delay=3, nbytes=6)]
+    records = [round_of(2, delay=0, nbytes=1, recipe=1), round_of(3, delay=3, nbytes=6)]
     simulated = run(slow_uplinks(), 4, records)
     # The first is on its way from 2 s to 8 s: the second, of 1 s, has to follow it.
     assert simulated.steps[2].end_s == 9.0
@@ -243,7 +247,7 @@ def test_two_rounds_in_flight_share_the_link_one_after_the_other() -> None:
 
 
 def test_a_death_beside_training_is_known_after_the_heartbeat_timeout() -> None:
-    records = [Round(3, delay=3, committed=False)]
+    records = [round_of(3, delay=3, committed=False)]
     away = {1: range(2, 4)}
     simulated = run(slow_uplinks(), 4, records, away=away, deaths=[Dies(1, 2)])
     # Dead at 4 s, known at 9 s; node 0 closes its round at 5 s.
@@ -256,13 +260,13 @@ def test_a_death_beside_training_is_known_after_the_heartbeat_timeout() -> None:
 
 
 def test_steps_taken_while_a_round_travelled_are_not_in_it() -> None:
-    records = [Round(3, delay=2, restores=True), Round(7, committed=False)]
+    records = [round_of(3, delay=2, restores=True), round_of(7, committed=False)]
     # Two steps since what the first sent, and four more.
     assert run(slow_uplinks(), 8, records).lost.node_steps == 2 * (2 + 4)
 
 
 def test_time_to_loss_is_the_end_of_the_first_step_that_is_good_enough() -> None:
-    simulated = run(unequal(), 10, [Round(step) for step in range(10)])
+    simulated = run(unequal(), 10, [round_of(step) for step in range(10)])
     assert simulated.time_to_loss(7.0, window=1) == 12.0
     assert simulated.time_to_loss(7.0, window=3) == 15.0
     assert simulated.time_to_loss(0.5) is None
@@ -296,11 +300,11 @@ def worlds(draw: st.DrawFn) -> dict[str, Any]:
         late = min(delay, step)
         opened = step - late
         if waiting and opened >= back:
-            heals.append(Heal(opened, 1, 0, draw(st.integers(0, 10_000))))
+            heals.append(HealRecord(opened, 1, 0, draw(st.integers(0, 10_000))))
             waiting = False
         there = opened < dead or not waiting
         rounds.append(
-            Round(
+            round_of(
                 step,
                 members=(0, 1, 2, 3) if there else (0, 2, 3),
                 nbytes=draw(st.integers(0, 10_000)),
@@ -361,7 +365,10 @@ def test_a_slower_node_or_link_never_finishes_sooner(
 def test_more_bytes_never_finish_sooner(
     world: dict[str, Any], nodes: list[NodeProfile], more: int
 ) -> None:
-    fuller = [replace(r, nbytes=r.nbytes + more) for r in world["rounds"]]
+    fuller = [
+        replace(r, bytes_per_node={node: sent + more for node, sent in r.bytes_per_node.items()})
+        for r in world["rounds"]
+    ]
     good = run(NetworkModel(nodes=nodes), **world)
     bad = run(NetworkModel(nodes=nodes), **{**world, "rounds": fuller})
     assert bad.elapsed_s >= good.elapsed_s * (1 - 1e-9)

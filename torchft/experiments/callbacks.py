@@ -23,8 +23,8 @@ from torchft.experiments.progress import ProgressBar
 from torchft.experiments.validation import Validator
 from torchft.simulator.loop import Simulation
 from torchft.simulator.node import TrainNode
-from torchft.simulator.peers import RoundRecord
 from torchft.simulator.result import Result, StepRow
+from torchft.simulator.round_records import RoundRecord
 
 __all__ = ["Callbacks", "Figures"]
 

@@ -30,10 +30,10 @@ from torchft.records import StepRecord, read_step_records
 from torchft.simulator.events import Dies, Event, Joins
 from torchft.simulator.experiment import Experiment
 from torchft.simulator.node import NodeError
-from torchft.simulator.peers import RoundRecord
 from torchft.simulator.program import SPMDStrategy
 from torchft.simulator.replay import events_of, heals_of, round_records_of, rounds_of
 from torchft.simulator.result import Result, StepRow
+from torchft.simulator.round_records import RoundRecord
 from torchft.simulator.seeds import kept_rng
 from torchft.strategies.checks import check_among_groups
 

@@ -20,7 +20,7 @@ from torchft.experiments.config import SimulateConfig, StrategyConfig, needed, w
 from torchft.peers import Place
 from torchft.simulator.events import Dies, Event
 from torchft.simulator.network import NetworkModel
-from torchft.simulator.peers import HealRecord, RoundRecord
+from torchft.simulator.round_records import HealRecord, RoundRecord
 from torchft.simulator.simulated_time import Forecast, forecast_records
 
 __all__ = ["RunReport", "RunSpec", "key_of", "read_report", "write_report"]

@@ -18,62 +18,20 @@ the run's elapsed time. Pure.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Protocol
 
 from torchft.peers import Place
 from torchft.simulator.network import NodeProfile
+from torchft.simulator.round_records import HealRecord, RoundRecord
 
 __all__ = [
     "Clocks",
-    "HealLike",
     "Lost",
     "NodeSeconds",
-    "RoundLike",
     "heal_seconds",
     "round_seconds",
 ]
-
-
-class RoundLike(Protocol):
-    """What is read of a round's record."""
-
-    @property
-    def step(self) -> int: ...
-    @property
-    def delay(self) -> int: ...
-    @property
-    def recipe(self) -> int: ...
-    @property
-    def place(self) -> Place: ...
-    @property
-    def kind(self) -> str: ...
-    @property
-    def members(self) -> Sequence[int]: ...
-    @property
-    def counted(self) -> Sequence[int]: ...
-    @property
-    def committed(self) -> bool: ...
-    @property
-    def bytes_per_node(self) -> Mapping[int, int]: ...
-    @property
-    def collectives(self) -> int: ...
-    @property
-    def restores(self) -> bool: ...
-
-
-class HealLike(Protocol):
-    """What is read of a heal's record."""
-
-    @property
-    def step(self) -> int: ...
-    @property
-    def node(self) -> int: ...
-    @property
-    def donor(self) -> int: ...
-    @property
-    def nbytes(self) -> int: ...
 
 
 @dataclass
@@ -119,7 +77,7 @@ class Lost:
     heal_bytes: int = 0
 
 
-def round_seconds(record: RoundLike, links: Sequence[NodeProfile]) -> float:
+def round_seconds(record: RoundRecord, links: Sequence[NodeProfile]) -> float:
     """How long the members communicate, from the moment when all are there."""
     members = len(record.members)
     if members < 2:
@@ -188,7 +146,7 @@ class Clocks:
         self.leave(node)
         self.opens_after = max(self.opens_after, self.now[node] + self.heartbeat_timeout_s)
 
-    def heal(self, heals: Sequence[HealLike], members: Iterable[int]) -> None:
+    def heal(self, heals: Sequence[HealRecord], members: Iterable[int]) -> None:
         """At the opening of a round with `members`."""
         healing = {heal.node for heal in heals}
         opened = self.meet(node for node in members if node not in healing)
@@ -206,7 +164,7 @@ class Clocks:
             self.lost.heal_bytes += heal.nbytes
             self.at_stake[node] = 0
 
-    def open(self, record: RoundLike, dying: Sequence[int]) -> float:
+    def open(self, record: RoundRecord, dying: Sequence[int]) -> float:
         """A round opens, and its bytes go on their way. When they will have arrived."""
         opened = self.meet(record.members)
         self.wait_until(record.members, opened)
@@ -222,7 +180,7 @@ class Clocks:
             self.busy_until[node] = arrives
         return arrives
 
-    def close(self, record: RoundLike, arrives: float) -> None:
+    def close(self, record: RoundRecord, arrives: float) -> None:
         """A round closes: its members wait until it has arrived, or until one is known dead."""
         there = [node for node in record.members if node not in self.left_at]
         if not record.committed and len(there) < len(record.members):
@@ -259,7 +217,7 @@ class Clocks:
             self.spent[node].away_s += moment - left
             self.now[node] = moment
 
-    def _account(self, record: RoundLike) -> None:
+    def _account(self, record: RoundRecord) -> None:
         if record.committed:
             for node in record.counted:
                 self.at_stake[node] = min(self.at_stake[node], record.delay)
@@ -271,7 +229,7 @@ class Clocks:
             self.at_stake[node] -= given_up
 
 
-def _given_up(record: RoundLike, at_stake: int) -> int:
+def _given_up(record: RoundRecord, at_stake: int) -> int:
     """Inner steps that a member loses by a round that came to nothing."""
     if record.place is Place.BEFORE:
         return min(1, at_stake)  # the gradient

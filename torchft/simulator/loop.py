@@ -22,8 +22,9 @@ from torchft.peers import Place
 from torchft.simulator.events import Membership
 from torchft.simulator.experiment import Experiment
 from torchft.simulator.node import finite_losses, noted
-from torchft.simulator.peers import HealRecord, RoundRecord, StackedPeers
+from torchft.simulator.peers import StackedPeers
 from torchft.simulator.result import Result, StepRow, mean_model
+from torchft.simulator.round_records import HealRecord, RoundRecord
 from torchft.simulator.seeds import kept_rng, seed_node
 from torchft.simulator.simulated_time import forecast
 from torchft.simulator.stacked import StackedLocal

@@ -9,7 +9,6 @@ processes would have sent.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -19,45 +18,12 @@ from torchft.ordered import ordered_bytes, ordered_mean
 from torchft.peers import FormedAtOnce, Handle, Place
 from torchft.quantization import Codec, mean_bytes, quantized_mean
 from torchft.simulator.events import Membership
+from torchft.simulator.round_records import HealRecord, RoundRecord
 from torchft.simulator.stacked import StackedLocal
 from torchft.strategies.recipe import Recipe
 from torchft.strategies.strategy import Strategy
 
-__all__ = ["HealRecord", "RoundRecord", "StackedPeers", "StackedRound"]
-
-
-@dataclass(frozen=True)
-class RoundRecord:
-    """What happened in one round that has closed."""
-
-    step: int
-    """Inner step in which it closed, from 0."""
-    place: Place
-    kind: str
-    """average, ordered, quantized, gather or islands. Buffers that ride along are gathered."""
-    members: tuple[int, ...]
-    counted: tuple[int, ...]
-    """Those whose contribution went in: a member that has just healed has none of its own."""
-    committed: bool
-    bytes_per_node: dict[int, int]
-    """Payload that each member sent."""
-    collectives: int = 1
-    recipe: int = 0
-    """Position in the strategy."""
-    restores: bool = True
-    """After a no, this recipe takes something back: training since its last round was in vain."""
-    delay: int = 0
-    """Inner steps that its members took between its opening and its close."""
-
-
-@dataclass(frozen=True)
-class HealRecord:
-    """Which node got the state of which other node."""
-
-    step: int
-    node: int
-    donor: int
-    nbytes: int
+__all__ = ["StackedPeers", "StackedRound"]
 
 
 class StackedPeers:

@@ -25,7 +25,7 @@ from torchft.errors import SettingsError
 from torchft.peers import Place
 from torchft.records import StepRecord
 from torchft.simulator.events import Dies, Discards, Event, Joins, Misses
-from torchft.simulator.peers import HealRecord, RoundRecord
+from torchft.simulator.round_records import HealRecord, RoundRecord
 
 __all__ = ["RealRound", "events_of", "heals_of", "round_records_of", "rounds_of"]
 

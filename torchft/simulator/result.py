@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchft.records import StepRecord
 from torchft.simulator.copies import Remake, weights_copied
 from torchft.simulator.events import Event
-from torchft.simulator.peers import HealRecord, RoundRecord
+from torchft.simulator.round_records import HealRecord, RoundRecord
 
 __all__ = ["Result", "StepRow", "averaged_tensors", "mean_model"]
 

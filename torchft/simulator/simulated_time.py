@@ -8,12 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from torchft.peers import Place
-from torchft.simulator.clocks import Clocks, HealLike, Lost, NodeSeconds, RoundLike
+from torchft.simulator.clocks import Clocks, Lost, NodeSeconds
 from torchft.simulator.events import Dies
 from torchft.simulator.network import NetworkModel
+from torchft.simulator.round_records import HealRecord, RoundRecord
+
+if TYPE_CHECKING:
+    from torchft.simulator.result import Result
 
 __all__ = ["Forecast", "ForecastStep", "forecast", "forecast_records", "smoothed"]
 
@@ -70,35 +74,7 @@ def smoothed(losses: Sequence[float], window: int) -> list[float]:
     return [math.inf] * (window - 1) + whole
 
 
-class ResultLike(Protocol):
-    """What is read of a result."""
-
-    @property
-    def num_nodes(self) -> int: ...
-    @property
-    def history(self) -> Sequence[StepLike]: ...
-    @property
-    def rounds(self) -> Sequence[RoundLike]: ...
-    @property
-    def heals(self) -> Sequence[HealLike]: ...
-    @property
-    def events(self) -> Sequence[object]: ...
-    @property
-    def seconds(self) -> Mapping[str, float]: ...
-
-
-class StepLike(Protocol):
-    """What is read of a step."""
-
-    @property
-    def step(self) -> int: ...
-    @property
-    def losses(self) -> Mapping[int, float]: ...
-
-
-def forecast(
-    result: ResultLike, network: NetworkModel, *, measured_s: float | None = None
-) -> Forecast:
+def forecast(result: Result, network: NetworkModel, *, measured_s: float | None = None) -> Forecast:
     """How long the run of `result` takes on this network, and where the time goes.
 
     The network may be another than the one the run had: speeds and links change no learning. Only
@@ -130,8 +106,8 @@ def forecast_records(
     *,
     num_nodes: int,
     losses: Sequence[Mapping[int, float]],
-    rounds: Sequence[RoundLike],
-    heals: Sequence[HealLike] = (),
+    rounds: Sequence[RoundRecord],
+    heals: Sequence[HealRecord] = (),
     deaths: Sequence[Dies] = (),
     network: NetworkModel,
     measured_s: float | None = None,
@@ -168,7 +144,7 @@ def _there_at_first(
     return set(losses[0]) | (members - {heal.node for heal in record.heals.get(0, ())})
 
 
-def _measured(result: ResultLike) -> float | None:
+def _measured(result: Result) -> float | None:
     node_steps = sum(len(row.losses) for row in result.history)
     seconds = result.seconds.get("steps")
     return seconds / node_steps if seconds and node_steps else None
@@ -181,7 +157,7 @@ class _Turn:
     step: int
     number: int
     """Of the round."""
-    of: RoundLike
+    of: RoundRecord
     opens: bool
     closes: bool
 
@@ -191,8 +167,8 @@ class _Record:
 
     def __init__(
         self,
-        rounds: Sequence[RoundLike],
-        heals: Sequence[HealLike],
+        rounds: Sequence[RoundRecord],
+        heals: Sequence[HealRecord],
         deaths: Sequence[Dies],
     ) -> None:
         self.turns = _turns(rounds)
@@ -203,7 +179,7 @@ class _Record:
         self.arrives: dict[int, float] = {}
         """When a round that is open will have arrived, by its number."""
 
-    def struck(self, record: RoundLike) -> list[int]:
+    def struck(self, record: RoundRecord) -> list[int]:
         """Who dies in this round, which opens now."""
         if record.committed:
             return []
@@ -228,7 +204,7 @@ def _by_step(records: Sequence[R]) -> dict[int, list[R]]:
     return found
 
 
-def _turns(rounds: Sequence[RoundLike]) -> dict[int, list[_Turn]]:
+def _turns(rounds: Sequence[RoundRecord]) -> dict[int, list[_Turn]]:
     """As the strategy takes them: recipe by recipe what is due to close, then what opens."""
     turns = []
     for number, one in enumerate(rounds):
