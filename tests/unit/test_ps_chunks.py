@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,3 +82,14 @@ def test_identities_follow_from_bits() -> None:
     assert identity_of(one) != identity_of(other)
     swapped = torch.cat([one[:, 512:1024], one[:, :512], one[:, 1024:]], 1)
     assert identity_of(one) != identity_of(swapped)
+
+
+def test_a_disk_that_is_full_within_a_chunk_is_an_error() -> None:
+    class Full(io.BytesIO):
+        def write(self, data: object) -> int:
+            return 3
+
+    chunks = Chunks(5, codec_of("fp32"))
+    path = SimpleNamespace(open=lambda *_, **__: Full())
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        chunks.write_one(path, 0, chunks.memory())  # type: ignore[arg-type]

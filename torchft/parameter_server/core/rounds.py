@@ -108,7 +108,7 @@ class Rounds:
         self, now: float, worker: str, session: str, steps_per_s: float = 0.0
     ) -> Refusal | None:
         """Note a member's sign of life and its speed; refused where it is no member."""
-        member = self._member(worker, session)
+        member = self.member(worker, session)
         if member is None:
             return Refusal.NOT_REGISTERED
         member.hear(now)
@@ -130,7 +130,7 @@ class Rounds:
         """Decide whether a submission is wanted, before its numbers are sent and again after."""
         if not 0 <= submission.fragment < len(self.rounds):
             return Refusal.NO_FRAGMENT
-        member = self._member(submission.worker, submission.session)
+        member = self.member(submission.worker, submission.session)
         if member is None:
             return Refusal.NOT_REGISTERED
         if submission.number <= member.taken.get(submission.fragment, 0):
@@ -217,12 +217,17 @@ class Rounds:
                 member.taken[fragment] = min(dropped) - 1
 
     def _take(self, now: float, submission: Submission) -> None:
-        member = self._member(submission.worker, submission.session)
+        member = self.member(submission.worker, submission.session)
         if member is not None:
             member.take(now, submission.fragment, submission.number)
             self.rounds[submission.fragment].pending.append(submission)
 
     # ------------------------------------------------------------------ what is going on
+
+    def member(self, worker: str, session: str) -> Member | None:
+        """The member that this process of a worker is; None where it is none."""
+        member = self.members.get(worker)
+        return member if member is not None and member.session == session else None
 
     def waiting(self, now: float, fragment: int) -> tuple[Waiting | None, list[str]]:
         """Why the round of a fragment is open and for whom it waits; None where it can close."""
@@ -286,16 +291,12 @@ class Rounds:
     def lose(self, submission: Submission) -> None:
         """Forget a pending submission whose numbers are lost: its worker may send them again."""
         self.rounds[submission.fragment].pending.remove(submission)
-        member = self._member(submission.worker, submission.session)
+        member = self.member(submission.worker, submission.session)
         # Where later work of the same fragment counts, it cannot go back without counting twice.
         if member is not None and member.taken.get(submission.fragment) == submission.number:
             member.taken[submission.fragment] = submission.number - 1
 
     # ------------------------------------------------------------------ how
-
-    def _member(self, worker: str, session: str) -> Member | None:
-        member = self.members.get(worker)
-        return member if member is not None and member.session == session else None
 
     def _staleness(self, submission: Submission) -> int:
         behind = max(0, self.rounds[submission.fragment].version - submission.base)

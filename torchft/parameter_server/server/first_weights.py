@@ -79,12 +79,8 @@ class FirstWeights:
 
     def _sender_is_heard(self, run: TrainingRun) -> bool:
         assert self._sender is not None
-        member = run.rounds.members.get(self._sender.worker)
-        return (
-            member is not None
-            and member.session == self._sender.session
-            and not member.is_silent(self._clock(), run.rounds.rules)
-        )
+        member = run.rounds.member(self._sender.worker, self._sender.session)
+        return member is not None and not member.is_silent(self._clock(), run.rounds.rules)
 
 
 def _row(upload: Upload) -> Tensor:

@@ -123,13 +123,13 @@ class ServerState:
         run = self.run or await self._begin(request)
         run.shape.check_same(request.shape)
         who = request.who
-        known = run.rounds.members.get(who.worker)
+        is_new = run.rounds.member(who.worker, who.session) is None
         beat_s = min(request.beat_s, self.options.rules.beat_s)  # as it is told below
         events = run.rounds.join(self._clock(), who.worker, who.session, beat_s)
         if isinstance(events, Refusal):
             raise Conflict(f"{who.worker}: {events}; it may register when that one is silent")
         self.hosts[who.worker] = request.hostname
-        if known is None or known.session != who.session:
+        if is_new:
             self._note(f"worker {who.worker} on {request.hostname} has registered")
         self._carry_out(events)
         return {
