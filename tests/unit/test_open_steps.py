@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from helpers.steps import a_context, lone_step, parts
 from torch.distributed import Work
 
 from torchft.errors import CollectiveError, PhaseError, SettingsError
+from torchft.manager.peers import ManagerPeers
 from torchft.manager.plan import Phase, Plan
 from torchft.manager.queue import Steps
 from torchft.manager.step import Step
@@ -154,6 +156,20 @@ def test_the_step_in_which_a_heal_came_goes_on_when_it_was_taken_before(
     assert not mine.superseded
     assert steps.close(taken_over)
     assert steps.close(mine)
+
+
+def test_a_round_of_an_older_donor_which_counts_its_groups_is_taken_over(
+    steps: World, donor: World
+) -> None:
+    carried = donor.opened().carried()
+    named = {**carried, "counted": carried["participating"]}
+    del named["participating"]
+    steps.opened()
+    manager: Any = SimpleNamespace(steps=steps)
+    with steps.replaced_by_heal(lone_step()):
+        taken_over = ManagerPeers(manager).take_over(named)
+    assert taken_over.carried() == carried
+    assert taken_over.close()
 
 
 def test_a_step_that_still_forms_is_not_asked_who_is_in_it(steps: World) -> None:
