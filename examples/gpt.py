@@ -23,8 +23,8 @@ from text import (
     BytePairs,
     Bytes,
     Characters,
-    Codec,
     TextError,
+    Tokenizer,
     Windows,
     memmapped,
     read,
@@ -54,7 +54,7 @@ Flags = argparse.Namespace
 def main(argv: Sequence[str] | None = None) -> None:
     flags = command_line(argv)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    train, held_out, codec, vocabulary = load(flags)
+    train, held_out, tokenizer, vocabulary = load(flags)
     torch.manual_seed(flags.seed)
     config = GPTConfig.of_size(
         flags.model_size,
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trained, result = fit(flags, model, train, held_out)
     report(result)
     if flags.generate:
-        print(sample(trained, codec, flags))
+        print(sample(trained, tokenizer, flags))
 
 
 def fit(flags: Flags, model: GPT, train: Windows, held_out: Windows) -> tuple[GPT, Result]:
@@ -110,24 +110,24 @@ def report(result: Result) -> None:
     )
 
 
-def sample(model: GPT, codec: Codec | None, flags: Flags) -> str:
+def sample(model: GPT, tokenizer: Tokenizer | None, flags: Flags) -> str:
     """What the model goes on with after the prompt."""
-    if codec is None:
+    if tokenizer is None:
         raise SettingsError("a sample of a memmap needs --tokenizer, to be read as text")
     model.eval()
     device = next(model.parameters()).device
-    prompt = torch.tensor([list(codec.encode(flags.prompt))], dtype=torch.long, device=device)
+    prompt = torch.tensor([list(tokenizer.encode(flags.prompt))], dtype=torch.long, device=device)
     torch.manual_seed(flags.seed)
     drawn = model.generate(prompt, flags.generate, temperature=flags.temperature, top_k=flags.top_k)
-    return codec.decode(drawn[0].tolist())
+    return tokenizer.decode(drawn[0].tolist())
 
 
 # ---------------------------------------------------------------------- data
 
 
-def load(flags: Flags) -> tuple[Windows, Windows, Codec | None, int]:
+def load(flags: Flags) -> tuple[Windows, Windows, Tokenizer | None, int]:
     """For training, held out, how to read tokens, and how many there can be."""
-    codec = BytePairs.load(flags.tokenizer) if flags.tokenizer else None
+    tokenizer = BytePairs.load(flags.tokenizer) if flags.tokenizer else None
     if flags.memmap:
         if any(getattr(flags, share) is not None for share in SHARES):
             raise SettingsError(f"{', '.join(SHARES)} cut one text: --memmap has two files")
@@ -139,11 +139,16 @@ def load(flags: Flags) -> tuple[Windows, Windows, Codec | None, int]:
         text = read(flags.text) if flags.text else standard_library()
         if not flags.text:
             print("No --text: the sources of Python's standard library", flush=True)
-        codec = codec or (Characters.of(text) if flags.level == "character" else Bytes())
-        vocabulary = codec.vocab_size
-        tokens = tokenised(text, codec)
+        tokenizer = tokenizer or (Characters.of(text) if flags.level == "character" else Bytes())
+        vocabulary = tokenizer.vocab_size
+        tokens = tokenised(text, tokenizer)
         train, held_out = cut(tokens, flags)
-    return Windows(train, flags.block_size), Windows(held_out, flags.block_size), codec, vocabulary
+    return (
+        Windows(train, flags.block_size),
+        Windows(held_out, flags.block_size),
+        tokenizer,
+        vocabulary,
+    )
 
 
 SHARES = {"start_pc": 0.0, "end_pc": 0.9, "val_start_pc": 0.9, "val_end_pc": 1.0}

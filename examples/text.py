@@ -24,8 +24,8 @@ __all__ = [
     "BytePairs",
     "Bytes",
     "Characters",
-    "Codec",
     "TextError",
+    "Tokenizer",
     "Windows",
     "memmapped",
     "read",
@@ -44,7 +44,7 @@ class TextError(ValueError):
     """There is no text, or it does not fit what it is to be used for."""
 
 
-class Codec(Protocol):
+class Tokenizer(Protocol):
     """Between text and tokens."""
 
     vocab_size: int
@@ -167,10 +167,10 @@ def standard_library(limit: int = 1_500_000) -> str:
     return text[:limit]
 
 
-def tokenised(text: str, codec: Codec) -> Tokens:
+def tokenised(text: str, tokenizer: Tokenizer) -> Tokens:
     """As small as the vocabulary allows."""
-    small = np.uint16 if codec.vocab_size <= 2**16 else np.uint32
-    return np.asarray(codec.encode(text), dtype=small)
+    small = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    return np.asarray(tokenizer.encode(text), dtype=small)
 
 
 def memmapped(path: Path, vocab_size: int = GPT2_VOCABULARY) -> Tokens:

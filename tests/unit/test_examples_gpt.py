@@ -38,10 +38,10 @@ def test_bytes_come_back_as_the_text_they_were() -> None:
 
 
 def test_characters_are_numbered_in_order_from_one() -> None:
-    codec = Characters.of("banana")
-    assert codec.vocab_size == 4
-    assert tokenised("nab", codec).tolist() == [3, 1, 2]
-    assert codec.decode([2, 1, 3]) == "ban"
+    tokenizer = Characters.of("banana")
+    assert tokenizer.vocab_size == 4
+    assert tokenised("nab", tokenizer).tolist() == [3, 1, 2]
+    assert tokenizer.decode([2, 1, 3]) == "ban"
 
 
 def test_a_character_that_the_text_has_not_is_token_zero() -> None:
@@ -57,10 +57,10 @@ def write_gpt2_like(folder: Path) -> None:
 
 def test_byte_pairs_are_read_from_gpt2s_two_files(tmp_path: Path) -> None:
     write_gpt2_like(tmp_path)
-    codec = BytePairs.load(tmp_path)
-    assert codec.vocab_size == 4
-    assert tokenised("abba ab", codec).tolist() == [2, 1, 0, 3, 2]
-    assert codec.decode([2, 3, 1]) == "ab b"
+    tokenizer = BytePairs.load(tmp_path)
+    assert tokenizer.vocab_size == 4
+    assert tokenised("abba ab", tokenizer).tolist() == [2, 1, 0, 3, 2]
+    assert tokenizer.decode([2, 3, 1]) == "ab b"
 
 
 def test_byte_pairs_are_read_from_one_tokenizer_json(tmp_path: Path) -> None:
