@@ -18,23 +18,36 @@ from torchft.work import _DummyWork
 __all__ = ["ErrorSwallowingProcessGroupWrapper", "FakeProcessGroupWrapper"]
 
 
-class _SwallowingWork(Work):
+class _WorkAround(Work):
+    """Another work, whose end is told otherwise."""
+
+    def __init__(self, work: Work) -> None:
+        super().__init__()
+        self._work = work
+
+    def _wait(self, timeout: timedelta | None) -> None:
+        if timeout is None:
+            self._work.wait()
+        else:
+            self._work.wait(timeout)
+
+    def is_completed(self) -> bool:
+        return self._work.is_completed()
+
+
+class _SwallowingWork(_WorkAround):
     """Reports a failure instead of raising it; the tensors then are as the failure left them."""
 
     def __init__(
         self, group: ErrorSwallowingProcessGroupWrapper, work: Work, tensors: list[Tensor]
     ) -> None:
-        super().__init__()
+        super().__init__(work)
         self._group = group
-        self._work = work
         self._tensors = tensors
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         try:
-            if timeout is None:
-                self._work.wait()
-            else:
-                self._work.wait(timeout)
+            self._wait(timeout)
         except Exception as error:
             self._group.report_error(error)
         return True
@@ -51,9 +64,6 @@ class _SwallowingWork(Work):
 
         self._work.get_future().add_done_callback(arrived)
         return swallowed
-
-    def is_completed(self) -> bool:
-        return self._work.is_completed()
 
 
 class ErrorSwallowingProcessGroupWrapper(ProcessGroupWrapper):
@@ -95,28 +105,21 @@ class ErrorSwallowingProcessGroupWrapper(ProcessGroupWrapper):
             return _DummyWork(tensors)
 
 
-class _FailingWork(Work):
+class _FailingWork(_WorkAround):
     """Does the work and then fails all the same."""
 
     def __init__(self, work: Work, error: Exception) -> None:
-        super().__init__()
-        self._work = work
+        super().__init__(work)
         self._error = error
 
     def wait(self, timeout: timedelta | None = None) -> bool:
-        if timeout is None:
-            self._work.wait()
-        else:
-            self._work.wait(timeout)
+        self._wait(timeout)
         raise self._error
 
     def get_future(self) -> Future[Any]:
         failing: Future[Any] = Future()
         self._work.get_future().add_done_callback(lambda _: failing.set_exception(self._error))
         return failing
-
-    def is_completed(self) -> bool:
-        return self._work.is_completed()
 
 
 class FakeProcessGroupWrapper(ProcessGroupWrapper):

@@ -7,26 +7,31 @@ an old one. What is swapped out lives on for as long as somebody still communica
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
-from torch import Tensor
 from torch.distributed import Work
-from torch.distributed.distributed_c10d import (
-    AllgatherOptions,
-    AllreduceCoalescedOptions,
-    AllToAllOptions,
-    BarrierOptions,
-    BroadcastOptions,
-    ReduceScatterOptions,
-)
 
 from torchft.process_group.account import Account
 from torchft.process_group.attempt import Attempt, Deadline
-from torchft.process_group.base import AnyAllreduceOptions, ProcessGroup
+from torchft.process_group.base import ProcessGroup
 from torchft.process_group.generation import Generation
 from torchft.process_group.rendezvous import Seat
 
 __all__ = ["ProcessGroupWrapper"]
+
+
+def _passed_on(name: str) -> Callable[..., Work]:
+    """The operation `name`, passed on to the parent with the arguments as they are given."""
+
+    @functools.wraps(getattr(ProcessGroup, name))
+    def operation(self: ProcessGroupWrapper, *args: Any, **options: Any) -> Work:
+        work: Work = getattr(self.parent, name)(*args, **options)
+        return work
+
+    return operation
 
 
 class ProcessGroupWrapper(ProcessGroup):
@@ -150,76 +155,14 @@ class ProcessGroupWrapper(ProcessGroup):
 
     # ------------------------------------------------------------------ operations
 
-    def allreduce(self, tensors: list[Tensor], opts: AnyAllreduceOptions) -> Work:
-        return (self._generation or self.parent).allreduce(tensors, opts)
-
-    def allreduce_coalesced(
-        self, tensors: list[Tensor], opts: AllreduceCoalescedOptions | None = None
-    ) -> Work:
-        return self.parent.allreduce_coalesced(tensors, opts or AllreduceCoalescedOptions())
-
-    def allgather(
-        self,
-        output_tensors: list[list[Tensor]],
-        input_tensor: list[Tensor],
-        opts: AllgatherOptions | None = None,
-    ) -> Work:
-        return self.parent.allgather(output_tensors, input_tensor, opts or AllgatherOptions())
-
-    def allgather_into_tensor_coalesced(
-        self,
-        output_tensors: list[Tensor],
-        input_tensors: list[Tensor],
-        opts: AllgatherOptions | None = None,
-    ) -> Work:
-        return self.parent.allgather_into_tensor_coalesced(
-            output_tensors, input_tensors, opts or AllgatherOptions()
-        )
-
-    def alltoall_base(
-        self,
-        output_buffer: Tensor,
-        input_buffer: Tensor,
-        output_split_sizes: list[int],
-        input_split_sizes: list[int],
-        opts: AllToAllOptions | None = None,
-    ) -> Work:
-        return self.parent.alltoall_base(
-            output_buffer,
-            input_buffer,
-            output_split_sizes,
-            input_split_sizes,
-            opts or AllToAllOptions(),
-        )
-
-    def barrier(self, opts: BarrierOptions | None = None) -> Work:
-        return self.parent.barrier(opts)
-
-    def broadcast(self, tensor_list: list[Tensor], opts: BroadcastOptions | None = None) -> Work:
-        return self.parent.broadcast(tensor_list, opts or BroadcastOptions())
-
-    def send(self, tensors: list[Tensor], dst_rank: int, tag: int) -> Work:
-        return self.parent.send(tensors, dst_rank, tag)
-
-    def recv(self, tensors: list[Tensor], src_rank: int, tag: int) -> Work:
-        return self.parent.recv(tensors, src_rank, tag)
-
-    def reduce_scatter(
-        self,
-        output_tensors: list[Tensor],
-        input_tensors: list[list[Tensor]],
-        opts: ReduceScatterOptions | None = None,
-    ) -> Work:
-        return self.parent.reduce_scatter(
-            output_tensors, input_tensors, opts or ReduceScatterOptions()
-        )
-
-    def reduce_scatter_tensor_coalesced(
-        self,
-        output_tensors: list[Tensor],
-        input_tensors: list[Tensor],
-        opts: ReduceScatterOptions | None = None,
-    ) -> Work:
-        return self.parent.reduce_scatter_tensor_coalesced(
-            output_tensors, input_tensors, opts or ReduceScatterOptions()
-        )
+    allreduce = _passed_on("allreduce")
+    allreduce_coalesced = _passed_on("allreduce_coalesced")
+    allgather = _passed_on("allgather")
+    allgather_into_tensor_coalesced = _passed_on("allgather_into_tensor_coalesced")
+    alltoall_base = _passed_on("alltoall_base")
+    barrier = _passed_on("barrier")
+    broadcast = _passed_on("broadcast")
+    send = _passed_on("send")
+    recv = _passed_on("recv")
+    reduce_scatter = _passed_on("reduce_scatter")
+    reduce_scatter_tensor_coalesced = _passed_on("reduce_scatter_tensor_coalesced")
