@@ -45,15 +45,15 @@ class Options:
         20.0, "of each step spent asleep: half before it, as if loading, half in it"
     )
     warm_steps: int = option(20, "steps of all groups before the kill")
-    timeout_s: float = option(90.0, "when a phase of the story counts as stuck")
+    timeout_s: float = option(90.0, "when a phase counts as stuck")
 
 
 def measure(options: Options) -> Findings:
-    """One story for each heartbeat timeout."""
+    """One run of the scenario for each heartbeat timeout."""
     figures: list[Figure] = []
     details: dict[str, Any] = {}
     for timeout_ms in options.heartbeat_timeouts_ms:
-        found = _found(_Story(options, timeout_ms).told(), options, timeout_ms)
+        found = _found(_Scenario(options, timeout_ms).run(), options, timeout_ms)
         figures += found.figures
         details[f"heartbeat_timeout_{timeout_ms}_ms"] = found.details
     return Findings(figures, details)
@@ -63,8 +63,8 @@ def measure(options: Options) -> Findings:
 
 
 @dataclass(frozen=True)
-class Told:
-    """The whole story."""
+class Record:
+    """What happened, by process."""
 
     survivors: list[list[Step]]
     victim: list[Step]
@@ -81,7 +81,7 @@ class Told:
         return [*self.survivors, self.victim, self.returned]
 
 
-class _Story:
+class _Scenario:
     """Starts the groups, kills one, brings it back, ends all."""
 
     def __init__(self, options: Options, heartbeat_timeout_ms: int) -> None:
@@ -90,15 +90,15 @@ class _Story:
         self._living: list[Worker] = []
         self._events: dict[Worker, list[Event]] = {}
 
-    def told(self) -> Told:
-        """What happened.
+    def run(self) -> Record:
+        """Run it to its end, and return what happened.
 
         Raises:
             WorkerFailed: a group that was not killed has ended, or a phase takes too long.
         """
         options = self._options
         with ExitStack() as stack:
-            guide = stack.enter_context(
+            running = stack.enter_context(
                 lighthouse(
                     min_replicas=options.min_replicas,
                     join_timeout_ms=JOIN_TIMEOUT_MS,
@@ -110,7 +110,7 @@ class _Story:
                 worker = Worker(
                     train,
                     group=group,
-                    address=guide.address,
+                    address=running.address,
                     min_replicas=options.min_replicas,
                     step_ms=options.step_ms,
                 )
@@ -131,7 +131,7 @@ class _Story:
             back = start(options.groups - 1)
             self._until(lambda: self._takes_part(back) >= AFTER_REJOINING, "return")
             self._end([*survivors, back])
-        return Told(
+        return Record(
             survivors=[self._steps(one) for one in survivors],
             victim=self._steps(victim),
             returned=self._steps(back),
@@ -178,13 +178,15 @@ class _Story:
 # ---------------------------------------------------------------------- what it means
 
 
-def _found(told: Told, options: Options, timeout_ms: int) -> Findings:
-    next_commit = [_next_commit_s(steps, told, options.groups) for steps in told.survivors]
-    discarded = [_discarded(steps, told.killed_s, told.restarted_s) for steps in told.survivors]
-    while_joining = [_discarded(steps, told.restarted_s) for steps in told.survivors]
-    compared, differ = _digests(told.all_steps)
-    step_s = _usual_step_s(told)
-    back_s = _since_restart(told)
+def _found(record: Record, options: Options, timeout_ms: int) -> Findings:
+    next_commit = [_next_commit_s(steps, record, options.groups) for steps in record.survivors]
+    discarded = [
+        _discarded(steps, record.killed_s, record.restarted_s) for steps in record.survivors
+    ]
+    while_joining = [_discarded(steps, record.restarted_s) for steps in record.survivors]
+    compared, differ = _digests(record.all_steps)
+    step_s = _usual_step_s(record)
+    back_s = _since_restart(record)
     case = f"heartbeat timeout {timeout_ms / 1e3:g} s"
     figures = [
         Figure("recovery.next_commit", f"kill to the survivors' next commit, {case}",
@@ -203,7 +205,7 @@ def _found(told: Told, options: Options, timeout_ms: int) -> Findings:
             "discarded": discarded,
             "discarded_while_joining": while_joining,
             "longest_step_while_joining_s": [
-                _longest_step_s(steps, told.restarted_s) for steps in told.survivors
+                _longest_step_s(steps, record.restarted_s) for steps in record.survivors
             ],
             "step_s": step_s,
             "since_restart_s": back_s,
@@ -211,25 +213,25 @@ def _found(told: Told, options: Options, timeout_ms: int) -> Findings:
     )
 
 
-def _next_commit_s(steps: list[Step], told: Told, groups: int) -> float:
+def _next_commit_s(steps: list[Step], record: Record, groups: int) -> float:
     """Without the one that is gone: a step that all had all but committed does not count."""
     first = next(
-        one for one in steps if one.committed and one.t > told.killed_s and one.members < groups
+        one for one in steps if one.committed and one.t > record.killed_s and one.members < groups
     )
-    return first.t - told.killed_s
+    return first.t - record.killed_s
 
 
 def _discarded(steps: list[Step], since_s: float, until_s: float = float("inf")) -> int:
     return sum(not one.committed and since_s < one.t < until_s for one in steps)
 
 
-def _usual_step_s(told: Told) -> float:
+def _usual_step_s(record: Record) -> float:
     """Median, before the kill."""
     return statistics.median(
         later.t - one.t
-        for steps in told.survivors
+        for steps in record.survivors
         for one, later in pairwise(steps)
-        if later.t < told.killed_s
+        if later.t < record.killed_s
     )
 
 
@@ -238,11 +240,11 @@ def _longest_step_s(steps: list[Step], since_s: float) -> float:
     return max(later.t - one.t for one, later in pairs if later.t > since_s)
 
 
-def _since_restart(told: Told) -> dict[str, float]:
+def _since_restart(record: Record) -> dict[str, float]:
     """Seconds from the start of its process to each mark of the one that came back."""
-    first = next(one.t for one in told.returned if one.committed and one.takes_part)
-    reached = {**told.marks, "takes part": first}
-    return {name: t - told.restarted_s for name, t in reached.items()}
+    first = next(one.t for one in record.returned if one.committed and one.takes_part)
+    reached = {**record.marks, "takes part": first}
+    return {name: t - record.restarted_s for name, t in reached.items()}
 
 
 def _digests(all_steps: Iterable[list[Step]]) -> tuple[int, int]:
