@@ -21,22 +21,19 @@ last synchronisation left it. Schedules read one clock, which heals with the sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Self
 
-from torch import Tensor
-
 from torchft.errors import HealError, PhaseError, SettingsError
-from torchft.peers import Handle, Peers, Place, Round
+from torchft.peers import Peers, Place, Round
 from torchft.strategies import checks
-from torchft.strategies.buffers import LEFT, Buffers, check_means
+from torchft.strategies.buffers import check_means
 from torchft.strategies.compared import check_codecs, compare_settings
-from torchft.strategies.in_flight import InFlight
+from torchft.strategies.in_flight import Applying, InFlight
 from torchft.strategies.local import Fragment, Local
 from torchft.strategies.optim_spec import OptimSpec, plain
-from torchft.strategies.parts import buckets
-from torchft.strategies.recipe import By, Clock, Recipe, kind_of
+from torchft.strategies.recipe import Clock, Recipe, kind_of
 from torchft.strategies.recovery import Recovery
 
 if TYPE_CHECKING:
@@ -82,7 +79,7 @@ class Strategy:
         self.clock = Clock()
         self.bucket_bytes = bucket_bytes
         self._peers: Peers | None = None
-        self._applying: Callable[[], AbstractContextManager[object]] = nullcontext
+        self._applying: Applying = nullcontext
         self._begun: list[tuple[Recipe, Round]] | None = None
         self._flight: list[InFlight] = []
         self._opening = 0
@@ -93,7 +90,7 @@ class Strategy:
         local: Local,
         peers: Peers,
         *,
-        applying: Callable[[], AbstractContextManager[object]] = nullcontext,
+        applying: Applying = nullcontext,
     ) -> Self:
         """Give it the weights it works on and the other nodes. Once.
 
@@ -382,27 +379,14 @@ class Strategy:
             # sizes would spoil their average, so nobody gets one.
             peers_round.fail(HealError("a joining group could not heal: the round is given up"))
         try:
-            sent, draft = checks.contributed(recipe, fragment)
-            error_feedback = draft if recipe.error_feedback else None
-            handle = self._start(recipe, peers_round, sent, error_feedback)
-            beside = self._start_buffers(recipe, peers_round)
+            one = InFlight.opened(
+                recipe, fragment, peers_round, self.clock.steps, bucket_bytes=self.bucket_bytes
+            )
         except Exception as error:
             self._discard(recipe, fragment, None)
             self._give_up(peers_round, error)
             raise
-        self._depart(
-            InFlight(
-                recipe=recipe,
-                fragment=fragment,
-                round=peers_round,
-                sent=sent,
-                handle=handle,
-                draft=draft,
-                buffers=beside,
-                closes=self.clock.steps + recipe.delay,
-                cut=self.bucket_bytes is not None and recipe.by is By.AVERAGE,
-            )
-        )
+        self._depart(one)
 
     def _depart(self, one: InFlight) -> None:
         self._flight.append(one)
@@ -412,28 +396,6 @@ class Strategy:
         self.clock.forming_since = None
         peers_round.fail(error)
         peers_round.close()
-
-    def _start(
-        self,
-        recipe: Recipe,
-        peers_round: Round,
-        sent: list[Tensor],
-        error_feedback: list[Tensor] | None,
-    ) -> Handle:
-        if recipe.by is By.GATHER:
-            return peers_round.gather(sent)
-        if recipe.by is By.ISLANDS:
-            return peers_round.average_within(sent, recipe.islands)
-        if self.bucket_bytes is not None:
-            if error_feedback is not None:
-                error_feedback = buckets.cut(error_feedback, self.bucket_bytes, like=sent)
-            sent = buckets.cut(sent, self.bucket_bytes)
-        return peers_round.average(sent, recipe.codec, error_feedback)
-
-    def _start_buffers(self, recipe: Recipe, peers_round: Round) -> Buffers | None:
-        if recipe.buffers == LEFT or not self.local.buffers()[0]:
-            return None
-        return Buffers.sent(self.local, recipe.buffers, peers_round)
 
     def _close_due(self, recipe: Recipe) -> bool:
         """Close what is due of `recipe`; False when any of it came to nothing."""
@@ -445,37 +407,8 @@ class Strategy:
         return went
 
     def _close(self, one: InFlight) -> bool:
-        applied = False
         one.recipe.in_flight.remove(one.fragment)
-        try:
-            received = one.judged()
-            broken = one.buffers.wait() if one.buffers is not None else None
-            if broken is not None and not one.round.failed:
-                one.round.fail(broken)
-            if one.round.close():
-                self._apply(one, received)
-                applied = True
-        except Exception as error:
-            one.round.fail(error)
-            raise
-        finally:
-            self.local.release(one.sent, reusable=applied)
-            if not applied:
-                self._go_back(one)
-        return applied
-
-    def _apply(self, one: InFlight, received: list[Tensor]) -> None:
-        with self._applying():
-            news = one.recipe.apply(one.fragment, received)
-            one.recipe.adopt(one.fragment, news, one.draft)
-            if one.buffers is not None:
-                one.buffers.adopt(self._recovery.buffers)
-
-    def _go_back(self, one: InFlight) -> None:
-        broken = self._recovery.broken(one.recipe, one.fragment)
-        self._discard(one.recipe, one.fragment, one.draft)
-        with self._applying():
-            self._recovery.mend(one.recipe, one.fragment, broken)
+        return one.close(self._recovery, self._applying)
 
     def _discard(self, recipe: Recipe, fragment: Fragment, draft: Any) -> None:
         with self._applying():
