@@ -6,7 +6,7 @@ from pathlib import Path
 
 from helpers.records import step_record
 
-from torchft.demo.group_run import line_of, row_of, state_of
+from torchft.demo.group_run import row_of, state_of
 from torchft.launch.group import Group, Life
 from torchft.launch.monitor import GroupMonitor
 from torchft.records import StepRecord
@@ -69,7 +69,5 @@ def test_a_row_counts_the_committed_step() -> None:
     assert row_of("training", seen) == ["0", "training", "8", "2.000", "1", "1", "0"]
 
 
-def test_a_group_in_a_line() -> None:
-    assert line_of("training", watch(record(NOW, 7))) == "0 training step 8 loss 2.000 of 1"
-    assert line_of("dead", watch(record(NOW, 7))) == "0 dead"
+def test_a_group_that_died_before_its_first_step_has_an_empty_row() -> None:
     assert row_of("dead", watch()) == ["0", "dead", "0", "-", "0", "0", "0"]

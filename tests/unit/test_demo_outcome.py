@@ -7,8 +7,8 @@ from pathlib import Path
 from helpers.records import step_record
 
 from torchft.demo.final_report import FinalReport, read_final_reports
+from torchft.demo.options import DemoOptions
 from torchft.demo.outcome import group_result, kill_result
-from torchft.demo.train_options import TrainOptions
 from torchft.launch.group import Group, Life
 from torchft.launch.monitor import GroupMonitor, RunMonitor
 from torchft.records import StepRecord
@@ -88,19 +88,15 @@ def test_a_later_life_replaces_the_last_word_of_an_earlier(tmp_path: Path) -> No
     assert [one.digest for one in read_final_reports(tmp_path)] == ["new"]
 
 
-def test_train_options_survive_the_command_line(tmp_path: Path) -> None:
-    options = TrainOptions(
-        group=1,
-        groups=3,
+def test_options_survive_the_command_line_of_a_worker(tmp_path: Path) -> None:
+    options = DemoOptions(
+        replicas=4,
         strategy="diloco",
         codec="int8",
         steps=40,
-        sync_every=5,
         seed=9,
-        min_groups=2,
-        timeout_s=20.0,
-        quorum_timeout_s=60.0,
-        folder=tmp_path,
+        keep=tmp_path,
         corpus=(Path("a b.txt"), Path("--odd")),
     )
-    assert TrainOptions.from_arguments(options.to_arguments()) == options
+    assert DemoOptions.from_json(options.to_json()) == options
+    assert DemoOptions.from_json(DemoOptions().to_json()) == DemoOptions()

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from torchft.demo.scenario import Controller, EndIn, Kill, Snapshot, Start
-from torchft.demo.server_demo import line_of
 from torchft.demo.server_monitor import ServerMonitor, WorkerMonitor
 from torchft.demo.server_scenario import STAGES
 from torchft.demo.server_summary import ServerSummary, WorkerResult, held_by_workers
@@ -121,11 +120,6 @@ def test_bytes_are_counted_over_both_lives_of_the_server() -> None:
 
 
 # ---------------------------------------------------------------------- what is said
-
-
-def test_a_worker_in_a_line() -> None:
-    rows = [["a", "training", "70", "7", "2.500"], ["b", "killed", "30", "3", "2.900"]]
-    assert [*map(line_of, rows)] == ["a training, step 70, loss 2.500", "b killed"]
 
 
 def worker(name: str, **more: Any) -> WorkerResult:

@@ -16,7 +16,6 @@ def frame(elapsed_s: float, step: int = 7) -> Frame:
         title="until step 100",
         columns=("group", "state", "step", "loss"),
         rows=[["0", "training", str(step), "4.250"], ["1", "starting: worker", "7", "-"]],
-        line=f"0 training step {step} loss 4.250 of 1; 1 dead",
         caption="waiting for b",
     )
 
@@ -34,8 +33,17 @@ def test_frames_are_lines_once_in_a_while() -> None:
     for elapsed_s, step in ((1.0, 7), (1.5, 8), (3.0, 7), (3.1, 9)):
         view.show(frame(elapsed_s, step))
     first, second = out.getvalue().splitlines()
-    assert first == "   1.0 s  0 training step 7 loss 4.250 of 1; 1 dead"
-    assert second.startswith("   3.1 s  0 training step 9"), "nothing had changed at 3.0"
+    assert first == "   1.0 s  until step 100; 0 training, step 7, loss 4.250; 1 starting: worker"
+    assert second.startswith("   3.1 s  until step 100; 0 training, step 9"), (
+        "nothing had changed at 3.0"
+    )
+
+
+def test_a_process_that_does_not_train_is_told_in_a_word() -> None:
+    columns, last = ("worker", "state", "step", "loss", "rounds", "more"), ("70", "2.500", "7", "x")
+    rows = [["a", "alone", *last], ["b", "killed", *last], ["c", "dead", *last]]
+    told = Frame(elapsed_s=1.0, title="server up", columns=columns, rows=rows)
+    assert told.line == "server up; a alone, step 70, loss 2.500, rounds 7; b killed; c dead"
 
 
 def test_a_pipe_gets_plain_lines() -> None:

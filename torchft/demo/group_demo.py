@@ -19,7 +19,6 @@ from torchft.demo.group_run import GroupRun
 from torchft.demo.options import DemoOptions
 from torchft.demo.outcome import group_result, kill_result
 from torchft.demo.summary import Summary
-from torchft.demo.train_options import TrainOptions
 from torchft.demo.view import View
 from torchft.launch import prefork
 from torchft.launch.folder import run_folder
@@ -149,21 +148,7 @@ def records_of(folder: Path, number: int) -> Path:
 
 def make_group(number: int, options: DemoOptions, folder: Path, lighthouse: str) -> Group:
     """One replica group, not started yet."""
-    train = TrainOptions(
-        group=number,
-        groups=options.replicas,
-        strategy=options.strategy,
-        codec=options.codec or "none",
-        steps=options.target,
-        sync_every=options.sync_every,
-        seed=options.seed,
-        min_groups=options.min_groups,
-        timeout_s=20.0,
-        quorum_timeout_s=60.0,
-        folder=folder,
-        corpus=tuple(path.resolve() for path in options.corpus),
-    )
-    command = ["-m", WORKER, *train.to_arguments()]
+    command = ["-m", WORKER, str(folder), options.to_json()]
     environment = settings.for_child(
         REPLICA_GROUP_ID=str(number),
         NUM_REPLICA_GROUPS=str(options.replicas),

@@ -16,7 +16,7 @@ from torchft.launch.processes import has_children, tree
 from torchft.launch.starting import Starting
 from torchft.records import StepRecord
 
-__all__ = ["GroupRun", "line_of", "row_of", "state_of"]
+__all__ = ["GroupRun", "row_of", "state_of"]
 
 HEALED_FOR_S = 2.0
 """How long a group that came back is shown as healed: it heals too quickly to be seen."""
@@ -117,13 +117,11 @@ class GroupRun(Run):
     def frame(self) -> Frame:
         now = time.monotonic()
         pairs = zip(self.groups, self.monitor.groups, strict=True)
-        watched = [(state_of(group, monitor, now), monitor) for group, monitor in pairs]
         return Frame(
             elapsed_s=self.elapsed_s,
-            title=f"until step {self._target}",
+            title=f"groups train until step {self._target}",
             columns=("group", "state", "step", "loss", "members", "take part", "discarded"),
-            rows=[row_of(state, monitor) for state, monitor in watched],
-            line="; ".join(line_of(state, monitor) for state, monitor in watched),
+            rows=[row_of(state_of(group, monitor, now), monitor) for group, monitor in pairs],
         )
 
 
@@ -133,14 +131,6 @@ def row_of(state: str, monitor: GroupMonitor) -> list[str]:
     members, participants = (len(last.members), last.participants) if last else (0, 0)
     counts = map(str, (members, participants, len(monitor.discarded)))
     return [str(monitor.number), state, str(monitor.step), loss_text(monitor.loss), *counts]
-
-
-def line_of(state: str, monitor: GroupMonitor) -> str:
-    """Say the same in a few words, for the plain view."""
-    number, state, step, loss, members, *_ = row_of(state, monitor)
-    if state.startswith(("starting", "dead", "ended")):
-        return f"{number} {state}"
-    return f"{number} {state} step {step} loss {loss} of {members}"
 
 
 def state_of(group: Group, monitor: GroupMonitor, now: float) -> str:

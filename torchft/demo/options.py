@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torchft import arguments
@@ -74,3 +75,14 @@ class DemoOptions:
     def min_groups(self) -> int:
         """How many groups a quorum needs: one may be missing."""
         return max(1, self.replicas - 1)
+
+    def to_json(self) -> str:
+        """Return the options as the text that `from_json` reads."""
+        return json.dumps(asdict(self), default=str)
+
+    @classmethod
+    def from_json(cls, text: str) -> DemoOptions:
+        """Return the options that `to_json` has written, in the process of a worker."""
+        told = json.loads(text)
+        keep, corpus = told["keep"] and Path(told["keep"]), tuple(map(Path, told["corpus"]))
+        return cls(**{**told, "keep": keep, "corpus": corpus})

@@ -40,8 +40,17 @@ class RunSummary(ABC):
         """Whether everything went as it should: the exit code follows from it."""
 
     @abstractmethod
+    def lines(self) -> list[str]:
+        """Describe what came of the run, without why it was given up."""
+
     def text(self) -> str:
         """Describe the run in lines of plain text."""
+        parts = ["", *self.lines()]
+        if self.trouble is not None:
+            parts.append(f"given up: {self.trouble}")
+        if not self.good and self.folder is not None:
+            parts.append(f"logs: {self.folder}")
+        return "\n".join(parts)
 
 
 class Run(ABC):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from torchft.demo.run import Run
@@ -26,7 +25,7 @@ from torchft.parameter_server.auth import Scope, read_token
 from torchft.parameter_server.worker.client import DiLoCoClient
 from torchft.retry import wait_until
 
-__all__ = ["ServerRun", "line_of", "run_server_demo"]
+__all__ = ["ServerRun", "run_server_demo"]
 
 SERVER_ENDS_S = 60.0
 """How long the server may take to save and end."""
@@ -173,15 +172,12 @@ class ServerRun(Run):
     def frame(self) -> Frame:
         monitor = self.monitor
         fragments = monitor.status.get("fragments", [])
-        rows = [self._row(name) for name, process in self.workers.items() if process.lives]
-        server = f"server {self._server_state()}"
         moved = (monitor.bytes_in + monitor.bytes_out) / 1e6
         return Frame(
             elapsed_s=self.elapsed_s,
-            title=f"{server}: {monitor.version} rounds, {moved:.1f} MB",
-            columns=("worker", "state", "step", "rounds", "loss"),
-            rows=rows,
-            line="; ".join([f"{server}, {monitor.version} rounds", *map(line_of, rows)]),
+            title=f"server {self._server_state()}: {monitor.version} rounds, {moved:.1f} MB",
+            columns=("worker", "state", "step", "loss", "rounds"),
+            rows=[self._row(name) for name, process in self.workers.items() if process.lives],
             caption=fragments[0]["waiting"] if fragments else "",
         )
 
@@ -196,7 +192,7 @@ class ServerRun(Run):
         if not process.alive:
             state = "killed" if process.life.killed is not None else "ended"
         step, rounds = (last.step, last.syncs) if last else (0, 0)
-        return [name, state, str(step), str(rounds), loss_text(last.loss if last else None)]
+        return [name, state, str(step), loss_text(last.loss if last else None), str(rounds)]
 
     # ------------------------------------------------------------------ the end
 
@@ -249,11 +245,3 @@ class ServerRun(Run):
         killed = next((life.killed for life in victim.lives if life.killed is not None), None)
         until = None if killed is None else self.monitor.moved_on(killed)
         return 0.0 if killed is None or until is None else log.longest_pause(killed, until)
-
-
-def line_of(row: Sequence[str]) -> str:
-    """Say a worker's row in a few words, for the plain view."""
-    name, state, step, _, loss = row
-    if state in ("starting", "killed"):
-        return f"{name} {state}"
-    return f"{name} {state}, step {step}, loss {loss}"

@@ -86,16 +86,11 @@ class ServerSummary(RunSummary):
         ended = self.server_code == 0 and all(worker.code == 0 for worker in self.survivors)
         return self.trouble is None and self.told and ended and self.kept and self.equal
 
-    def text(self) -> str:
-        """Describe the run in lines of plain text."""
-        parts = ["", _headline(self), *_workers(self), *_server(self), *_digests(self)]
-        if self.trouble is not None:
-            parts.append(f"given up: {self.trouble}")
-        elif not self.told:
-            parts.append("not all that was to happen has happened")
-        if not self.good:
-            parts.append(f"logs: {self.folder}")
-        return "\n".join(parts)
+    def lines(self) -> list[str]:
+        """Describe rounds, workers, the server and the digests."""
+        told = self.told or self.trouble is not None
+        left = [] if told else ["not all that was to happen has happened"]
+        return [_headline(self), *_workers(self), *_server(self), *_digests(self), *left]
 
 
 def held_by_workers(output: Path) -> str:

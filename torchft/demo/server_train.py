@@ -16,12 +16,10 @@ import torch
 
 from torchft.digest import digest
 from torchft.parameter_server import DiLoCoWorker
-from torchft.toy.byte_model import ByteTransformer, next_byte_loss
+from torchft.toy.byte_model import ByteTransformer, held_out_loss, next_byte_loss
 from torchft.toy.corpus import ByteCorpus, Order
 
 __all__ = ["main"]
-
-_HELD_OUT_ROWS = 64
 
 
 def main() -> None:
@@ -32,7 +30,7 @@ def main() -> None:
     context = model.shape.context
     order = Order(windows=corpus.windows(context), shards=typed.num_shards, rows=4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    before = _held_out_loss(model, corpus)
+    before = held_out_loss(model, corpus)
     typed.output_dir.mkdir(parents=True, exist_ok=True)
     with (
         DiLoCoWorker(model, optimizer) as worker,
@@ -47,7 +45,7 @@ def main() -> None:
             line = {"step": worker.local_step, "at": time.monotonic(), "loss": loss.item()}
             log.write(json.dumps({**line, **worker.metrics()}) + "\n")
             log.flush()
-    after = _held_out_loss(model, corpus)
+    after = held_out_loss(model, corpus)
     trained = {name: p.detach() for name, p in model.named_parameters()}
     result = {"held_out_before": before, "held_out_after": after, "digest": digest(trained)}
     (typed.output_dir / "result.json").write_text(json.dumps(result))
@@ -65,13 +63,6 @@ def _parser() -> argparse.ArgumentParser:
 def _is_over(end_file: Path, version: int) -> bool:
     """The file may be there before its number is."""
     return end_file.exists() and version >= int(end_file.read_text() or version + 1)
-
-
-@torch.no_grad()
-def _held_out_loss(model: ByteTransformer, corpus: ByteCorpus) -> float:
-    """Nats a byte."""
-    inputs, targets = corpus.held_out_batch(_HELD_OUT_ROWS, context=model.shape.context)
-    return next_byte_loss(model, inputs, targets).item()
 
 
 if __name__ == "__main__":

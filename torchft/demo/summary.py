@@ -105,13 +105,16 @@ class Summary(RunSummary):
                 )
         return found
 
+    def lines(self) -> list[str]:
+        """Describe the groups, the kill, where the time went, and the digests."""
+        parts = [_headline(self), *_steps(self), *_kill(self), "", *_ledgers(self), ""]
+        return [*parts, *_digests(self), *self.remarks]
+
     def text(self) -> str:
         """Describe the run in lines of text; in one if it was stopped before it began."""
         if self.stopped_by is not None and not self.began:
             return f"{self.trouble} before any group was up; logs: {self.folder}"
-        parts = ["", _headline(self), *_steps(self), *_kill(self), "", *_ledgers(self), ""]
-        parts += [*_digests(self), *self.remarks, *_trouble(self)]
-        return "\n".join(parts)
+        return super().text()
 
 
 def _headline(summary: Summary) -> str:
@@ -171,13 +174,6 @@ def _digests(summary: Summary) -> list[str]:
         told = ", ".join(f"rank {e.group_rank} {e.digest[:16]}" for e in group.endings)
         codes = ", ".join(map(str, group.codes))
         lines.append(f"  group {group.number}: {told or 'none'}; exit codes {codes}")
-    return lines
-
-
-def _trouble(summary: Summary) -> list[str]:
-    lines = [] if summary.trouble is None else [f"given up: {summary.trouble}"]
-    if not summary.good and summary.folder is not None:
-        lines.append(f"logs and step records: {summary.folder}")
     return lines
 
 

@@ -1,9 +1,6 @@
 """The training script of the demo: one rank of one replica group, started by torchrun.
 
-How a run ends. Every group must end with the same step, though some may be down or behind just
-then. So a group ends when it has committed a step, the last wanted one or a later one, in which
-*all* groups took part: they all read that from the same quorum. A group that missed that very step
-heals from the others in the settling round after it, and what it heals includes `finished`.
+All groups end with the same step: see `torchft.script.FinishBarrier`.
 """
 
 from __future__ import annotations
@@ -15,6 +12,7 @@ import sys
 import time
 from datetime import timedelta
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,11 +20,11 @@ from torch import Tensor
 
 from torchft import Manager, ProcessGroupGloo, Replicated
 from torchft.demo.final_report import FinalReport
-from torchft.demo.train_options import TrainOptions
+from torchft.demo.options import DemoOptions
 from torchft.digest import digest
 from torchft.launch.starting import wait_for_start
 from torchft.ledger import Bucket
-from torchft.script.ranks import average_inside, meet_inside
+from torchft.script import FinishBarrier, JobRank, average_inside
 from torchft.strategies import (
     DiLoCoStrategy,
     LocalSGDStrategy,
@@ -35,7 +33,7 @@ from torchft.strategies import (
     Strategy,
     StreamingDiLoCoStrategy,
 )
-from torchft.toy.byte_model import ByteTransformer, next_byte_loss
+from torchft.toy.byte_model import ByteTransformer, held_out_loss, next_byte_loss
 from torchft.toy.corpus import ByteCorpus, Order
 
 __all__ = ["main"]
@@ -46,8 +44,10 @@ ROWS = 8
 NICE = 3
 """How much a training worker steps back for one that starts, on a machine with few cores."""
 
-HELD_OUT_ROWS = 64
-"""Windows that the last loss is measured on."""
+TIMEOUT = timedelta(seconds=20)
+"""Of a collective, a vote, a transfer of state."""
+
+QUORUM_TIMEOUT = timedelta(seconds=60)
 
 INNER = OptimSpec(torch.optim.AdamW, lr=2e-3)
 OUTER = OptimSpec(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)
@@ -58,9 +58,9 @@ FRAGMENTS = 4
 class Trainee:
     """A model, its data and its manager."""
 
-    def __init__(self, options: TrainOptions) -> None:
-        self.options = options
-        self.rank, self.ranks = meet_inside(timedelta(seconds=options.timeout_s))
+    def __init__(self, options: DemoOptions, folder: Path) -> None:
+        self.options, self.folder = options, folder
+        self.job = JobRank.join(TIMEOUT)
         torch.manual_seed(options.seed)
         self.model = ByteTransformer()
         self.optimizer = INNER.build(self.model)
@@ -68,52 +68,46 @@ class Trainee:
         self.context = self.model.shape.context
         self.order = Order(
             windows=self.corpus.windows(self.context),
-            shards=options.groups * self.ranks,
+            shards=self.job.shards,
             rows=ROWS,
             seed=options.seed,
         )
         self.batches = 0
-        self.finished = False
+        # By then the launcher has given up the run: no group ends without the others.
+        self.barrier = FinishBarrier(
+            steps=options.target, groups=self.job.groups, patience_s=options.timeout_s
+        )
 
     @cached_property
     def manager(self) -> Manager:
         """Made on first use: from then on the others may wait for this group."""
-        options = self.options
         return Manager(
-            pg=ProcessGroupGloo(timeout=timedelta(seconds=options.timeout_s)),
-            load_state_dict=self._load_end,
-            state_dict=self._end_state,
-            min_replica_size=options.min_groups,
-            use_async_quorum=options.strategy in ("ddp", "streaming"),
-            timeout=timedelta(seconds=options.timeout_s),
-            quorum_timeout=timedelta(seconds=options.quorum_timeout_s),
-            replica_id=f"group_{options.group}",
+            pg=ProcessGroupGloo(timeout=TIMEOUT),
+            load_state_dict=self.barrier.load_state_dict,
+            state_dict=self.barrier.state_dict,
+            min_replica_size=self.options.min_groups,
+            use_async_quorum=self.options.strategy in ("ddp", "streaming"),
+            timeout=TIMEOUT,
+            quorum_timeout=QUORUM_TIMEOUT,
+            replica_id=f"group_{self.job.group}",
             hostname="127.0.0.1",
         )
 
     def begin(self) -> None:
         """Start together with the other groups, or with those that train when it comes back."""
-        options = self.options
         with self.manager.ledger.spending(Bucket.QUORUM):
             wait_for_start(
-                options.folder,
-                group=options.group,
-                rank=self.rank,
-                timeout_s=options.quorum_timeout_s,
+                self.folder,
+                group=self.job.group,
+                rank=self.job.rank,
+                timeout_s=QUORUM_TIMEOUT.total_seconds(),
             )
         step_back()
-
-    def _end_state(self) -> dict[str, Any]:
-        return {"finished": self.finished}
-
-    def _load_end(self, state: dict[str, Any]) -> None:
-        self.finished = state["finished"]
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """The next one of this rank's shard."""
         with self.manager.ledger.spending(Bucket.DATA):
-            shard = self.options.group * self.ranks + self.rank
-            starts = self.order.batch(self.batches, shard=shard)
+            starts = self.order.batch(self.batches, shard=self.job.shard)
             self.batches += 1
             return self.corpus.batch(starts, context=self.context)
 
@@ -129,30 +123,24 @@ class Trainee:
 
     def look_at_the_end(self) -> None:
         """Call after a committed step: was it one that all groups can end with?"""
-        late = self.manager.current_step() >= self.options.steps
-        self.finished |= late and self.manager.num_participants() >= self.options.groups
+        manager = self.manager
+        for news in self.barrier.committed(manager.current_step(), manager.num_participants()):
+            print(news, flush=True)
 
     def tell(self, state: dict[str, Any]) -> None:
         """Write the report of this rank. `state` is what all groups must hold alike."""
         ledger = self.manager.ledger
         with ledger.spending(Bucket.SETTLE):
-            value = digest(state)
-            loss = self._held_out_loss()
             FinalReport(
-                group=self.options.group,
-                group_rank=self.rank,
+                group=self.job.group,
+                group_rank=self.job.rank,
                 pid=os.getpid(),
                 step=self.manager.current_step(),
-                digest=value,
-                held_out_loss=loss,
+                digest=digest(state),
+                held_out_loss=held_out_loss(self.model, self.corpus),
                 t_monotonic=time.monotonic(),
                 ledger=ledger.snapshot(),
-            ).write(self.options.folder)
-
-    @torch.no_grad()
-    def _held_out_loss(self) -> float:
-        inputs, targets = self.corpus.held_out_batch(HELD_OUT_ROWS, context=self.context)
-        return next_byte_loss(self.model, inputs, targets).item()
+            ).write(self.folder)
 
 
 def step_back() -> None:
@@ -164,9 +152,9 @@ def step_back() -> None:
         autogroup.write(str(NICE))
 
 
-def strategy_of(options: TrainOptions) -> Strategy:
+def strategy_of(options: DemoOptions) -> Strategy:
     """Return what the groups exchange, and when."""
-    every, codec = options.sync_every, None if options.codec == "none" else options.codec
+    every, codec = options.sync_every, options.codec
     match options.strategy:
         case "ddp":
             return SimpleReduceStrategy(INNER, codec=codec)
@@ -191,7 +179,7 @@ def train(trainee: Trainee) -> dict[str, Any]:
     """Train until the end; return the state that all groups must hold alike."""
     manager, options = trainee.manager, trainee.options
     replicated = Replicated(manager, trainee.model, trainee.optimizer, strategy_of(options))
-    while not trainee.finished:
+    while not trainee.barrier.reached:
         before = manager.batches_committed()
         with manager.ledger.spending(Bucket.OPTIMIZER):
             replicated.zero_grad()
@@ -208,11 +196,16 @@ def train(trainee: Trainee) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> None:
-    """Train as one rank of one group, as torchrun starts it."""
+    """Train as one rank of one group, as torchrun starts it.
+
+    Args:
+        arguments: the folder of the run, and the options as JSON.
+    """
+    folder, options = arguments
     # SystemExit, so that `finally` runs: the manager leaves its quorum and frees its port.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     torch.set_num_threads(1)
-    trainee = Trainee(TrainOptions.from_arguments(arguments))
+    trainee = Trainee(DemoOptions.from_json(options), Path(folder))
     try:
         trainee.begin()
         trainee.tell(train(trainee))

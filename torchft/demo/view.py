@@ -22,17 +22,27 @@ PLAIN_EVERY_S = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """The present state of a run: a table for the live view, a line for the plain one."""
+    """The present state of a run: a table for the live view, and the same as one line."""
 
     elapsed_s: float
     """Seconds since the beginning."""
     title: str
     columns: Sequence[str]
-    """Headings; the second column is the state, which is coloured."""
+    """Headings; the second is the state, which is coloured, the next three are in the line too."""
     rows: Sequence[Sequence[str]]
-    line: str
-    """The same in one line."""
     caption: str = ""
+
+    @property
+    def line(self) -> str:
+        """The title, and each row in a few words."""
+        return "; ".join([self.title, *map(self._words, self.rows)])
+
+    def _words(self, row: Sequence[str]) -> str:
+        name, state, *cells = row
+        if state.startswith(("starting", "dead", "killed", "ended")):
+            return f"{name} {state}"
+        told = zip(self.columns[2:5], cells, strict=False)
+        return ", ".join([f"{name} {state}", *(f"{what} {value}" for what, value in told)])
 
     def table(self) -> Any:
         """Return the table as `rich` draws it."""

@@ -17,7 +17,15 @@ from torchft.arguments import check_integer
 from torchft.errors import SettingsError
 from torchft.toy.corpus import ByteCorpus, CorpusError, Order
 
-__all__ = ["ByteCorpus", "ByteTransformer", "CorpusError", "Order", "Shape", "next_byte_loss"]
+__all__ = [
+    "ByteCorpus",
+    "ByteTransformer",
+    "CorpusError",
+    "Order",
+    "Shape",
+    "held_out_loss",
+    "next_byte_loss",
+]
 
 BYTES = 256
 """The vocabulary."""
@@ -95,6 +103,17 @@ def next_byte_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats per byte, a scalar: 5.5 for a model that knows nothing."""
     logits = model(inputs)
     return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+@torch.no_grad()
+def held_out_loss(model: ByteTransformer, corpus: ByteCorpus, rows: int = 64) -> float:
+    """Mean cross-entropy in nats per byte over up to `rows` windows that nobody trains on.
+
+    Raises:
+        CorpusError: the held-out text is shorter than one window.
+    """
+    inputs, targets = corpus.held_out_batch(rows, context=model.shape.context)
+    return next_byte_loss(model, inputs, targets).item()
 
 
 def _small_weights(module: nn.Module) -> None:
