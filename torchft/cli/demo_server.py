@@ -66,12 +66,11 @@ def run(typed: argparse.Namespace) -> int:
     import shutil
 
     from torchft.demo.server_demo import run_server_demo
-    from torchft.demo.server_options import ServerDemoOptions, trainer
+    from torchft.demo.server_options import ServerDemoOptions
     from torchft.launch.folder import run_folder
 
     folder = run_folder(typed.keep, "torchft_demo_server_")
-    asked = {"train": trainer(), **given(typed, ServerDemoOptions), "folder": folder}
-    options = ServerDemoOptions(**asked)
+    options = ServerDemoOptions(**{**given(typed, ServerDemoOptions), "folder": folder})
     summary = run_server_demo(options, report.view_for(typed))
     if typed.keep is None and summary.good:
         shutil.rmtree(options.folder)

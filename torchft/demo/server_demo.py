@@ -13,8 +13,8 @@ from typing import Any
 from torchft.demo.run import Run
 from torchft.demo.scenario import Action, Controller, EndIn, Kill, Snapshot, Start
 from torchft.demo.server_monitor import ServerMonitor, WorkerMonitor
-from torchft.demo.server_options import ServerDemoOptions, free_port, names
-from torchft.demo.server_scenario import FIRST, SERVER, STAGES, SURVIVORS, VICTIM
+from torchft.demo.server_options import ServerDemoOptions, free_port
+from torchft.demo.server_scenario import FIRST, SERVER, STAGES, SURVIVORS, VICTIM, WORKERS
 from torchft.demo.server_summary import ServerSummary, WorkerResult, held_by_workers, read_result
 from torchft.demo.view import Frame, View, loss_text
 from torchft.errors import SettingsError, UnreachableError
@@ -57,8 +57,8 @@ class ServerRun(Run):
         port = free_port()
         self.options = options
         self.server = options.server(port)
-        self.workers = {n: options.worker(i, n, port) for i, n in enumerate(names())}
-        self.logs = {n: WorkerMonitor(options.output_of(n) / "log.jsonl") for n in names()}
+        self.workers = {n: options.worker(i, n, port) for i, n in enumerate(WORKERS)}
+        self.logs = {n: WorkerMonitor(options.output_of(n) / "log.jsonl") for n in WORKERS}
         self.monitor = ServerMonitor(self._ask)
         self.rounds_at_kill = self.rounds_after_restart = 0
         self.back_at: float | None = None
@@ -71,7 +71,7 @@ class ServerRun(Run):
         super().__init__(everybody, Controller(STAGES), view, timeout_s=options.timeout_s)
 
     def begin(self) -> None:
-        for name in names():
+        for name in WORKERS:
             self.options.output_of(name).mkdir(parents=True)
         for name in (SERVER, FIRST, VICTIM):
             self.processes[name].start()

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torchft import settings
-from torchft.demo.server_scenario import FIRST, JOINER, VICTIM
 from torchft.launch.group import Group
 
-__all__ = ["ServerDemoOptions", "trainer"]
+__all__ = ["ServerDemoOptions", "free_port"]
 
 DILOCO = [sys.executable, "-m", "torchft.cli.diloco_agent"]
 
@@ -22,11 +21,11 @@ DILOCO = [sys.executable, "-m", "torchft.cli.diloco_agent"]
 class ServerDemoOptions:
     """What was asked for on the command line of `demo-server`."""
 
-    train: Sequence[str]
-    """The workers' command. It is given `--num-shards`, `--shard-index`, `--output-dir` and
-    `--end-file`, and leaves a log and a result in the output folder: see `server_demo_train`."""
     folder: Path
     """New or empty; all files of the run."""
+    train: Sequence[str] = (sys.executable, "-m", "torchft.demo.server_train")
+    """The workers' command. It is given `--num-shards`, `--shard-index`, `--output-dir` and
+    `--end-file`, and leaves a log and a result in the output folder: see `server_train`."""
     sync_every: int = 10
     codec: str = "bf16"
     grace_s: float = 3.0
@@ -85,17 +84,7 @@ class ServerDemoOptions:
         return Group(number, command, environment, self.folder / f"{name}.log")
 
 
-def names() -> tuple[str, ...]:
-    """All workers, in the order of their shards."""
-    return (FIRST, VICTIM, JOINER)
-
-
 def free_port() -> int:
     """Free just now: the server is to come back to where it was."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
-
-
-def trainer() -> list[str]:
-    """The workers' command where none is given: it is in the package and needs torch alone."""
-    return [sys.executable, "-m", "torchft.demo.server_train"]

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from torchft.demo.scenario import EndIn, Kill, Snapshot, Stage, Start
 
-__all__ = ["FIRST", "JOINER", "SERVER", "STAGES", "SURVIVORS", "VICTIM"]
+__all__ = ["FIRST", "JOINER", "SERVER", "STAGES", "SURVIVORS", "VICTIM", "WORKERS"]
 
 FIRST, VICTIM, JOINER = "a", "b", "c"
 """The workers; the second is killed, the third comes later."""
+WORKERS = (FIRST, VICTIM, JOINER)
+"""In the order of their shards."""
 SURVIVORS = (FIRST, JOINER)
 SERVER = "the server"
 
