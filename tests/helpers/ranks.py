@@ -26,10 +26,10 @@ from torchft.process_group import ProcessGroupGloo
 
 DEADLINE_S = 30.0
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
+WARM = multiprocessing.get_context("forkserver")
+WARM.set_forkserver_preload(
     [
-        *("pytest", "torch", "torch._dynamo", "torch.distributed.fsdp"),
+        *("pytest", "torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.run"),
         *("torchft.parameter_server.worker.worker", "torchft.process_group"),
     ]
 )
@@ -130,11 +130,11 @@ def ranks(
     world = Ranks(deadline_s=deadline_s)
     try:
         for rank in range(count):
-            ours, theirs = _context.Pipe()
+            ours, theirs = WARM.Pipe()
             given = Rank(
                 rank, count, f"localhost:{store.port}", theirs, timedelta(seconds=timeout_s)
             )
-            process = _context.Process(target=_run, args=(body, given, args), daemon=True)
+            process = WARM.Process(target=_run, args=(body, given, args), daemon=True)
             process.start()
             theirs.close()
             world.processes.append(process)

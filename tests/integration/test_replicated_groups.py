@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from helpers import replicated_train
 from helpers.coordination import free_port, lighthouse
 from helpers.documents import ROOT, blocks_of
 from helpers.replicated_train import ADAMW, KILLED, STEPS, STRATEGIES, train
+from helpers.torchrun import Torchrun
 from world import KILLED as WAS_KILLED
 from world import Group, World
 
@@ -66,28 +65,25 @@ def torchruns(
         env = {**os.environ, "TORCHFT_LIGHTHOUSE": server.address()}
         env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
         runs = [
-            subprocess.Popen(
+            Torchrun(
                 [
-                    *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1"),
-                    *(f"--master-port={free_port()}", f"--max-restarts={max_restarts}"),
-                    *("--monitor-interval=0.2", str(script), *arguments, str(group)),
+                    *("--nproc-per-node=1", f"--master-port={free_port()}"),
+                    *(f"--max-restarts={max_restarts}", "--monitor-interval=0.2"),
+                    *(str(script), *arguments, str(group)),
                 ],
                 env={**env, "REPLICA_GROUP_ID": str(group)},
-                cwd=folder,
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
+                folder=folder,
             )
             for group in range(groups)
         ]
         try:
-            ends = [run.communicate(timeout=150) for run in runs]
+            ends = [run.end(within_s=150) for run in runs]
         finally:
             for run in runs:
                 run.kill()
-    for run, (_, errors) in zip(runs, ends, strict=True):
-        assert run.returncode == 0, errors[-3000:]
-    return [said for said, _ in ends]
+    for code, _, errors in ends:
+        assert code == 0, errors[-3000:]
+    return [said for _, said, _ in ends]
 
 
 @pytest.mark.timeout(200)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from helpers.coordination import free_port, lighthouse
+from helpers.torchrun import Torchrun
 
 TRAINS = """
 from datetime import timedelta
@@ -32,18 +31,12 @@ def torchrun(folder: Path, *flags: str, ranks: int, **env: str) -> list[str]:
     """Run the script above; the lines that its workers print, sorted."""
     script = folder / "train.py"
     script.write_text(TRAINS)
-    command = [sys.executable, "-m", "torch.distributed.run", *flags]
     with lighthouse() as server:
-        ended = subprocess.run(
-            [*command, f"--nproc-per-node={ranks}", str(script)],
-            env={**os.environ, "TORCHFT_LIGHTHOUSE": server.address(), **env},
-            capture_output=True,
-            text=True,
-            timeout=110,
-            check=False,
-        )
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    return sorted(line for line in ended.stdout.splitlines() if "committed" in line)
+        env = {**os.environ, "TORCHFT_LIGHTHOUSE": server.address(), **env}
+        run = Torchrun([*flags, f"--nproc-per-node={ranks}", str(script)], env, folder)
+        code, said, errors = run.end(within_s=110)
+    assert code == 0, errors[-3000:]
+    return sorted(line for line in said.splitlines() if "committed" in line)
 
 
 def test_standalone(tmp_path: Path) -> None:
