@@ -82,16 +82,18 @@ class TableRow:
             "lr": spec.lr,
             "steps": spec.steps,
             "seeds": self.seeds,
-            **_both("loss", self.loss),
-            **_both("train_loss", self.train_loss),
-            **_both("megabytes_per_node", self.megabytes),
-            **_both("steps_per_s", self.steps_per_s),
         }
-        for name, found in self.networks.items():
-            flat |= _both(f"{name}_elapsed_s", found.elapsed_s)
-            flat |= _both(f"{name}_to_loss_s", found.to_loss_s)
-            flat |= _both(f"{name}_utilisation", found.utilisation)
-            flat |= _both(f"{name}_lost_node_steps", found.lost_node_steps)
+        figures: dict[str, MeanSpread | None] = {
+            "loss": self.loss,
+            "train_loss": self.train_loss,
+            "megabytes_per_node": self.megabytes,
+            "steps_per_s": self.steps_per_s,
+        }
+        for network, found in self.networks.items():
+            figures |= {f"{network}_{name}": figure for name, figure in vars(found).items()}
+        for name, figure in figures.items():
+            flat[name] = None if figure is None else figure.mean
+            flat[f"{name}_spread"] = None if figure is None else figure.spread
         return flat
 
 
@@ -149,12 +151,6 @@ def _figure(values: Iterable[float]) -> MeanSpread:
     return MeanSpread(statistics.fmean(values), spread)
 
 
-def _both(name: str, figure: MeanSpread | None) -> dict[str, float | None]:
-    if figure is None:
-        return {name: None, f"{name}_spread": None}
-    return {name: figure.mean, f"{name}_spread": figure.spread}
-
-
 def with_machine(sweep: Sweep, rows: Sequence[TableRow]) -> str:
     """The table, and above it the machine that its it/s are of."""
     table = as_table(rows, target_of(sweep))
@@ -165,7 +161,11 @@ def as_table(rows: Sequence[TableRow], target: float | None) -> str:
     """The rows as a table in Markdown, for people."""
     head, cells = _heads(rows, target), [_cells(row) for row in rows]
     # What never happened, or is the same everywhere by default, needs no column.
-    kept = [at for at, name in enumerate(head) if not name.startswith("lost") or _any(cells, at)]
+    kept = [
+        at
+        for at, name in enumerate(head)
+        if not name.startswith("lost") or any(line[at] != "0" for line in cells)
+    ]
     table = [[line[at] for at in kept] for line in [head, *cells]]
     widths = [max(len(line[at]) for line in table) for at in range(len(kept))]
     lines = [_line(line, widths) for line in table]
@@ -191,10 +191,6 @@ def _cells(row: TableRow) -> list[str]:
         cells.append("never" if found.to_loss_s is None else str(found.to_loss_s))
         cells += [f"{found.utilisation.mean:.0%}", f"{found.lost_node_steps.mean:.0f}"]
     return cells
-
-
-def _any(cells: Sequence[Sequence[str]], at: int) -> bool:
-    return any(line[at] != "0" for line in cells)
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
