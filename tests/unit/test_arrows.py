@@ -7,12 +7,14 @@ only does not count.
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections.abc import Iterator, Mapping, Set
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "torchft"
+RUST = PACKAGE.parent / "lighthouse"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 BASE = {
@@ -149,6 +151,15 @@ def _files(path: Path, files: Mapping[str, Path]) -> Iterator[str]:
             for name in node.names:
                 inner = f"{node.module}.{name.name}"
                 yield inner if inner in files else node.module
+
+
+def test_the_rust_core_knows_no_network_and_the_servers_no_python() -> None:
+    def needs(crate: str) -> set[str]:
+        return set(tomllib.loads((RUST / crate / "Cargo.toml").read_text())["dependencies"])
+
+    assert needs("quorum") == {"thiserror"}
+    assert "pyo3" not in needs("server")
+    assert not needs("python") & {"tonic", "axum", "prost"}
 
 
 def test_strategies_know_nothing_of_torch_distributed() -> None:
