@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from torch import nn
 from torch.optim import Optimizer
@@ -86,6 +86,20 @@ class StrategyHooks(Replicated):
         if kind is None:
             self._hooks.watch.check_any()
             self._strategy.finish()
+
+    def zero_grad(self) -> NoReturn:
+        """Refuse the calls of a `Replicated`: here the steps of the inner optimizer are counted.
+
+        Raises:
+            PhaseError: always; says what to call.
+        """
+        name = type(self).__name__
+        raise PhaseError(
+            f"{name} has no zero_grad(), step() or finish() of its own: call those of the inner "
+            f"optimizer within `with {name}(…):`, whose end closes the rounds, or use Replicated"
+        )
+
+    step = finish = zero_grad
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint, beside the model's, the inner optimizer's and the manager's: all that

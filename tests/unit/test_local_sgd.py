@@ -17,6 +17,7 @@ from helpers.training import SEQUENTIAL, STRIDED
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from torchft.errors import PhaseError
 from torchft.local_sgd import DiLoCo, LocalSGD, extract_local_tensor
 from torchft.quantization import BFloat16, Int4, Int8
 
@@ -239,6 +240,18 @@ class TestTheContext:
         group = alone()
         group.run(diloco(group, fragment_sync_delay=1), steps=3)
         assert group.manager.current_step() == 1
+
+    @pytest.mark.parametrize("call", ["zero_grad", "step", "finish"])
+    @pytest.mark.parametrize("front", [local_sgd, diloco])
+    def test_the_calls_of_a_replicated_are_refused_and_count_nothing(
+        self, front: Callable[..., Any], call: str
+    ) -> None:
+        group = alone()
+        with front(group) as door:
+            group.step(1)
+            with pytest.raises(PhaseError, match="call those of the inner optimizer within"):
+                getattr(door, call)()
+            assert (door.step_count, group.manager.current_step()) == (1, 0)
 
     def test_sync_averages_now_and_counts_from_there(self) -> None:
         group = alone()
