@@ -13,13 +13,15 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from torchft.errors import SettingsError
+
 __all__ = ["OldAttribute", "old_names_of", "renamed_arguments", "with_new_names"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def with_new_names(
-    what: str, given: Mapping[str, Any], new_names: Mapping[str, str], *, stacklevel: int = 2
+    what: str, given: Mapping[str, Any], new_names: Mapping[str, str], *, settings: bool = False
 ) -> dict[str, Any]:
     """Put what was given under the names of an earlier release under the names of now.
 
@@ -27,17 +29,19 @@ def with_new_names(
         what: whose names they are, as the DeprecationWarning calls it.
         given: name → value.
         new_names: old name → new name.
-        stacklevel: that of `warnings.warn`, seen from here.
+        settings: they come from a file or a command line, not from a call.
 
     Raises:
         TypeError: something is given under both names.
+        SettingsError: the same, of settings.
     """
     named = dict(given)
     for old in named.keys() & new_names.keys():
         new = new_names[old]
         if new in named:
-            raise TypeError(f"{what}: {old} is now {new}, and both are given")
-        warnings.warn(f"{what}: {old} is now {new}", DeprecationWarning, stacklevel=stacklevel + 1)
+            both = f"{what}: {old} is now {new}, and both are given"
+            raise SettingsError(both) if settings else TypeError(both)
+        warnings.warn(f"{what}: {old} is now {new}", DeprecationWarning, stacklevel=3)
         named[new] = named.pop(old)
     return named
 

@@ -14,6 +14,7 @@ from torchft.cli import simulate
 from torchft.cli.main import main, parser
 from torchft.experiments.config import SimulateConfig, StrategyConfig, from_mapping
 from torchft.experiments.tables import as_yaml
+from torchft.simulator.faults import FaultSchedule
 from torchft.simulator.network import NetworkModel, NodeProfile
 
 
@@ -87,6 +88,29 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("file", "flag"),
+    [("every", "--sync-every"), ("sync_every", "--every"), ("every", "--every")],
+)
+def test_a_flag_wins_over_the_file_whichever_has_the_old_name(
+    tmp_path: Path, file: str, flag: str
+) -> None:
+    path = tmp_path / "old.yaml"
+    path.write_text(f"{file}: [5]\n")
+    with pytest.warns(DeprecationWarning, match="every is now sync_every"):
+        assert config(str(path), flag, "10").sync_every == (10,)
+
+
+def test_a_network_by_flag_wins_over_the_weather_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "slow.yaml").write_text("nodes: [{step_s: 2}]")
+    path = tmp_path / "old.yaml"
+    path.write_text("weather: {nodes: [{step_s: 1}], pace_s: 3.0}\n")
+    with pytest.warns(DeprecationWarning, match="weather is now network and faults"):
+        asked = config(str(path), "--network", str(tmp_path / "slow.yaml"))
+    assert asked.network == NetworkModel(nodes=[NodeProfile(step_s=2.0)])
+    assert asked.faults == FaultSchedule(pace_s=3.0)
+
+
+@pytest.mark.parametrize(
     ("typed", "said"),
     [
         (["--nodes", "0"], "--nodes: 0: it must be an integer, at least 1"),
@@ -105,6 +129,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         (["absent.yaml"], "cannot read absent.yaml"),
         (["--node", "3"], "unrecognized arguments: --node"),
         (["--nodes", "64"], "would end after"),
+        (["--every", "5", "--sync-every", "5"], "every is now sync_every, and both are given"),
     ],
 )
 def test_what_cannot_be_is_refused_in_words(

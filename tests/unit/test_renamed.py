@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 
+from torchft.errors import SettingsError
 from torchft.experiments.config import SimulateConfig, StrategyConfig, from_mapping
 from torchft.experiments.registry import strategy_of
 from torchft.renamed import old_names_of, renamed_arguments
@@ -87,3 +88,9 @@ def test_options_of_a_strategy_in_a_sweep() -> None:
     }
     assert made.settings["delay"] == 2
     assert made.settings["outer_optimizer"].kwargs == {"lr": 0.25}
+
+
+def test_an_option_of_a_strategy_under_both_names_is_refused_in_words() -> None:
+    asked = StrategyConfig(name="streaming", options={"fragment_sync_delay": 2, "delay": 2})
+    with pytest.raises(SettingsError, match="fragment_sync_delay is now delay, and both are given"):
+        strategy_of(SimulateConfig(), asked, sync_every=8, lr=0.1)

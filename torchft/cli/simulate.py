@@ -20,6 +20,7 @@ from torchft.experiments.config import (
     needed,
     read_config,
     read_part,
+    renamed_settings,
 )
 from torchft.experiments.folders import check_folder
 
@@ -140,15 +141,15 @@ def config_of(typed: argparse.Namespace) -> SimulateConfig:
     Raises:
         SettingsError: something that there is not, or cannot be.
     """
-    said = {} if typed.config is None else read_config(typed.config)
-    said |= given(typed, SimulateConfig) | dict(_setting(one) for one in typed.set)
+    said = given(typed, SimulateConfig) | dict(_setting(one) for one in typed.set)
     if typed.every is not None:
         said["every"] = typed.every
     for name in ("network", "faults", "weather"):
         if (path := getattr(typed, name)) is not None:
             said[name] = read_part(path)
     source = "the flags" if typed.config is None else f"{typed.config} with the flags"
-    return from_mapping(said, source=source)
+    file = {} if typed.config is None else read_config(typed.config)
+    return from_mapping(file | renamed_settings(said), source=source)
 
 
 def _setting(typed: str) -> tuple[str, Any]:

@@ -38,6 +38,7 @@ __all__ = [
     "read_config",
     "read_part",
     "read_settings",
+    "renamed_settings",
     "whole",
 ]
 
@@ -188,7 +189,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
             given[name] = _part(given[name], folder)
     if isinstance(given.get("networks"), dict):
         given["networks"] = {k: _part(one, folder) for k, one in given["networks"].items()}
-    return given
+    return renamed_settings(given)
 
 
 def read_part(path: str | Path) -> dict[str, Any]:
@@ -278,14 +279,24 @@ def _plain(config: SimulateConfig, *, brief: bool) -> dict[str, Any]:
     return plain
 
 
+def renamed_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Put what one file, or all flags, say under the names of now.
+
+    Raises:
+        SettingsError: something is given under both names.
+    """
+    named = with_new_names("torchft simulate", given, {"every": "sync_every"}, settings=True)
+    if "weather" in named:
+        warnings.warn("the setting weather is now network and faults", DeprecationWarning, 3)
+        old = named.pop("weather")
+        network, faults = split_weather(old) if isinstance(old, Mapping) else (old, None)
+        named = {"network": network, "faults": faults, **named}
+    return named
+
+
 def _spread(given: Mapping[str, Any]) -> dict[str, Any]:
     """A single value where a list is swept, and a name where a strategy stands, are fine."""
-    spread = with_new_names("torchft simulate", given, {"every": "sync_every"}, stacklevel=4)
-    if "weather" in spread:
-        warnings.warn("the setting weather is now network and faults", DeprecationWarning, 3)
-        old = spread.pop("weather")
-        network, faults = split_weather(old) if isinstance(old, Mapping) else (old, None)
-        spread = {"network": network, "faults": faults, **spread}
+    spread = renamed_settings(given)
     for name in ("strategies", "nodes", "sync_every", "lr", "seeds"):
         value = spread.get(name)
         if value is not None and not isinstance(value, list | tuple):

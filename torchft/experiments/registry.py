@@ -42,7 +42,9 @@ def strategy_of(
     """
     factory = _factory(strategy)
     options = {"outer": "outer_optimizer"}
-    given = with_new_names(f"torchft simulate: {strategy.shown}", strategy.options, options)
+    given = with_new_names(
+        f"torchft simulate: {strategy.shown}", strategy.options, options, settings=True
+    )
     settings: dict[str, Any] = {
         "optim_spec": _inner(config, strategy, given.pop("optim", None), lr),
         "max_norm": config.max_norm,
@@ -137,7 +139,8 @@ def _optim(setting: str, given: object, default: str, **more: Any) -> OptimSpec:
 def _called(what: str, factory: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
     """`factory(**arguments)`; what it does not take is refused with what it does."""
     known = inspect.signature(factory).parameters
-    arguments = with_new_names(f"torchft simulate: {what}", arguments, old_names_of(factory))
+    new_names = old_names_of(factory)
+    arguments = with_new_names(f"torchft simulate: {what}", arguments, new_names, settings=True)
     free = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
     unknown = sorted(arguments.keys() - known.keys())
     # What every strategy of ours takes need not be taken by one of the user's, if it is unset.
