@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from torchft.errors import SettingsError
 
-__all__ = ["OldAttribute", "old_names_of", "renamed_arguments", "with_new_names"]
+__all__ = ["OldAttribute", "old_names_of", "renamed_arguments", "say_renamed", "with_new_names"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -38,12 +38,28 @@ def with_new_names(
     named = dict(given)
     for old in named.keys() & new_names.keys():
         new = new_names[old]
-        if new in named:
-            both = f"{what}: {old} is now {new}, and both are given"
-            raise SettingsError(both) if settings else TypeError(both)
-        warnings.warn(f"{what}: {old} is now {new}", DeprecationWarning, stacklevel=3)
+        say_renamed(what, old, new, both=new in named, settings=settings)
         named[new] = named.pop(old)
     return named
+
+
+def say_renamed(what: str, old: str, new: str, *, both: bool, settings: bool = False) -> None:
+    """Warn the caller's caller's caller that it gives something by an old name.
+
+    Args:
+        what: whose name it is, as the warning calls it.
+        both: whether it is given by the new name too.
+        settings: it comes from a file or a command line, not from a call.
+
+    Raises:
+        TypeError: it is given under both names.
+        SettingsError: the same, of a setting.
+    """
+    said = f"{what}: {old} is now {new}"
+    if both:
+        refusal = f"{said}, and both are given"
+        raise SettingsError(refusal) if settings else TypeError(refusal)
+    warnings.warn(said, DeprecationWarning, stacklevel=4)
 
 
 def renamed_arguments(**new_names: str) -> Callable[[_F], _F]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 
 import pytest
+import torch
 
 from torchft.errors import SettingsError
 from torchft.experiments.config import SimulateConfig, StrategyConfig, from_mapping
 from torchft.experiments.registry import strategy_of
+from torchft.manager import Manager
 from torchft.renamed import old_names_of, renamed_arguments
 from torchft.strategies import DiLoCoRecipe, OptimSpec, StreamingDiLoCoStrategy, TopKRecipe
 
@@ -46,6 +48,13 @@ def test_the_signature_has_the_new_names_alone() -> None:
     assert list(inspect.signature(doubled).parameters) == ["new", "more"]
     assert old_names_of(doubled) == old_names_of(Called) == {"old": "new"}
     assert old_names_of(OptimSpec) == {}
+
+
+def test_a_manager_takes_unsaid_but_not_with_its_name_of_now() -> None:
+    assert old_names_of(Manager.allreduce) == {"unsaid": "error_feedback"}
+    lost = torch.zeros(2)
+    with pytest.raises(TypeError, match="unsaid is now error_feedback, and both are given"):
+        Manager.allreduce(object(), lost, unsaid=lost, error_feedback=lost)  # type: ignore[arg-type, call-arg]
 
 
 OUTER = OptimSpec.from_string("sgd", lr=0.5)

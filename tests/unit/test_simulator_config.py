@@ -199,3 +199,9 @@ def test_the_old_setting_weather_is_split() -> None:
         config = from_mapping({"weather": {"nodes": [{"step_s": 1}], "pace_s": 2.0}})
     assert config.network == NetworkModel(nodes=[NodeProfile(step_s=1.0)])
     assert config.faults == FaultSchedule(pace_s=2.0)
+
+
+@pytest.mark.parametrize("new", ["network", "faults"])
+def test_the_old_setting_weather_with_what_it_is_now_is_refused(new: str) -> None:
+    with pytest.raises(SettingsError, match="weather is now network and faults, and both are"):
+        from_mapping({"weather": {}, new: {}})

@@ -199,3 +199,9 @@ def test_the_old_setting_weather_gives_both() -> None:
         one = experiment(model=Fits(), weather=old)
     assert one.all_events() == [Dies(2, 2)]
     assert one.network is not None and one.network.heartbeat_timeout_s == 7.0
+
+
+@pytest.mark.parametrize("new", [{"network": NetworkModel()}, {"faults": FaultSchedule()}])
+def test_the_old_weather_with_what_it_is_now_is_refused(new: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match="weather is now network and faults, and both are given"):
+        experiment(model=Fits(), weather=Weather(), **new)

@@ -12,7 +12,6 @@ import difflib
 import importlib
 import json
 import tomllib
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any, Literal
 
 from torchft.arguments import check_integer, check_number
 from torchft.errors import SettingsError
-from torchft.renamed import renamed_arguments, with_new_names
+from torchft.renamed import renamed_arguments, say_renamed, with_new_names
 from torchft.simulator.faults import FaultEvent, FaultSchedule, RandomFailures
 from torchft.simulator.network import NetworkModel, NodeProfile
 from torchft.simulator.weather import split_weather
@@ -285,12 +284,14 @@ def renamed_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         SettingsError: something is given under both names.
     """
-    named = with_new_names("torchft simulate", given, {"every": "sync_every"}, settings=True)
+    what = "torchft simulate"
+    named = with_new_names(what, given, {"every": "sync_every"}, settings=True)
     if "weather" in named:
-        warnings.warn("the setting weather is now network and faults", DeprecationWarning, 3)
+        both = not named.keys().isdisjoint(("network", "faults"))
+        say_renamed(what, "weather", "network and faults", both=both, settings=True)
         old = named.pop("weather")
         network, faults = split_weather(old) if isinstance(old, Mapping) else (old, None)
-        named = {"network": network, "faults": faults, **named}
+        named |= {"network": network, "faults": faults}
     return named
 
 

@@ -48,6 +48,7 @@ from torchft.manager.step import Context, ExceptionWithTraceback
 from torchft.manager.telemetry import StepLog
 from torchft.peers import Place
 from torchft.process_group import ProcessGroup
+from torchft.renamed import renamed_arguments
 from torchft.settings import get_timeout
 from torchft.uncopied import Uncopied
 
@@ -278,6 +279,7 @@ class Manager(Uncopied):
 
     # ------------------------------------------------------------------ communicate
 
+    @renamed_arguments(unsaid="error_feedback")
     def allreduce(
         self,
         tensor: torch.Tensor,
@@ -286,7 +288,6 @@ class Manager(Uncopied):
         *,
         error_feedback: torch.Tensor | None = None,
         name: Name | None = None,
-        unsaid: torch.Tensor | None = None,
     ) -> Work:
         """Reduce `tensor` over the participating groups, in place; AVG divides by their number.
 
@@ -309,18 +310,12 @@ class Manager(Uncopied):
                 (`torchft.quantization.ErrorFeedback`).
             name: what a NotFiniteError calls the tensor, or a function from the tensor to its
                 parts by name.
-            unsaid: the former name of `error_feedback`.
 
         Raises:
             ValueError: AVG of a tensor that is neither floating-point nor complex; a sparse tensor;
                 a codec that does not exist, or cannot hold the tensor's dtype.
             NotImplementedError: quantised, and neither SUM nor AVG.
         """
-        if unsaid is not None:
-            warnings.warn(
-                "allreduce(unsaid=…) is called error_feedback now", DeprecationWarning, stacklevel=2
-            )
-            error_feedback = unsaid
         return self.steps.begun("allreduce").allreduce(
             tensor, should_quantize, reduce_op, error_feedback=error_feedback, name=name
         )

@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from torchft.arguments import check_choice, check_integer
 from torchft.errors import SettingsError
+from torchft.renamed import say_renamed
 from torchft.seeds import seed64
 from torchft.simulator.copies import copied
 from torchft.simulator.events import Event, check_events, check_list
@@ -85,7 +86,8 @@ class Experiment:
             return
         if not isinstance(weather, Weather):
             raise SettingsError(f"weather={weather!r}: give network=NetworkModel(…)")
-        warnings.warn("weather is now network and faults", DeprecationWarning, stacklevel=3)
+        both = self.network is not None or self.faults is not None
+        say_renamed(f"{__name__}.Experiment", "weather", "network and faults", both=both)
         self.network, self.faults = weather, weather.faults
 
     def check(self) -> None:
