@@ -30,6 +30,7 @@ from torchft.quantization.proof import prove
 from torchft.step_hooks import check_optimizer, check_trains, parameters_of
 from torchft.strategies.buffers import LEFT
 from torchft.strategies.checks import check_among_groups
+from torchft.strategies.describe import differences_in_words, options_of
 from torchft.strategies.inner import InnerOptimizer
 from torchft.strategies.model_local import ModelLocal
 from torchft.strategies.optim_spec import OptimSpec
@@ -46,6 +47,9 @@ if TYPE_CHECKING:
 __all__ = ["Replicated", "check_inner"]
 
 State = dict[str, Any]
+
+_PARTS = {"models", "optimizer", "strategy", "manager"}
+"""What `state_dict` has had since the first version."""
 
 
 class Replicated(Uncopied):
@@ -98,6 +102,7 @@ class Replicated(Uncopied):
         stepped = self.optimizer
         if isinstance(stepped, InnerOptimizer):
             stepped = stepped.optimizer
+        self._options = {"optimizer": type(stepped).__name__, **options_of(strategy)}
         check_trains(self._local.names, self._local.parameters, stepped)
         _warn_of_strangers(self._local, stepped)
         self._trained = TrainedModel(self._modules, stepped, front=type(self).__name__)
@@ -195,6 +200,7 @@ class Replicated(Uncopied):
             **self._weights_and_optimizer(),
             "strategy": self._strategy.state_dict(),
             "manager": self._manager.state_dict(),
+            "options": self._options,
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -202,9 +208,11 @@ class Replicated(Uncopied):
 
         Raises:
             PhaseError: training has begun.
-            SettingsError: the checkpoint was written with other options.
+            SettingsError: the checkpoint was written with other options, or is none of
+                `state_dict`.
         """
         self._refuse_late_load()
+        self._check_options(state)
         self._load_weights_and_optimizer(state)
         self._strategy.load_state_dict(state["strategy"])
         self._manager.load_state_dict(state["manager"])
@@ -218,6 +226,20 @@ class Replicated(Uncopied):
     def _refuse_late_load(self, until: str = "the first step") -> None:
         if self._joined:
             raise PhaseError(f"training has begun: load a checkpoint before {until}")
+
+    def _check_options(self, state: Any) -> None:
+        if not isinstance(state, dict) or not state.keys() >= _PARTS:
+            raise SettingsError(
+                f"this is no state of Replicated, which has {', '.join(sorted(_PARTS))}: give what "
+                "its state_dict() returned, and load weights alone into the model before"
+            )
+        # What only one of them knows is of another version.
+        saved = {k: v for k, v in state.get("options", {}).items() if k in self._options}
+        if found := differences_in_words(saved, {name: self._options[name] for name in saved}):
+            raise SettingsError(
+                f"the checkpoint was written with other options (checkpoint → here): {found}. Make "
+                'them equal, or load its state["models"] alone to start afresh from these weights'
+            )
 
     def _weights_and_optimizer(self) -> State:
         models = [module.state_dict() for module in self._modules]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -28,8 +29,10 @@ from torchft.strategies import (
     LocalSGDRecipe,
     OptimSpec,
     Recipe,
+    SimpleReduceStrategy,
     SpartaRecipe,
     Strategy,
+    StreamingDiLoCoStrategy,
     TopKRecipe,
 )
 
@@ -165,6 +168,64 @@ def test_the_strategy_makes_the_optimizer_where_none_is_given() -> None:
     group.run(entry, 4)
     assert type(entry.optimizer.optimizer) is torch.optim.AdamW
     assert group.manager.current_step() == 2
+
+
+def saved_by(strategy: Strategy) -> Any:
+    group = alone()
+    return group.run(Replicated(group.manager, group.model, None, strategy), 2).entry.state_dict()
+
+
+def made_anew(strategy: Strategy) -> Replicated:
+    group = alone()
+    return Replicated(group.manager, group.model, None, strategy)
+
+
+SGD = OptimSpec(torch.optim.SGD, lr=0.1)
+
+
+class TestCheckpointsOfOthers:
+    """A checkpoint is refused before anything is loaded of it."""
+
+    @pytest.mark.parametrize(
+        ("other", "message"),
+        [
+            (lambda: DiLoCoStrategy(ADAMW, H=3), r"sync_every: 2 → 3\. Make them equal"),
+            (lambda: DiLoCoStrategy(SGD, H=2), "optimizer: AdamW → SGD"),
+            (lambda: DiLoCoStrategy(ADAMW, SGD, H=2), r"outer.*lr: 0.7 → 0.1"),
+            (lambda: DiLoCoStrategy(ADAMW, H=2, codec="int8"), "codec: None → "),
+            (lambda: SimpleReduceStrategy(ADAMW), "strategy: DiLoCo → AllReduce"),
+            (lambda: StreamingDiLoCoStrategy(ADAMW, H=2, fragments=2), "parts: 1 → 2"),
+        ],
+    )
+    def test_of_other_options(self, other: Callable[[], Strategy], message: str) -> None:
+        saved, entry = saved_by(DiLoCoStrategy(ADAMW, H=2)), made_anew(other())
+        before = digest(list(entry._modules[0].state_dict().values()))
+        with pytest.raises(SettingsError, match=message):
+            entry.load_state_dict(saved)
+        assert digest(list(entry._modules[0].state_dict().values())) == before
+
+    def test_of_a_model_alone(self) -> None:
+        entry = made_anew(DiLoCoStrategy(ADAMW, H=2))
+        with pytest.raises(SettingsError, match=r"no state of Replicated.*load weights alone"):
+            entry.load_state_dict(alone().model.state_dict())
+
+    def test_what_has_no_record_of_options_loads_as_before(self) -> None:
+        saved = saved_by(DiLoCoStrategy(ADAMW, H=2))
+        del saved["options"]
+        entry = made_anew(DiLoCoStrategy(ADAMW, H=2))
+        entry.load_state_dict(saved)
+        assert entry.step_count == 2
+
+    def test_an_option_of_another_version_is_not_compared(self) -> None:
+        saved = saved_by(DiLoCoStrategy(ADAMW, H=2))
+        saved["options"]["recipes[0].of_a_later_version"] = 1
+        made_anew(DiLoCoStrategy(ADAMW, H=2)).load_state_dict(saved)
+
+    def test_the_backup_may_lie_elsewhere(self) -> None:
+        def placed(pin: bool) -> Strategy:
+            return Strategy([DiLoCoRecipe(OUTER, 2, pin_memory=pin)], inner=ADAMW)
+
+        made_anew(placed(False)).load_state_dict(saved_by(placed(True)))
 
 
 class TestRefusals:

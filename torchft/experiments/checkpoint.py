@@ -20,15 +20,13 @@ import torch
 
 from torchft.arguments import check_integer
 from torchft.errors import SettingsError
-from torchft.experiments.describe import differences
+from torchft.strategies.describe import differences_in_words
 
 __all__ = ["CheckpointFolder", "Saved", "load_checkpoint", "write_whole"]
 
 _FORMAT = 1
 _NAME = re.compile(r"step_(\d+)\.pt")
 _FIELDS = {"format", "step", "identity", "state"}
-_SHOWN = 4
-"""Differences that an error names."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +45,10 @@ class Saved:
         Raises:
             SettingsError: names what differs.
         """
-        found = list(differences(self.identity, identity))
-        if found:
-            more = f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        if found := differences_in_words(self.identity, identity):
             raise SettingsError(
-                f"{self.path} is of another experiment (checkpoint → this run): "
-                f"{'; '.join(found[:_SHOWN])}{more}. Make them equal, or start afresh under "
-                "another run_name"
+                f"{self.path} is of another experiment (checkpoint → this run): {found}. Make them "
+                "equal, or start afresh under another run_name"
             )
 
 

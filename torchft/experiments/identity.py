@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from torchft.experiments.describe import describe, shape_of_model
 from torchft.simulator.experiment import Experiment
 from torchft.simulator.feed import is_factory
+from torchft.strategies.describe import describe, shape_of_model
 
 __all__ = ["config_of", "identity_of"]
 

@@ -32,10 +32,10 @@ from torchft import strategies
 from torchft.compat.exogym.strategy.optim import OptimSpec, ensure_optim_spec
 from torchft.compat.exogym.tolerance import tolerant
 from torchft.errors import SettingsError
-from torchft.experiments.describe import describe
 from torchft.experiments.spmd.node import SPMDNode
 from torchft.simulator.program import SPMDProgram
 from torchft.strategies import ScheduleSpec
+from torchft.strategies.describe import describe
 
 __all__ = ["OptimSpec", "SimpleReduceStrategy", "Strategy", "ensure_optim_spec"]
 

@@ -1,4 +1,4 @@
-"""The settings of a run as plain data: what a logger writes, and what a checkpoint compares.
+"""Settings of a run as plain data: what a logger writes, and what checkpoints compare.
 
 Our own objects are told field by field, in full; of anyone else's only the name of the class. No
 address, time or other thing that differs between two equal runs is in it.
@@ -14,11 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchft.strategies import Recipe, Strategy
+from torchft.strategies.recipe import Recipe, kind_of
+from torchft.strategies.strategy import Strategy
 
-__all__ = ["describe", "differences", "shape_of_model"]
+__all__ = ["describe", "differences_in_words", "options_of", "shape_of_model"]
 
 _DEEP = 8
+_SHOWN = 4
+"""Differences that an error names."""
+_PLACES = {"device", "pin"}
+"""Where a recipe keeps its backup, which decides nothing about numbers."""
 
 
 def describe(value: object, depth: int = _DEEP) -> Any:
@@ -54,14 +59,31 @@ def shape_of_model(model: nn.Module) -> dict[str, str]:
     return {name: f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for name, t in named}
 
 
-def differences(saved: object, now: object, path: str = "") -> Iterator[str]:
-    """Each place where two descriptions differ, as `place: saved → now`."""
+def options_of(strategy: Strategy) -> dict[str, Any]:
+    """By name, what a strategy that is not in use yet was made with, as plain data."""
+    kinds = ", ".join(kind_of(recipe) for recipe in strategy.recipes)
+    options = {"strategy": kinds, "inner": describe(strategy.inner)}
+    for number, recipe in enumerate(strategy.recipes):
+        fields = {name.lstrip("_"): value for name, value in vars(recipe).items()}
+        told = {name: value for name, value in fields.items() if name not in _PLACES}
+        options |= {f"recipes[{number}].{name}": describe(value) for name, value in told.items()}
+    return options
+
+
+def differences_in_words(saved: object, now: object) -> str:
+    """The first places where two descriptions differ, as `place: saved → now`; empty if none do."""
+    found = list(_differences(saved, now))
+    more = f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return "; ".join(found[:_SHOWN]) + more
+
+
+def _differences(saved: object, now: object, path: str = "") -> Iterator[str]:
     if isinstance(saved, dict) and isinstance(now, dict):
         for key in [*saved, *(key for key in now if key not in saved)]:
             below = f"{path}.{key}" if path else str(key)
-            yield from differences(saved.get(key, "nothing"), now.get(key, "nothing"), below)
+            yield from _differences(saved.get(key, "nothing"), now.get(key, "nothing"), below)
     elif isinstance(saved, list) and isinstance(now, list) and len(saved) == len(now):
         for index, pair in enumerate(zip(saved, now, strict=True)):
-            yield from differences(*pair, f"{path}[{index}]")
+            yield from _differences(*pair, f"{path}[{index}]")
     elif saved != now:
         yield f"{path}: {saved} → {now}"
