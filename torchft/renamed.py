@@ -26,10 +26,11 @@ def with_new_names(
     """Put what was given under the names of an earlier release under the names of now.
 
     Args:
-        what: whose names they are, as the DeprecationWarning calls it.
+        what: whose names they are, as the warning calls it.
         given: name → value.
         new_names: old name → new name.
-        settings: they come from a file or a command line, not from a call.
+        settings: they come from a file or a command line, not from a call: the warning is a
+            FutureWarning, not a DeprecationWarning.
 
     Raises:
         TypeError: something is given under both names.
@@ -49,7 +50,7 @@ def say_renamed(what: str, old: str, new: str, *, both: bool, settings: bool = F
     Args:
         what: whose name it is, as the warning calls it.
         both: whether it is given by the new name too.
-        settings: it comes from a file or a command line, not from a call.
+        settings: as of `with_new_names`.
 
     Raises:
         TypeError: it is given under both names.
@@ -59,7 +60,8 @@ def say_renamed(what: str, old: str, new: str, *, both: bool, settings: bool = F
     if both:
         refusal = f"{said}, and both are given"
         raise SettingsError(refusal) if settings else TypeError(refusal)
-    warnings.warn(said, DeprecationWarning, stacklevel=4)
+    # Python shows a DeprecationWarning to the author of a call alone, a FutureWarning to all users.
+    warnings.warn(said, FutureWarning if settings else DeprecationWarning, stacklevel=4)
 
 
 def renamed_arguments(**new_names: str) -> Callable[[_F], _F]:

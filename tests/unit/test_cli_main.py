@@ -130,6 +130,13 @@ def test_a_word_like_no_other_brings_no_suggestion(capsys: pytest.CaptureFixture
     assert "did you mean" not in refusal(capsys, "xyzzy")
 
 
+@pytest.mark.parametrize(("typed", "old"), [("--weathr", "--weather"), ("--evry", "--every")])
+def test_a_flag_of_an_earlier_release_is_no_suggestion(
+    capsys: pytest.CaptureFixture[str], typed: str, old: str
+) -> None:
+    assert f"'{old}'" not in refusal(capsys, "simulate", typed)
+
+
 def test_the_version_is_said_once_for_python_and_rust() -> None:
     root = Path(__file__).parents[2]
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]

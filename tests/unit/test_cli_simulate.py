@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def test_a_flag_wins_over_the_file_whichever_has_the_old_name(
 ) -> None:
     path = tmp_path / "old.yaml"
     path.write_text(f"{file}: [5]\n")
-    with pytest.warns(DeprecationWarning, match="every is now sync_every"):
+    with pytest.warns(FutureWarning, match="every is now sync_every"):
         assert config(str(path), flag, "10").sync_every == (10,)
 
 
@@ -104,7 +105,7 @@ def test_a_network_by_flag_wins_over_the_weather_of_the_file(tmp_path: Path) -> 
     (tmp_path / "slow.yaml").write_text("nodes: [{step_s: 2}]")
     path = tmp_path / "old.yaml"
     path.write_text("weather: {nodes: [{step_s: 1}], pace_s: 3.0}\n")
-    with pytest.warns(DeprecationWarning, match="weather is now network and faults"):
+    with pytest.warns(FutureWarning, match="weather is now network and faults"):
         asked = config(str(path), "--network", str(tmp_path / "slow.yaml"))
     assert asked.network == NetworkModel(nodes=[NodeProfile(step_s=2.0)])
     assert asked.faults == FaultSchedule(pace_s=3.0)
@@ -184,6 +185,23 @@ def test_a_second_sweep_trains_nothing_again(
     assert "2 runs ended, 2 of them earlier" in said
     assert "s to loss 100" in said
     assert "loss " not in told
+
+
+def test_an_old_name_in_a_file_is_shown_once_however_many_runs_there_are(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    old = tmp_path / "old.yaml"
+    diloco = {"name": "diloco", "options": {"outer": {"lr": 0.4}}}
+    settings = {name: value for name, value in TINY.items() if name != "sync_every"}
+    old.write_text(as_yaml({**settings, "every": [3], "strategies": [diloco], "seeds": [0, 1]}))
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.resetwarnings()  # as outside of tests: each message once
+        code, *_ = ran(capsys, old, "--out", tmp_path / "out")
+    assert code == 0
+    assert [str(one.message) for one in shown if one.category is FutureWarning] == [
+        "torchft simulate: every is now sync_every",
+        "torchft simulate: diloco: outer is now outer_optimizer",
+    ]
 
 
 def test_json_is_all_that_is_printed(

@@ -82,14 +82,14 @@ def test_streaming_takes_the_delay_and_the_mixture_by_the_names_of_the_front() -
 def test_a_sweep_takes_every_as_an_argument_and_as_a_setting() -> None:
     with pytest.warns(DeprecationWarning, match="every is now sync_every"):
         assert SimulateConfig(every=(5,)) == SimulateConfig(sync_every=(5,))
-    with pytest.warns(DeprecationWarning, match="every is now sync_every"):
+    with pytest.warns(FutureWarning, match="every is now sync_every"):
         assert from_mapping({"every": 5}).sync_every == (5,)
 
 
 def test_options_of_a_strategy_in_a_sweep() -> None:
     options = {"outer": {"lr": 0.25}, "fragment_sync_delay": 2}
     asked = StrategyConfig(name="streaming", options=options)
-    with pytest.warns(DeprecationWarning) as seen:
+    with pytest.warns(FutureWarning) as seen:
         made = strategy_of(SimulateConfig(), asked, sync_every=8, lr=0.1)
     assert {str(one.message) for one in seen} == {
         "torchft simulate: streaming: outer is now outer_optimizer",

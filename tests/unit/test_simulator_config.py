@@ -195,7 +195,7 @@ def test_the_examples_are_good() -> None:
 
 
 def test_the_old_setting_weather_is_split() -> None:
-    with pytest.warns(DeprecationWarning, match="network and faults"):
+    with pytest.warns(FutureWarning, match="network and faults"):
         config = from_mapping({"weather": {"nodes": [{"step_s": 1}], "pace_s": 2.0}})
     assert config.network == NetworkModel(nodes=[NodeProfile(step_s=1.0)])
     assert config.faults == FaultSchedule(pace_s=2.0)

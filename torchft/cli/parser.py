@@ -53,9 +53,11 @@ def with_suggestion(message: str, words: Iterable[str]) -> str:
 
 
 def words_of(parser: argparse.ArgumentParser) -> Iterator[str]:
-    """All flags, choices and commands of a parser and the parsers below it."""
+    """All choices, commands and flags, but those of an earlier release, of a parser and the parsers
+    below it."""
     for action in parser._actions:
-        yield from action.option_strings
+        if action.help != argparse.SUPPRESS:
+            yield from action.option_strings
         if isinstance(action, argparse._SubParsersAction):
             for below in action.choices.values():
                 yield from words_of(below)

@@ -8,6 +8,7 @@ that: simulated time is computed from the files.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -141,7 +142,10 @@ def run_one(
         SettingsError: it cannot run.
         NodeError: a loss is not finite.
     """
-    experiment = experiment_of(config, spec, data)
+    with warnings.catch_warnings():
+        # `check_runs` has said it.
+        warnings.filterwarnings("ignore", "torchft simulate: .* is now ", FutureWarning)
+        experiment = experiment_of(config, spec, data)
     looks = _Looks(experiment, config, on_step)
     with one_thread():
         result = run_stacked(experiment, on_step=looks)
