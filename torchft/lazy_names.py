@@ -1,4 +1,4 @@
-"""Module-level `__getattr__` for packages whose names load when they are first used."""
+"""Names that load when they are first used: those of a package, and those of old modules."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import importlib
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from types import ModuleType
 from typing import Any
 
-__all__ = ["lazy_names"]
+__all__ = ["lazy_names", "old_modules"]
 
 
 def lazy_names(
@@ -46,6 +47,34 @@ def lazy_names(
         return sorted({*vars(sys.modules[package]), *homes})
 
     return load, names
+
+
+def old_modules(package: str, moved: Mapping[str, str], **names: str) -> None:
+    """Let modules of an earlier release be imported; taking a name gives a DeprecationWarning.
+
+    Args:
+        package: whose modules they were. Its `__init__.py` makes the call.
+        moved: old module, relative to the package → the full path of what it is now.
+        names: old name → new name, of what was renamed in them.
+    """
+    for module, new in moved.items():
+        path = f"{package}.{module}"
+        old = ModuleType(path, f"Deprecated: now `{new}`.")
+        vars(old)["__getattr__"] = _getattr_of(path, new, names)
+        sys.modules[path] = old
+        setattr(sys.modules[package], module, old)
+
+
+def _getattr_of(path: str, new: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    def load(name: str) -> Any:
+        now = names.get(name, name)
+        # Python's import asks for names like __path__.
+        if now.startswith("__") or not hasattr(importlib.import_module(new), now):
+            raise AttributeError(f"module {path!r} has no attribute {name!r}")
+        warnings.warn(f"{path}.{name} is now {new}.{now}", DeprecationWarning, stacklevel=2)
+        return _found(f"{new}.{now}")
+
+    return load
 
 
 def _found(path: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,6 +56,12 @@ def test_a_manager_takes_unsaid_but_not_with_its_name_of_now() -> None:
     lost = torch.zeros(2)
     with pytest.raises(TypeError, match="unsaid is now error_feedback, and both are given"):
         Manager.allreduce(object(), lost, unsaid=lost, error_feedback=lost)  # type: ignore[arg-type, call-arg]
+
+
+def test_a_manager_takes_a_step_by_the_old_name() -> None:
+    with pytest.warns(DeprecationWarning, match=r"Manager.take_step is steps.take now"):
+        taken = Manager.take_step(SimpleNamespace(steps=SimpleNamespace(take=lambda: "it")))  # type: ignore[arg-type]
+    assert taken == "it"
 
 
 OUTER = OptimSpec.from_string("sgd", lr=0.5)

@@ -44,7 +44,7 @@ from torchft.manager.live_state import LiveState
 from torchft.manager.plan import Options, Phase, WorldSizeMode, follow
 from torchft.manager.progress import Progress
 from torchft.manager.queue import Steps
-from torchft.manager.step import Context, ExceptionWithTraceback
+from torchft.manager.step import Context, ExceptionWithTraceback, Step
 from torchft.manager.telemetry import StepLog
 from torchft.peers import Place
 from torchft.process_group import ProcessGroup
@@ -401,6 +401,11 @@ class Manager(Uncopied):
         """Meet the others once more. Deprecated: the former name of `final_sync`."""
         warnings.warn("Manager.settle is called final_sync now", DeprecationWarning, stacklevel=2)
         return self.final_sync(timeout)
+
+    def take_step(self) -> Step:
+        """The step that was begun last, for a caller who closes it. Deprecated: `steps.take`."""
+        warnings.warn("Manager.take_step is steps.take now", DeprecationWarning, stacklevel=2)
+        return self.steps.take()
 
     # ------------------------------------------------------------------ who, where
 

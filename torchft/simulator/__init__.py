@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torchft.lazy_names import lazy_names
+from torchft.lazy_names import lazy_names, old_modules
 
 if TYPE_CHECKING:
     from torchft.simulator.events import Dies, Discards, Joins, Misses
@@ -76,6 +76,6 @@ __getattr__, __dir__ = lazy_names(
         "SimulatedRun": "torchft.simulator.Forecast",
         "Weather": "torchft.simulator.weather.Weather",
         "WeatherEvent": "torchft.simulator.FaultEvent",
-        "zoo": "torchft.experiments.models",
     },
 )
+old_modules(__name__, {"zoo": "torchft.experiments.models"})
