@@ -27,6 +27,7 @@ __all__ = [
     "check_choice",
     "check_integer",
     "check_number",
+    "in_words",
     "integer_from",
     "number_from",
 ]
@@ -98,6 +99,14 @@ def check_choice(name: str, value: T, choices: Iterable[object], *, otherwise: s
         listed = ", ".join([*map(str, known), *([f"or {otherwise}"] if otherwise else [])])
         raise SettingsError(f"{name}={_shown(value)}: it must be one of {listed}")
     return value
+
+
+def in_words(value: object) -> str:
+    """What was given in the place of something else, for an error: `None`, `'x'`, `the class X`, or
+    `a X`."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return repr(value) if value is None or isinstance(value, str) else f"a {type(value).__name__}"
 
 
 def boolean_of(name: str, text: str) -> bool:

@@ -15,13 +15,15 @@ or comes back travels by itself: weights, buffers, inner and outer optimizer, sc
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from torchft.arguments import check_integer, in_words
+from torchft.ddp import DistributedDataParallel, PureDistributedDataParallel
 from torchft.errors import PhaseError, SettingsError
 from torchft.ledger import Bucket
 from torchft.manager.peers import ManagerPeers
@@ -58,8 +60,8 @@ class Replicated(Uncopied):
     Args:
         manager: of this group. It needs no `state_dict` of its own: pass None twice, or what else
             should heal, such as a position in the data.
-        model: the module as it is, not wrapped for data parallelism; or several modules, each a
-            fragment of the strategy.
+        model: the module as it is, not in torchft's `DistributedDataParallel`; or several modules,
+            each a fragment of the strategy.
         optimizer: the inner optimizer, over the model's parameters; None: made as the strategy
             says (`inner=`), with the bits that the simulator has.
         strategy: not in use yet. All groups give the same.
@@ -72,7 +74,8 @@ class Replicated(Uncopied):
 
     Raises:
         SettingsError: the strategy is in use, is a bare recipe, or cannot run among groups; the
-            optimizer is of another model, or not the one that the strategy names; nothing to train.
+            optimizer is of another model, or not the one that the strategy names; the manager
+            serves a Replicated already; nothing to train.
     """
 
     copy_instead = "save its state_dict(), and make another one with a manager of its own"
@@ -82,7 +85,7 @@ class Replicated(Uncopied):
         manager: Manager,
         model: nn.Module | Sequence[nn.Module],
         optimizer: Optimizer | None,
-        strategy: Strategy,
+        strategy: Strategy | None = None,
         *,
         deterministic: bool = False,
         samples: int | None = None,
@@ -90,9 +93,12 @@ class Replicated(Uncopied):
         max_steps: int | None = None,
         peers: Peers | None = None,
     ) -> None:
-        _check_strategy(strategy)
-        check_among_groups(strategy.recipes)
-        self._modules = [model] if isinstance(model, nn.Module) else list(model)
+        strategy = _strategy_of(strategy, optimizer)
+        _check_manager(manager)
+        for name, value in {"samples": samples, "max_steps": max_steps}.items():
+            if value is not None:
+                check_integer(name, value, least=1)
+        self._modules = _modules_of(model)
         self._manager, self._strategy = manager, strategy
         self.optimizer: Any = self._inner(optimizer, max_steps)
         self._local = ModelLocal(self._modules, self.optimizer)
@@ -344,7 +350,12 @@ class Replicated(Uncopied):
                 self._manager.allow_state_dict_read()
 
 
-def _check_strategy(strategy: Any) -> None:
+def _strategy_of(strategy: Any, optimizer: object) -> Strategy:
+    if isinstance(optimizer, Strategy | Recipe):
+        raise SettingsError(
+            f"{in_words(optimizer)} stands in the optimizer's place: write Replicated(manager, "
+            "model, optimizer, strategy), or None for the optimizer that the strategy names"
+        )
     if isinstance(strategy, Recipe):
         name = type(strategy).__name__
         raise SettingsError(f"{name} is a recipe, not a strategy: write Strategy([{name}(…)])")
@@ -353,10 +364,48 @@ def _check_strategy(strategy: Any) -> None:
         raise SettingsError(f"the strategy is the class {name}: give an object, {name}(…)")
     if not isinstance(strategy, Strategy):
         raise SettingsError(
-            f"the strategy is a {type(strategy).__name__}: give one of torchft.strategies, such as "
+            f"the strategy is {in_words(strategy)}: give one of torchft.strategies, such as "
             "Strategy([AllReduceRecipe()])"
         )
     strategy.check_unused()
+    check_among_groups(strategy.recipes)
+    return strategy
+
+
+def _check_manager(manager: Any) -> None:
+    try:
+        registered = manager.state.registered
+    except AttributeError:
+        raise SettingsError(
+            f"the manager is {in_words(manager)}: give a torchft.Manager(…), as in "
+            "Replicated(manager, model, optimizer, strategy)"
+        ) from None
+    if "Replicated" in registered:
+        raise SettingsError(
+            "this manager serves a Replicated already: give that one all models, as a list, or "
+            "make a manager for each"
+        )
+
+
+def _modules_of(model: Any) -> list[nn.Module]:
+    several = isinstance(model, Iterable) and not isinstance(model, nn.Module | str)
+    modules = list(model) if several else [model]
+    for module in modules:
+        if not isinstance(module, nn.Module):
+            raise SettingsError(
+                f"the model is {in_words(module)}: give a torch.nn.Module, or several in a list"
+            )
+        if isinstance(module, DistributedDataParallel | PureDistributedDataParallel):
+            raise SettingsError(
+                f"the model is wrapped in torchft's {type(module).__name__}, which averages among "
+                "the groups by itself: give the model that it wraps"
+            )
+    if not any(p.requires_grad for module in modules for p in module.parameters()):
+        raise SettingsError(
+            "the model has no parameter that requires a gradient: unfreeze what is to be trained, "
+            "with requires_grad_(True), before this is made"
+        )
+    return modules
 
 
 def check_inner(optimizer: object) -> None:

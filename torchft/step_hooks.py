@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from torchft.arguments import in_words
 from torchft.errors import SettingsError
 from torchft.step_watch import StepWatch
 from torchft.untraced import untraced
@@ -174,8 +175,8 @@ def check_optimizer(argument: str, optimizer: Any) -> None:
         )
     if not callable(getattr(optimizer, "step", None)) or not hasattr(optimizer, "param_groups"):
         raise SettingsError(
-            f"{argument} is {_said(optimizer)}, which is no optimizer: give an object with step() "
-            "and param_groups, such as torch.optim.AdamW(model.parameters(), lr=1e-3)"
+            f"{argument} is {in_words(optimizer)}, which is no optimizer: give an object with "
+            "step() and param_groups, such as torch.optim.AdamW(model.parameters(), lr=1e-3)"
         )
 
 
@@ -202,10 +203,6 @@ def state_of(optimizer: Any) -> MutableMapping[Tensor, Any] | None:
     """The state of each parameter, also where a wrapper such as `torchft.optim.OptimizerWrapper`
     holds the optimizer; None where none is known."""
     return getattr(getattr(optimizer, "optimizer", optimizer), "state", None)
-
-
-def _said(value: object) -> str:
-    return repr(value) if isinstance(value, str) else f"a {type(value).__name__}"
 
 
 def _layers(optimizer: Any) -> Iterator[Any]:

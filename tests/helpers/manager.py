@@ -34,6 +34,7 @@ class InProcessManager:
         self.ledger = Ledger()
         self.described: dict[str, list[str]] = {}
         self.keys: list[str] = []
+        self.registered = self.keys
         self.readable = True
         self.reductions: list[int] = []
         """Elements of each all-reduce."""

@@ -11,12 +11,14 @@ from helpers.manager import InProcessManager
 from helpers.peers import Node, Script, World
 from helpers.reference import OUTER, reference
 from helpers.scripts import TinyScript
-from helpers.tiny import backward, digest
+from helpers.tiny import Tiny, backward, digest
 from helpers.training import ROWS, STEPS, Row
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from torchft.ddp import PureDistributedDataParallel
 from torchft.errors import MismatchError, PhaseError, SettingsError
+from torchft.manager import Manager
 from torchft.optim import OptimizerWrapper
 from torchft.replicated import Replicated
 from torchft.strategies import (
@@ -259,7 +261,61 @@ class TestRefusals:
         self.refused(DiLoCoStrategy, r"give an object, DiLoCoStrategy\(")
 
     def test_what_is_no_strategy(self) -> None:
-        self.refused("diloco", "is a str: give one of torchft.strategies")
+        self.refused("diloco", "is 'diloco': give one of torchft.strategies")
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"manager": None}, r"manager is None: give a torchft.Manager"),
+            ({"manager": Manager}, r"manager is the class Manager: give a torchft.Manager\("),
+            ({"manager": nn.Linear(2, 2)}, r"manager is a Linear: .*Replicated\(manager, model"),
+            ({"manager": torch.optim.SGD([torch.ones(1)])}, "manager is a SGD: give a torchft.Man"),
+            ({"model": None}, "model is None: give a torch.nn.Module"),
+            ({"model": "tiny"}, "model is 'tiny': give a torch.nn.Module"),
+            ({"model": nn.Linear}, "model is the class Linear: give a torch.nn.Module"),
+            ({"model": [nn.Linear(2, 2), 3]}, "model is a int: give"),
+            ({"model": []}, "no parameter that requires a gradient: unfreeze"),
+            ({"model": nn.ReLU()}, "no parameter that requires a gradient: unfreeze"),
+            ({"model": Tiny().requires_grad_(False)}, "requires a gradient: unfreeze"),
+            ({"samples": "3"}, "samples='3': it must be an integer, at least 1"),
+            ({"samples": -1}, "samples=-1: it must be an integer, at least 1"),
+            ({"max_steps": "x"}, "max_steps='x': it must be an integer, at least 1"),
+        ],
+    )
+    def test_an_argument_of_another_kind(self, given: dict[str, Any], message: str) -> None:
+        group, strategy = alone(), DiLoCoStrategy(ADAMW, H=2)
+        right = {"manager": group.manager, "model": group.model, "optimizer": None}
+        with pytest.raises(SettingsError, match=message):
+            Replicated(**{**right, "strategy": strategy, **given})
+        assert group.manager.keys == []
+        group.run(Replicated(**right, strategy=strategy), 2)
+
+    def test_a_strategy_in_the_place_of_the_optimizer(self) -> None:
+        group = alone()
+        with pytest.raises(SettingsError, match="a DiLoCoStrategy stands in the optimizer's place"):
+            Replicated(group.manager, group.model, DiLoCoStrategy(ADAMW, H=2))
+
+    def test_a_model_whose_gradients_are_averaged_already(self) -> None:
+        group = alone()
+        wrapped = PureDistributedDataParallel(group.manager, group.model)
+        with pytest.raises(SettingsError, match="averages among the groups by itself: give the mo"):
+            Replicated(group.manager, wrapped, None, DiLoCoStrategy(ADAMW, H=2))
+
+    def test_a_manager_that_serves_another_leaves_the_strategy_unused(self) -> None:
+        group, other = alone(), alone()
+        group.replicated(Strategy([LocalSGDRecipe(3)]))
+        strategy = Strategy([LocalSGDRecipe(3)])
+        with pytest.raises(SettingsError, match=r"serves a Replicated already: .* as a list"):
+            group.replicated(strategy)
+        other.run(other.replicated(strategy), 3)
+
+    def test_a_model_that_cannot_be_cut_so_leaves_the_strategy_unused(self) -> None:
+        group = alone()
+        recipes = [SpartaRecipe(third, 2), DiLoCoRecipe(OUTER, 99, fragments=99)]
+        strategy = Strategy(recipes)
+        with pytest.raises(SettingsError, match="99"):
+            group.replicated(strategy)
+        strategy.check_unused()
 
     def test_a_strategy_that_cannot_run_among_groups(self) -> None:
         self.refused(Strategy([FedAvgRecipe(3, island_size=2)]), "leave island_size out")

@@ -306,7 +306,7 @@ class TestWhatIsNoOptimizer:
             ("adamw", "the inner optimizer is 'adamw', which is no optimizer"),
             (AdamW, r"is the class AdamW: give an optimizer made of it, such as AdamW\(model"),
             (nn.Linear(1, 1), "is a Linear, which is no optimizer"),
-            (None, "is a NoneType, which is no optimizer"),
+            (None, "is None, which is no optimizer"),
         ],
     )
     def test_inner(self, given: Any, says: str) -> None:

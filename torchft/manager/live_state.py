@@ -45,6 +45,11 @@ class LiveState:
         assert key not in self._functions, f"state {key!r} is registered already"
         self._functions[key] = _Functions(load, save)
 
+    @property
+    def registered(self) -> list[str]:
+        """The keys of what was registered so far, in order."""
+        return list(self._functions)
+
     def offer_copies(self) -> None:
         """Copy the state before it is offered, from now on: training goes on while a step is open,
         so that the state changes while it is being fetched."""

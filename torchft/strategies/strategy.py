@@ -104,12 +104,18 @@ class Strategy:
         self.check_unused()
         checks.check_recipes(self.recipes)
         check_codecs(self.recipes)
-        for recipe in self.recipes:
-            check_means(local, recipe.buffers)
-            recipe.bind(local, self.clock)
-        self.local, self._peers, self._applying = local, peers, applying
-        self._recovery = Recovery(local, self.recipes)
-        compare_settings(self.recipes, peers)
+        try:
+            for recipe in self.recipes:
+                check_means(local, recipe.buffers)
+                recipe.bind(local, self.clock)
+            self.local, self._peers, self._applying = local, peers, applying
+            self._recovery = Recovery(local, self.recipes)
+            compare_settings(self.recipes, peers)
+        except BaseException:
+            self._peers = None
+            for recipe in self.recipes:
+                vars(recipe).pop("local", None)  # nothing runs it, so that it may be given again
+            raise
         return self
 
     def check_unused(self) -> None:
