@@ -195,7 +195,7 @@ def test_an_old_name_in_a_file_is_shown_once_however_many_runs_there_are(
     settings = {name: value for name, value in TINY.items() if name != "sync_every"}
     old.write_text(as_yaml({**settings, "every": [3], "strategies": [diloco], "seeds": [0, 1]}))
     with warnings.catch_warnings(record=True) as shown:
-        warnings.resetwarnings()  # as outside of tests: each message once
+        warnings.simplefilter("always")
         code, *_ = ran(capsys, old, "--out", tmp_path / "out")
     assert code == 0
     assert [str(one.message) for one in shown if one.category is FutureWarning] == [

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -101,11 +102,23 @@ def check_runs(config: SimulateConfig, specs: Sequence[RunSpec], data: Data) -> 
     """
     with kept_rng(torch.device("cpu")):
         registry.model_of(config)()
+    checked = set[str]()
     for spec in specs:
+        label = spec.strategy.shown
         try:
-            experiment_of(config, spec, data).check()
+            with _said_before() if label in checked else nullcontext():
+                experiment_of(config, spec, data).check()
         except SettingsError as error:
             raise SettingsError(f"{spec}: {error}") from error
+        checked.add(label)
+
+
+@contextmanager
+def _said_before() -> Iterator[None]:
+    # Python forgets what it has shown whenever a filter changes, which imports of torch do.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torchft simulate: .* is now ", FutureWarning)
+        yield
 
 
 def experiment_of(config: SimulateConfig, spec: RunSpec, data: Data) -> Experiment:
@@ -142,9 +155,7 @@ def run_one(
         SettingsError: it cannot run.
         NodeError: a loss is not finite.
     """
-    with warnings.catch_warnings():
-        # `check_runs` has said it.
-        warnings.filterwarnings("ignore", "torchft simulate: .* is now ", FutureWarning)
+    with _said_before():
         experiment = experiment_of(config, spec, data)
     looks = _Looks(experiment, config, on_step)
     with one_thread():
