@@ -114,8 +114,6 @@ class Child:
             stderr=subprocess.PIPE,
             text=True,
             env=environment,
-            # Where the tests run in the background, SIGINT is ignored, and children inherit that.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self._lines: queue.Queue[str] = queue.Queue()
         self._err: list[str] = []

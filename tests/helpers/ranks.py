@@ -85,8 +85,18 @@ class Ranks:
         assert self.lines[rank].poll(self.deadline_s), f"rank {rank} says nothing"
         news = self.lines[rank].recv()
         if isinstance(news, _Failed):
-            raise AssertionError(f"rank {rank} failed:\n{news.text}")
+            raise AssertionError(
+                "\n".join([f"rank {rank} failed:\n{news.text}", *self._failures()])
+            )
         return news
+
+    def _failures(self) -> Iterator[str]:
+        """Of the other ranks: what one waits for is often what another one died of."""
+        for rank, line in enumerate(self.lines):
+            with contextlib.suppress(EOFError):
+                while line.poll():
+                    if isinstance(news := line.recv(), _Failed):
+                        yield f"rank {rank} failed:\n{news.text}"
 
     def hear_all(self, *ranks: int) -> list[Any]:
         """One report of each of `ranks`, or of all."""
