@@ -1,4 +1,4 @@
-"""Front doors of LocalSGD and DiLoCo: a context around an ordinary training loop.
+"""LocalSGD and DiLoCo: a context around an ordinary training loop.
 
     with DiLoCo(manager, [model], inner, outer, sync_every=500):
         for batch in batches:
