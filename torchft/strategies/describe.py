@@ -49,8 +49,11 @@ def _object(value: object, depth: int) -> Any:
     ours = type(value).__module__.startswith("torchft.") or isinstance(value, Recipe | Strategy)
     if not ours or depth <= 0 or not hasattr(value, "__dict__"):
         return name
-    fields = {key.lstrip("_"): item for key, item in vars(value).items()}
-    return {"class": name, **describe(fields, depth - 1)}
+    return {"class": name, **describe(_fields_of(value), depth - 1)}
+
+
+def _fields_of(value: object) -> dict[str, Any]:
+    return {name.lstrip("_"): item for name, item in vars(value).items()}
 
 
 def shape_of_model(model: nn.Module) -> dict[str, str]:
@@ -64,9 +67,9 @@ def options_of(strategy: Strategy) -> dict[str, Any]:
     kinds = ", ".join(kind_of(recipe) for recipe in strategy.recipes)
     options = {"strategy": kinds, "inner": describe(strategy.inner)}
     for number, recipe in enumerate(strategy.recipes):
-        fields = {name.lstrip("_"): value for name, value in vars(recipe).items()}
-        told = {name: value for name, value in fields.items() if name not in _PLACES}
-        options |= {f"recipes[{number}].{name}": describe(value) for name, value in told.items()}
+        for name, value in _fields_of(recipe).items():
+            if name not in _PLACES:
+                options[f"recipes[{number}].{name}"] = describe(value)
     return options
 
 

@@ -27,7 +27,7 @@ An argument that is not listed is an error, as in any Python call.
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -67,6 +67,11 @@ __all__ = [
 _OUTER = OptimSpec(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)
 _PLAIN_OUTER = OptimSpec(torch.optim.SGD, lr=1.0)
 _SIGN_STEP = OptimSpec(torch.optim.SGD, lr=1e-3)
+
+
+class _WithOuter(Protocol):
+    H: int
+    outer_optim_spec: Optim
 
 
 @dataclass(eq=False, repr=False)
@@ -144,10 +149,8 @@ class DiLoCoStrategy(Averaged):
     shared_dtype: SharedDtype = torch.float32
 
     def _recipes(self) -> list[Recipe]:
-        check_integer("H", self.H, least=1)
-        self.outer_optim_spec = outer = ensure_optim_spec(self.outer_optim_spec, _OUTER)
         recipe = DiLoCoRecipe(
-            outer,
+            _outer(self, _OUTER),
             self.H,
             buffers=self.buffers,
             error_feedback=self.error_feedback,
@@ -182,10 +185,8 @@ class StreamingDiLoCoStrategy(Averaged):
     shared_dtype: SharedDtype = torch.float32
 
     def _recipes(self) -> list[Recipe]:
-        check_integer("H", self.H, least=1)
-        self.outer_optim_spec = outer = ensure_optim_spec(self.outer_optim_spec, _OUTER)
         recipe = DiLoCoRecipe(
-            outer,
+            _outer(self, _OUTER),
             self.H,
             fragments=self.fragments,
             delay=self.delay,
@@ -236,16 +237,22 @@ class SPARTADiLoCoStrategy(Averaged):
     shared_dtype: SharedDtype = torch.float32
 
     def _recipes(self) -> list[Recipe]:
-        check_integer("H", self.H, least=1)
-        self.outer_optim_spec = outer = ensure_optim_spec(self.outer_optim_spec, _OUTER)
         diloco = DiLoCoRecipe(
-            outer,
+            _outer(self, _OUTER),
             self.H,
             error_feedback=self.error_feedback,
             shared_dtype=self.shared_dtype,
             backup_device=None,
         )
         return [_sparta(self), diloco]
+
+
+def _outer(said: _WithOuter, default: OptimSpec) -> OptimSpec:
+    """The outer optimizer of a strategy, which stands among its settings then. H is checked by the
+    name that it has here."""
+    check_integer("H", said.H, least=1)
+    said.outer_optim_spec = outer = ensure_optim_spec(said.outer_optim_spec, default)
+    return outer
 
 
 def _sparta(said: SPARTAStrategy | SPARTADiLoCoStrategy) -> SpartaRecipe:
@@ -327,10 +334,8 @@ class TopKStrategy(Named):
     shared_dtype: SharedDtype = torch.float32
 
     def _recipes(self) -> list[Recipe]:
-        check_integer("H", self.H, least=1)
-        self.outer_optim_spec = outer = ensure_optim_spec(self.outer_optim_spec, _PLAIN_OUTER)
         recipe = TopKRecipe(
-            outer,
+            _outer(self, _PLAIN_OUTER),
             self.H,
             topk=self.topk,
             chunk=self.chunk,
