@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchft.arguments import CODECS, at_least
+from torchft.cli.parser import given
 from torchft.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -100,8 +100,6 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "server",
         help="start a parameter server",
         description=ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     groups = {title: parser.add_argument_group(title) for title in _FLAGS}
     modes = groups["rounds"].add_mutually_exclusive_group()
@@ -138,18 +136,15 @@ def options_of(typed: argparse.Namespace) -> ServerOptions:
     from torchft.parameter_server.core.options import OuterOptions, ServerOptions
     from torchft.parameter_server.core.rules import Mode, Rules
 
-    values = {name: value for name, value in vars(typed).items() if value is not None}
-    values["mode"] = Mode(typed.mode or Mode.SYNCHRONOUS)
-    values["output_dir"] = typed.output_dir or typed.model
-    values["nesterov"] = not typed.no_nesterov
-    if values["output_dir"] is None:
+    meant = argparse.Namespace(**vars(typed))
+    meant.mode = Mode(typed.mode or Mode.SYNCHRONOUS)
+    meant.output_dir = typed.output_dir or typed.model
+    meant.nesterov = not typed.no_nesterov
+    if meant.output_dir is None:
         raise SettingsError("say where to write: -o OUT, or -m MODEL to write beside the model")
 
-    def given(options: type) -> dict[str, Any]:
-        return {field.name: values[field.name] for field in fields(options) if field.name in values}
-
-    rules, outer = Rules(**given(Rules)), OuterOptions(**given(OuterOptions))
-    return ServerOptions(**given(ServerOptions), rules=rules, outer_optimizer=outer)
+    rules, outer = Rules(**given(meant, Rules)), OuterOptions(**given(meant, OuterOptions))
+    return ServerOptions(**given(meant, ServerOptions), rules=rules, outer_optimizer=outer)
 
 
 def run(typed: argparse.Namespace) -> int:

@@ -149,7 +149,7 @@ def config_of(typed: argparse.Namespace) -> SimulateConfig:
             said[name] = read_part(path)
     source = "the flags" if typed.config is None else f"{typed.config} with the flags"
     file = {} if typed.config is None else read_config(typed.config)
-    return from_mapping(file | renamed_settings(said), source=source)
+    return from_mapping(renamed_settings(file) | renamed_settings(said), source=source)
 
 
 def _setting(typed: str) -> tuple[str, Any]:
@@ -253,5 +253,5 @@ class _Telling:
             self.say(f"{run.spec}: loss {run.final_loss:.4g} after {run.train_s:.1f} s")
 
     def say(self, line: str) -> None:
-        """Above the bar."""
+        """Write a line above the progress bar."""
         self._bar.write(line, file=sys.stderr)

@@ -188,7 +188,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
             given[name] = _part(given[name], folder)
     if isinstance(given.get("networks"), dict):
         given["networks"] = {k: _part(one, folder) for k, one in given["networks"].items()}
-    return renamed_settings(given)
+    return given
 
 
 def read_part(path: str | Path) -> dict[str, Any]:
