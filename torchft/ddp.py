@@ -196,7 +196,7 @@ class _Buckets(GradientAverager):
         }
 
     def follow(self) -> None:
-        """As `GradientAverager`."""
+        """Have the wrapper made anew for the parameters that are trained now."""
         wrapped = self._wrapped()
         assert wrapped is not None, "a listener that nobody holds is not called"
         wrapped.rebuild()

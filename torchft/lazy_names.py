@@ -33,10 +33,7 @@ def lazy_names(
 
     def load(name: str) -> Any:
         if name in renamed:
-            warnings.warn(
-                f"{package}.{name} is now {renamed[name]}", DeprecationWarning, stacklevel=2
-            )
-            return _found(renamed[name])
+            return _renamed(f"{package}.{name}", renamed[name])
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         value = getattr(importlib.import_module(homes[name]), name)
@@ -71,14 +68,15 @@ def _getattr_of(path: str, new: str, names: Mapping[str, str]) -> Callable[[str]
         # Python's import asks for names like __path__.
         if now.startswith("__") or not hasattr(importlib.import_module(new), now):
             raise AttributeError(f"module {path!r} has no attribute {name!r}")
-        warnings.warn(f"{path}.{name} is now {new}.{now}", DeprecationWarning, stacklevel=2)
-        return _found(f"{new}.{now}")
+        return _renamed(f"{path}.{name}", f"{new}.{now}")
 
     return load
 
 
-def _found(path: str) -> Any:
-    """What a full path names: an attribute of a module, or a module."""
-    module, _, name = path.rpartition(".")
+def _renamed(old: str, new: str) -> Any:
+    """What the full path `new` names, an attribute of a module or a module; warns the caller of a
+    `__getattr__` that it asks for it as `old`."""
+    warnings.warn(f"{old} is now {new}", DeprecationWarning, stacklevel=3)
+    module, _, name = new.rpartition(".")
     found = getattr(importlib.import_module(module), name, None)
-    return importlib.import_module(path) if found is None else found
+    return importlib.import_module(new) if found is None else found

@@ -98,7 +98,7 @@ def _run_nodes(
         target,
         _starts(experiment),
         records,
-        may_die={event.node for event in experiment.all_events() if isinstance(event, Dies)},
+        may_die={death.node for death in _deaths(experiment)},
         method=method,
         preload=[type(target).__module__, "torchft.simulator.preloaded"],
         on_report=log.add,

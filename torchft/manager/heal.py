@@ -48,9 +48,8 @@ class Healer:
         self._transport = transport
         self._state = state
         self._stores = stores
-        options = context.options
         self._patience = Patience(
-            options.timeout.total_seconds(), options.heal_limit.total_seconds()
+            self._options.timeout.total_seconds(), self._options.heal_limit.total_seconds()
         )
         self._offering: Step | None = None
         """The step for which the state is offered now."""
