@@ -8,17 +8,14 @@ from helpers.reference import INNER
 from helpers.tiny import Tiny, backward
 from torch import Tensor
 
-__all__ = ["TinyScript"]
+__all__ = ["SavesModelAndInner", "TinyScript"]
 
 
-class TinyScript:
-    """The model and its inner optimizer, on the data of one node."""
+class SavesModelAndInner:
+    """What a group gives to one that heals: the model and its inner optimizer."""
 
-    def __init__(self, node: int, seed: int = 0) -> None:
-        self.model = Tiny(seed)
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.inner = INNER(self.trained)
-        self._node = node
+    model: Tiny
+    inner: Any
 
     def save(self) -> Any:
         return {"model": self.model.state_dict(), "inner": self.inner.state_dict()}
@@ -26,6 +23,16 @@ class TinyScript:
     def load(self, state: Any) -> None:
         self.model.load_state_dict(state["model"])
         self.inner.load_state_dict(state["inner"])
+
+
+class TinyScript(SavesModelAndInner):
+    """The model and its inner optimizer, on the data of one node."""
+
+    def __init__(self, node: int, seed: int = 0) -> None:
+        self.model = Tiny(seed)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.inner = INNER(self.trained)
+        self._node = node
 
     @property
     def weights(self) -> list[Tensor]:

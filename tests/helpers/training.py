@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from helpers.peers import Node
 from helpers.reference import INNER, OUTER, Kind
+from helpers.scripts import SavesModelAndInner
 from helpers.tiny import Tiny, backward, digest
 from torch import Tensor
 
@@ -235,7 +236,7 @@ ROWS = {
 }
 
 
-class Training:
+class Training(SavesModelAndInner):
     """What one node runs."""
 
     def __init__(self, row: Row, node: Node, *, seed: int = 0) -> None:
@@ -256,13 +257,6 @@ class Training:
         node.register(self.load, self.save)
         node.register(self.strategy.load_shared_state_dict, self.strategy.shared_state_dict)
         node.register(self.strategy.take_over, self.strategy.open_rounds)
-
-    def save(self) -> Any:
-        return {"model": self.model.state_dict(), "inner": self.inner.state_dict()}
-
-    def load(self, state: Any) -> None:
-        self.model.load_state_dict(state["model"])
-        self.inner.load_state_dict(state["inner"])
 
     @property
     def weights(self) -> list[Tensor]:
