@@ -2,11 +2,13 @@
 
 On a host of its own nothing else passes there. The loopback's packets are so long that headers and
 acknowledgements are a few thousandths; a link with shorter ones has more, and they are not ours to
-count: `benchmarks/links.py` shows them.
+count: `benchmarks/links.py` shows them. Nor is what TCP sends twice, when a reader falls behind: it
+passes twice, and the kernel says how often.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +19,7 @@ from world import Group, World
 
 from torchft import settings
 from torchft.manager.peers import ManagerPeers
-from torchft.network_namespaces import Network
+from torchft.network_namespaces import Host, Network
 from torchft.ordered import ordered_bytes
 from torchft.peers import Place
 from torchft.quantization import codec_of, mean_bytes
@@ -26,6 +28,33 @@ from torchft.simulator.peers import bytes_of
 
 GROUPS = 3
 NUMBERS = 16_000_001  # 64 MB, and no multiple of anything
+ATTEMPTS, MOST_TWICE = 5, 5  # segments that TCP may send twice, of up to 64 KiB each
+
+
+def passed(folder: Path, run: Callable[[World], list[Any]], groups: int) -> tuple[list[Any], int]:
+    """What the groups return, and the bytes that passed their interface, in the first of some
+    attempts in which TCP sent hardly anything twice; else in the last one."""
+    for attempt in range(ATTEMPTS):
+        made = folder / str(attempt)
+        made.mkdir()
+        with Network() as network:
+            before = network.centre.sent().bytes
+            world = World(made, min_replicas=groups)
+            returned = on(network.centre, lambda world=world: run(world))
+            bytes_passed = network.centre.sent().bytes - before
+            twice = segments_sent_twice(network.centre)
+            print(f"attempt {attempt}: TCP sent {twice} segments twice")
+            if twice <= MOST_TWICE:
+                break
+    return returned, bytes_passed
+
+
+def segments_sent_twice(host: Host) -> int:
+    """By TCP, since the host was made."""
+    with host.inside():
+        lines = Path("/proc/thread-self/net/snmp").read_text().splitlines()
+    names, counts = (line.split() for line in lines if line.startswith("Tcp:"))
+    return int(counts[names.index("RetransSegs")])
 
 
 class Way(NamedTuple):
@@ -60,6 +89,10 @@ def test_what_is_counted_is_what_passes_the_interface(
     steps = tmp_path / "steps.jsonl"
     monkeypatch.setenv(settings.STEP_RECORDS, str(steps))
 
+    def run(world: World) -> list[Any]:
+        steps.unlink(missing_ok=True)
+        return world.run(*[story] * GROUPS)
+
     def story(group: Group) -> int:
         manager = group.manager(use_async_quorum=False, min_replica_size=GROUPS, init_sync=False)
         opened = ManagerPeers(manager, deterministic=way.ordered).open(Place.AFTER)
@@ -68,16 +101,12 @@ def test_what_is_counted_is_what_passes_the_interface(
         assert opened.close()
         return group.pg.bytes_sent
 
-    with Network() as network:
-        before = network.centre.sent().bytes
-        world = World(tmp_path, min_replicas=GROUPS)
-        counted = on(network.centre, lambda: world.run(*[story] * GROUPS))
-        passed = network.centre.sent().bytes - before
+    counted, through = passed(tmp_path, run, GROUPS)
     recorded = [record.bytes_sent for record in read_step_records(steps)]
-    print(f"{name}: {sum(counted)} counted, {passed} passed: {passed / sum(counted) - 1:+.2%}")
+    print(f"{name}: {sum(counted)} counted, {through} passed: {through / sum(counted) - 1:+.2%}")
     assert counted == recorded == [way.predicted()] * GROUPS
     assert sum(counted) >= 64_000_000
-    assert abs(passed - sum(counted)) <= 0.01 * sum(counted)
+    assert abs(through - sum(counted)) <= 0.01 * sum(counted)
 
 
 @needs_hosts
@@ -90,10 +119,6 @@ def test_a_gathering_is_counted_alike(tmp_path: Path) -> None:
         assert len(rows) == 2
         return group.pg.bytes_sent
 
-    with Network() as network:
-        before = network.centre.sent().bytes
-        world = World(tmp_path, min_replicas=2)
-        counted = on(network.centre, lambda: world.run(story, story))
-        passed = network.centre.sent().bytes - before
+    counted, through = passed(tmp_path, lambda world: world.run(story, story), 2)
     assert counted == [bytes_of("gather", NUMBERS, 4, 2)] * 2
-    assert abs(passed - sum(counted)) <= 0.01 * sum(counted)
+    assert abs(through - sum(counted)) <= 0.01 * sum(counted)
