@@ -31,7 +31,7 @@ test-oldest: setup ## the tests nearest to torch on the oldest supported one
 	$(UV) venv --quiet --allow-existing .venv-oldest
 	$(UV) pip install --quiet --python .venv-oldest "torch==2.7.0" numpy tqdm hypothesis psutil pytest pytest-timeout
 	.venv-oldest/bin/python -m pytest -m "not slow" tests/integration/test_manager.py tests/integration/test_heals.py \
-		tests/integration/test_doors.py tests/strategies tests/integration/test_process_group.py \
+		tests/integration/test_wrappers.py tests/strategies tests/integration/test_process_group.py \
 		tests/unit/test_ddp.py tests/unit/test_local_sgd.py tests/integration/test_checkpointing_http.py $(ARGS)
 
 check: setup lint types docs test ## all that must pass before a change lands

@@ -144,7 +144,7 @@ def _round_of(options: Options, shared: Any) -> tuple[Act, float]:
 
     def act() -> None:
         sent, draft = recipe.contribution(whole)
-        recipe.adopt(whole, recipe.apply(whole, sent), draft)
+        recipe.apply_locally(whole, recipe.apply(whole, sent), draft)
         recipe.local.release(sent, reusable=True)
 
     act()

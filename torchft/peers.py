@@ -86,7 +86,7 @@ class Round(Protocol):
     @property
     def failed(self) -> bool:
         """True when this group could not heal, or has another error already. It takes part for the
-        others' sake, and its own close will be a no."""
+        others' sake, and its own close discards the round."""
         ...
 
     def average(
@@ -127,8 +127,8 @@ class Round(Protocol):
         ...
 
     def fail(self, error: Exception) -> None:
-        """Give the round up: whoever waits in it is freed, and every close will be a no. After a
-        close that was a yes, this group could not apply it, and heals from the others."""
+        """Give the round up: whoever waits in it is freed, and every close discards it. After a
+        close that committed, this group could not apply it, and heals from the others."""
         ...
 
     def close(self) -> bool:

@@ -46,10 +46,10 @@ class Halfway(Recipe):
     def contribution(self, fragment: Any) -> Any:
         return self.local.weights(fragment), None
 
-    def adopt(self, fragment: Any, news: Any, draft: Any) -> None:
+    def apply_locally(self, fragment: Any, update: Any, draft: Any) -> None:
         share = 1.0 if self.clock.steps == STEPS else 0.5
         mine = self.local.weights(fragment)
-        mixed = [m.lerp(n, share) for m, n in zip(mine, news, strict=True)]
+        mixed = [m.lerp(n, share) for m, n in zip(mine, update, strict=True)]
         self.local.set_weights(fragment, mixed)
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from torchft.errors import SettingsError
-from torchft.experiments.local_nodes import LocalNode, LocalNodes, NodeFailed, Start
+from torchft.experiments.local_nodes import LocalNode, LocalNodes, NodeFailed, NodeStart
 from torchft.experiments.processes import run_processes
 from torchft.local_sgd import DiLoCo, LocalSGD
 from torchft.ordered import ordered_mean
@@ -38,7 +38,7 @@ def warm() -> None:
 
 
 def _run(story: Callable[[LocalNode], Any], folder: Path, nodes: int = 3, **options: Any) -> Any:
-    starts = options.pop("starts", [Start(node) for node in range(nodes)])
+    starts = options.pop("starts", [NodeStart(node) for node in range(nodes)])
     return LocalNodes(story, starts, folder, method="fork", **options).run()
 
 
@@ -148,22 +148,22 @@ def test_news_outlive_their_process(tmp_path: Path) -> None:
 
 def test_a_node_starts_once_at_a_time(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="once"):
-        LocalNodes(_die, [Start(0), Start(0)], tmp_path)
+        LocalNodes(_die, [NodeStart(0), NodeStart(0)], tmp_path)
     with pytest.raises(SettingsError, match="start with the run"):
-        LocalNodes(_die, [Start(0, at=3)], tmp_path)
+        LocalNodes(_die, [NodeStart(0, at=3)], tmp_path)
 
 
 PARENT = """
 import sys, time
 from pathlib import Path
-from torchft.experiments.local_nodes import LocalNodes, Start
+from torchft.experiments.local_nodes import LocalNodes, NodeStart
 
 def story(node):
     node.connect(lambda _: None, dict)
     node.report("met")
     time.sleep(600)
 
-starts = [Start(0), Start(1)]
+starts = [NodeStart(0), NodeStart(1)]
 tell = lambda node, news: print(news, flush=True)
 LocalNodes(story, starts, Path(sys.argv[1]), method="fork", on_report=tell).run()
 """

@@ -1,4 +1,4 @@
-"""The inner state that a no brings back: of whose rows, and from where."""
+"""The inner state that a discarded round brings back: of whose rows, and from where."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ class TestScratch:
 
 
 class TestBackup:
-    """What a no brings back."""
+    """What a discarded round brings back."""
 
     def backup(self, model: nn.Module) -> Backup:
         local = ModelLocal([model])

@@ -24,8 +24,8 @@ class Mine(Recipe):
     def contribution(self, fragment: Any) -> Any:
         return self.local.weights(fragment), None
 
-    def adopt(self, fragment: Any, news: Any, draft: Any) -> None:
-        self.local.set_weights(fragment, news)
+    def apply_locally(self, fragment: Any, update: Any, draft: Any) -> None:
+        self.local.set_weights(fragment, update)
 
 
 def contributes(what: Callable[[Mine, Any], Any]) -> Mine:
@@ -79,8 +79,8 @@ def test_its_rounds_open_every_so_many_steps() -> None:
             self.sync_every = sync_every
             self.rounds: list[int] = []
 
-        def adopt(self, fragment: Any, news: Any, draft: Any) -> None:
-            super().adopt(fragment, news, draft)
+        def apply_locally(self, fragment: Any, update: Any, draft: Any) -> None:
+            super().apply_locally(fragment, update, draft)
             self.rounds.append(self.clock.steps)
 
     for sync_every, rounds in (1, [1, 2]), (2, [2]), (3, []):
@@ -100,7 +100,7 @@ def test_its_rounds_open_every_so_many_steps() -> None:
         ({"H": 10}, "Other has H=10, which decides nothing.*Other.sync_every steps"),
         ({"interval": 5}, "Other has interval=5, which decides nothing"),
         ({"contribution": Recipe.contribution}, "Other has no method contribution"),
-        ({"adopt": Recipe.adopt}, "Other has no method adopt"),
+        ({"apply_locally": Recipe.apply_locally}, "Other has no method apply_locally"),
         ({"by": By.ISLANDS}, "Other has no method islands: a recipe defines contribution and"),
     ],
 )

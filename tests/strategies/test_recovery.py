@@ -55,13 +55,13 @@ def train(
     model = Tiny()
     inner = optimizer(model)
     strategy = Strategy([recipe]).bind(ModelLocal([model], inner), node)
-    adopt, committed = recipe.adopt, []
+    apply_locally, committed = recipe.apply_locally, []
 
     def counted(*args: Any) -> None:
         committed.append(1)
-        adopt(*args)
+        apply_locally(*args)
 
-    recipe.adopt = counted  # type: ignore[method-assign]
+    recipe.apply_locally = counted  # type: ignore[method-assign]
     for number in range(1, STEPS + 1):
         strategy.local.zero_grads()
         strategy.begin()

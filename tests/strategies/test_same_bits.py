@@ -112,8 +112,8 @@ def check_bits(name: str, rows: int, dtype: torch.dtype) -> None:
         for recipe, (tensors, draft) in zip(recipes, sent, strict=True):
             received = receive(recipe, [tensors for tensors, _ in sent[1:]])
             fragment = recipe.fragment()
-            news = recipe.apply(fragment, [t.clone() for t in received])
-            recipe.adopt(fragment, news, draft)
+            update = recipe.apply(fragment, [t.clone() for t in received])
+            recipe.apply_locally(fragment, update, draft)
             recipe.local.release(tensors, reusable=True)
         for row, local in enumerate(alone):
             for mine, theirs in zip(stack.parameters[row], local.parameters, strict=True):

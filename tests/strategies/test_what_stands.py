@@ -1,4 +1,4 @@
-"""What a no, an error and a heal leave behind, strategy by strategy."""
+"""What a discarded round, an error and a heal leave behind, strategy by strategy."""
 
 from __future__ import annotations
 

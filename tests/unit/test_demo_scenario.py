@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from torchft.demo.group_scenario import Scenario
-from torchft.demo.scenario import Controller, Kill, Snapshot, Start
+from torchft.demo.scenario import Controller, KillProcess, RunSnapshot, StartProcess
 from torchft.errors import SettingsError
 
 SCENARIO = Scenario(victim=1, at_step=40, after_s=0.05)
@@ -13,8 +13,10 @@ SCENARIO = Scenario(victim=1, at_step=40, after_s=0.05)
 
 def snapshot(
     now: float, step: int = 0, *, all_took_part: bool = True, went_on: bool = False
-) -> Snapshot:
-    return Snapshot(now=now, steps={"group 1": step}, all_took_part=all_took_part, went_on=went_on)
+) -> RunSnapshot:
+    return RunSnapshot(
+        now=now, steps={"group 1": step}, all_took_part=all_took_part, went_on=went_on
+    )
 
 
 def test_the_same_seed_tells_the_same_story() -> None:
@@ -47,9 +49,9 @@ def test_kill_then_restart_and_each_only_once() -> None:
     assert controller.decide(snapshot(1.0, 39)) is None
     assert controller.decide(snapshot(2.0, 40)) is None
     assert controller.waits == "until the moment of the kill"
-    assert controller.decide(snapshot(2.06, 42)) == Kill("group 1")
+    assert controller.decide(snapshot(2.06, 42)) == KillProcess("group 1")
     assert controller.decide(snapshot(2.07, 42)) is None
-    assert controller.decide(snapshot(3.5, 42, went_on=True)) == Start("group 1")
+    assert controller.decide(snapshot(3.5, 42, went_on=True)) == StartProcess("group 1")
     assert controller.decide(snapshot(3.6, 42, went_on=True)) is None
 
 
@@ -61,9 +63,9 @@ def test_nobody_is_killed_before_all_have_taken_part() -> None:
 
 def test_a_victim_comes_back_even_if_the_others_are_stuck() -> None:
     controller = Controller(Scenario(victim=1, at_step=40, after_s=0.0).stages)
-    assert controller.decide(snapshot(2.0, 40)) == Kill("group 1")
+    assert controller.decide(snapshot(2.0, 40)) == KillProcess("group 1")
     assert controller.decide(snapshot(11.9)) is None
-    assert controller.decide(snapshot(12.0)) == Start("group 1")
+    assert controller.decide(snapshot(12.0)) == StartProcess("group 1")
 
 
 def test_without_a_story_nothing_happens() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from torchft.demo.scenario import Controller, EndIn, Kill, Snapshot, Start
+from torchft.demo.scenario import Controller, EndIn, KillProcess, RunSnapshot, StartProcess
 from torchft.demo.server_monitor import ServerMonitor, WorkerMonitor
 from torchft.demo.server_scenario import STAGES
 from torchft.demo.server_summary import ServerSummary, WorkerResult, held_by_workers
@@ -18,9 +18,9 @@ from torchft.errors import SettingsError, UnreachableError
 # ---------------------------------------------------------------------- the story
 
 
-def snapshot(version: int, *members: str, steps: int = 0, syncs: int = 0) -> Snapshot:
+def snapshot(version: int, *members: str, steps: int = 0, syncs: int = 0) -> RunSnapshot:
     everybody = dict.fromkeys("ac", steps)
-    return Snapshot(
+    return RunSnapshot(
         version=version,
         members=frozenset(members),
         steps=everybody,
@@ -49,14 +49,14 @@ def test_the_story_from_start_to_end() -> None:
         )
     ]
     assert [act for act in told if act is not None] == [
-        Kill("b"),
-        Start("c"),
-        Kill("the server"),
-        Start("the server"),
+        KillProcess("b"),
+        StartProcess("c"),
+        KillProcess("the server"),
+        StartProcess("the server"),
         EndIn(3),
     ]
-    assert told.index(Kill("b")) == 2
-    assert told.index(Start("the server")) == 9
+    assert told.index(KillProcess("b")) == 2
+    assert told.index(StartProcess("the server")) == 9
     assert controller.done
 
 

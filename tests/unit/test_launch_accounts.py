@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from torchft.launch.accounts import Account, WorkerTrace, account
+from torchft.launch.accounts import TimeAccount, WorkerTrace, account
 from torchft.launch.group import Life
 
 QUIET = Life(pid=1, spawned=10.0, ended=30.0, code=0)
@@ -58,7 +58,7 @@ def test_time_that_a_ledger_does_not_cover_is_found() -> None:
 
 
 def test_the_share_of_other_is_of_the_wall_time() -> None:
-    assert Account(wall_s=50.0, seconds={"other": 1.0, "compute": 49.0}).other_share == 0.02
+    assert TimeAccount(wall_s=50.0, seconds={"other": 1.0, "compute": 49.0}).other_share == 0.02
 
 
 def test_a_life_that_goes_on_has_no_account() -> None:

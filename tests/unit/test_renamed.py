@@ -13,7 +13,7 @@ from torchft.experiments.config import SimulateConfig, StrategyConfig, from_mapp
 from torchft.experiments.registry import strategy_of
 from torchft.manager import Manager
 from torchft.renamed import old_names_of, renamed_arguments
-from torchft.strategies import DiLoCoRecipe, OptimSpec, StreamingDiLoCoStrategy, TopKRecipe
+from torchft.strategies import DiLoCoRecipe, OptimSpec, Recipe, StreamingDiLoCoStrategy, TopKRecipe
 
 
 @renamed_arguments(old="new")
@@ -62,6 +62,18 @@ def test_a_manager_takes_a_step_by_the_old_name() -> None:
     with pytest.warns(DeprecationWarning, match=r"Manager.take_step is steps.take now"):
         taken = Manager.take_step(SimpleNamespace(steps=SimpleNamespace(take=lambda: "it")))  # type: ignore[arg-type]
     assert taken == "it"
+
+
+def test_a_recipe_of_ones_own_may_still_say_adopt() -> None:
+    with pytest.warns(DeprecationWarning, match=r"Mine: adopt is now apply_locally"):
+
+        class Mine(Recipe):
+            def adopt(self, fragment: object, news: object, draft: object) -> None:
+                self.got = news
+
+    mine = Mine()
+    mine.apply_locally(None, "an average", None)  # type: ignore[arg-type]
+    assert mine.got == "an average"
 
 
 OUTER = OptimSpec.from_string("sgd", lr=0.5)

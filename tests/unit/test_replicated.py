@@ -75,9 +75,11 @@ class Halfway(Recipe):
     def contribution(self, fragment: Any) -> Any:
         return self.local.weights(fragment), None
 
-    def adopt(self, fragment: Any, news: Any, draft: Any) -> None:
+    def apply_locally(self, fragment: Any, update: Any, draft: Any) -> None:
         mine = self.local.weights(fragment)
-        self.local.set_weights(fragment, [m.lerp(n, 0.5) for m, n in zip(mine, news, strict=True)])
+        self.local.set_weights(
+            fragment, [m.lerp(n, 0.5) for m, n in zip(mine, update, strict=True)]
+        )
 
 
 def third(numel: int, iteration: int, seed: int) -> Tensor:

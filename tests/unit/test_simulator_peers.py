@@ -283,7 +283,7 @@ def test_a_round_says_which_recipe_it_was_for() -> None:
         def contribution(self, fragment: object) -> tuple[list[Tensor], None]:
             return [torch.zeros(2, 1)], None
 
-        def adopt(self, fragment: object, news: object, draft: object) -> None:
+        def apply_locally(self, fragment: object, update: object, draft: object) -> None:
             pass
 
     local = StackedLocal(Tiny(), 2, Inner(), max_steps=10)

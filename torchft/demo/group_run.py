@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torchft.demo.group_scenario import Scenario, name_of
 from torchft.demo.run import Run
-from torchft.demo.scenario import Action, Controller, Kill, Snapshot, Start
+from torchft.demo.scenario import Action, Controller, KillProcess, RunSnapshot, StartProcess
 from torchft.demo.view import Frame, View, loss_text
 from torchft.launch.events import Events
 from torchft.launch.group import Group
@@ -69,8 +69,8 @@ class GroupRun(Run):
             # A quorum that does not hold the killed member was formed after the kill.
             self._went_on |= bool(self.killed_id) and self.killed_id not in record.members
 
-    def snapshot(self) -> Snapshot:
-        return Snapshot(
+    def snapshot(self) -> RunSnapshot:
+        return RunSnapshot(
             now=time.monotonic(),
             steps={name_of(group.number): group.step for group in self.monitor.groups},
             all_took_part=self._all_took_part,
@@ -79,9 +79,9 @@ class GroupRun(Run):
 
     def carry_out(self, action: Action) -> None:
         match action:
-            case Kill(name):
+            case KillProcess(name):
                 self._kill(name)
-            case Start(name):
+            case StartProcess(name):
                 self.processes[name].start()
                 self.tell(f"{name} is started again")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from torchft.demo.scenario import Kill, Stage, Start
+from torchft.demo.scenario import KillProcess, Stage, StartProcess
 from torchft.errors import SettingsError
 
 __all__ = ["Scenario", "name_of"]
@@ -73,11 +73,11 @@ class Scenario:
             Stage(
                 "until the moment of the kill",
                 lambda now, began: now.now >= began.now + self.after_s,
-                Kill(name),
+                KillProcess(name),
             ),
             Stage(
                 "until the others have gone on",
                 lambda now, began: now.went_on or now.now >= began.now + RESTART_AT_LATEST_S,
-                Start(name),
+                StartProcess(name),
             ),
         ]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torchft.demo.final_report import FinalReport
 from torchft.demo.summary import GroupResult, KillResult
-from torchft.launch.accounts import Account, WorkerTrace, account
+from torchft.launch.accounts import TimeAccount, WorkerTrace, account
 from torchft.launch.events import short
 from torchft.launch.group import Group, Life
 from torchft.launch.monitor import GroupMonitor, RunMonitor
@@ -27,9 +27,9 @@ def group_result(group: Group, watch: GroupMonitor, endings: Sequence[FinalRepor
     )
 
 
-def _account(group: Group, watch: GroupMonitor, endings: Sequence[FinalReport]) -> Account:
+def _account(group: Group, watch: GroupMonitor, endings: Sequence[FinalReport]) -> TimeAccount:
     if not group.lives:
-        return Account(wall_s=0.0, seconds={})
+        return TimeAccount(wall_s=0.0, seconds={})
     traces = [(life, _workers(life, watch)) for life in group.lives]
     lead = next((final_report for final_report in endings if final_report.group_rank == 0), None)
     if lead is not None and traces[-1][1]:

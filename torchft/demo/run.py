@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchft.demo.scenario import Action, Controller, Snapshot
+from torchft.demo.scenario import Action, Controller, RunSnapshot
 from torchft.demo.view import Frame, View
 from torchft.launch.group import Group
 from torchft.launch.logs import last_error
@@ -123,7 +123,7 @@ class Run(ABC):
         """Read what the processes have reported since the last look."""
 
     @abstractmethod
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> RunSnapshot:
         """Collect what the controller decides from."""
 
     @abstractmethod

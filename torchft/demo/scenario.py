@@ -4,7 +4,7 @@ A scenario is a sequence of stages. Each lasts until its condition holds and may
 which the controller returns once.
 
     controller = Controller(stages)
-    action = controller.decide(snapshot)        # → Kill("group 1"), Start("group 1"), …, or None
+    action = controller.decide(snapshot)        # → KillProcess("group 1"), …, or None
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
-__all__ = ["Action", "Controller", "EndIn", "Kill", "Snapshot", "Stage", "Start"]
+__all__ = ["Action", "Controller", "EndIn", "KillProcess", "RunSnapshot", "Stage", "StartProcess"]
 
 
 @dataclass(frozen=True)
-class Kill:
+class KillProcess:
     """Send SIGKILL to this process and everything below it, now."""
 
     process: str
 
 
 @dataclass(frozen=True)
-class Start:
+class StartProcess:
     """Start this process, for the first time or again."""
 
     process: str
@@ -36,11 +36,11 @@ class EndIn:
     rounds: int
 
 
-Action = Kill | Start | EndIn
+Action = KillProcess | StartProcess | EndIn
 
 
 @dataclass(frozen=True, kw_only=True)
-class Snapshot:
+class RunSnapshot:
     """What is known of a run at one moment; each demo fills in what its stages ask for."""
 
     now: float = 0.0
@@ -65,7 +65,7 @@ class Stage:
 
     waits: str
     """What it waits for, in words that follow "it waited"."""
-    is_over: Callable[[Snapshot, Snapshot], bool]
+    is_over: Callable[[RunSnapshot, RunSnapshot], bool]
     """Asked with what is seen now, and what was seen when the stage began."""
     action: Action | None = None
     """What to do when the stage is over."""
@@ -76,7 +76,7 @@ class Controller:
 
     def __init__(self, stages: Sequence[Stage] = ()) -> None:
         self._left = list(stages)
-        self._began: Snapshot | None = None
+        self._began: RunSnapshot | None = None
         """What was seen when the present stage began; None: the first one has not begun."""
 
     @property
@@ -89,7 +89,7 @@ class Controller:
         """What the present stage waits for, in words."""
         return self._left[0].waits if self._left else "until all have ended"
 
-    def decide(self, snapshot: Snapshot) -> Action | None:
+    def decide(self, snapshot: RunSnapshot) -> Action | None:
         """Return what to do now, or None. Each action is returned once."""
         self._began = self._began or snapshot
         while self._left and self._left[0].is_over(snapshot, self._began):

@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 from torchft.demo.run import Run
-from torchft.demo.scenario import Action, Controller, EndIn, Kill, Snapshot, Start
+from torchft.demo.scenario import Action, Controller, EndIn, KillProcess, RunSnapshot, StartProcess
 from torchft.demo.server_monitor import ServerMonitor, WorkerMonitor
 from torchft.demo.server_options import ServerDemoOptions, free_port
 from torchft.demo.server_scenario import FIRST, SERVER, STAGES, SURVIVORS, VICTIM, WORKERS
@@ -111,9 +111,9 @@ class ServerRun(Run):
             self.tell(f"{name} is a member, at round {self.monitor.version}")
         self._known = members
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> RunSnapshot:
         last = {name: log.last for name, log in self.logs.items() if log.last is not None}
-        return Snapshot(
+        return RunSnapshot(
             version=self.monitor.version,
             members=self.monitor.members,
             steps={name: step.step for name, step in last.items()},
@@ -131,16 +131,16 @@ class ServerRun(Run):
 
     def carry_out(self, action: Action) -> None:
         match action:
-            case Kill(name) if name == SERVER:
+            case KillProcess(name) if name == SERVER:
                 self._kill_server()
-            case Kill(name):
+            case KillProcess(name):
                 self.workers[name].kill()
                 self.tell(f"{name} is killed: SIGKILL, in round {self.monitor.version + 1}")
-            case Start(name) if name == SERVER:
+            case StartProcess(name) if name == SERVER:
                 self.tell("both have trained on without it; the server is started again")
                 self.monitor.begin_life()
                 self.server.start()
-            case Start(name):
+            case StartProcess(name):
                 self.tell(f"a went on alone; {name} is started, and joins when it is up")
                 self.workers[name].start()
             case EndIn(rounds):

@@ -17,14 +17,14 @@ from typing import Any
 from torchft.errors import UnreachableError
 from torchft.records import LineFollower
 
-__all__ = ["ServerMonitor", "Step", "WorkerMonitor"]
+__all__ = ["ServerMonitor", "WorkerMonitor", "WorkerStep"]
 
 ASK_EVERY_S = 0.1
 """How often the server is asked."""
 
 
 @dataclass(frozen=True)
-class Step:
+class WorkerStep:
     """A line of a worker's log."""
 
     at: float
@@ -34,7 +34,7 @@ class Step:
     """Rounds that it has taken part in."""
 
     @classmethod
-    def of(cls, line: bytes) -> Step | None:
+    def of(cls, line: bytes) -> WorkerStep | None:
         """None: the line tells of something else than a step, or its writer was killed in it."""
         try:
             told = json.loads(line)
@@ -48,15 +48,17 @@ class WorkerMonitor:
     """One worker; `log` need not be there yet."""
 
     def __init__(self, log: Path) -> None:
-        self.steps: list[Step] = []
+        self.steps: list[WorkerStep] = []
         self._lines = LineFollower(log)
 
     def poll(self) -> None:
         """Read what the worker has logged since the last call."""
-        self.steps += [step for line in self._lines.poll() if (step := Step.of(line)) is not None]
+        self.steps += [
+            step for line in self._lines.poll() if (step := WorkerStep.of(line)) is not None
+        ]
 
     @property
-    def last(self) -> Step | None:
+    def last(self) -> WorkerStep | None:
         """The newest step that was read, None before the first."""
         return self.steps[-1] if self.steps else None
 

@@ -6,7 +6,7 @@ the server is killed      a and c train on      it is started again      rounds 
 
 from __future__ import annotations
 
-from torchft.demo.scenario import EndIn, Kill, Snapshot, Stage, Start
+from torchft.demo.scenario import EndIn, KillProcess, RunSnapshot, Stage, StartProcess
 
 __all__ = ["FIRST", "JOINER", "SERVER", "STAGES", "SURVIVORS", "VICTIM", "WORKERS"]
 
@@ -25,28 +25,30 @@ DOWN_STEPS = 5
 """Steps that each worker is to train on without a server."""
 
 
-def _both_trained(now: Snapshot, _: Snapshot) -> bool:
+def _both_trained(now: RunSnapshot, _: RunSnapshot) -> bool:
     return now.members >= {FIRST, VICTIM} and now.version >= TOGETHER
 
 
-def _rounds_closed(now: Snapshot, began: Snapshot) -> bool:
+def _rounds_closed(now: RunSnapshot, began: RunSnapshot) -> bool:
     return now.version >= began.version + ALONE
 
 
-def _joiner_took_part(now: Snapshot, _: Snapshot) -> bool:
+def _joiner_took_part(now: RunSnapshot, _: RunSnapshot) -> bool:
     return JOINER in now.members and now.rounds.get(JOINER, 0) >= 2
 
 
-def _survivors_trained_on(now: Snapshot, began: Snapshot) -> bool:
+def _survivors_trained_on(now: RunSnapshot, began: RunSnapshot) -> bool:
     taken = (now.steps.get(name, 0) - began.steps.get(name, 0) for name in SURVIVORS)
     return all(steps >= DOWN_STEPS for steps in taken)
 
 
 STAGES = (
-    Stage("until both workers have closed some rounds", _both_trained, Kill(VICTIM)),
-    Stage("until the first has gone on alone", _rounds_closed, Start(JOINER)),
-    Stage("until the third has closed a round with it", _joiner_took_part, Kill(SERVER)),
-    Stage("until both have trained on without a server", _survivors_trained_on, Start(SERVER)),
+    Stage("until both workers have closed some rounds", _both_trained, KillProcess(VICTIM)),
+    Stage("until the first has gone on alone", _rounds_closed, StartProcess(JOINER)),
+    Stage("until the third has closed a round with it", _joiner_took_part, KillProcess(SERVER)),
+    Stage(
+        "until both have trained on without a server", _survivors_trained_on, StartProcess(SERVER)
+    ),
     Stage("until rounds close again", _rounds_closed, EndIn(TOGETHER)),
 )
 """What the controller goes through."""

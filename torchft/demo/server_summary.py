@@ -1,6 +1,6 @@
 """What a run with a parameter server came to, as values first, then as text.
 
-It is good when the story was told to its end, every survivor and the server ended by themselves
+It is good when the scenario reached its end, every survivor and the server ended by themselves
 with exit code 0, nothing that had been counted was lost with the killed server, and the survivors'
 weights are those that the server's last checkpoint says its workers hold, bit for bit.
 """

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torchft.demo.final_report import FinalReport
 from torchft.demo.run import RunSummary
-from torchft.launch.accounts import Account
+from torchft.launch.accounts import TimeAccount
 from torchft.ledger import Bucket
 
 __all__ = ["GroupResult", "KillResult", "Summary"]
@@ -36,7 +36,7 @@ class GroupResult:
     bytes_sent: int
     endings: Sequence[FinalReport]
     """One a rank, if it got that far."""
-    account: Account
+    account: TimeAccount
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -125,8 +125,8 @@ class Trainee:
         """Call after a committed step: was it one that all groups can end with?"""
         manager = self.manager
         with manager.ledger.spending(Bucket.COMMUNICATE):  # the ranks of the group agree
-            for news in self.barrier.committed(manager.current_step(), manager.num_participants()):
-                print(news, flush=True)
+            for line in self.barrier.committed(manager.current_step(), manager.num_participants()):
+                print(line, flush=True)
 
     def tell(self, state: dict[str, Any]) -> None:
         """Write the report of this rank. `state` is what all groups must hold alike."""

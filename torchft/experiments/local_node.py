@@ -124,9 +124,9 @@ class LocalNode:
             self._tell("at", step)
             self._pipe.recv()
 
-    def report(self, news: Any) -> None:
+    def report(self, value: Any) -> None:
         """Something that outlives this process, should it be killed."""
-        self._tell("report", news)
+        self._tell("report", value)
 
     def kill_self(self) -> None:
         """End this process by SIGKILL, as a preempted machine does."""

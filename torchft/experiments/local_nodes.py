@@ -1,6 +1,7 @@
 """N nodes of one training as real processes on this machine: gloo, a manager each, a lighthouse.
 
-    results = LocalNodes(target, [Start(0), Start(1), Start(1, at=40)], folder=folder).run()
+    starts = [NodeStart(0), NodeStart(1), NodeStart(1, at=40)]
+    results = LocalNodes(target, starts, folder=folder).run()
 
 runs `target(node)` in a process for each node, and gives what each returned. Here node 1 kills
 itself some time before step 40, before which node 0 waits until node 1, started again, asks to take
@@ -39,7 +40,7 @@ from torchft.experiments.local_node import (
 )
 from torchft.launch.guard import HINT, check_guarded, main_file
 
-__all__ = ["LocalNode", "LocalNodes", "NodeFailed", "Start"]
+__all__ = ["LocalNode", "LocalNodes", "NodeFailed", "NodeStart"]
 
 _LIGHTHOUSE = {"join_timeout_ms": 60_000, "heartbeat_timeout_ms": 2_500}
 """Who is there is waited for; a busy machine starves a node for a second."""
@@ -56,7 +57,7 @@ class NodeFailed(TorchftError):
 
 
 @dataclass(frozen=True)
-class Start:
+class NodeStart:
     """How the process of one node is started."""
 
     node: int
@@ -90,7 +91,7 @@ class LocalNodes:
     """
 
     target: Target
-    starts: Sequence[Start]
+    starts: Sequence[NodeStart]
     folder: Path
     """For the step records, one file for each process."""
     may_die: Collection[int] = ()
@@ -101,12 +102,12 @@ class LocalNodes:
     """Of each quorum, collective and connection."""
     preload: Sequence[str] = ()
     """Modules that a fork server imports once for all."""
-    on_report: Callable[[int, Any], None] = lambda node, news: None
+    on_report: Callable[[int, Any], None] = lambda node, value: None
     """Gets what nodes report while they run."""
     expected_errors: tuple[type[TorchftError], ...] = ()
     """Errors of a target that say enough: they come out as they are, caused by a NodeFailed."""
     _lives: list[_NodeProcess] = field(default_factory=list)
-    _begun: dict[Start, _NodeProcess] = field(default_factory=dict)
+    _begun: dict[NodeStart, _NodeProcess] = field(default_factory=dict)
     _opened: set[int] = field(default_factory=set)
     """Gates that nobody waits at any longer."""
 
@@ -171,7 +172,7 @@ class LocalNodes:
         theirs.close()
         return _NodeProcess(node, process, mine)
 
-    def _start(self, context: Any, start: Start) -> None:
+    def _start(self, context: Any, start: NodeStart) -> None:
         life = len(self._of(start.node))
         later = [one.at for one in self._later if one.at is not None]
         task = NodeTask(
@@ -284,7 +285,7 @@ class LocalNodes:
                 self._opened.add(gate)
         return gate in self._opened
 
-    def _is_there(self, context: Any, start: Start) -> bool:
+    def _is_there(self, context: Any, start: NodeStart) -> bool:
         """Whether nobody has to wait for it any longer."""
         if self._can_start(start):
             self._start(context, start)
@@ -294,7 +295,7 @@ class LocalNodes:
             return self._of(start.node)[-1].at is not None or self._of(start.node)[-1].ended
         return life.joined or life.ended or _asks(self._address, name_of(start.node))
 
-    def _can_start(self, start: Start) -> bool:
+    def _can_start(self, start: NodeStart) -> bool:
         lives = self._of(start.node)
         return start not in self._begun and (not lives or lives[-1].killed)
 

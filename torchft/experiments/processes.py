@@ -20,7 +20,7 @@ from typing import Any
 
 from torchft.errors import SettingsError
 from torchft.experiments.local_node import Target
-from torchft.experiments.local_nodes import LocalNodes, Start
+from torchft.experiments.local_nodes import LocalNodes, NodeStart
 from torchft.experiments.real_node import RealNode, complete, warm_up
 from torchft.experiments.spmd.node import SPMDProcess, check_program
 from torchft.experiments.validation import Validation
@@ -107,15 +107,15 @@ def _run_nodes(
     return nodes.run()
 
 
-def _starts(experiment: Experiment) -> list[Start]:
+def _starts(experiment: Experiment) -> list[NodeStart]:
     events = [e for e in experiment.all_events() if isinstance(e, Dies | Joins)]
     first: dict[int, Event] = {}
     for event in sorted(events, key=lambda e: e.step):
         first.setdefault(event.node, event)
     at_once = [n for n in range(experiment.num_nodes) if not isinstance(first.get(n), Joins)]
     return [
-        *map(Start, at_once),
-        *(Start(e.node, at=e.step) for e in events if isinstance(e, Joins)),
+        *map(NodeStart, at_once),
+        *(NodeStart(e.node, at=e.step) for e in events if isinstance(e, Joins)),
     ]
 
 

@@ -191,7 +191,7 @@ class _Watched:
         return self.strategy.clock.steps - (place is Place.AFTER)
 
     def restores(self, recipe: int) -> bool:
-        """Whether this recipe takes something back after a no."""
+        """Whether this recipe takes something back after a discarded round."""
         return type(self.strategy.recipes[recipe]).discard is not Recipe.discard
 
     def dies_in(self, step: int) -> bool:

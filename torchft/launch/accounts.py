@@ -22,7 +22,7 @@ from itertools import pairwise
 
 from torchft.launch.group import Life
 
-__all__ = ["Account", "LaunchBucket", "WorkerTrace", "account"]
+__all__ = ["LaunchBucket", "TimeAccount", "WorkerTrace", "account"]
 
 TOLERANCE_S = 0.1
 """Creation times are known to 10 ms, and there are two readings of them for each life."""
@@ -50,7 +50,7 @@ class WorkerTrace:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Account:
+class TimeAccount:
     """A group's wall time by bucket."""
 
     wall_s: float
@@ -74,7 +74,7 @@ class Account:
         return self.seconds.get("other", 0.0) / self.wall_s if self.wall_s > 0 else 0.0
 
 
-def account(lives: Sequence[tuple[Life, Sequence[WorkerTrace]]]) -> Account:
+def account(lives: Sequence[tuple[Life, Sequence[WorkerTrace]]]) -> TimeAccount:
     """The account of a group that is no longer running, from its lives and their workers in order.
 
     Raises:
@@ -88,7 +88,7 @@ def account(lives: Sequence[tuple[Life, Sequence[WorkerTrace]]]) -> Account:
     for (life, _), (following, _) in pairwise(lives):
         seconds[LaunchBucket.DOWN] += following.spawned - _end_of(life)
     wall_s = _end_of(lives[-1][0]) - lives[0][0].spawned
-    return Account(
+    return TimeAccount(
         wall_s=wall_s, seconds={str(name): value for name, value in seconds.items() if value}
     )
 

@@ -23,7 +23,7 @@ class Events:
         self._overtime = False
 
     def of(self, records: Iterable[StepRecord]) -> Iterator[str]:
-        """The news in these records, in their order."""
+        """What happened in these records, in their order."""
         for record in records:
             yield from self._quorum(record)
             yield from self._newcomer(record)

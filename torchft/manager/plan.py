@@ -309,7 +309,7 @@ class Why(enum.Enum):
 def objection(
     *, failed: bool, participating: int, min_replica_size: int, not_finite: bool = False
 ) -> Why | None:
-    """What this rank has against committing; None is a yes."""
+    """What this rank has against committing; None: it votes to commit."""
     if failed and not not_finite:
         return Why.ERROR
     if participating < min_replica_size:

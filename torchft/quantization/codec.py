@@ -12,7 +12,7 @@
         def decode(self, encoded, n, dtype=torch.float32, *, out=None):
             return into(out, encoded.view(torch.float16).to(dtype))
 
-What every codec promises (the doors try one out when they get it: `torchft.quantization.proof`):
+What every codec promises (a codec is tried out where it is given: `torchft.quantization.proof`):
 
 - `values` are `[..., n]`, the encoded bytes `[..., encoded_bytes(n)]`. Each row is by itself: it
   carries its scales, and its bytes depend on no other row.

@@ -110,7 +110,7 @@ class StackedPeers:
         return sum(_nbytes(of) for of in (model, inner, shared, arrived))
 
     def restores(self, recipe: int) -> bool:
-        """Whether this recipe takes something back after a no."""
+        """Whether this recipe takes something back after a discarded round."""
         return type(self._strategy.recipes[recipe]).discard is not Recipe.discard
 
     def closed(self, one: StackedRound, record: RoundRecord) -> None:
@@ -218,7 +218,7 @@ class StackedRound(FormedAtOnce):
         return {}
 
     def fail(self, error: Exception) -> None:
-        """Its close will be a no."""
+        """Give the round up: its close will discard it."""
         self.failed = True
 
     def close(self) -> bool:

@@ -87,10 +87,10 @@ def events_of(records: Sequence[StepRecord]) -> list[Event]:
     Raises:
         SettingsError: records of something else than `run_processes`.
     """
-    return _Story(rounds_of(records)).events()
+    return _EventReader(rounds_of(records)).events()
 
 
-class _Story:
+class _EventReader:
     """Reads rounds one after the other. A life is a replica id: one process."""
 
     def __init__(self, rounds: Sequence[RealRound]) -> None:

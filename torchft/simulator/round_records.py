@@ -28,7 +28,7 @@ class RoundRecord:
     recipe: int = 0
     """Position in the strategy."""
     restores: bool = True
-    """After a no, this recipe takes something back: training since its last round was in vain."""
+    """A discarded round makes this recipe take back what was trained since the last one."""
     delay: int = 0
     """Inner steps that its members took between its opening and its close."""
 

@@ -1,6 +1,6 @@
 """One family of strategies: what is communicated, when, and how it is applied.
 
-Each is a short recipe over the same two joints: `Local`, the weights at home, and `Peers`, the
+Each is a short recipe over the same two joints: `Local`, this process's weights, and `Peers`, the
 other nodes. A strategy knows neither the manager nor a process group, so the same object runs over
 both and over peers that live in one process.
 """

@@ -6,7 +6,8 @@ Two nodes with gradients 1 and 3 both step with 2. A no skips the inner step; no
 It sends all gradients in every step, and keeps all nodes equal. (Li et al., arXiv 2006.15704.)
 
 With a codec and `error_feedback`, what the codec loses of a gradient is added to the next one, as
-in DiLoCo, for 4 bytes a parameter. After a no the gradient is lost, and what was left over stands.
+in DiLoCo, for 4 bytes a parameter. After a discarded round the gradient is lost, and what was left
+over stands.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ class AllReduceRecipe(Recipe):
         """The averaged tensors by the names of their parameters."""
         return self.local.named_views(fragment, received)
 
-    def adopt(self, fragment: Fragment, news: list[Tensor], draft: Draft) -> None:
+    def apply_locally(self, fragment: Fragment, update: list[Tensor], draft: Draft) -> None:
         """The mean gradients are this node's gradients."""
         if self.feedback is not None and draft is not None:
             self.feedback.commit(draft)
-        self.local.set_grads(fragment, news)
+        self.local.set_grads(fragment, update)

@@ -9,10 +9,10 @@ on from 0.3 and 11 if they are averaged, from 0.2 and 10 if they are copied. Of 
 what most say, True if they are even.
 
 They ride in the round of the weights, whichever fragment it is about: sent when it opens, written
-when it has committed. After a no they stand, but for those that are NaN at a node: it gets back
-the values of the last round that committed, from a copy. All of a node's travel as one gathering,
-exactly, whatever the codec: each node sends (N-1) times their bytes. A NaN is a no as well;
-infinities pass, since masks have them. Only buffers of the state dict count: others
+when it has committed. After a discarded round they stand, but for those that are NaN at a node: it
+gets back the values of the last round that committed, from a copy. All of a node's travel as one
+gathering, exactly, whatever the codec: each node sends (N-1) times their bytes. A NaN discards the
+round as well; infinities pass, since masks have them. Only buffers of the state dict count: others
 (persistent=False) are each node's own, always.
 """
 
@@ -83,7 +83,7 @@ class Buffers:
 
     def __init__(self, local: Local, how: str, handle: Handle) -> None:
         self._local, self._how, self._handle = local, how, handle
-        self._news: list[Tensor] = []
+        self._received: list[Tensor] = []
 
     @classmethod
     def sent(cls, local: Local, how: str, peers_round: Round) -> Self:
@@ -98,7 +98,7 @@ class Buffers:
     def wait(self) -> NotFiniteError | None:
         """Receive them. Returns why the round must come to nothing, equal at all nodes."""
         received = self.received()
-        self._news = [_mean(of) if self._how == AVERAGED else of[:1] for of in received]
+        self._received = [_mean(of) if self._how == AVERAGED else of[:1] for of in received]
         names = self._local.buffers()[0]
         for name, value in zip(names, self._views(), strict=True):
             if (value.is_floating_point() or value.is_complex()) and bool(value.isnan().any()):
@@ -109,16 +109,16 @@ class Buffers:
         return None
 
     @torch.no_grad()
-    def adopt(self, backup: BufferBackup) -> None:
+    def apply_locally(self, backup: BufferBackup) -> None:
         """Write what was received into the models here, and keep it in `backup`."""
-        backup.keep(self._news)
+        backup.keep(self._received)
         rows, views = self._local.buffers(), self._views()
         for row in self._local.written:
             for buffer, value in zip(rows[row].values(), views, strict=True):
                 local_part(buffer).copy_(value)
 
     def _views(self) -> list[Tensor]:
-        return Layout(self._local.buffers()[0].values()).views(self._news)
+        return Layout(self._local.buffers()[0].values()).views(self._received)
 
 
 def nan_buffers(named: Mapping[str, Tensor]) -> list[str]:
@@ -138,9 +138,9 @@ class BufferBackup:
         self._local = local
         self._values = _read(local.buffers()[:1]) if kept and local.buffers()[0] else []
 
-    def keep(self, news: list[Tensor]) -> None:
+    def keep(self, values: list[Tensor]) -> None:
         """A round committed, and all have got these."""
-        self._values = news
+        self._values = values
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -121,7 +121,7 @@ def _check_recipe(recipe: Recipe) -> None:
     check_integer(f"{name}.delay", recipe.delay, least=0)
     check_integer(f"{name}.sync_every", recipe.sync_every, least=1)
     _check_period(recipe)
-    needed = ["contribution", "adopt", *(["islands"] if recipe.by is By.ISLANDS else [])]
+    needed = ["contribution", "apply_locally", *(["islands"] if recipe.by is By.ISLANDS else [])]
     for method in needed:
         if getattr(getattr(recipe, method), "__func__", None) is getattr(Recipe, method):
             raise SettingsError(
@@ -194,7 +194,7 @@ def _watching(recipe: Recipe) -> Callable[[], None]:
         if local.fingerprint() != before:
             raise SettingsError(
                 f"{type(recipe).__name__}.contribution wrote into the weights: it only reads, as "
-                "the round may come to nothing; write in adopt, or work on a clone"
+                "the round may come to nothing; write in apply_locally, or work on a clone"
             )
 
     return unchanged

@@ -13,7 +13,8 @@ authors' code and EXO Gym's; with `mean_over="members"` it is over all nodes of 
 that did not send a coefficient counts with zero.
 
 The transform is linear and orthonormal, so the momentum is kept in coefficients: forgetting is
-setting to zero. After a no nothing is written: momentum and weights stand, the gradient is lost.
+setting to zero. After a discarded round nothing is written: momentum and weights stand, the
+gradient is lost.
 """
 
 from __future__ import annotations
@@ -117,17 +118,17 @@ class DeMoRecipe(Recipe):
     def apply(self, fragment: Fragment, received: list[Tensor]) -> list[Tensor]:
         """Step by the sign of the averaged momentum."""
         means = mean_of(received, self.own["momentum"], self.topk, self.mean_over)
-        news = [torch.empty(1, n, dtype=dtype, device=at) for n, dtype, at in self._kinds]
+        update = [torch.empty(1, n, dtype=dtype, device=at) for n, dtype, at in self._kinds]
         blocks = [
             inverse_dct(mean.view(-1, *group.side))
             for mean, group in zip(means, self.blocks.groups, strict=True)
         ]
-        self.blocks.join(blocks, self.local.views(fragment, news))
-        return [flat.sign_() for flat in news]
+        self.blocks.join(blocks, self.local.views(fragment, update))
+        return [flat.sign_() for flat in update]
 
     @torch.no_grad()
-    def adopt(self, fragment: Fragment, news: list[Tensor], draft: Draft) -> None:
+    def apply_locally(self, fragment: Fragment, update: list[Tensor], draft: Draft) -> None:
         """Forget what was sent; the sign is this node's gradient."""
         for old, new, sent in zip(self.own["momentum"], *draft, strict=True):
             old.copy_(new.scatter_(-1, sent, 0.0))
-        self.local.set_grads(fragment, news)
+        self.local.set_grads(fragment, update)

@@ -15,21 +15,21 @@ while training goes on; `mix` keeps a share of what was learned meanwhile: w ←
 backup. From the shortest distance ⌊H/n⌋ on, the next round opens where one closes, or before; H is
 the longest delay. (Streaming DiLoCo: Douillard et al., arXiv 2501.18512.)
 
-After a no, the fragment's weights go back to its backup, which like the outer optimizer stands
-untouched; the same fragment is tried again in the next round, so that all others come later by one.
-Where the fragment's own weights are NaN or infinite, the node's other fragments go back with it.
-The inner optimizer's state stands, except where it is not finite: that of such a parameter begins
-anew. With `inner_state="restored"` moments and counters of the
-fragment's parameters go back as well, to what they were at its last synchronisation; that costs a
-copy of them on the backup's device: 8 bytes a parameter for AdamW. (Its learning rate goes on.)
+After a discarded round, the fragment's weights go back to its backup, which like the outer
+optimizer stands untouched; the same fragment is tried again in the next round, so that all others
+come later by one. Where the fragment's own weights are NaN or infinite, the node's other fragments
+go back with it. The inner optimizer's state stands, except where it is not finite: that of such a
+parameter begins anew. With `inner_state="restored"` moments and counters of the fragment's
+parameters go back as well, to what they were at its last synchronisation; that costs a copy of them
+on the backup's device: 8 bytes a parameter for AdamW. (Its learning rate goes on.)
 
 The backup, the outer optimizer and what travels are fp32 where parameters are bf16 or fp16, unless
 `shared_dtype` says otherwise (`parts/precision.py`).
 
 With a codec and `error_feedback`, what the codec loses of a delta is added to the fragment's next
-one: sent = δ + e, and after a yes e ← what did not arrive of it. After a no e stands. It is each
-node's own, zero in one that heals: 4 bytes a parameter beside it, and as many for each round that
-is open.
+one: sent = δ + e, and after a commit e ← what did not arrive of it. After a discarded round e
+stands. It is each node's own, zero in one that heals: 4 bytes a parameter beside it, and as many
+for each round that is open.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ from torchft.strategies.rounds_schedule import is_slot, next_fragment
 __all__ = ["DiLoCoRecipe"]
 
 INNER_STATES = STANDS, RESTORED = "stands", "restored"
-"""What becomes of the inner optimizer's state after a no."""
+"""What becomes of the inner optimizer's state after a discarded round."""
 
 Draft = list[Tensor] | None
 """With error feedback: what did not arrive of the delta."""
@@ -98,7 +98,7 @@ class DiLoCoRecipe(Recipe):
         self.fragments: list[Fragment] = []
         self.backups: list[Backup] = []
         self.inner_backups: list[InnerBackup] = []
-        """Empty where the inner state stands after a no."""
+        """Empty where the inner state stands after a discarded round."""
         self._restores_inner = inner_state == RESTORED
         self.versions = [0] * fragments
         """How many outer steps each fragment has had."""
@@ -190,7 +190,7 @@ class DiLoCoRecipe(Recipe):
         self.versions[fragment.index] += 1
         return self.backups[fragment.index].flats
 
-    def adopt(self, fragment: Fragment, news: list[Tensor], draft: Draft) -> None:
+    def apply_locally(self, fragment: Fragment, update: list[Tensor], draft: Draft) -> None:
         """Go on from the new global weights, or from a mixture."""
         if draft is not None:
             self.feedbacks[fragment.index].commit(draft)
@@ -198,10 +198,10 @@ class DiLoCoRecipe(Recipe):
             inner.take()
         if not self.mix:
             if not self.outer.leaves_news:
-                self.local.set_weights(fragment, news)
+                self.local.set_weights(fragment, update)
             return
         mine = self.local.weights(fragment)
-        values = [mixed(new.to(w.device), w, self.mix) for new, w in zip(news, mine, strict=True)]
+        values = [mixed(new.to(w.device), w, self.mix) for new, w in zip(update, mine, strict=True)]
         self.local.set_weights(fragment, values)
         self.local.release(mine, reusable=True)
 

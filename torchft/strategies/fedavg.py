@@ -11,8 +11,8 @@ The paper weighs each node by its samples, `weighting="samples"`; EXO Gym's code
 mean, "equal". None is the paper's where each node brings data of its own, and no codec has to carry
 how many; of one data set that is dealt out, all nodes have as many.
 
-Among all, a no brings the last average back. Within islands nothing is common to all: after a no
-the weights stand, and a node that heals goes on from its donor's.
+Among all, a discarded round brings the last average back. Within islands nothing is common to all:
+after one the weights stand, and a node that heals goes on from its donor's.
 """
 
 from __future__ import annotations

@@ -118,7 +118,8 @@ class FedAvgStrategy(Averaged):
 
 @dataclass(eq=False, repr=False)
 class LocalSGDStrategy(Averaged):
-    """Average the weights among all every H steps; after a no they go back to the last average."""
+    """Average the weights among all every H steps; a discarded round brings the last
+    average back."""
 
     optim_spec: Optim = None
     H: int = 100

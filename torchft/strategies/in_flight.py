@@ -118,10 +118,10 @@ class InFlight:
         return applied
 
     def _apply(self, received: list[Tensor], recovery: Recovery) -> None:
-        news = self.recipe.apply(self.fragment, received)
-        self.recipe.adopt(self.fragment, news, self.draft)
+        update = self.recipe.apply(self.fragment, received)
+        self.recipe.apply_locally(self.fragment, update, self.draft)
         if self.buffers is not None:
-            self.buffers.adopt(recovery.buffers)
+            self.buffers.apply_locally(recovery.buffers)
 
     def _go_back(self, recovery: Recovery, applying: Applying) -> None:
         broken = recovery.broken(self.recipe, self.fragment)

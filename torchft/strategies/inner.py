@@ -1,4 +1,4 @@
-"""How each node steps at home: clip, optimizer, schedule.
+"""How each node takes its inner step: clip, optimizer, schedule.
 
 The optimizer sees one contiguous tensor per node and parameter, in every runtime, so that a node's
 bits do not depend on how many others live in its process. Where it is a fused kernel that is seen

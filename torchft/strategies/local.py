@@ -1,4 +1,4 @@
-"""What a strategy sees of training at home: weights and gradients as a few flat tensors.
+"""What a strategy sees of local training: weights and gradients as a few flat tensors.
 
 A fragment is some of the parameters. Its weights, and likewise its gradients, are seen as one flat
 tensor `[rows, elements]` per dtype and device, most often a single one. `rows` is the number of

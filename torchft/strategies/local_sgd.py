@@ -3,8 +3,9 @@
     w ← mean over the nodes of w        after every H-th inner step
 
 Two nodes at 1.0 that reach 0.6 and 0.8 both go on from 0.7. It sends 1/H of what all-reduce does.
-After a no the weights go back to the last average, which costs a backup of 4 bytes a parameter;
-without a backup they stand as they are. The state of the inner optimizer stays local, always.
+After a discarded round the weights go back to the last average, which costs a backup of 4 bytes a
+parameter; without a backup they stand as they are. The state of the inner optimizer stays local,
+always.
 
 `weighting="samples"` weighs each node by the samples that it has (FedAvg's formula), instead of all
 alike: nodes with 1 and 3 samples would go on from 0.75. That sends one number more.
@@ -121,11 +122,11 @@ class LocalSGDRecipe(Recipe):
         lost = [(mean, lost_by_rounding(flat, own)) for mean, flat, own in before]
         return [mean if left is None else mean + left.to(mean.device) for mean, left in lost]
 
-    def adopt(self, fragment: Fragment, news: list[Tensor], draft: None) -> None:
+    def apply_locally(self, fragment: Fragment, update: list[Tensor], draft: None) -> None:
         """The mean weights are this node's weights, and the next thing to go back to."""
-        self.local.set_weights(fragment, news)
+        self.local.set_weights(fragment, update)
         if self.backup is not None:
-            self.backup.copy_(news)
+            self.backup.copy_(update)
 
     def discard(self, fragment: Fragment, draft: None) -> None:
         """Go back to the last average."""

@@ -20,10 +20,10 @@ from torchft.strategies.local import Fragment, Layout
 from torchft.strategies.parts.deltas import delta_into
 from torchft.strategies.parts.scratch import Scratch
 
-__all__ = ["ModelLocal", "Steps", "like_parameter"]
+__all__ = ["InnerOptimizer", "ModelLocal", "like_parameter"]
 
 
-class Steps(Protocol):
+class InnerOptimizer(Protocol):
     """A torch optimizer, or what else takes the inner step."""
 
     def step(self) -> object:
@@ -46,7 +46,9 @@ class ModelLocal:
     samples: Sequence[int] | None = None
     own_data = False
 
-    def __init__(self, modules: Sequence[nn.Module], optimizer: Steps | None = None) -> None:
+    def __init__(
+        self, modules: Sequence[nn.Module], optimizer: InnerOptimizer | None = None
+    ) -> None:
         self.names: list[str] = []
         self.parameters: list[nn.Parameter] = []
         self._optimizer = optimizer

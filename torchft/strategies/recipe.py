@@ -24,7 +24,7 @@ from torch import Tensor
 from torchft.errors import SettingsError
 from torchft.peers import Place
 from torchft.quantization import Codec
-from torchft.renamed import OldAttribute
+from torchft.renamed import OldAttribute, say_renamed
 from torchft.strategies.buffers import LEFT
 from torchft.strategies.local import Fragment, Local
 from torchft.strategies.optim_spec import OptimSpec
@@ -99,6 +99,9 @@ class Recipe:
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         Recipe.__dict__["every"].renew(cls)
+        if "adopt" in vars(cls):  # the name of earlier releases
+            say_renamed(cls.__name__, "adopt", "apply_locally", both="apply_locally" in vars(cls))
+            cls.apply_locally = vars(cls)["adopt"]  # type: ignore[method-assign]
 
     def bind(self, local: Local, clock: Clock) -> None:
         """Give the recipe the weights it works on, and the clock. Once.
@@ -171,7 +174,7 @@ class Recipe:
         raise NotImplementedError
 
     def contribution(self, fragment: Fragment) -> tuple[list[Tensor], Any]:
-        """Tensors `[rows, …]` to send, which the round may overwrite, and a draft kept at home."""
+        """Tensors `[rows, …]` to send, which the round may overwrite, and a draft to keep."""
         raise NotImplementedError
 
     def named(self, fragment: Fragment, received: list[Tensor], draft: Any) -> Mapping[str, Tensor]:
@@ -179,11 +182,11 @@ class Recipe:
         return {f"tensor {number}": tensor for number, tensor in enumerate(received)}
 
     def apply(self, fragment: Fragment, received: list[Tensor]) -> Any:
-        """Advance the shared state; returns the news that each node adopts."""
+        """Advance the shared state; returns the update that each node applies."""
         return received
 
-    def adopt(self, fragment: Fragment, news: Any, draft: Any) -> None:
-        """Write the news into local weights or gradients, and advance the recipe's own state."""
+    def apply_locally(self, fragment: Fragment, update: Any, draft: Any) -> None:
+        """Write the update into local weights or gradients, and advance the recipe's own state."""
         raise NotImplementedError
 
     def discard(self, fragment: Fragment, draft: Any) -> None:

@@ -11,7 +11,7 @@ averaging", ICLR 2025 workshop on modularity for collaborative and decentralised
 Of weights in bf16 or fp16 the mean is taken in fp32, unless `shared_dtype` says otherwise, and
 rounded once: a mean of equal numbers is that number.
 
-After a no everything stands. A node that heals goes on from its donor's weights.
+After a discarded round everything stands. A node that heals goes on from its donor's weights.
 """
 
 from __future__ import annotations
@@ -91,9 +91,9 @@ class SpartaRecipe(Recipe):
                 flat[:, at] = next(arrived).to(flat.dtype)
         return self.local.named_views(fragment, whole)
 
-    def adopt(self, fragment: Fragment, news: list[Tensor], draft: Draft) -> None:
+    def apply_locally(self, fragment: Fragment, update: list[Tensor], draft: Draft) -> None:
         """Write the averaged elements to their places in the weights."""
         subset, some = draft
-        arrived = iter(news)
+        arrived = iter(update)
         means = [next(arrived).to(p.dtype) if p.shape[1] else p for p in some]
         self.local.put(fragment, subset, means)

@@ -1,4 +1,4 @@
-"""A strategy reads until its round closes, then applies for all and adopts at home, or discards.
+"""A strategy reads until its round closes, then applies the result or discards it.
 
 A `Recipe` says *when* a round is due, *what* it sends and *how* the result is applied. A `Strategy`
 drives recipes through the parts of a training step:
@@ -10,10 +10,10 @@ drives recipes through the parts of a training step:
     after()         rounds of recipes with Place.AFTER open, average and close
 
     contribution(f) → tensors, draft       reads only
-    the round closes: the vote, a no of all groups alike if an average has NaN or infinity in it
-    yes:  news = apply(f, received)        shared state: backup, outer momentum
-          adopt(f, news, draft)            local weights or gradients, own state
-    no:   discard(f, draft)                what the table of the design brings back
+    the round closes: the vote; all groups discard it alike if an average has NaN or infinity in it
+    committed:  update = apply(f, received)        shared state: backup, outer momentum
+                apply_locally(f, update, draft)    local weights or gradients, own state
+    discarded:  discard(f, draft)                  restores what must not stand
 
 Every error in a round discards it before it is raised, so a caller that goes on stands where the
 last synchronisation left it. Schedules read one clock, which heals with the state.
@@ -49,15 +49,15 @@ _NO_JOIN = (
 
 
 class Strategy:
-    """One or more recipes, and how each node steps at home. The same object runs anywhere:
+    """One or more recipes, and how each node takes its inner step. The same object runs anywhere:
 
         strategy = Strategy([DiLoCoRecipe(outer, 100)], inner=Inner(OptimSpec(AdamW, lr=1e-3)))
         strategy.bind(local, peers)            # by whatever runs it; once
         strategy.step()                        # instead of optimizer.step()
 
-    `inner` is for runtimes that make the inner optimizer themselves, like the simulator; front
-    doors, whose users bring one, leave it out. `bucket_bytes` bounds what one collective carries.
-    Until it is bound a strategy pickles.
+    `inner` is for runtimes that make the inner optimizer themselves, like the simulator; the
+    wrappers, whose users bring one, leave it out. `bucket_bytes` bounds what one collective
+    carries. Until it is bound a strategy pickles.
     """
 
     local: Local
@@ -94,8 +94,8 @@ class Strategy:
     ) -> Self:
         """Give it the weights it works on and the other nodes. Once.
 
-        `applying` gives a context that is entered while weights and state are written (the front
-        doors lock out readers in it).
+        `applying` gives a context that is entered while weights and state are written (the
+        wrappers lock out readers in it).
 
         Raises:
             SettingsError: it, or one of its recipes, is in use already, or has a codec and nothing

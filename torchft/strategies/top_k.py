@@ -18,8 +18,8 @@ is of the "model", all parameters in a row, or, in their code, of each "tensor"
 The backup, the outer optimizer, the residual and what travels are fp32 where parameters are bf16 or
 fp16, unless `shared_dtype` says otherwise (`parts/precision.py`).
 
-After a no the residual and the weights stand as they are: the next delta, from the same backup,
-has this one in it.
+After a discarded round the residual and the weights stand as they are: the next delta, from the
+same backup, has this one in it.
 """
 
 from __future__ import annotations
@@ -119,11 +119,11 @@ class TopKRecipe(Recipe):
         return self.backup.flats
 
     @torch.no_grad()
-    def adopt(self, fragment: Fragment, news: list[Tensor], draft: Draft) -> None:
+    def apply_locally(self, fragment: Fragment, update: list[Tensor], draft: Draft) -> None:
         """What was sent is no residual any more; go on from the new global weights."""
         for old, new, sent in zip(self.own["residual"], *draft, strict=True):
             old.copy_(new.scatter_(-1, sent, 0.0))
-        self.local.set_weights(fragment, news)
+        self.local.set_weights(fragment, update)
 
     def discard(self, fragment: Fragment, draft: Draft) -> None:
         """Weights stand; those of a node that are not finite go back to the global ones."""

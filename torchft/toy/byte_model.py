@@ -58,7 +58,7 @@ class ByteTransformer(nn.Module):
         self.shape = shape = shape or Shape()
         self.bytes = nn.Embedding(BYTES, shape.width)
         self.positions = nn.Embedding(shape.context, shape.width)
-        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        self.blocks = nn.ModuleList(TransformerBlock(shape) for _ in range(shape.layers))
         self.norm = nn.LayerNorm(shape.width)
         self.logits = nn.Linear(shape.width, BYTES, bias=False)
         self.apply(_small_weights)
@@ -70,7 +70,7 @@ class ByteTransformer(nn.Module):
         return self.logits(self.norm(hidden))
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """Attention, then a two-layer network; each reads a normalised copy and adds to the stream."""
 
     def __init__(self, shape: Shape) -> None:

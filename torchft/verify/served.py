@@ -3,9 +3,9 @@
     pair = compare_served("DiLoCo int8", steps=200, nodes=4)
 
 Each node is a process with a `DiLoCoWorker`, and one more process has the server; they speak HTTP
-over the loopback. After every step that ended with news, each node's digest (its weights, and the
-base that it shares with the server) must be that of the simulated node; in the end the server's own
-weights and momentum must be the simulated ones, too.
+over the loopback. After every step that ended with an update, each node's digest (its weights, and
+the base that it shares with the server) must be that of the simulated node; in the end the server's
+own weights and momentum must be the simulated ones, too.
 
 Without a codec the simulated side is the strategy itself. A codec works otherwise at a server than
 among peers: what goes up is encoded once, what comes down is an encoded difference, and what either
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from torchft.digest import digest
-from torchft.experiments.local_nodes import LocalNode, LocalNodes, Start
+from torchft.experiments.local_nodes import LocalNode, LocalNodes, NodeStart
 from torchft.ordered import ordered_mean
 from torchft.quantization import Codec, Identity, codec_of
 from torchft.retry import wait_until
@@ -102,9 +102,9 @@ class ServedDiLoCo(DiLoCoRecipe):
             base.add_(self._heard(new - base))
         return bases
 
-    def adopt(self, fragment: Fragment, news: list[Tensor], draft: Any) -> None:
+    def apply_locally(self, fragment: Fragment, update: list[Tensor], draft: Any) -> None:
         """Set the weights to what all nodes hold, plus what the encoding lost."""
-        kept = list(zip(news, draft, strict=True))
+        kept = list(zip(update, draft, strict=True))
         self.local.set_weights(fragment, [base + unheard for base, unheard in kept])
         dtypes = self.backups[fragment.index].own_dtypes
         hidden = self.own[f"hidden_{fragment.index}"]
@@ -169,8 +169,8 @@ def compare_served(
         SettingsError, NodeFailed: it cannot run, or a process failed.
     """
     with tempfile.TemporaryDirectory(prefix="torchft-") as folder:
-        story = _Story(experiment, served, Path(folder))
-        real = story.run(method)
+        processes = _Processes(experiment, served, Path(folder))
+        real = processes.run(method)
         simulated, shared = _simulated(experiment, served)
         return ServedPair(real, simulated, digest(_saved(Path(folder))) == digest(shared))
 
@@ -218,7 +218,7 @@ def _digest(weights: Mapping[str, Tensor], bases: list[Tensor]) -> str:
 
 
 @dataclass
-class _Story:
+class _Processes:
     """What each process does: the last one serves, all others train."""
 
     experiment: Experiment
@@ -230,7 +230,7 @@ class _Story:
         self._warm_up()
         nodes = range(self.experiment.num_nodes + 1)
         preload = ["torchft.verify.served", "torchft.parameter_server.server.server"]
-        starts = [Start(node) for node in nodes]
+        starts = [NodeStart(node) for node in nodes]
         told = LocalNodes(self, starts, self.folder, method=method, preload=preload).run()
         told.pop(self.experiment.num_nodes)
         steps = sorted({step for of in told.values() for step in of})

@@ -7,14 +7,14 @@ from typing import Any
 
 from torchft.parameter_server.core.rules import Rules
 
-__all__ = ["Member"]
+__all__ = ["RoundMember"]
 
 _NEWEST = 0.5
 """How much the newest interval counts in the running mean."""
 
 
 @dataclass
-class Member:
+class RoundMember:
     """`session` is drawn anew by every process, so that a restarted worker is told from a twin."""
 
     session: str
@@ -68,7 +68,7 @@ class Member:
         return {"session": self.session, "beat_s": self.beat_s, "taken": taken}
 
     @classmethod
-    def from_state(cls, state: dict[str, Any], now: float) -> Member:
+    def from_state(cls, state: dict[str, Any], now: float) -> RoundMember:
         """A member of a checkpoint, as if it had just been heard: it has time to come back."""
         taken = {int(fragment): number for fragment, number in state["taken"].items()}
         return cls(state["session"], now, state["beat_s"], taken=taken)

@@ -37,7 +37,7 @@ from torchft.parameter_server.core.events import (
     RoundClosed,
     WorkersExpected,
 )
-from torchft.parameter_server.core.member import Member
+from torchft.parameter_server.core.member import RoundMember
 from torchft.parameter_server.core.rules import Departure, Mode, Refusal, Rules, Waiting
 from torchft.parameter_server.core.submission import Submission, shares
 
@@ -84,7 +84,7 @@ class Rounds:
 
     def __init__(self, rules: Rules, fragments: int) -> None:
         self.rules = rules
-        self.members: dict[str, Member] = {}
+        self.members: dict[str, RoundMember] = {}
         self.rounds = [OpenRound() for _ in range(fragments)]
         self.started = False
         """As many workers as the run begins with were members once."""
@@ -188,7 +188,7 @@ class Rounds:
             self._leave(worker, Departure.REPLACED)
         if worker not in self.members:
             taken = self._former.pop((worker, session), {})
-            self.members[worker] = Member(session, now, taken=taken)
+            self.members[worker] = RoundMember(session, now, taken=taken)
         self.members[worker].beat_s = beat_s
         self.members[worker].hear(now)
         self._start()
@@ -209,7 +209,7 @@ class Rounds:
         while len(self._former) > _REMEMBERED:
             del self._former[next(iter(self._former))]
 
-    def _drop_pending(self, worker: str, member: Member) -> None:
+    def _drop_pending(self, worker: str, member: RoundMember) -> None:
         for fragment, one in enumerate(self.rounds):
             dropped = {s.number for s in one.pending if s.worker == worker}
             one.pending = [s for s in one.pending if s.worker != worker]
@@ -224,7 +224,7 @@ class Rounds:
 
     # ------------------------------------------------------------------ what is going on
 
-    def member(self, worker: str, session: str) -> Member | None:
+    def member(self, worker: str, session: str) -> RoundMember | None:
         """The member that this process of a worker is; None where it is none."""
         member = self.members.get(worker)
         return member if member is not None and member.session == session else None
@@ -278,7 +278,7 @@ class Rounds:
     def load_state_dict(self, state: Mapping[str, Any], now: float) -> None:
         """Take over what `state_dict` gave. Members have the grace window to be heard again."""
         self.started = state["started"]
-        self.members = {w: Member.from_state(m, now) for w, m in state["members"].items()}
+        self.members = {w: RoundMember.from_state(m, now) for w, m in state["members"].items()}
         self._former = {
             (worker, session): {int(f): n for f, n in taken.items()}
             for worker, session, taken in state["former"]

@@ -1,4 +1,4 @@
-"""The weights of the last synchronisation: what a no brings back and what a delta is measured from.
+"""The weights of the last synchronisation: discarded rounds go back to them, deltas start there.
 
 One flat tensor per dtype, on a device of choice. On the CPU, beside parameters on a GPU, it is
 pinned so that it travels without blocking. `[1, n]`: all nodes share it. Its dtype may have more

@@ -1,4 +1,4 @@
-"""The inner optimizer's state at the last synchronisation, for a no that brings it back too.
+"""The inner optimizer's state at the last synchronisation, which discarded rounds restore.
 
 Moments and counters of each parameter of one fragment, on the backup's device: 8 bytes a parameter
 for AdamW. What belongs to the optimizer as a whole, like its learning rate and schedule, goes on.
