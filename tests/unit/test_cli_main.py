@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -142,6 +144,26 @@ def test_the_version_is_said_once_for_python_and_rust() -> None:
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
     crates = tomllib.loads((root / "Cargo.toml").read_text())["workspace"]["package"]["version"]
     assert torchft.__version__ == project == crates.replace("-alpha.", "a")
+
+
+def test_a_flag_in_the_wrong_place_is_not_suggested_to_itself(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    said = refusal(capsys, "demo", "--version")
+    assert "--version belongs to another command, or before this one" in said
+
+
+def test_every_flag_has_a_help_text() -> None:
+    assert [flag for flag, help_text in flags_of(parser()) if not help_text] == []
+
+
+def flags_of(top: argparse.ArgumentParser) -> Iterator[tuple[str, str | None]]:
+    for action in top._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                yield from flags_of(below)
+        elif action.option_strings:
+            yield f"{top.prog} {action.option_strings[0]}", action.help
 
 
 def test_no_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,8 +12,10 @@ from torchft.cli.parser import run_command, top_parser
 __all__ = ["add_command", "main"]
 
 ABOUT = """\
-DiLoCo with a parameter server, for workers that come and go: start a server, start any number of
-workers, look at the run. docs/parameter_server.md describes all of it.
+DiLoCo with a parameter server, for workers that come and go.
+
+Start a server, start any number of workers, look at the run.
+docs/parameter_server.md describes all of it.
 """
 
 

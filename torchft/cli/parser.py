@@ -43,12 +43,16 @@ class CommandParser(argparse.ArgumentParser):
         super().error(with_suggestion(message, words_of(self)))
 
 
-def with_suggestion(message: str, words: Iterable[str]) -> str:
-    """`message` of argparse, with the nearest of `words` when it names an unknown one."""
+def with_suggestion(message: str, known: Iterable[str]) -> str:
+    """`message` of argparse, with the nearest of the `known` words when it names an unknown one."""
     found = _UNKNOWN.search(message)
     if found is None:
         return message
-    near = difflib.get_close_matches(found[1] or found[2] or "", list(words), n=1, cutoff=0.7)
+    words = list(known)
+    typed = found[1] or found[2] or ""
+    if typed in words:
+        return f"{message}: {typed} belongs to another command, or before this one"
+    near = difflib.get_close_matches(typed, words, n=1, cutoff=0.7)
     return f"{message}; did you mean {near[0]!r}?" if near else message
 
 
