@@ -18,7 +18,7 @@ RUST = PACKAGE.parent / "lighthouse"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 BASE = {
-    *("arguments", "best_effort", "digest", "errors", "finite", "futures", "lazy_names"),
+    *("arguments", "atomic", "best_effort", "digest", "errors", "finite", "futures", "lazy_names"),
     *("ledger", "ordered", "parameter_marks", "peers", "records", "renamed", "retry", "seeds"),
     *("settings", "sharded", "step_hooks", "step_watch"),
     *("timeouts", "uncopied", "untraced", "version", "work"),

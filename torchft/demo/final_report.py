@@ -7,10 +7,11 @@ there only when the worker got to its end, and it is there whole or not at all.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from torchft.atomic import replacing
 
 __all__ = ["FinalReport", "read_final_reports"]
 
@@ -36,9 +37,8 @@ class FinalReport:
     def write(self, folder: Path) -> Path:
         """Write the file of this rank, replacing that of an earlier life. Raises OSError."""
         path = folder / f"group_{self.group}.rank_{self.group_rank}.end.json"
-        draft = path.with_suffix(".draft")
-        draft.write_text(json.dumps(asdict(self)))
-        os.replace(draft, path)
+        with replacing(path) as draft:
+            draft.write_text(json.dumps(asdict(self)))
         return path
 
 

@@ -6,10 +6,10 @@ worker, SIGKILL. `server_scenario` decides what happens when; here it is carried
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Any
 
+from torchft.atomic import replacing
 from torchft.demo.run import Run
 from torchft.demo.scenario import Action, Controller, EndIn, KillProcess, RunSnapshot, StartProcess
 from torchft.demo.server_monitor import ServerMonitor, WorkerMonitor
@@ -154,9 +154,8 @@ class ServerRun(Run):
 
     def _end_at(self, version: int) -> None:
         self.tell(f"rounds close again; all are to end at round {version}")
-        draft = self.options.end_file.with_suffix(".draft")
-        draft.write_text(str(version))
-        os.replace(draft, self.options.end_file)
+        with replacing(self.options.end_file) as draft:
+            draft.write_text(str(version))
 
     def finish(self) -> None:
         """Let the server save what its workers hold, and end."""

@@ -10,7 +10,6 @@ never interrupted.
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from torchft.arguments import check_integer
+from torchft.atomic import replacing
 from torchft.errors import SettingsError
 from torchft.strategies.describe import differences_in_words
 
@@ -91,19 +91,13 @@ def write_whole(path: Path, content: dict[str, Any]) -> None:
         SettingsError: there is something in it that is neither tensor nor plain data.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    try:
-        _write(part, content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path, sync=True) as draft:
+        with draft.open("wb") as file:
+            torch.save(content, file)
+        _check_loads(draft)
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
-    with path.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+def _check_loads(path: Path) -> None:
     unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     if unsafe:
         raise SettingsError(

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from torchft.atomic import replacing
 from torchft.errors import SettingsError
 from torchft.experiments.config import SimulateConfig, StrategyConfig, needed, whole
 from torchft.peers import Place
@@ -135,9 +135,8 @@ def write_report(report: RunReport, path: Path) -> None:
     plain = asdict(report)
     for record in plain["rounds"]:
         record["place"] = record["place"].name
-    whole_file = path.with_name(f"{path.name}.{os.getpid()}.part")
-    whole_file.write_text(json.dumps(plain))
-    whole_file.replace(path)
+    with replacing(path) as draft:
+        draft.write_text(json.dumps(plain))
 
 
 def read_report(path: Path, spec: RunSpec) -> RunReport:

@@ -11,15 +11,14 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import os
 import secrets
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
 from torchft import settings
+from torchft.atomic import replacing
 from torchft.errors import SettingsError
 
 __all__ = ["Scope", "Tokens", "default_token_file", "find_token", "read_token"]
@@ -81,10 +80,9 @@ class Tokens:
         """Write the tokens to a new file that its owner alone can read, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         content = {scope.name.lower(): token for scope, token in self.by_scope.items()}
-        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=path.name)  # mode 0600
-        with os.fdopen(handle, "w") as file:
-            json.dump(content, file, indent=1)
-        os.replace(draft, path)  # not before it is whole: somebody may be waiting for it
+        with replacing(path) as draft:  # somebody may be waiting for it
+            draft.touch(mode=0o600, exist_ok=False)
+            draft.write_text(json.dumps(content, indent=1))
 
 
 def default_token_file(port: int) -> Path:

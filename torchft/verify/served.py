@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from torchft.atomic import replacing
 from torchft.digest import digest
 from torchft.experiments.local_nodes import LocalNode, LocalNodes, NodeStart
 from torchft.ordered import ordered_mean
@@ -257,9 +258,8 @@ class _Processes:
         from torchft.parameter_server.worker.client import DiLoCoClient
 
         with DiLoCoServer(self._options()) as server:
-            aside = self.folder / "port.new"
-            aside.write_text(server.address)
-            aside.rename(self.folder / "port")
+            with replacing(self.folder / "port") as draft:
+                draft.write_text(server.address)
             client = DiLoCoClient(server.address)
             while client.get("/v1/status")["departures"].get("left") != self.experiment.num_nodes:
                 time.sleep(_LOOK_S)

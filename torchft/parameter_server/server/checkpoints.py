@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
+from torchft.atomic import remove, replacing
 from torchft.checkpointing.layout import LayoutError
 from torchft.checkpointing.state_file import read_state, write_state
 from torchft.errors import SettingsError
@@ -51,19 +51,15 @@ class Checkpoints:
 
         final = self.folder / f"checkpoint-{number}"
         aside = self.folder / f".writing-{number}"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        with (aside / STATE).open("wb") as file:
-            write_state(file, state, number)
-        own = {name: tensor.contiguous() for name, tensor in weights.items()}
-        save_file(own, aside / MODEL, metadata={"format": "pt"})
-        manifest = {name: _described(aside / name) for name in (STATE, MODEL)}
-        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for path in aside.iterdir():
-            _sync(path)
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
-        _sync(self.folder)
+        remove(aside)  # of a server that was killed while it wrote
+        with replacing(final, aside, sync=True):
+            aside.mkdir(parents=True)
+            with (aside / STATE).open("wb") as file:
+                write_state(file, state, number)
+            own = {name: tensor.contiguous() for name, tensor in weights.items()}
+            save_file(own, aside / MODEL, metadata={"format": "pt"})
+            manifest = {name: _described(aside / name) for name in (STATE, MODEL)}
+            (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
         self._rotate()
         return final
 
@@ -115,14 +111,6 @@ def load(path: Path) -> tuple[int, Any]:
     except (OSError, ValueError, KeyError, TypeError, LayoutError) as error:
         raise SettingsError(f"{path} is not complete: {type(error).__name__}: {error}") from None
     raise SettingsError(f"{path / damaged[0]} is not what its manifest says")
-
-
-def _sync(path: Path) -> None:
-    at = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(at)
-    finally:
-        os.close(at)
 
 
 def _described(path: Path) -> dict[str, Any]:
