@@ -82,7 +82,8 @@ class Tokens:
         content = {scope.name.lower(): token for scope, token in self.by_scope.items()}
         with replacing(path) as draft:  # somebody may be waiting for it
             draft.touch(mode=0o600, exist_ok=False)
-            draft.write_text(json.dumps(content, indent=1))
+            with draft.open("w") as file:
+                json.dump(content, file, indent=1)
 
 
 def default_token_file(port: int) -> Path:
