@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from torch.distributed import ReduceOp, TCPStore
 
 from tests.helpers.ranks import Rank, ranks
 from torchft.errors import CollectiveError
+from torchft.process_group import ProcessGroupGloo
 from torchft.retry import wait_until
 
 ABANDONED_S = 0.1
@@ -305,6 +308,25 @@ def _hold_a_generation(rank: Rank) -> None:
 def test_a_generation_that_somebody_holds_outlives_a_newer_one() -> None:
     with ranks(2, _hold_a_generation) as world:
         assert world.hear_all() == [(2.0, False, False)] * 2
+
+
+@linux
+@pytest.mark.parametrize("leaver", range(3))
+def test_one_of_three_members_in_a_process_leaves_and_the_others_go_on(store, leaver: int) -> None:
+    groups = [ProcessGroupGloo(timedelta(seconds=20)) for _ in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        address = f"localhost:{store.port}/three/{leaver}"
+        list(pool.map(lambda rank: groups[rank].configure(address, f"r{rank}", rank, 3), range(3)))
+        one, other = (rank for rank in range(3) if rank != leaver)
+        groups[leaver].shutdown()
+        # Both ways, so that a connection that was cut is seen from either end.
+        for sender, receiver in ((one, other), (other, one)):
+            sent = groups[sender].send([torch.tensor([7.0])], receiver, 0)
+            groups[receiver].recv([got := torch.zeros(1)], sender, 0).wait()
+            sent.wait()
+            assert got.item() == 7.0
+    for group in groups:
+        group.shutdown()
 
 
 _EXIT = """

@@ -25,6 +25,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import TypeVar
 
 from torchft.errors import CollectiveError
@@ -33,6 +34,7 @@ __all__ = [
     "Address",
     "OwnSocket",
     "connected",
+    "connects_to",
     "cut",
     "descriptors_left",
     "each",
@@ -83,6 +85,15 @@ def listening(open_device: Callable[[], T]) -> tuple[T, Address | None]:
     return device, None
 
 
+def connects_to(own: Address, peer: Address) -> bool:
+    """Whether gloo lets the listener at `own` connect to the one at `peer`, and not the reverse.
+
+    The greater address connects: first by the bytes of the host, then by the port as it stands in
+    memory, in network order.
+    """
+    return _order(own) > _order(peer)
+
+
 def connected(own: Address, peers: Collection[Address]) -> tuple[OwnSocket, ...]:
     """The sockets that join the listener at `own` to the listeners at `peers`.
 
@@ -90,7 +101,7 @@ def connected(own: Address, peers: Collection[Address]) -> tuple[OwnSocket, ...]
     cannot tell whose they are, and cutting a stranger's is worse than waiting for ours.
     """
     accepted: list[OwnSocket] = []
-    made: dict[Address, list[OwnSocket]] = {peer: [] for peer in peers}
+    made: dict[Address, list[OwnSocket]] = {peer: [] for peer in peers if connects_to(own, peer)}
     for candidate in _sockets():
         ends = _ends(candidate)
         if ends is None:
@@ -179,6 +190,11 @@ def _ends(own: OwnSocket) -> tuple[Address, Address] | None:
         if _is_tcp(twin):
             return _address(twin.getsockname()), _address(twin.getpeername())
     return None
+
+
+def _order(address: Address) -> tuple[bytes, int]:
+    host, port = address
+    return ip_address(host).packed, int.from_bytes(port.to_bytes(2, "big"), sys.byteorder)
 
 
 def _is_tcp(one: socket.socket) -> bool:
