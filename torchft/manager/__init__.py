@@ -40,10 +40,10 @@ from torchft.manager.begin import QuorumGroup
 from torchft.manager.fingerprint import Fingerprint
 from torchft.manager.group import MANAGER_ADDR_KEY, REPLICA_ID_KEY, ReplicaGroup
 from torchft.manager.listeners import StepListeners
-from torchft.manager.live_state import LiveState
 from torchft.manager.plan import Options, Phase, WorldSizeMode, follow
 from torchft.manager.progress import Progress
 from torchft.manager.queue import Steps
+from torchft.manager.registering import Registering
 from torchft.manager.step import Context, ExceptionWithTraceback, Step
 from torchft.manager.telemetry import StepLog
 from torchft.peers import Place
@@ -73,7 +73,7 @@ QUORUM_RETRIES_ENV = settings.QUORUM_RETRIES
 T = TypeVar("T")
 
 
-class Manager(Uncopied):
+class Manager(Registering, Uncopied):
     """Runs the steps of one rank of a replica group.
 
     Args:
@@ -178,8 +178,7 @@ class Manager(Uncopied):
                 timeout=self.options.timeout, num_chunks=0, hostname=hostname
             )
             undo.pop_all()  # from here on `shutdown` frees them
-        self.state = LiveState(self.options.timeout)
-        """What a healing group needs, and when it may be read."""
+        Registering.__init__(self, self.options.timeout)
         self.fingerprint = Fingerprint(self.options)
         """What is compared with the other groups before anything is averaged."""
         self.listeners = StepListeners()
@@ -203,34 +202,7 @@ class Manager(Uncopied):
         if settings.under_torchrun():
             watch_parent()
 
-    # ------------------------------------------------------------------ what is healed
-
-    def register_state_dict_fn(
-        self,
-        key: str,
-        load_state_dict: Callable[[Any], None],
-        state_dict: Callable[[], Any],
-    ) -> None:
-        """Add state that a healing group needs. It is loaded in the order of registration."""
-        self.state.register(key, load_state_dict, state_dict)
-
-    def set_state_dict_fns(
-        self, load_state_dict: Callable[[Any], None], state_dict: Callable[[], Any]
-    ) -> None:
-        """Register state under the name `default`. Deprecated: use `register_state_dict_fn`."""
-        self.register_state_dict_fn("set_state_dict_fns", load_state_dict, state_dict)
-
-    def allow_state_dict_read(self) -> None:
-        """Let donors read the parameters again: they are complete."""
-        self.state.allow_read()
-
-    def disallow_state_dict_read(self) -> None:
-        """Keep donors from reading the parameters, which are about to change.
-
-        Raises:
-            TimeoutError: readers hold on beyond `timeout`.
-        """
-        self.state.disallow_read()
+    # ------------------------------------------------------------------ its own state
 
     def state_dict(self) -> dict[str, int]:
         """Return `step` and `batches_committed`, to be saved with a checkpoint of the model."""

@@ -37,8 +37,8 @@ class LiveState:
         self._functions: dict[str, _Functions] = {}
         self._lock = RWLock(timeout=timeout.total_seconds())
         self._readable = True
-        self._verified: set[bool] = set()
-        """Whether `verify` has looked at the state before a step was taken, and after it."""
+        self._verified: set[tuple[str, bool]] = set()
+        """The keys that `verify` has looked at before a step was taken, and those after it."""
 
     def register(self, key: str, load: Callable[[Any], None], save: Callable[[], Any]) -> None:
         """AssertionError when `key` is registered already."""
@@ -90,10 +90,12 @@ class LiveState:
         Raises:
             StateDictError: a value cannot travel; the message names the key and its place.
         """
-        if has_committed in self._verified or not self._readable:
+        if not self._readable:
             return
-        self._verified.add(has_committed)
         for key, functions in self._functions.items():
+            if (key, has_committed) in self._verified:
+                continue
+            self._verified.add((key, has_committed))
             try:
                 state = functions.save()
             except Exception as error:
