@@ -4,7 +4,8 @@ Groups that have committed the same steps have the same state, bit for bit. Equa
 weights and the outer state are how that is shown after kills and heals.
 
 What counts: the values, their types, dtypes and shapes, and the bytes of tensors, so that -0.0 is
-not 0.0. What does not: the order of a dict's keys, the device, strides and shared memory.
+not 0.0. What does not: the order of a dict's keys, the device, strides and shared memory. Of a
+DTensor the part of this rank counts, and how it is cut: equal ranks of two groups have equal ones.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from torchft.sharded import Sharding, is_dtensor, local_part
 
 __all__ = ["digest"]
 
@@ -37,7 +40,9 @@ def digest(tree: object) -> str:
 
 
 def _feed(value: object, path: tuple[object, ...], update: Update) -> None:
-    if isinstance(value, Tensor):
+    if is_dtensor(value):
+        _feed_dtensor(value, path, update)
+    elif isinstance(value, Tensor):
         _feed_tensor(value, path, update)
     elif isinstance(value, np.ndarray | np.generic):
         _feed_array(np.asarray(value), path, update)
@@ -60,6 +65,15 @@ def _feed_tensor(tensor: Tensor, path: tuple[object, ...], update: Update) -> No
     _open(update, f"{tensor.dtype} {tuple(tensor.shape)}", tensor.numel())
     plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     update(plain.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _feed_dtensor(value: Any, path: tuple[object, ...], update: Update) -> None:
+    try:
+        cut = Sharding.of(value)
+    except TypeError as error:
+        raise _refusal(path, str(error)) from None
+    _open(update, f"sharded {cut}", len(cut.mesh))
+    _feed_tensor(local_part(value), path, update)
 
 
 def _feed_array(array: np.ndarray[Any, Any], path: tuple[object, ...], update: Update) -> None:

@@ -13,10 +13,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
 
 from torchft.checkpointing.layout import DTYPES, LayoutError, Leaf, blocks_of_part
 from torchft.checkpointing.memory import fresh_memory, tensors_in
-from torchft.checkpointing.tree import decode, encode
+from torchft.checkpointing.own_mesh import on_own_mesh
+from torchft.checkpointing.tree import decode, encode, same_places
+from torchft.digest import digest
+from torchft.errors import MismatchError
+from torchft.sharded import Sharding, local_part, mesh_of
 
 
 def travel(state: Any) -> Any:
@@ -216,14 +221,6 @@ def test_what_cannot_travel_is_named_with_its_place(value: Any, why: str) -> Non
         encode({"user": [0, value], "after": 1})
 
 
-def test_a_dtensor_is_refused_with_what_to_send_instead() -> None:
-    class DTensor(Tensor):
-        pass
-
-    with pytest.raises(TypeError, match=r"\['w'\].*DTensor.*to_local"):
-        encode({"w": torch.zeros(2).as_subclass(DTensor)})
-
-
 def test_a_state_that_contains_itself_is_an_error() -> None:
     state: list[Any] = []
     state.append(state)
@@ -267,3 +264,88 @@ def test_a_tree_deeper_than_any_stack_is_a_layout_error() -> None:
 def test_one_byte_leaf_cannot_be_copied_many_times() -> None:
     with pytest.raises(LayoutError, match="byte string of its own"):
         decode(["list", ["bytes", 0], ["bytes", 0]], [torch.zeros(3, dtype=torch.uint8)])
+
+
+def cut_over(
+    ranks: int, part: Tensor, *, names: tuple[str, ...] | None = ("fsdp",), rows: int | None = None
+) -> Any:
+    """The first rank's part of a DTensor whose rows are dealt to `ranks`."""
+    mesh = mesh_of(torch.arange(ranks), "cpu", names)
+    shape = (rows or ranks * part.shape[0], *part.shape[1:])
+    sharding = Sharding(shape, (part.shape[1], 1), (ranks,), names, (("shard", 0),))
+    return sharding.join(part, mesh)
+
+
+class TestDTensors:
+    part = torch.arange(6.0).reshape(2, 3)
+
+    def test_a_part_travels_with_how_it_is_cut(self) -> None:
+        sent = cut_over(2, self.part, rows=3)
+        got = travel({"w": sent})["w"]
+        assert same_bits(local_part(got), self.part)
+        assert Sharding.of(got) == Sharding.of(sent)
+        assert str(Sharding.of(got)) == "[3, 3] as shard(0) over fsdp=2"
+
+    def test_a_parameter_comes_back_as_one(self) -> None:
+        got = travel({"w": nn.Parameter(cut_over(2, self.part), requires_grad=False)})["w"]
+        assert isinstance(got, nn.Parameter)
+        assert not got.requires_grad
+
+    def test_it_gets_the_mesh_of_the_tensor_in_its_place(self) -> None:
+        own = cut_over(2, torch.zeros(2, 3))
+        got = on_own_mesh(travel({"w": [cut_over(2, self.part)]}), {"w": [own]})["w"][0]
+        assert got.device_mesh is own.device_mesh
+        assert same_bits(local_part(got), self.part)
+
+    def test_a_moment_that_is_not_there_yet_gets_the_mesh_of_the_weights(self) -> None:
+        own = cut_over(2, torch.zeros(2, 3))
+        state = {"w": cut_over(2, self.part), "m": cut_over(2, self.part + 1)}
+        got = on_own_mesh(travel(state), {"w": own})
+        assert got["m"].device_mesh is own.device_mesh
+
+    @pytest.mark.parametrize(
+        ("own", "here"),
+        [
+            (torch.zeros(4, 3), "a plain tensor here"),
+            (cut_over(4, torch.zeros(1, 3)), r"\[4, 3\] as shard\(0\) over fsdp=4 here"),
+            (cut_over(2, torch.zeros(2, 3), rows=3), r"\[3, 3\] as shard\(0\) over fsdp=2 here"),
+            (cut_over(2, torch.zeros(2, 3), names=None), r"\[4, 3\] as shard\(0\) over 2 here"),
+        ],
+    )
+    def test_one_that_is_cut_in_another_way_here_is_named(self, own: Tensor, here: str) -> None:
+        sent = {"model": {"w": cut_over(2, self.part)}}
+        named = rf"state_dict\['model'\]\['w'\] is .* over fsdp=2 at the donor and {here}"
+        with pytest.raises(MismatchError, match=named):
+            on_own_mesh(travel(sent), {"model": {"w": own}})
+        with pytest.raises(MismatchError, match=named):
+            same_places(encode(sent)[0], encode({"model": {"w": own}})[0])
+
+    def test_a_mesh_that_is_not_here_is_named(self) -> None:
+        with pytest.raises(MismatchError, match="there is no such mesh here"):
+            on_own_mesh(travel({"m": cut_over(2, self.part)}), {"w": cut_over(4, self.part)})
+
+    def test_a_partial_sum_cannot_travel(self) -> None:
+        mesh = mesh_of(torch.arange(2), "cpu", None)
+        partial = DTensor.from_local(self.part, mesh, [Partial()], run_check=False)
+        with pytest.raises(TypeError, match="has no values of its own: redistribute"):
+            encode({"w": partial})
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            [[4, 3], [3, 1], [2], ["fsdp"], [["shard", 0], ["shard", 1]]],
+            [[4, 3], [3, 1], [2], ["fsdp"], [["eval", 0]]],
+            [[4, 3], [3, 1], [3], ["fsdp"], [["shard", 0]]],
+            [[-4, 3], [3, 1], [2], None, [["shard", 0]]],
+            "fsdp",
+        ],
+    )
+    def test_a_header_that_contradicts_itself_is_refused(self, fields: Any) -> None:
+        tree = ["dtensor", 0, fields, [1, "cpu"], None]
+        with pytest.raises(LayoutError):
+            decode(tree, [self.part, torch.arange(2)])
+
+    def test_equal_parts_have_equal_digests_and_other_cuts_others(self) -> None:
+        assert digest({"w": cut_over(2, self.part)}) == digest({"w": cut_over(2, self.part)})
+        others = [self.part, cut_over(2, self.part + 1), cut_over(2, self.part, rows=3)]
+        assert digest({"w": cut_over(2, self.part)}) not in [digest({"w": w}) for w in others]

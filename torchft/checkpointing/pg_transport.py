@@ -40,11 +40,12 @@ from torchft.checkpointing.layout import (
     encode_head,
 )
 from torchft.checkpointing.memory import Checksum, SourceLeaf, fresh_memory, tensors_in
+from torchft.checkpointing.own_mesh import on_own_mesh
 from torchft.checkpointing.snapshot import SLICE_BYTES, Snapshot
 from torchft.checkpointing.stream import ProgressDeadline
 from torchft.checkpointing.transport import LIMIT, CheckpointTransport
 from torchft.checkpointing.tree import decode, encode, same_places
-from torchft.errors import HealError
+from torchft.errors import HealError, MismatchError
 from torchft.process_group import ProcessGroup
 
 __all__ = ["PGTransport"]
@@ -119,12 +120,17 @@ class PGTransport(CheckpointTransport[T]):
         """Nothing is offered any more once `send_checkpoint` has returned."""
 
     def recv_checkpoint(self, src_rank: int, metadata: str, step: int, timeout: timedelta) -> T:
-        """Receive the state of `step` from replica rank `src_rank`."""
+        """Receive the state of `step` from replica rank `src_rank`.
+
+        Raises:
+            MismatchError: a tensor is cut over other ranks here; nothing has been overwritten.
+        """
         deadline = self._deadline(timeout)
+        own = self._state_dict() if self._state_dict is not None else None
         with _named(f"healing to step {step} from replica rank {src_rank}", deadline):
             head = self._recv_head(src_rank, step, deadline)
-            leaves = self._recv_leaves(src_rank, head, deadline)
-            state: Any = decode(head.tree, leaves)
+            leaves = self._recv_leaves(src_rank, head, _places(head, own), deadline)
+            state: Any = on_own_mesh(decode(head.tree, leaves), own)
         return state
 
     def _deadline(self, timeout: timedelta, share: int = 1) -> ProgressDeadline:
@@ -188,8 +194,9 @@ class PGTransport(CheckpointTransport[T]):
         self.bytes_received += nbytes
         return message.numpy().tobytes()
 
-    def _recv_leaves(self, rank: int, head: Head, deadline: ProgressDeadline) -> list[Tensor]:
-        places = self._places(head)
+    def _recv_leaves(
+        self, rank: int, head: Head, places: dict[int, Tensor], deadline: ProgressDeadline
+    ) -> list[Tensor]:
         leaves: dict[int, Tensor] = {}
         checksum = Checksum()
         pipeline = _Pipeline(deadline)
@@ -220,19 +227,6 @@ class PGTransport(CheckpointTransport[T]):
         if place is None:
             return buffer.to(self._device)
         return place if place is buffer else place.copy_(buffer)
-
-    def _places(self, head: Head) -> dict[int, Tensor]:
-        """Tensors of our own state that the donor's leaves fit into, by index of the leaf."""
-        if self._state_dict is None:
-            return {}
-        template, sources = encode(self._state_dict())
-        places: dict[int, Tensor] = {}
-        for index, other in same_places(head.tree, template).items():
-            if 0 <= index < len(head.leaves):
-                place = _place(sources[other], head.leaves[index])
-                if place is not None:
-                    places[index] = place
-        return places
 
 
 _Message = tuple[memoryview | bytes | bytearray, int]
@@ -298,6 +292,20 @@ def _buffers(leaves: tuple[Leaf, ...], places: dict[int, Tensor]) -> Iterator[tu
         yield index, direct[index] if index in direct else new.pop(index)
 
 
+def _places(head: Head, own: object) -> dict[int, Tensor]:
+    """Tensors of our own state that the donor's leaves fit into, by index of the leaf."""
+    if own is None:
+        return {}
+    template, sources = encode(own)
+    places: dict[int, Tensor] = {}
+    for index, other in same_places(head.tree, template).items():
+        if 0 <= index < len(head.leaves):
+            place = _place(sources[other], head.leaves[index])
+            if place is not None:
+                places[index] = place
+    return places
+
+
 def _place(ours: SourceLeaf, leaf: Leaf) -> Tensor | None:
     """Our own tensor, if the donor's leaf can be received into its memory."""
     tensor = ours.source
@@ -312,7 +320,7 @@ def _named(what: str, deadline: ProgressDeadline) -> Iterator[None]:
     alike."""
     try:
         yield
-    except TypeError:
+    except (TypeError, MismatchError):
         raise
     except HealError as error:
         raise HealError(f"{error}, {what}") from error

@@ -8,6 +8,9 @@ Types are kept exactly: a tuple comes back as a tuple, a numpy scalar as that sc
 is not listed here is refused by name and place before anything is sent, because guessing would
 heal a group into a slightly different state. Tensors come back on the CPU and without gradients.
 Positions that hold the very same tensor memory (tied weights) share it again afterwards.
+
+Of a DTensor the part of this rank travels, and how it is cut. It comes back over a mesh that equals
+the donor's and cannot communicate; `own_mesh.py` puts it on the receiver's.
 """
 
 from __future__ import annotations
@@ -22,15 +25,19 @@ from torch import Tensor, nn
 
 from torchft.checkpointing.layout import DTYPES, LayoutError, Leaf
 from torchft.checkpointing.memory import SourceLeaf
+from torchft.errors import MismatchError
+from torchft.sharded import Sharding, is_dtensor, local_part, mesh_of
 
-__all__ = ["decode", "encode", "same_places"]
+__all__ = ["Path", "check_cut", "decode", "encode", "in_words", "same_places"]
 
 MAX_DEPTH = 100
 _MAX_INT_BITS = 4096
+_TENSORS = ("tensor", "parameter", "dtensor")
 _TORCH_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 Json = Any
 Path = tuple[object, ...]
+"""Keys and positions that lead to a value."""
 
 
 def encode(state: object) -> tuple[Json, list[SourceLeaf]]:
@@ -53,7 +60,10 @@ def decode(tree: Json, leaves: Sequence[Tensor]) -> Any:
         return _Decoder(leaves).value(tree)
     except LayoutError:
         raise
-    except (TypeError, ValueError, LookupError, RuntimeError, AttributeError) as error:
+    except (
+        *(TypeError, ValueError, LookupError, RuntimeError),
+        *(AttributeError, AssertionError),
+    ) as error:
         raise LayoutError(f"the header's tree is malformed: {str(error)[:200]}") from None
 
 
@@ -61,15 +71,41 @@ def same_places(tree: Json, template: Json) -> dict[int, int]:
     """Which tensor of `template` is in the place of which of `tree`, by index.
 
     Dicts are compared by key, sequences by position; what only one of them has is left out.
+
+    Raises:
+        MismatchError: a tensor is cut in another way, or only in one of them.
     """
     found: dict[int, int] = {}
-    _compare(tree, template, found)
+    _compare(tree, template, (), found)
     return found
 
 
-def _compare(tree: Json, template: Json, found: dict[int, int]) -> None:
+def in_words(path: Path) -> str:
+    """The place of a value in a state dict, for an error: `state_dict['model']['w']`."""
+    return f"state_dict{''.join(f'[{key!r}]' for key in path[:20])}"
+
+
+def check_cut(path: Path, theirs: Sharding | None, ours: Sharding | None) -> None:
+    """See that a tensor is cut alike at the donor and here; None: it is not cut.
+
+    Raises:
+        MismatchError: it is not.
+    """
+    if theirs == ours:
+        return
+    donor, here = ("a plain tensor" if cut is None else cut for cut in (theirs, ours))
+    raise MismatchError(
+        f"{in_words(path)} is {donor} at the donor and {here} here: shard the model alike in every "
+        "group, over as many ranks"
+    )
+
+
+def _compare(tree: Json, template: Json, path: Path, found: dict[int, int]) -> None:
     match tree, template:
-        case ["tensor" | "parameter", int(index), *_], ["tensor" | "parameter", int(other), *_]:
+        case [str(kind), int(index), *cut], [str(other_kind), int(other), *own_cut] if (
+            kind in _TENSORS and other_kind in _TENSORS
+        ):
+            check_cut(path, _cut_of(kind, cut), _cut_of(other_kind, own_cut))
             found.setdefault(index, other)
         case ["dict" | "ordered" as kind, *pairs], ["dict" | "ordered" as other_kind, *others]:
             first = 1 if kind == "ordered" else 0
@@ -77,10 +113,33 @@ def _compare(tree: Json, template: Json, found: dict[int, int]) -> None:
                 str(key): value for key, value in others[1 if other_kind == "ordered" else 0 :]
             }
             for key, value in pairs[first:]:
-                _compare(value, known.get(str(key)), found)
+                _compare(value, known.get(str(key)), (*path, key), found)
         case ["list" | "tuple", *items], ["list" | "tuple", *others]:
-            for item, other in zip(items, others, strict=False):
-                _compare(item, other, found)
+            for i, (item, other) in enumerate(zip(items, others, strict=False)):
+                _compare(item, other, (*path, i), found)
+
+
+def _cut_of(kind: str, fields: Sequence[Json]) -> Sharding | None:
+    return _read_sharding(fields[0]) if kind == "dtensor" else None
+
+
+def _written(cut: Sharding) -> Json:
+    names = None if cut.names is None else list(cut.names)
+    placements = [list(placement) for placement in cut.placements]
+    return [list(cut.shape), list(cut.stride), list(cut.mesh), names, placements]
+
+
+def _read_sharding(fields: Json) -> Sharding:
+    """Raises LayoutError when `fields` are none that an encoder writes."""
+    match fields:
+        case [list(shape), list(stride), list(mesh), list() | None as names, list(placements)] if (
+            all(type(n) is int and n >= 0 for n in (*shape, *stride, *mesh))
+            and all(type(name) is str for name in names or ())
+        ):
+            placed = tuple(tuple(placement) for placement in placements)
+            named = None if names is None else tuple(names)
+            return Sharding(tuple(shape), tuple(stride), tuple(mesh), named, placed)
+    raise LayoutError(f"the header describes a sharding as {str(fields)[:80]}")
 
 
 class _Encoder:
@@ -88,6 +147,8 @@ class _Encoder:
         self.leaves: list[SourceLeaf] = []
         # Where a tensor's memory already is a leaf: tied weights travel once.
         self._index: dict[tuple[object, ...], int] = {}
+        # Where the ranks of a mesh already are a leaf.
+        self._meshes: dict[object, int] = {}
         self._writers: dict[type, Callable[[Any, Path], Json]] = {
             dict: lambda value, path: self._pairs("dict", value, path),
             OrderedDict: self._ordered_dict,
@@ -121,6 +182,8 @@ class _Encoder:
             return writer(value, path)
         if isinstance(value, np.generic):
             return ["scalar", self._add(np.asarray(value), path)]
+        if is_dtensor(value):
+            return self._dtensor(value, path)
         raise _refusal(path, _why_not(value))
 
     def _pairs(self, tag: str, value: dict[Any, Any], path: Path) -> Json:
@@ -169,6 +232,24 @@ class _Encoder:
         self.leaves.append(SourceLeaf(leaf, tensor.detach()))
         return len(self.leaves) - 1
 
+    def _dtensor(self, value: Any, path: Path) -> Json:
+        try:
+            cut = Sharding.of(value)
+        except TypeError as error:
+            raise _refusal(path, str(error)) from None
+        local, mesh = local_part(value), value.device_mesh
+        if type(local) is not Tensor:
+            raise _refusal(path, f"in a DTensor, {_why_not(local)}")
+        if mesh not in self._meshes:
+            self._meshes[mesh] = self._add(mesh.mesh.numpy(), path)
+        return [
+            "dtensor",
+            self._tensor(local, path),
+            _written(cut),
+            [self._meshes[mesh], mesh.device_type],
+            value.requires_grad if isinstance(value, nn.Parameter) else None,
+        ]
+
     def _add(self, array: np.ndarray[Any, Any], path: Path) -> int:
         if array.dtype.name not in DTYPES:
             raise _refusal(path, f"numpy data of dtype {array.dtype} cannot travel")
@@ -181,6 +262,7 @@ class _Decoder:
     def __init__(self, leaves: Sequence[Tensor]) -> None:
         self._leaves = leaves
         self._read_as_bytes: set[int] = set()
+        self._meshes: dict[tuple[object, ...], Any] = {}
         self._readers: dict[str, Callable[..., Any]] = {
             "dict": self._pairs,
             "ordered": self._ordered_dict,
@@ -195,6 +277,7 @@ class _Decoder:
             "device": lambda name: torch.device(name),
             "tensor": self._tensor,
             "parameter": lambda i, grad: nn.Parameter(self._tensor(i), requires_grad=bool(grad)),
+            "dtensor": self._dtensor,
             "array": lambda index: self._tensor(index).numpy(),
             "scalar": lambda index: self._tensor(index).numpy()[()],
         }
@@ -221,6 +304,20 @@ class _Decoder:
             raise LayoutError(f"the header's tree names the leaf {str(index)[:40]}")
         return self._leaves[index]
 
+    def _dtensor(self, index: int, cut: Json, mesh: Json, grad: bool | None) -> Any:
+        sharding = _read_sharding(cut)
+        made = sharding.join(self._tensor(index), self._mesh(sharding, *mesh))
+        return made if grad is None else nn.Parameter(made, requires_grad=bool(grad))
+
+    def _mesh(self, sharding: Sharding, index: int, device: str) -> Any:
+        key = (index, device, sharding.names)
+        if key not in self._meshes:
+            ranks = self._tensor(index)
+            if tuple(ranks.shape) != sharding.mesh or type(device) is not str:
+                raise LayoutError(f"a mesh of {sharding.mesh} has ranks of {tuple(ranks.shape)}")
+            self._meshes[key] = mesh_of(ranks, device, sharding.names)
+        return self._meshes[key]
+
     def _bytes(self, index: int) -> bytes:
         leaf = self._tensor(index)
         # This is a copy: a leaf that many places name would take memory that no size declared.
@@ -232,8 +329,7 @@ class _Decoder:
 
 def _why_not(value: object) -> str:
     if isinstance(value, Tensor):
-        hint = "give its local part, `.to_local()`" if _name(value) == "DTensor" else "unwrap it"
-        return f"a {_name(value)} is a tensor subclass, which cannot travel as it is: {hint}"
+        return f"a {_name(value)} is a tensor subclass, which cannot travel as it is: unwrap it"
     return (
         f"a {_name(value)} cannot travel to a healing group, because nothing is pickled: leave it "
         "out of the state dict, or turn it into tensors, numbers, strings and containers of them"
@@ -241,7 +337,7 @@ def _why_not(value: object) -> str:
 
 
 def _refusal(path: Path, why: str) -> TypeError:
-    return TypeError(f"state_dict{''.join(f'[{key!r}]' for key in path[:20])}: {why}")
+    return TypeError(f"{in_words(path)}: {why}")
 
 
 def _name(value: object) -> str:

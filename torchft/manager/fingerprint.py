@@ -18,6 +18,7 @@ from torch.distributed import Store
 
 from torchft.errors import CollectiveError, MismatchError
 from torchft.manager.plan import Options
+from torchft.sharded import Sharding, is_dtensor
 
 __all__ = [
     "Description",
@@ -82,11 +83,16 @@ class Fingerprint:
 
 
 def describe(tensors: Iterable[tuple[str, torch.Tensor]]) -> Description:
-    """Name → shape and dtype of each tensor, e.g. `{"weight": "[3, 4] float32"}`."""
+    """Name → shape, and how it is sharded, and dtype of each tensor, e.g.
+    `{"weight": "[3, 4] float32", "bias": "[3] as shard(0) over fsdp=2 float32"}`."""
     return {
-        name: f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+        name: f"{_cut(tensor)} {str(tensor.dtype).removeprefix('torch.')}"
         for name, tensor in tensors
     }
+
+
+def _cut(tensor: torch.Tensor) -> object:
+    return Sharding.of(tensor) if is_dtensor(tensor) else list(tensor.shape)
 
 
 def compare(mine: Mapping[str, object], theirs: Mapping[str, object]) -> str | None:

@@ -16,7 +16,7 @@ from torch.distributed import Store
 
 from torchft.checkpointing import CheckpointTransport
 from torchft.coordination import ManagerClient
-from torchft.errors import CollectiveError, HealError
+from torchft.errors import CollectiveError, HealError, MismatchError
 from torchft.manager.begin import prefix_of
 from torchft.manager.heal_progress import Patience, report_progress, wait_for_heals
 from torchft.manager.live_state import LiveState
@@ -59,6 +59,7 @@ class Healer:
 
         Raises:
             CollectiveError: another member could not heal, or left meanwhile.
+            MismatchError: the donor's state is sharded in another way than this group's.
         """
         if plan.serves:
             self._offering = step
@@ -124,6 +125,8 @@ class Healer:
             return self._transport.recv_checkpoint(
                 src_rank=donor.replica_rank, metadata=metadata, step=plan.step, timeout=timeout
             )
+        except MismatchError:
+            raise
         except Exception as error:
             then = "the next quorum asks another one" if plan.donors > 1 else "it is asked again"
             raise HealError(f"{error}; the donor was {name}: {then}") from error

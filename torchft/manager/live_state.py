@@ -16,6 +16,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from torchft.checkpointing._rwlock import RWLock
+from torchft.checkpointing.own_mesh import holds_dtensor, on_own_mesh
 from torchft.errors import StateDictError
 
 __all__ = ["LiveState"]
@@ -115,20 +116,34 @@ class LiveState:
 
         Raises:
             StateDictError: the donor lacks a key, or a load function fails.
+            MismatchError: a tensor is sharded in another way here. Nothing has been loaded.
         """
         missing = sorted(self._functions.keys() - states.keys())
         if missing:
             raise StateDictError(
                 f"{source} has no state {missing}: register equal keys in every group"
             )
+        placed = {key: self._on_own_mesh(key, states[key]) for key in self._functions}
         for key, functions in self._functions.items():
             try:
-                functions.load(states[key])
+                functions.load(placed[key])
             except Exception as error:
                 raise StateDictError(
                     f"{_cause(error)} in load_state_dict of {key!r}, given {source}: do all groups "
                     "run the same script?"
                 ) from error
+
+    def _on_own_mesh(self, key: str, state: Any) -> Any:
+        """`state` with its DTensors over the meshes of what is registered here."""
+        if not holds_dtensor(state):
+            return state
+        try:
+            own = self._functions[key].save()
+        except Exception as error:
+            raise StateDictError(
+                f"{_cause(error)} in state_dict of {key!r}, which says how tensors are sharded here"
+            ) from error
+        return on_own_mesh(state, own, (key,))
 
 
 def _cause(error: Exception) -> str:

@@ -25,7 +25,14 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from torchft.checkpointing import CheckpointTransport
-from torchft.errors import CollectiveError, HealError, NotFiniteError, PhaseError, StateDictError
+from torchft.errors import (
+    CollectiveError,
+    HealError,
+    MismatchError,
+    NotFiniteError,
+    PhaseError,
+    StateDictError,
+)
 from torchft.ledger import Bucket
 from torchft.manager import collectives
 from torchft.manager.background import Background
@@ -123,6 +130,7 @@ class Steps:
         Raises:
             TimeoutError, QuorumError: no quorum, as far as it is waited for.
             StateDictError: state cannot travel, or what this group was given cannot be loaded.
+            MismatchError: what this group was given is sharded in another way.
         """
         if self._forming is not None:
             self._forming.result()
@@ -269,7 +277,7 @@ class Steps:
             try:
                 with self.replaced_by_heal(step):
                     self._state.load(staged["user"], source)
-            except StateDictError as error:
+            except (StateDictError, MismatchError) as error:
                 self._leave(step, error)
                 raise
             self._progress.load_state_dict(staged["torchft"])
