@@ -29,6 +29,7 @@ from torchft.ledger import Bucket
 from torchft.manager.peers import ManagerPeers
 from torchft.optim import OptimizerWrapper
 from torchft.quantization.proof import prove
+from torchft.step_guard import StepGuard
 from torchft.step_hooks import check_optimizer, check_trains, parameters_of
 from torchft.strategies.buffers import LEFT
 from torchft.strategies.checks import check_among_groups
@@ -122,6 +123,8 @@ class Replicated(Uncopied):
         strategy.bind(self._local, peers, applying=self._applying)
         self._describe(deterministic)
         self._register()
+        instead = "call zero_grad() and step() of Replicated in place of the optimizer's"
+        self._guard = StepGuard(stepped, f"{instead}, and no GradScaler.step")
 
     # ------------------------------------------------------------------ a run
 
@@ -160,6 +163,7 @@ class Replicated(Uncopied):
             TimeoutError, QuorumError: as `Manager.start_quorum` does.
         """
         self.join()
+        self._guard.begin()
         self._strategy.begin()
         self._local.zero_grads()
         self._begun = True
@@ -182,7 +186,8 @@ class Replicated(Uncopied):
             )
         self._begun = False
         self._trained.check(self._frozen_steps)
-        return self._strategy.step()
+        with self._guard.allowed():
+            return self._strategy.step()
 
     def finish(self) -> bool:
         """End a run: close the rounds that are open, and let whoever missed the last one heal.
@@ -191,6 +196,7 @@ class Replicated(Uncopied):
             Whether the others came; see `Manager.final_sync`.
         """
         self._strategy.finish()
+        self._guard.end()
         return self._manager.final_sync()
 
     # ------------------------------------------------------------------ checkpoints

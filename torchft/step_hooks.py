@@ -31,7 +31,14 @@ from torchft.errors import SettingsError
 from torchft.step_watch import StepWatch
 from torchft.untraced import untraced
 
-__all__ = ["StepHooks", "check_optimizer", "check_trains", "parameters_of", "state_of"]
+__all__ = [
+    "StepHooks",
+    "check_optimizer",
+    "check_trains",
+    "hook_before_steps",
+    "parameters_of",
+    "state_of",
+]
 
 
 class StepHooks:
@@ -160,6 +167,13 @@ class _ReplacedStep:
             del self._optimizer.step
         else:
             self._optimizer.step = self._found
+
+
+def hook_before_steps(optimizer: Any, call: Callable[..., None]) -> list[RemovableHandle]:
+    """Run `call` before each step of the optimizer and of those that it wraps, as far as they have
+    torch's own hooks. What it raises comes out of that step, before it changes anything."""
+    layers = [layer for layer in _layers(optimizer) if _runs_hooks(layer)]
+    return [layer.register_step_pre_hook(call) for layer in layers]
 
 
 def check_optimizer(argument: str, optimizer: Any) -> None:

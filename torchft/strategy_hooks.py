@@ -57,6 +57,7 @@ class StrategyHooks(Replicated):
             deterministic=deterministic,
             samples=samples,
         )
+        self._guard.end()  # here the optimizer's own steps are those that count
         self._inside = False
         self._stepping: Any = None
         # From now on, so that training outside of the context is noticed.

@@ -362,6 +362,19 @@ class TestRefusals:
         with pytest.raises(PhaseError, match="before each forward pass"):
             entry.step()
 
+    @pytest.mark.parametrize("steps_before", [0, 2])
+    def test_a_step_of_the_optimizer_in_place_of_its_own(self, steps_before: int) -> None:
+        group = alone()
+        entry = group.replicated(Strategy([LocalSGDRecipe(3)]))
+        group.run(entry, steps_before)
+        entry.zero_grad()
+        backward(group.model, 0, 1)
+        before = digest([p.detach() for p in group.trained])
+        with pytest.raises(PhaseError, match=r"AdamW synchronises nothing: call zero_grad"):
+            group.inner.step()
+        assert digest([p.detach() for p in group.trained]) == before
+        assert entry.step()
+
     def test_a_checkpoint_after_training_began(self) -> None:
         group = alone()
         entry = group.replicated(Strategy([LocalSGDRecipe(3)]))
