@@ -19,7 +19,12 @@ if TYPE_CHECKING:
     from torchft.ddp import DistributedDataParallel
     from torchft.manager import Manager
     from torchft.optim import OptimizerWrapper as Optimizer
-    from torchft.process_group import ProcessGroupGloo
+    from torchft.process_group import (
+        ProcessGroupBabyGloo,
+        ProcessGroupBabyNCCL,
+        ProcessGroupBabyXCCL,
+        ProcessGroupGloo,
+    )
     from torchft.replicated import Replicated
 
 __all__ = [
@@ -28,6 +33,9 @@ __all__ = [
     "DistributedSampler",
     "Manager",
     "Optimizer",
+    "ProcessGroupBabyGloo",
+    "ProcessGroupBabyNCCL",
+    "ProcessGroupBabyXCCL",
     "ProcessGroupGloo",
     "Replicated",
     "__version__",
@@ -38,6 +46,9 @@ _HOMES = {
     "DistributedSampler": ("torchft.data", "DistributedSampler"),
     "Manager": ("torchft.manager", "Manager"),
     "Optimizer": ("torchft.optim", "OptimizerWrapper"),
+    "ProcessGroupBabyGloo": ("torchft.process_group", "ProcessGroupBabyGloo"),
+    "ProcessGroupBabyNCCL": ("torchft.process_group", "ProcessGroupBabyNCCL"),
+    "ProcessGroupBabyXCCL": ("torchft.process_group", "ProcessGroupBabyXCCL"),
     "ProcessGroupGloo": ("torchft.process_group", "ProcessGroupGloo"),
     "Replicated": ("torchft.replicated", "Replicated"),
 }

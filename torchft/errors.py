@@ -10,6 +10,7 @@
     ├── UnreachableError         no connection within the connect timeout (also a TimeoutError)
     ├── StepError                something went wrong inside one step: the step is discarded
     │   ├── CollectiveError      a collective failed, or a member was lost while it ran
+    │   │   └── ChildLostError   the child process of a subprocess group died (also an OSError)
     │   ├── NotFiniteError       an average has NaN or infinity in it: all groups discard the step
     │   └── HealError            live state could not be fetched
     └── DiscardedTooOften        more discarded steps in a row than `max_retries` allows
@@ -21,6 +22,7 @@ step, phase or setting) and the next thing to do.
 from __future__ import annotations
 
 __all__ = [
+    "ChildLostError",
     "CollectiveError",
     "DiscardedTooOften",
     "HealError",
@@ -74,6 +76,10 @@ class StepError(TorchftError):
 
 class CollectiveError(StepError):
     """A collective failed, was abandoned, or lost a member while it ran."""
+
+
+class ChildLostError(CollectiveError, OSError):
+    """The child process of a subprocess group died, hung and was killed, or was shut down."""
 
 
 class NotFiniteError(StepError):

@@ -8,8 +8,16 @@ gloo        over TCP
 dummy       of one member
 faults      swallows faults, or makes them on purpose
 managed     the manager as a process group
+baby        in a child process, whatever the kind; child_process starts and watches it,
+            shared_memory has the tensors, child is what runs in it
 """
 
+from torchft.process_group.baby import (
+    ProcessGroupBaby,
+    ProcessGroupBabyGloo,
+    ProcessGroupBabyNCCL,
+    ProcessGroupBabyXCCL,
+)
 from torchft.process_group.base import ProcessGroup
 from torchft.process_group.dummy import ProcessGroupDummy
 from torchft.process_group.faults import (
@@ -28,6 +36,10 @@ __all__ = [
     "Generation",
     "ManagedProcessGroup",
     "ProcessGroup",
+    "ProcessGroupBaby",
+    "ProcessGroupBabyGloo",
+    "ProcessGroupBabyNCCL",
+    "ProcessGroupBabyXCCL",
     "ProcessGroupDummy",
     "ProcessGroupGloo",
     "ProcessGroupWrapper",
