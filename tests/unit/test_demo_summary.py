@@ -9,7 +9,7 @@ import pytest
 
 from torchft.demo.final_report import FinalReport
 from torchft.demo.summary import GroupResult, KillResult, Summary
-from torchft.launch.accounts import Account
+from torchft.launch.accounts import TimeAccount
 
 
 def final_report(group: int, *, rank: int = 0, digest: str = "d" * 64) -> FinalReport:
@@ -33,7 +33,7 @@ def group(number: int, **fields: object) -> GroupResult:
         discarded=[],
         bytes_sent=3 << 20,
         endings=[final_report(number)],
-        account=Account(wall_s=20.0, seconds={"compute": 19.8, "other": 0.2}),
+        account=TimeAccount(wall_s=20.0, seconds={"compute": 19.8, "other": 0.2}),
     )
     return dataclasses.replace(result, **fields)  # type: ignore[arg-type]
 
@@ -126,7 +126,7 @@ def test_the_table_names_the_used_buckets_and_ends_with_the_wall_time() -> None:
     ],
 )
 def test_time_without_a_name_is_remarked_on(seconds: dict[str, float], remark: str) -> None:
-    odd = run(group(0, account=Account(wall_s=20.0, seconds=seconds)))
+    odd = run(group(0, account=TimeAccount(wall_s=20.0, seconds=seconds)))
     assert odd.good
     assert remark in odd.text()
 
