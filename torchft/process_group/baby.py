@@ -102,6 +102,7 @@ class ProcessGroupBaby(ProcessGroup):
         self._most = max_active_work
         self._room = threading.BoundedSemaphore(max_active_work)
         self._active = 0
+        self._counting = threading.Lock()
         self._changing = threading.RLock()
         self._order = threading.Lock()  # from laying out the tensors to sending the request
         self._sent = Account()
@@ -285,7 +286,7 @@ class ProcessGroupBaby(ProcessGroup):
             _copy_in(segment, reads)
         work = self._work(child, segment, writes, payer())
         parts = [*slots, *map(Options.of, arguments[len(uses) :])]
-        self._active += 1
+        self._count(1)
         try:
             child.start(
                 work,
@@ -296,9 +297,13 @@ class ProcessGroupBaby(ProcessGroup):
                 [slot for _, slot in writes],
             )
         except BaseException:
-            self._active -= 1
+            self._count(-1)
             raise
         return work
+
+    def _count(self, more: int) -> None:
+        with self._counting:
+            self._active += more
 
     def _work(
         self,
@@ -318,7 +323,7 @@ class ProcessGroupBaby(ProcessGroup):
         def done() -> None:
             if segment is not None:
                 child.segments.give_back(segment)
-            self._active -= 1
+            self._count(-1)
             self._room.release()
 
         return ChildWork([tensor for tensor, _ in writes], keep=keep, done=done)

@@ -194,13 +194,11 @@ class ChildProcess:
 
     def configure(self, work: ChildWork, members: tuple[str, str, int, int]) -> None:
         """Ask for another configuration; ends `work`."""
-        with self._asking:
-            self._ask(Configure(self._register(work), *members))
+        self._request(work, lambda number: Configure(number, *members))
 
     def start(self, work: ChildWork, name: str, segment: int, *parts: list[Any]) -> None:
         """Ask for an operation; ends `work`. `parts`: arguments, reads, writes."""
-        with self._asking:
-            self._ask(Operation(self._register(work), name, segment, *parts))
+        self._request(work, lambda number: Operation(number, name, segment, *parts))
 
     def set_timeout(self, timeout: timedelta) -> None:
         """Of what is asked from now on."""
@@ -233,11 +231,17 @@ class ChildProcess:
         if threading.current_thread() is not self._reader:
             self._reader.join(2 * _END_S + _LOOK_S)
 
-    def _register(self, work: ChildWork) -> int:
-        self._requests += 1
-        work.deadline = time.monotonic() + self._timeout.total_seconds() + _GRACE_S
-        self._waiting[self._requests] = work
-        return self._requests
+    def _request(self, work: ChildWork, request: Callable[[int], Any]) -> None:
+        with self._asking:
+            self._requests += 1
+            work.deadline = time.monotonic() + self._timeout.total_seconds() + _GRACE_S
+            self._waiting[self._requests] = work
+            try:
+                self._ask(request(self._requests))
+            except BaseException:
+                # Who asked is told by this error, so that nobody else may end the work too.
+                self._waiting.pop(self._requests)
+                raise
 
     def _ask(self, request: Any) -> None:
         with self._asking:
