@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from torchft.launch.processes import is_dead, tree
 
-from torchft.launch.processes import psutil
-
-__all__ = ["is_gone"]
+__all__ = ["is_there"]
 
 
-def is_gone(process: Any) -> bool:
-    """A `psutil.Process` that has ended."""
-    ps = psutil()
-    try:
-        return not process.is_running() or process.status() == ps.STATUS_ZOMBIE
-    except ps.NoSuchProcess:
-        return True
+def is_there(pid: int) -> bool:
+    """Whether there is such a process, which is not a zombie."""
+    return not all(map(is_dead, tree(pid)[:1]))

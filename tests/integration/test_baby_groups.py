@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.commands import is_there
 from helpers.threads import Group, groups
 from helpers.waiting import until
 from torch import nn
@@ -32,15 +33,6 @@ LONG = timedelta(seconds=60)
 SHORT = timedelta(seconds=1)
 MOST = 16
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: never run yet")
-
-
-def is_alive(pid: int) -> bool:
-    """Whether there is such a process, which is not a zombie."""
-    try:
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 class Pair:
@@ -155,7 +147,7 @@ def test_a_child_is_killed_in_an_allreduce(pair: Pair) -> None:
     with pytest.raises(ChildLostError, match="the next configure uses a new one"):
         victim.barrier()
     pair.configure()
-    assert victim.child_pid != killed and not is_alive(killed)
+    assert victim.child_pid != killed and not is_there(killed)
     works = [member.allreduce([torch.ones(3)], ReduceOp.SUM) for member in pair.members]
     assert all(work.wait(LONG) for work in works)
 
@@ -172,7 +164,7 @@ def test_a_child_hangs(pair: Pair) -> None:
         work.wait(timedelta(seconds=30))
     with pytest.raises(RuntimeError, match="hung"):
         future.wait()
-    assert not is_alive(pid)
+    assert not is_there(pid)
     hung.set_timeout(LONG)
     pair.configure()
     works = [member.barrier() for member in (hung, other)]
@@ -210,7 +202,7 @@ def test_nothing_is_left_after_shutdown() -> None:
     assert os.listdir("/dev/shm") == shared
     group.shutdown()
     group.shutdown()
-    assert not is_alive(pid)
+    assert not is_there(pid)
     with pytest.raises(OSError, match="handle is closed"):
         group.barrier()
     until(lambda: len(os.listdir("/proc/self/fd")) <= served, "no descriptor is left", within_s=10)
@@ -235,9 +227,9 @@ def test_a_child_of_an_unguarded_script_runs_it_once_and_ends_with_its_parent(tm
         assert parent.stdout is not None
         assert parent.stdout.readline() == "the main module runs\n"
         child = int(parent.stdout.readline())
-        assert is_alive(child)
+        assert is_there(child)
         parent.kill()
-        until(lambda: not is_alive(child), "the child to end with its parent", within_s=30)
+        until(lambda: not is_there(child), "the child to end with its parent", within_s=30)
         assert parent.stdout.read() == ""
 
 

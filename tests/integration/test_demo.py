@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.commands import is_gone
 from helpers.waiting import until
 
-from torchft.launch.processes import kill_all, tree
+from torchft.launch.processes import is_dead, kill_all, tree
 from torchft.records import read_step_records
 
 pytestmark = pytest.mark.timeout(400)
@@ -94,7 +93,7 @@ def test_a_demo_that_is_told_to_stop_leaves_nothing_behind(
     said = said_all(command)
     assert command.returncode == 128 + number
     assert said.splitlines()[-1].startswith(f"stopped by {number.name} before any group was up")
-    assert [process for process in processes if not is_gone(process)] == []
+    assert [process for process in processes if not is_dead(process)] == []
 
 
 def test_a_demo_that_is_killed_leaves_nothing_behind(demo: Demo, tmp_path: Path) -> None:
@@ -104,7 +103,7 @@ def test_a_demo_that_is_killed_leaves_nothing_behind(demo: Demo, tmp_path: Path)
     processes = descendants(command)
     assert len(processes) == 2
     command.kill()
-    until(lambda: all(map(is_gone, processes)), "agent and worker end", within_s=20)
+    until(lambda: all(map(is_dead, processes)), "agent and worker end", within_s=20)
 
 
 def test_a_worker_whose_agent_is_killed_ends_within_a_second(demo: Demo, tmp_path: Path) -> None:
@@ -113,7 +112,7 @@ def test_a_worker_whose_agent_is_killed_ends_within_a_second(demo: Demo, tmp_pat
     until(records.exists, "the group trains", within_s=120)
     (worker,) = workers(command)
     worker.parent().kill()
-    until(lambda: is_gone(worker), "a second, and the time to look", within_s=1.5)
+    until(lambda: is_dead(worker), "a second, and the time to look", within_s=1.5)
 
 
 def test_a_killed_rank_takes_its_group_down_and_it_comes_back_whole(

@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helpers.commands import is_gone
 from helpers.waiting import until
 
-from torchft.launch.processes import kill_all, tree
+from torchft.launch.processes import is_dead, kill_all, tree
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -89,7 +88,7 @@ def test_a_demo_that_is_ended_leaves_nothing_behind(
     os.kill(command.pid, number)
     code = command.wait(60)
     assert code == (128 + number if number == signal.SIGTERM else -number)
-    until(lambda: all(map(is_gone, processes)), "all have ended", within_s=60)
+    until(lambda: all(map(is_dead, processes)), "all have ended", within_s=60)
 
 
 def test_a_worker_that_fails_ends_the_demo_which_says_so(demo: Demo) -> None:

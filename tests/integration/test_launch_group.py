@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from helpers.commands import is_there
 
 from torchft.launch.group import Group, GroupError, torchrun
-from torchft.launch.processes import born_at, kill_tree, psutil, tree
+from torchft.launch.processes import born_at, kill_tree, tree
 
 TELL = """
 import os
@@ -69,11 +70,6 @@ def make_group(tmp_path: Path, pipe: Path) -> Iterator[MakeGroup]:
     yield make
     for group in made:
         group.stop(grace_s=0)
-
-
-def is_there(pid: int) -> bool:
-    ps = psutil()
-    return bool(ps.pid_exists(pid)) and ps.Process(pid).status() != ps.STATUS_ZOMBIE
 
 
 def test_a_kill_takes_the_children_in_other_sessions_too(make_group: MakeGroup, told: Told) -> None:

@@ -17,6 +17,7 @@ from helpers.coordination import Child, ask, group, lighthouse, seconds
 from helpers.waiting import until
 
 from torchft.coordination import LighthouseClient, ManagerClient
+from torchft.launch.processes import is_dead
 
 WAITS_FOR_A_QUORUM = """
 import sys
@@ -250,11 +251,6 @@ subprocess.Popen([sys.executable, "-u", "-c", child]).wait()
 """
 
 
-def has_ended(process: psutil.Process) -> bool:
-    """Gone, or dead and not yet buried by whoever adopted it."""
-    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-
-
 @pytest.fixture
 def orphan() -> Iterator[psutil.Process]:
     """A process that watches its parent, which has just been killed."""
@@ -268,7 +264,7 @@ def orphan() -> Iterator[psutil.Process]:
 
 def test_a_worker_whose_agent_was_killed_ends_within_a_second(orphan: psutil.Process) -> None:
     began = time.monotonic()
-    until(lambda: has_ended(orphan), "the worker's end")
+    until(lambda: is_dead(orphan), "the worker's end")
     assert time.monotonic() - began < 1
 
 

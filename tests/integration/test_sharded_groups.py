@@ -62,7 +62,7 @@ class Sharded:
         self.model.load_state_dict(state["model"])
         self.inner.load_state_dict(state["optimizer"])
 
-    def step(self) -> bool:
+    def step(self) -> None:
         self.optimizer.zero_grad()
         at = self.manager.current_step()
         torch.manual_seed(1000 * self.number + at)
@@ -70,9 +70,7 @@ class Sharded:
         for parameter in self.model.parameters():
             assert parameter.grad is not None
             self.manager.allreduce(local_part(parameter.grad)).wait()
-        before = self.manager.current_step()
         self.optimizer.step()
-        return self.manager.current_step() > before
 
     def until(self, step: int) -> str:
         while self.manager.current_step() < step:

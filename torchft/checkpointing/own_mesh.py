@@ -8,10 +8,11 @@ another way, or only on one side, is refused before anything is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from torchft.checkpointing.tree import Path, check_cut, in_words
 from torchft.errors import MismatchError
@@ -22,7 +23,7 @@ __all__ = ["holds_dtensor", "on_own_mesh"]
 
 def holds_dtensor(state: object) -> bool:
     """Whether there is a DTensor in a state."""
-    return any(is_dtensor(tensor) for tensor in _tensors(state))
+    return any(map(is_dtensor, tree_leaves(state)))
 
 
 def on_own_mesh(received: Any, own: object, path: Path = ()) -> Any:
@@ -42,7 +43,7 @@ def on_own_mesh(received: Any, own: object, path: Path = ()) -> Any:
 
 class _OwnMeshes:
     def __init__(self, own: object) -> None:
-        meshes = [tensor.device_mesh for tensor in _tensors(own) if is_dtensor(tensor)]
+        meshes = [leaf.device_mesh for leaf in tree_leaves(own) if is_dtensor(leaf)]
         self._meshes: dict[tuple[object, ...], Any] = {
             (tuple(mesh.shape), mesh.mesh_dim_names): mesh for mesh in meshes
         }
@@ -98,12 +99,3 @@ def _check_part(path: Path, theirs: Tensor, ours: Tensor) -> None:
             f"{in_words(path)}: this rank's part is {list(theirs.shape)} at the donor and "
             f"{list(ours.shape)} here: order the ranks of the mesh alike in every group"
         )
-
-
-def _tensors(state: object) -> Iterator[Any]:
-    """All tensors in dicts, lists and tuples, at any depth."""
-    if isinstance(state, Tensor):
-        yield state
-    elif isinstance(state, Mapping | list | tuple):
-        for inner in state.values() if isinstance(state, Mapping) else state:
-            yield from _tensors(inner)

@@ -35,6 +35,9 @@ _MAX_INT_BITS = 4096
 _TENSORS = ("tensor", "parameter", "dtensor")
 _TORCH_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+_MALFORMED = (TypeError, ValueError, LookupError, RuntimeError, AttributeError, AssertionError)
+"""What our readers and torch raise where a tree names what its leaves are not."""
+
 Json = Any
 Path = tuple[object, ...]
 """Keys and positions that lead to a value."""
@@ -60,10 +63,7 @@ def decode(tree: Json, leaves: Sequence[Tensor]) -> Any:
         return _Decoder(leaves).value(tree)
     except LayoutError:
         raise
-    except (
-        *(TypeError, ValueError, LookupError, RuntimeError),
-        *(AttributeError, AssertionError),
-    ) as error:
+    except _MALFORMED as error:
         raise LayoutError(f"the header's tree is malformed: {str(error)[:200]}") from None
 
 

@@ -29,8 +29,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     parser.add_argument("--json", action="store_true", help="as JSON")
     parser.add_argument("--watch", action="store_true", help="again every two seconds")
-    parser.add_argument("--auth-token", metavar="TOKEN", help="read scope is enough")
-    parser.add_argument("--auth-token-file", type=Path, metavar="FILE", help="with it in")
+    parser.add_argument("--auth-token", metavar="TOKEN", help="one that may read")
+    parser.add_argument("--auth-token-file", type=Path, metavar="FILE", help="the server's tokens")
 
 
 def run(typed: argparse.Namespace) -> int:

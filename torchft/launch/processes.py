@@ -19,7 +19,16 @@ from typing import Any
 from torchft.errors import TorchftError
 from torchft.retry import wait_until
 
-__all__ = ["MissingExtra", "born_at", "has_children", "kill_all", "kill_tree", "psutil", "tree"]
+__all__ = [
+    "MissingExtra",
+    "born_at",
+    "has_children",
+    "is_dead",
+    "kill_all",
+    "kill_tree",
+    "psutil",
+    "tree",
+]
 
 Process = Any
 """A `psutil.Process`; psutil is imported only when needed and brings no types."""
@@ -85,12 +94,12 @@ def kill_all(processes: Iterable[Process], *, timeout_s: float = 10.0) -> None:
     for process in processes:
         with contextlib.suppress(ps.NoSuchProcess):
             process.kill()
-    if not wait_until(lambda: all(map(_is_dead, processes)), timeout_s):
-        alive = [process.pid for process in processes if not _is_dead(process)]
+    if not wait_until(lambda: all(map(is_dead, processes)), timeout_s):
+        alive = [process.pid for process in processes if not is_dead(process)]
         raise TimeoutError(f"still alive {timeout_s:g} s after SIGKILL: {alive}")
 
 
-def _is_dead(process: Process) -> bool:
+def is_dead(process: Process) -> bool:
     """A zombie is dead: its parent, which may be stopped, has only not asked for its code yet."""
     ps = psutil()
     try:

@@ -18,12 +18,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
 
 from torchft.arguments import in_words
 from torchft.digest import digest
 from torchft.errors import SettingsError
-from torchft.sharded import local_part
 from torchft.step_hooks import check_optimizer, check_trains
 
 __all__ = ["Registered"]
@@ -123,5 +121,4 @@ def _check_pairs(entries: Mapping[str, _Entry]) -> None:
 
 
 def _digest(entries: Mapping[str, _Entry]) -> str:
-    state = {name: entry.save() for name, entry in entries.items()}
-    return digest(tree_map_only(torch.Tensor, local_part, state))
+    return digest({name: entry.save() for name, entry in entries.items()})

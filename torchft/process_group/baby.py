@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed import Work
+from torch.utils._pytree import tree_leaves
 
 from torchft.arguments import check_integer
 from torchft.errors import ChildLostError, CollectiveError, SettingsError
@@ -31,7 +32,7 @@ from torchft.process_group.base import ProcessGroup
 from torchft.process_group.child import Abort, Options, Reply
 from torchft.process_group.child_process import ChildProcess, ChildSettings, ChildWork
 from torchft.process_group.rendezvous import Seat
-from torchft.process_group.shared_memory import Segment, place, tensors_in, view
+from torchft.process_group.shared_memory import Segment, place, view
 
 __all__ = [
     "ProcessGroupBaby",
@@ -279,7 +280,7 @@ class ProcessGroupBaby(ProcessGroup):
         reads: list[Any] = []
         writes: list[Any] = []
         for tree, placed, use in zip(trees, slots, uses, strict=True):
-            pairs = list(zip(tensors_in(tree), tensors_in(placed), strict=True))
+            pairs = list(zip(tree_leaves(tree), tree_leaves(placed), strict=True))
             reads += pairs if "r" in use else []
             writes += pairs if "w" in use else []
         if segment is not None:

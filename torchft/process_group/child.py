@@ -12,7 +12,6 @@ import importlib
 import os
 import signal
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -25,6 +24,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from torchft import errors
+from torchft.coordination import watch_parent
 from torchft.errors import CollectiveError
 from torchft.process_group.shared_memory import Slot, mapped, view
 
@@ -39,9 +39,6 @@ __all__ = [
     "SetTimeout",
     "main",
 ]
-
-_LOOK_S = 1.0
-"""How often the child looks whether its parent is still there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,12 +234,6 @@ def _filled(argument: Any, staged: dict[Slot, Tensor]) -> Any:
     return argument
 
 
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(_LOOK_S)
-    os._exit(0)
-
-
 def main(
     descriptor: int, parent: int, factory: str, device: str, timeout_s: float, most: int
 ) -> None:
@@ -256,7 +247,9 @@ def main(
         most: how many operations may be under way at once.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    watch_parent()
+    if os.getppid() != parent:  # it ended before that
+        os._exit(0)
     torch.set_num_threads(1)
     line = Connection(descriptor)
     module, _, name = factory.partition(":")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from torchft.errors import SettingsError
 
-__all__ = ["Segment", "Segments", "Slot", "mapped", "place", "tensors_in", "view"]
+__all__ = ["Segment", "Segments", "Slot", "mapped", "place", "view"]
 
 _ALIGNED = 64
 _LEAST_BYTES = 1 << 16
@@ -68,15 +68,6 @@ def place(tree: Any, offset: int) -> tuple[Any, int]:
         slot, offset = place(part, offset)
         slots.append(slot)
     return slots, offset
-
-
-def tensors_in(tree: Any) -> Iterator[Any]:
-    """The leaves of nested lists, tensors or slots, in order."""
-    if isinstance(tree, (list, tuple)):
-        for part in tree:
-            yield from tensors_in(part)
-    else:
-        yield tree
 
 
 def view(memory: Tensor, slot: Slot) -> Tensor:
