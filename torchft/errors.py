@@ -8,6 +8,7 @@
     ├── MismatchError            this group differs from the others: shapes, world size, wire
     ├── StateDictError           registered state cannot travel, or a donor's cannot be loaded
     ├── UnreachableError         no connection within the connect timeout (also a TimeoutError)
+    ├── TransferTimeoutError     live state stopped moving (also a TimeoutError, and a URLError)
     ├── StepError                something went wrong inside one step: the step is discarded
     │   ├── CollectiveError      a collective failed, or a member was lost while it ran
     │   │   └── ChildLostError   the child process of a subprocess group died (also an OSError)
@@ -20,6 +21,8 @@ step, phase or setting) and the next thing to do.
 """
 
 from __future__ import annotations
+
+from urllib.error import URLError
 
 __all__ = [
     "ChildLostError",
@@ -34,6 +37,7 @@ __all__ = [
     "StateLostError",
     "StepError",
     "TorchftError",
+    "TransferTimeoutError",
     "UnreachableError",
 ]
 
@@ -68,6 +72,15 @@ class StateDictError(TorchftError):
 
 class UnreachableError(TorchftError, TimeoutError):
     """No connection could be made within the connect timeout; names the address."""
+
+
+class TransferTimeoutError(TorchftError, TimeoutError, URLError):
+    """No byte of a state moved within the timeout of a transfer, or far too few in all."""
+
+    def __init__(self, message: str) -> None:
+        URLError.__init__(self, message)
+
+    __str__ = TimeoutError.__str__
 
 
 class StepError(TorchftError):

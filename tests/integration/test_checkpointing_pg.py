@@ -19,7 +19,7 @@ from torchft.checkpointing import pg_transport
 from torchft.checkpointing.layout import PREFIX, Head, Leaf, encode_head
 from torchft.checkpointing.pg_transport import PGTransport
 from torchft.checkpointing.tree import encode, same_places
-from torchft.errors import HealError
+from torchft.errors import HealError, TransferTimeoutError
 from torchft.process_group import ProcessGroupGloo
 
 LONG = timedelta(seconds=30)
@@ -127,10 +127,20 @@ def test_another_step_names_both(groups: list[ProcessGroupGloo]) -> None:
         heal(groups, {}, step=4)
 
 
-def test_a_silent_donor_ends_at_the_shorter_deadline(groups: list[ProcessGroupGloo]) -> None:
+def test_a_silent_donor_ends_at_the_deadline_of_the_call(groups: list[ProcessGroupGloo]) -> None:
+    healing: PGTransport[Any] = PGTransport(groups[1], LONG, CPU)
+    with pytest.raises(TransferTimeoutError, match=r"no byte within 0\.1 s"):
+        healing.recv_checkpoint(0, "<n/a>", 3, SHORT)
+
+
+def test_the_timeout_of_the_call_wins_where_it_is_longer(groups: list[ProcessGroupGloo]) -> None:
+    donor: PGTransport[Any] = PGTransport(groups[0], SHORT, CPU)
     healing: PGTransport[Any] = PGTransport(groups[1], SHORT, CPU)
-    with pytest.raises(TimeoutError, match=r"no byte within 0\.1 s"):
-        healing.recv_checkpoint(0, "<n/a>", 3, LONG)
+    waiting = in_thread(lambda: healing.recv_checkpoint(0, "<n/a>", 3, LONG))
+    with pytest.raises(TimeoutError):  # five times what the constructors were given
+        waiting.result(5 * SHORT.total_seconds())
+    donor.send_checkpoint([1], 3, {"w": 1}, LONG)
+    assert waiting.result(30) == {"w": 1}
 
 
 def test_a_lost_peer_is_named_and_the_others_are_served(groups: list[ProcessGroupGloo]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore
 
+from torchft.checkpointing.transport import SLOWEST
 from torchft.errors import CollectiveError
 from torchft.manager.heal_progress import HealWatch, Patience, report_progress, wait_for_heals
 
@@ -45,6 +46,14 @@ def test_a_heal_that_never_ends_is_given_up_at_the_limit() -> None:
     heals = watch(1)
     heals.hear(1, "1", 82.9)
     assert heals.given_up(83.1) == {1: "still heals after 80 s"}
+
+
+def test_a_large_state_over_a_slow_link_is_waited_for_beyond_the_limit() -> None:
+    heals = watch(1)
+    for now in range(0, 1000, 5):
+        heals.hear(1, str(now * SLOWEST), float(now))
+        assert not heals.given_up(now + 4.9)
+    assert heals.nbytes == {1: 995 * SLOWEST}
 
 
 def test_a_heal_that_failed_says_why() -> None:

@@ -24,7 +24,7 @@ from torchft.checkpointing.snapshot import Snapshot
 from torchft.checkpointing.stream import ProgressDeadline
 from torchft.checkpointing.transport import LIMIT, CheckpointTransport
 from torchft.checkpointing.window import Window
-from torchft.errors import HealError, PhaseError
+from torchft.errors import HealError, PhaseError, TransferTimeoutError
 
 __all__ = ["HTTPTransport"]
 
@@ -141,7 +141,7 @@ def _named(what: str) -> Iterator[None]:
     try:
         yield
     except TimeoutError as error:
-        raise TimeoutError(f"{error}, {what}") from error
+        raise TransferTimeoutError(f"{error}, {what}") from error
     except HealError as error:
         raise HealError(f"{error}, {what}") from error
     except OSError as error:

@@ -45,7 +45,7 @@ from torchft.checkpointing.snapshot import SLICE_BYTES, Snapshot
 from torchft.checkpointing.stream import ProgressDeadline
 from torchft.checkpointing.transport import LIMIT, CheckpointTransport
 from torchft.checkpointing.tree import decode, encode, same_places
-from torchft.errors import HealError, MismatchError
+from torchft.errors import HealError, MismatchError, TransferTimeoutError
 from torchft.process_group import ProcessGroup
 
 __all__ = ["PGTransport"]
@@ -64,8 +64,8 @@ class PGTransport(CheckpointTransport[T]):
 
     Args:
         pg: a process group with `send` and `recv` for CPU tensors, such as gloo.
-        timeout: bounds each wait for a piece of 4 MiB, together with the timeout of the call: the
-            shorter counts. A transfer takes at most `LIMIT` times that.
+        timeout: what is asked for by older scripts. The timeout of each call counts: it bounds each
+            wait for a piece of 4 MiB, and not the transfer (`longest_s`).
         device: where received tensors go that have no place in `state_dict`.
         state_dict: gives the tensors to receive into. They are overwritten as the state arrives,
             so when a heal fails they hold parts of both states until the next heal.
@@ -79,7 +79,6 @@ class PGTransport(CheckpointTransport[T]):
         state_dict: Callable[[], T] | None = None,
     ) -> None:
         self._pg = pg
-        self._timeout = timeout
         self._device = device
         self._state_dict = state_dict
         self.bytes_sent = 0
@@ -97,7 +96,7 @@ class PGTransport(CheckpointTransport[T]):
         Raises:
             TypeError: a value cannot travel; the message names its place.
             HealError: a peer was lost. The others have been served all the same.
-            TimeoutError: a peer did not take it in time.
+            TransferTimeoutError: a peer did not take it in time.
         """
         tree, sources = encode(state_dict)
         head = encode_head(Head(step, uuid4().hex, tree, tuple(s.leaf for s in sources)))
@@ -134,7 +133,7 @@ class PGTransport(CheckpointTransport[T]):
         return state
 
     def _deadline(self, timeout: timedelta, share: int = 1) -> ProgressDeadline:
-        seconds = min(timeout, self._timeout).total_seconds()
+        seconds = timeout.total_seconds()
         return ProgressDeadline(seconds / share, LIMIT * seconds)
 
     def _serve(
@@ -328,5 +327,5 @@ def _named(what: str, deadline: ProgressDeadline) -> Iterator[None]:
         try:
             deadline.remaining()
         except TimeoutError as late:
-            raise TimeoutError(f"{late}, {what}") from error
+            raise TransferTimeoutError(f"{late}, {what}") from error
         raise HealError(f"{error} (the peer was lost), {what}") from error

@@ -15,6 +15,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from torchft.checkpointing.transport import longest_s
+from torchft.errors import TransferTimeoutError
+
 __all__ = ["Deadline", "PeerGone", "ProgressDeadline", "Stream", "connect"]
 
 _KERNEL_TIMEOUTS = sys.platform == "linux"
@@ -55,7 +58,7 @@ class Deadline:
 
 
 class ProgressDeadline(Deadline):
-    """Moves on with every byte: `seconds` from the last one, `limit_s` from now at the latest."""
+    """Moves on with every byte: `seconds` from the last one, and in all what `longest_s` allows."""
 
     def __init__(
         self, seconds: float, limit_s: float, clock: Callable[[], float] = time.monotonic
@@ -64,8 +67,8 @@ class ProgressDeadline(Deadline):
         self.nbytes = 0
         """How many bytes have moved."""
         self._limit_s = limit_s
-        self._end = clock() + limit_s
-        self._at = min(self._at, self._end)
+        self._began = clock()
+        self.moved(0)
 
     @property
     def look_s(self) -> float:
@@ -75,21 +78,27 @@ class ProgressDeadline(Deadline):
     def moved(self, nbytes: int) -> None:
         """So many more bytes have moved."""
         self.nbytes += nbytes
-        self._at = min(self._clock() + self.seconds, self._end)
+        self._at = min(self._clock() + self.seconds, self._began + self._longest_s)
+
+    @property
+    def _longest_s(self) -> float:
+        return longest_s(self._limit_s, self.nbytes)
 
     def remaining(self) -> float:
         """Seconds that are left, more than 0.
 
         Raises:
-            TimeoutError: no time is left; says how many bytes have moved.
+            TransferTimeoutError: no time is left; says how many bytes have moved.
         """
-        if self._clock() >= self._end:
-            raise TimeoutError(f"{self.nbytes} bytes in {self._limit_s:g} s, and not done")
+        if self._clock() >= self._began + self._longest_s:
+            raise TransferTimeoutError(
+                f"{self.nbytes} bytes in {self._longest_s:g} s, and not done"
+            )
         try:
             return super().remaining()
         except TimeoutError:
             waited = f"no byte within {self.seconds:g} s, after {self.nbytes}"
-            raise TimeoutError(waited) from None
+            raise TransferTimeoutError(waited) from None
 
 
 class Stream:

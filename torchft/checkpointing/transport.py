@@ -14,12 +14,23 @@ from abc import ABC, abstractmethod
 from datetime import timedelta
 from typing import Generic, TypeVar
 
-__all__ = ["LIMIT", "CheckpointTransport"]
+__all__ = ["LIMIT", "SLOWEST", "CheckpointTransport", "longest_s"]
 
 LIMIT = 10
 """A transfer may take so many times its timeout, as long as something moves within each."""
+SLOWEST = 128 * 1024
+"""And longer than that, if it has moved so many bytes a second, which is 1 Mbit/s."""
 
 T = TypeVar("T")
+
+
+def longest_s(limit_s: float, nbytes: int) -> float:
+    """So many seconds may a transfer have taken that has moved `nbytes`.
+
+    A timeout bounds each wait for a byte, whatever the size of the state; this ends what only
+    drips. `limit_s` is `LIMIT` times the timeout.
+    """
+    return limit_s + nbytes / SLOWEST
 
 
 class CheckpointTransport(ABC, Generic[T]):
@@ -75,7 +86,8 @@ class CheckpointTransport(ABC, Generic[T]):
 
         Raises:
             HealError: the donor is gone, offers another step, or sent something unreadable.
-            TimeoutError: nothing arrived within `timeout`, or not all within `LIMIT` times that.
+            TransferTimeoutError: nothing arrived within `timeout`, or hardly anything for `LIMIT`
+                times that (`longest_s`).
         """
 
     def shutdown(self, wait: bool = True) -> None:

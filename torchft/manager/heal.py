@@ -102,10 +102,12 @@ class Healer:
 
     def _heal(self, step: Step, plan: Plan, store: Store) -> None:
         """Fetch the state, while the others are told how far it is."""
-        before = self._bytes_received()
-        telling = report_progress(
-            store, plan.step, plan.replica_rank, self._bytes_received, self._patience
-        )
+        before = self._transport.bytes_received
+
+        def received() -> int:
+            return self._transport.bytes_received - before
+
+        telling = report_progress(store, plan.step, plan.replica_rank, received, self._patience)
         try:
             with telling:
                 step.staged = plan.donor and self._fetch(plan, plan.donor)
@@ -113,7 +115,7 @@ class Healer:
             # A group that does not participate sends zeros: the others commit without it.
             step.report(error, local=not plan.participates)
         finally:
-            step.healed_bytes = self._bytes_received() - before
+            step.healed_bytes = step.heal_bytes = received()
 
     def _fetch(self, plan: Plan, donor: Donor) -> Any:
         name, timeout = plan.members[donor.replica_rank], self._options.timeout
@@ -144,7 +146,7 @@ class Healer:
             return None
 
         try:
-            wait_for_heals(
+            others = wait_for_heals(
                 store,
                 plan.step,
                 plan.members,
@@ -153,6 +155,7 @@ class Healer:
                 is_over=is_over,
                 patience=self._patience,
             )
+            step.heal_bytes = max(step.heal_bytes, others)
         except CollectiveError:
             if not step.broken:  # then its first error is the cause
                 raise
@@ -163,9 +166,6 @@ class Healer:
             return self._stores.client(prefix, self._options.connect_timeout)
         except TimeoutError as error:
             raise CollectiveError(str(error)) from error
-
-    def _bytes_received(self) -> int:
-        return self._transport.bytes_received
 
 
 def _say_failed(plan: Plan, error: Exception) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from torch.distributed import Store
 
+from torchft.checkpointing.transport import longest_s
 from torchft.errors import CollectiveError
 from torchft.retry import pauses
 
@@ -36,7 +37,7 @@ class Patience:
     stall_s: float
     """Without a further byte."""
     limit_s: float
-    """In all, however much moves."""
+    """In all, if hardly anything moves (`longest_s`)."""
 
     @property
     def report_s(self) -> float:
@@ -52,11 +53,13 @@ class HealWatch:
         """The replica ranks that have not ended yet."""
         self.failed: dict[int, str] = {}
         """Replica rank → why it could not heal."""
+        self.nbytes = dict.fromkeys(ranks, 0)
+        """Replica rank → how many bytes of its state have arrived, as far as is known."""
         self._said: dict[int, str] = {}
         self._moved = dict.fromkeys(ranks, now)
         # Who heals gives up first, and says so.
         self._stall_s = patience.stall_s + 3 * patience.report_s
-        self._end = now + patience.limit_s + 3 * patience.report_s
+        self._began = now
         self._patience = patience
 
     def hear(self, rank: int, said: str, now: float) -> None:
@@ -65,18 +68,23 @@ class HealWatch:
             self.waiting.discard(rank)
         if said.startswith(_FAILED):
             self.failed[rank] = said.removeprefix(_FAILED)
+        if said.isdecimal():
+            self.nbytes[rank] = int(said)
         if said != self._said.get(rank):
             self._said[rank], self._moved[rank] = said, now
 
     def given_up(self, now: float) -> dict[int, str]:
         """Replica rank → why it is waited for no longer."""
-        if now >= self._end:
-            why = f"still heals after {self._patience.limit_s:g} s"
-            return dict.fromkeys(self.waiting, why)
-        why = f"has received nothing of its state for {self._patience.stall_s:g} s"
-        return {
-            rank: why for rank in list(self.waiting) if now >= self._moved[rank] + self._stall_s
-        }
+        why = {rank: self._why_given_up(rank, now) for rank in list(self.waiting)}
+        return {rank: said for rank, said in why.items() if said is not None}
+
+    def _why_given_up(self, rank: int, now: float) -> str | None:
+        longest = longest_s(self._patience.limit_s, self.nbytes[rank])
+        if now >= self._began + longest + 3 * self._patience.report_s:
+            return f"still heals after {longest:g} s"
+        if now >= self._moved[rank] + self._stall_s:
+            return f"has received nothing of its state for {self._patience.stall_s:g} s"
+        return None
 
 
 def _key(step: int, rank: int) -> str:
@@ -135,10 +143,13 @@ def wait_for_heals(
     participating: Sequence[int],
     is_over: Callable[[], str | None],
     patience: Patience,
-) -> None:
+) -> int:
     """Wait until the replica ranks `healing` have their state.
 
     `is_over` says why it is no use to wait any longer, None while it is.
+
+    Returns:
+        The bytes of the largest state among them, as far as they were told before its end.
 
     Raises:
         CollectiveError: one of those `participating` could not heal; or nothing moves any more,
@@ -146,7 +157,7 @@ def wait_for_heals(
     """
     watch = HealWatch(healing, time.monotonic(), patience)
     if not watch.waiting:
-        return
+        return 0
     with _listening(store, step, watch) as changed:
         while watch.waiting:
             changed.wait(_LONGEST_LOOK_S)
@@ -160,6 +171,7 @@ def wait_for_heals(
     for rank, why in watch.failed.items():
         if rank in participating:
             raise CollectiveError(f"{members[rank]} could not heal: {why}")
+    return max(watch.nbytes.values())
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from datetime import timedelta
 from typing import Protocol
 
 from torchft.arguments import check_integer
-from torchft.checkpointing.transport import LIMIT
+from torchft.checkpointing.transport import LIMIT, longest_s
 from torchft.errors import PhaseError
 from torchft.peers import Place
 
@@ -110,8 +110,12 @@ class Options:
 
     @property
     def heal_limit(self) -> timedelta:
-        """A heal in which something moves is waited for so long."""
+        """A heal in which hardly anything moves is waited for so long."""
         return self.timeout * LIMIT
+
+    def longest_heal(self, nbytes: int) -> timedelta:
+        """A heal to a state of `nbytes` may take so long."""
+        return timedelta(seconds=longest_s(self.heal_limit.total_seconds(), nbytes))
 
     def __post_init__(self) -> None:
         check_integer("min_replica_size", self.min_replica_size, least=1)

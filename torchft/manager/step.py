@@ -108,6 +108,8 @@ class Step:
         """Bytes of state sent when the step could begin to communicate."""
         self.healed_bytes = 0
         """Bytes of state received in it."""
+        self.heal_bytes = 0
+        """Bytes of the largest state that a member healed to in it, as far as is known."""
         self.committed: bool | None = None
         """How it was voted on; None before."""
         self.synced = False

@@ -76,7 +76,7 @@ class Voter:
         """
         if not plan.may_heal or self._group.world_size == 1:
             return True
-        return self._all_say(plan.step, not step.failed, self._patience(plan, None))
+        return self._all_say(plan.step, not step.failed, self._patience(step, plan, None))
 
     def vote(self, step: Step, plan: Plan, timeout: timedelta | None, *, counts: bool) -> Outcome:
         """Ask all ranks of this group whether the step went well.
@@ -90,7 +90,7 @@ class Voter:
         """
         why = self._objection(step, plan, counts)
         number = max(plan.step, self._context.progress.step)
-        patience = self._patience(plan, timeout)
+        patience = self._patience(step, plan, timeout)
         if self._all_say(number, why is None, patience):
             verdict = Verdict.COMMITTED if counts else Verdict.SYNCED
         elif counts and self._is_only_not_finite(why, number, patience):
@@ -155,11 +155,13 @@ class Voter:
             return why is Why.NOT_FINITE
         return self._all_say(number, why in (None, Why.NOT_FINITE), patience)
 
-    def _patience(self, plan: Plan, timeout: timedelta | None) -> timedelta:
+    def _patience(self, step: Step, plan: Plan, timeout: timedelta | None) -> timedelta:
         """How long the ranks of this group wait for each other: another one may still heal, or wait
         for one that does."""
         timeout = timeout or inside_group(self._options.timeout)
-        return timeout + self._options.heal_limit if plan.anyone_heals else timeout
+        if not plan.anyone_heals:
+            return timeout
+        return timeout + self._options.longest_heal(step.heal_bytes)
 
     def _all_say(self, number: int, yes: bool, timeout: timedelta) -> bool:
         """Whether all ranks of this group say yes to what is asked of them at this step."""
