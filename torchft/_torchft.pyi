@@ -61,6 +61,7 @@ class QuorumResult:
     heal: bool
     commit_failures: int
     replica_ids: list[str]
+    reconfigure_handles: list[str]
     recovering_replica_ranks: list[int]
     fresh_replica_ranks: list[int]
     settling_replica_ranks: list[int]
@@ -130,6 +131,7 @@ class ManagerClient:
         init_sync: bool,
         commit_failures: int,
         timeout: timedelta,
+        reconfigure_handle: str = "",
         settling: bool = False,
     ) -> QuorumResult: ...
     def _checkpoint_metadata(self, rank: int, timeout: timedelta) -> str: ...

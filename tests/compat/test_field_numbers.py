@@ -7,17 +7,18 @@ from helpers.stubs import Stubs
 
 KNOWN = {
     "QuorumMember": "replica_id address store_address step world_size shrink_only data "
-    "commit_failures",
+    "commit_failures reconfigure_handles",
     "Quorum": "quorum_id participants created",
     "LighthouseQuorumRequest": "requester",
     "LighthouseQuorumResponse": "quorum",
     "LighthouseHeartbeatRequest": "replica_id",
     "LighthouseHeartbeatResponse": "",
     "ManagerQuorumRequest": "group_rank step checkpoint_metadata shrink_only init_sync "
-    "commit_failures",
+    "commit_failures reconfigure_handle",
     "ManagerQuorumResponse": "quorum_id recover_src_manager_address recover_src_replica_rank "
     "recover_dst_replica_ranks store_address max_step max_replica_rank max_world_size "
-    "replica_rank replica_world_size heal commit_failures replica_ids",
+    "replica_rank replica_world_size heal commit_failures replica_ids "
+    "reconfigure_handles",
     "CheckpointMetadataRequest": "rank",
     "CheckpointMetadataResponse": "checkpoint_metadata",
     "ShouldCommitRequest": "should_commit group_rank step",

@@ -61,6 +61,7 @@ def test_a_quorum_carries_every_field_of_its_member(stubs: Stubs, server: Lighth
         "shrink_only": False,
         "data": '{"x": 1}',
         "commit_failures": 2,
+        "reconfigure_handles": ["", '{"id": "0a"}'],
     }
     quorum = at_lighthouse(stubs, server).Quorum(requester(stubs, **sent), timeout=LIMIT).quorum
     assert quorum.quorum_id > 1_600_000_000_000, "milliseconds since 1970"
@@ -153,6 +154,36 @@ def test_a_group_of_two_ranks_gets_its_assignment(stubs: Stubs, manager: Manager
         assert list(told.replica_ids) == ["a:1"]
     wanted = stubs.messages.CheckpointMetadataRequest(rank=1)
     assert service.CheckpointMetadata(wanted, timeout=LIMIT).checkpoint_metadata == "m1"
+
+
+def test_a_rank_is_told_the_handles_of_its_own_group_rank(stubs: Stubs) -> None:
+    with lighthouse(2) as server, group(server.address(), "a:1", world_size=2) as manager:
+        service = at_manager(stubs, manager)
+        peer = requester(stubs, replica_id="b:1", reconfigure_handles=["gloo:b0", "b1", "b2"])
+        with ThreadPoolExecutor(1) as threads:
+            theirs = threads.submit(at_lighthouse(stubs, server).Quorum, peer, timeout=LIMIT)
+            told = both(
+                lambda rank: service.Quorum(
+                    quorum_of(stubs, rank, reconfigure_handle="a1" * rank), timeout=LIMIT
+                )
+            )
+            members = theirs.result().quorum.participants
+    assert [list(t.reconfigure_handles) for t in told] == [["", "gloo:b0"], ["a1", "b1"]]
+    assert [list(m.reconfigure_handles) for m in members] == [["", "a1"], ["gloo:b0", "b1", "b2"]]
+
+
+def test_other_handles_of_the_same_members_keep_the_quorum_id(
+    stubs: Stubs, server: LighthouseServer
+) -> None:
+    service = at_lighthouse(stubs, server)
+    first, second = (
+        service.Quorum(
+            requester(stubs, replica_id="a:1", reconfigure_handles=[handle]), timeout=LIMIT
+        ).quorum
+        for handle in ("x", "y")
+    )
+    assert first.quorum_id == second.quorum_id
+    assert list(second.participants[0].reconfigure_handles) == ["y"]
 
 
 def test_the_slowest_rank_decides_the_groups_step(stubs: Stubs) -> None:

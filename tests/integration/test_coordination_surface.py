@@ -35,7 +35,7 @@ SIGNATURES = {
     "heartbeat_interval, connect_timeout, quorum_retries)",
     "ManagerClient": "(addr, connect_timeout)",
     "ManagerClient._quorum": "(self, /, group_rank, step, checkpoint_metadata, shrink_only, "
-    "init_sync, commit_failures, timeout, settling=False)",
+    "init_sync, commit_failures, timeout, reconfigure_handle=..., settling=False)",
     "ManagerClient._checkpoint_metadata": "(self, /, rank, timeout)",
     "ManagerClient.should_commit": "(self, /, group_rank, step, should_commit, timeout)",
     "ManagerClient._end_group": "(self, /, group_rank, why, timeout)",
@@ -78,6 +78,7 @@ def test_a_quorum_result_starts_as_a_quorum_of_one() -> None:
         "heal": False,
         "commit_failures": 0,
         "replica_ids": [],
+        "reconfigure_handles": [],
         "recovering_replica_ranks": [],
         "fresh_replica_ranks": [],
         "settling_replica_ranks": [],

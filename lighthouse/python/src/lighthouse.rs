@@ -147,6 +147,7 @@ impl LighthouseClient {
             commit_failures: 0,
             init_sync: None,
             settling: false,
+            reconfigure_handles: Vec::new(),
         };
         let quorum = runtime::wait(py, client.quorum(requester, 0, timeout))?;
         let quorum = quorum.map_err(|error| errors::raise(py, &error))?;

@@ -130,6 +130,7 @@ impl ManagerClient {
     ///     init_sync: this process has not been in a quorum yet and needs initial weights.
     ///     commit_failures: steps it discarded in a row; above 0 asks for new process groups.
     ///     timeout: how long to wait.
+    ///     reconfigure_handle: where this rank's process group can be met; passed on unread.
     ///     settling: the final sync: this group ends its run, and asks only for groups that are behind.
     ///
     /// Raises:
@@ -137,7 +138,7 @@ impl ManagerClient {
     ///     TimeoutError: no quorum in time; the message names the rank or replica it waited for.
     ///     StateLostError: all groups that held the state this group was to heal to are gone.
     ///     QuorumError: refused for another reason, such as a rank of the group that stopped waiting.
-    #[pyo3(signature = (group_rank, step, checkpoint_metadata, shrink_only, init_sync, commit_failures, timeout, settling=false))]
+    #[pyo3(signature = (group_rank, step, checkpoint_metadata, shrink_only, init_sync, commit_failures, timeout, reconfigure_handle=String::new(), settling=false))]
     #[allow(clippy::too_many_arguments)] // the signature that existing callers know
     fn _quorum(
         &self,
@@ -149,6 +150,7 @@ impl ManagerClient {
         init_sync: bool,
         commit_failures: i64,
         timeout: Duration,
+        reconfigure_handle: String,
         settling: bool,
     ) -> PyResult<QuorumResult> {
         let message = wire::ManagerQuorumRequest {
@@ -159,6 +161,7 @@ impl ManagerClient {
             init_sync,
             commit_failures,
             settling,
+            reconfigure_handle,
         };
         let response = runtime::wait(py, self.0.get()?.quorum(message, timeout))?;
         let response = response.map_err(|error| errors::raise(py, &error))?;
@@ -262,6 +265,9 @@ pub struct QuorumResult {
     commit_failures: i64,
     /// All members' names, by replica rank.
     replica_ids: Vec<String>,
+    /// Where the process groups of the ranks with this group rank can be met, by replica rank; empty
+    /// for a member that does not say.
+    reconfigure_handles: Vec<String>,
     /// Those that heal in this quorum: the same list for all groups.
     recovering_replica_ranks: Vec<i64>,
     /// Those that asked with `init_sync`.
@@ -314,6 +320,7 @@ impl From<wire::ManagerQuorumResponse> for QuorumResult {
             heal: response.heal,
             commit_failures: response.commit_failures,
             replica_ids: response.replica_ids,
+            reconfigure_handles: response.reconfigure_handles,
             recovering_replica_ranks: response.recovering_replica_ranks,
             fresh_replica_ranks: response.fresh_replica_ranks,
             settling_replica_ranks: response.settling_replica_ranks,

@@ -14,7 +14,7 @@
 
 use thiserror::Error;
 
-use crate::member::{Member, Quorum, ReplicaId};
+use crate::member::{Handle, Member, Quorum, ReplicaId};
 
 /// What one rank of one group has to do in a quorum. Replica ranks are positions in the quorum.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,6 +49,8 @@ pub struct Assignment {
     pub world_sizes: Vec<u64>,
     /// The most discarded steps in a row of any member.
     pub commit_failures: i64,
+    /// The handles of the ranks with this group rank, in rank order.
+    pub handles: Vec<Handle>,
 }
 
 /// A donor.
@@ -119,6 +121,11 @@ pub fn assign(
         final_sync_replica_ranks: ranks(final_sync.into_iter()),
         world_sizes: quorum.members.iter().map(|m| m.world_size).collect(),
         commit_failures: failures.max().unwrap_or(0),
+        handles: quorum
+            .members
+            .iter()
+            .map(|m| m.handle(group_rank))
+            .collect(),
     })
 }
 

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use crate::assign::{Assignment, assign};
 pub use crate::gather_error::{Failure, FailureKind, GatherRefusal};
-use crate::member::{CallId, Member, Quorum, ReplicaId};
+use crate::member::{CallId, Handle, Member, Quorum, ReplicaId};
 
 /// The first pause before a request is sent again; each is half as long again as the one before.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
@@ -58,6 +58,8 @@ pub struct RankAsk {
     pub final_sync: bool,
     /// Steps it discarded in a row.
     pub commit_failures: i64,
+    /// Where its process group can be met in this round.
+    pub handle: Handle,
     /// When its caller stops waiting.
     pub deadline: Duration,
 }
@@ -332,7 +334,16 @@ impl Gather {
             commit_failures: asks().map(|ask| ask.commit_failures).max().unwrap_or(0),
             init_sync: Some(asks().any(|ask| ask.init_sync)),
             final_sync: asks().any(|ask| ask.final_sync),
+            handles: self.handles(),
         }
+    }
+
+    /// The handles of the ranks, by rank; none if no rank says.
+    fn handles(&self) -> Vec<Handle> {
+        let asks = self.asks.values();
+        let handles: Vec<_> = asks.map(|asked| asked.ask.handle.clone()).collect();
+        let is_said = handles.iter().any(|handle| !handle.as_str().is_empty());
+        if is_said { handles } else { Vec::new() }
     }
 
     /// Answers every rank with its assignment in the quorum.

@@ -58,6 +58,31 @@ impl fmt::Debug for ReplicaId {
     }
 }
 
+/// Where the process group of one rank can be met: text of its own, passed on unread. Empty for a
+/// rank that does not say.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct Handle(Arc<str>);
+
+impl Handle {
+    /// The handle as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl From<String> for Handle {
+    fn from(handle: String) -> Self {
+        Self(handle.into())
+    }
+}
+
+/// Its length alone: a log line may hold the handles of every rank of a job.
+impl fmt::Debug for Handle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Handle({} bytes)", self.0.len())
+    }
+}
+
 /// Identifies one call that waits for an answer. The server gives each call a new one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct CallId(pub u64);
@@ -86,6 +111,8 @@ pub struct Member {
     pub init_sync: Option<bool>,
     /// The final sync: it ends its run, and is in this quorum only for groups that are behind.
     pub final_sync: bool,
+    /// Of each of its ranks in this round, by group rank; empty if none of them says.
+    pub handles: Vec<Handle>,
 }
 
 impl Member {
@@ -102,7 +129,17 @@ impl Member {
             commit_failures: 0,
             init_sync: None,
             final_sync: false,
+            handles: Vec::new(),
         }
+    }
+
+    /// The handle of one of its ranks; empty if it has not said.
+    pub fn handle(&self, group_rank: i64) -> Handle {
+        let index = usize::try_from(group_rank).ok();
+        index
+            .and_then(|i| self.handles.get(i))
+            .cloned()
+            .unwrap_or_default()
     }
 
     /// Whether its process has not been in a quorum yet, as far as it says.

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use torchft_quorum::gather::{Failure, FailureKind, Gather, GatherEffect, Group, RankAsk, Round};
-use torchft_quorum::member::{CallId, Member, Quorum};
+use torchft_quorum::member::{CallId, Handle, Member, Quorum};
 use torchft_quorum::vote::{CommitBarrier, Outcome, RankVote, VoteEffect};
 
 /// One rank does something, or time passes.
@@ -151,6 +151,7 @@ impl Schedule {
             init_sync: false,
             final_sync: false,
             commit_failures: 0,
+            handle: Handle::default(),
             deadline: self.now + Duration::from_millis(patience_ms),
         };
         let call_id = self.call_id();

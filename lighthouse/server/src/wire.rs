@@ -61,6 +61,11 @@ impl From<QuorumMember> for member::Member {
             commit_failures: message.commit_failures,
             init_sync: message.init_sync,
             final_sync: message.settling,
+            handles: message
+                .reconfigure_handles
+                .into_iter()
+                .map(Into::into)
+                .collect(),
         }
     }
 }
@@ -78,6 +83,7 @@ impl From<&member::Member> for QuorumMember {
             commit_failures: member.commit_failures,
             init_sync: member.init_sync,
             settling: member.final_sync,
+            reconfigure_handles: text_of(&member.handles),
         }
     }
 }
@@ -106,8 +112,14 @@ pub fn rank_ask(message: ManagerQuorumRequest, deadline: Duration) -> RankAsk {
         init_sync: message.init_sync,
         final_sync: message.settling,
         commit_failures: message.commit_failures,
+        handle: message.reconfigure_handle.into(),
         deadline,
     }
+}
+
+fn text_of(handles: &[member::Handle]) -> Vec<String> {
+    let handles = handles.iter();
+    handles.map(|handle| handle.as_str().to_owned()).collect()
 }
 
 impl From<Assignment> for ManagerQuorumResponse {
@@ -131,6 +143,7 @@ impl From<Assignment> for ManagerQuorumResponse {
             replica_world_size: assignment.replica_world_size,
             commit_failures: assignment.commit_failures,
             replica_ids: replica_ids.map(|id| id.as_str().to_owned()).collect(),
+            reconfigure_handles: text_of(&assignment.handles),
             recovering_replica_ranks: assignment.recovering_replica_ranks,
             fresh_replica_ranks: assignment.fresh_replica_ranks,
             settling_replica_ranks: assignment.final_sync_replica_ranks,

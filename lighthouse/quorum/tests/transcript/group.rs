@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use torchft_quorum::gather::{Failure, FailureKind, Gather, GatherEffect, Group, RankAsk, Round};
-use torchft_quorum::member::{CallId, Member, Quorum};
+use torchft_quorum::member::{CallId, Handle, Member, Quorum};
 use torchft_quorum::vote::{CommitBarrier, RankVote, VoteEffect};
 
 use super::Command;
@@ -75,6 +75,7 @@ impl GroupWorld {
             init_sync: command.says("init_sync"),
             final_sync: false,
             commit_failures: command.number("failures").unwrap_or(0),
+            handle: command.text("handle").unwrap_or_default().to_owned().into(),
             deadline: self.now + command.ms("timeout_ms").unwrap_or(Duration::from_secs(60)),
         };
         let call_id = self.named(format!("ask {group_rank}"));
@@ -101,7 +102,11 @@ impl GroupWorld {
             }),
             None => Ok(Arc::new(Quorum {
                 id: command.number("id").unwrap_or(1),
-                members: command.names().skip(1).map(member).collect(),
+                members: command
+                    .names()
+                    .skip(1)
+                    .map(|m| member(m, command))
+                    .collect(),
                 formed_at: self.now,
             })),
         };
@@ -176,25 +181,27 @@ impl GroupWorld {
                 deadline,
             } => format!(
                 "send round {} attempt {attempt}: {}@{} shrink_only={} init_sync={:?} failures={} \
-                 last_quorum_id={last_quorum_id} deadline={} ms",
+                 last_quorum_id={last_quorum_id} deadline={} ms{}",
                 round.0,
                 member.replica_id,
                 member.step,
                 member.shrink_only,
                 member.init_sync,
                 member.commit_failures,
-                deadline.as_millis()
+                deadline.as_millis(),
+                told(" handles", &member.handles),
             ),
             GatherEffect::Answer {
                 call_id,
                 assignment,
             } => format!(
-                "{} -> quorum {}, rank {} of {}, heals: {}",
+                "{} -> quorum {}, rank {} of {}, heals: {}{}",
                 self.names[&call_id],
                 assignment.quorum_id,
                 assignment.replica_rank,
                 assignment.replica_world_size,
-                assignment.source.is_some()
+                assignment.source.is_some(),
+                told(", handles", &assignment.handles),
             ),
             GatherEffect::Refuse { call_id, refusal } => {
                 format!("refuse {}: {refusal}", self.names[&call_id])
@@ -220,7 +227,22 @@ impl GroupWorld {
 }
 
 /// `a@5` is the replica `a` at step 5.
-fn member(text: &str) -> Arc<Member> {
+/// `b@6`, with the handles that `handles_b=` gives it.
+fn member(text: &str, command: &Command) -> Arc<Member> {
     let (id, step) = text.split_once('@').expect("a replica and its step");
-    Arc::new(Member::new(id, step.parse().expect("a step")))
+    let handles = command.text(&format!("handles_{id}"));
+    let handles = handles.into_iter().flat_map(|list| list.split(','));
+    Arc::new(Member {
+        handles: handles.map(|handle| handle.to_owned().into()).collect(),
+        ..Member::new(id, step.parse().expect("a step"))
+    })
+}
+
+/// Handles as text, unless all of them are empty.
+fn told(name: &str, handles: &[Handle]) -> String {
+    let handles: Vec<_> = handles.iter().map(Handle::as_str).collect();
+    if handles.iter().all(|handle| handle.is_empty()) {
+        return String::new();
+    }
+    format!("{name}={handles:?}")
 }
