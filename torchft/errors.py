@@ -2,6 +2,7 @@
 
     TorchftError
     ├── SettingsError            an argument, flag or variable that cannot be used
+    │   └── ClosureError         a closure, where averaged gradients are stepped with
     ├── PhaseError               a call that the step's phase does not allow
     ├── QuorumError              no quorum could be formed; says who was missing and why
     │   └── StateLostError       the only holders of a committed step are gone
@@ -26,6 +27,7 @@ from urllib.error import URLError
 
 __all__ = [
     "ChildLostError",
+    "ClosureError",
     "CollectiveError",
     "DiscardedTooOften",
     "HealError",
@@ -48,6 +50,10 @@ class TorchftError(RuntimeError):
 
 class SettingsError(TorchftError, ValueError):
     """An argument, flag or environment variable that cannot be used as it is."""
+
+
+class ClosureError(SettingsError, AssertionError):
+    """An optimizer computes the loss again in its step, after the gradients were averaged."""
 
 
 class PhaseError(TorchftError):

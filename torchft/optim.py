@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from torchft.errors import ClosureError
 from torchft.grad_scaler import FollowedScaler, Found, unscale, warn_of_stranger
 from torchft.ledger import Bucket
-from torchft.step_hooks import check_optimizer
+from torchft.step_hooks import check_no_closure, check_optimizer
 from torchft.uncopied import Uncopied
 from torchft.untraced import untraced
 
@@ -43,6 +44,7 @@ class OptimizerWrapper(Uncopied, Optimizer):
 
     Raises:
         SettingsError: `optim` is no optimizer.
+        ClosureError: it computes the loss in its step, as LBFGS does.
     """
 
     copy_instead = (
@@ -56,6 +58,7 @@ class OptimizerWrapper(Uncopied, Optimizer):
         self, manager: Manager, optim: Optimizer, *, scaler: GradScaler | None = None
     ) -> None:
         check_optimizer("optim", optim)
+        check_no_closure(type(optim))
         self.manager = manager
         self.optim = optim
         self._scaler = None if scaler is None else FollowedScaler(manager, scaler)
@@ -86,10 +89,14 @@ class OptimizerWrapper(Uncopied, Optimizer):
         Of several optimizers that take part in one step the first one votes, and the others follow.
 
         Raises:
-            AssertionError: a closure was given. It would compute gradients after the vote.
+            ClosureError: a closure was given. It would compute gradients after the vote.
             SettingsError: a parameter has a gradient, and is in no model that was wrapped.
         """
-        assert closure is None, "a step that is voted on cannot re-evaluate the loss in a closure"
+        if closure is not None:
+            raise ClosureError(
+                "a step that is voted on cannot compute the loss in a closure, whose gradients "
+                "nobody would average: call backward() before, and step() without it"
+            )
         step = self.manager.steps.begun("step")
         self.manager.listeners.refuse_unaveraged(self.optim.param_groups, step)
         found = Found(self)

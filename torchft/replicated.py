@@ -30,7 +30,7 @@ from torchft.manager.peers import ManagerPeers
 from torchft.optim import OptimizerWrapper
 from torchft.quantization.proof import prove
 from torchft.step_guard import StepGuard
-from torchft.step_hooks import check_optimizer, check_trains, parameters_of
+from torchft.step_hooks import check_no_closure, check_optimizer, check_trains, parameters_of
 from torchft.strategies.buffers import LEFT
 from torchft.strategies.checks import check_among_groups
 from torchft.strategies.describe import differences_in_words, options_of
@@ -77,9 +77,12 @@ class Replicated(Uncopied):
         SettingsError: the strategy is in use, is a bare recipe, or cannot run among groups; the
             optimizer is of another model, or not the one that the strategy names; the manager
             serves a Replicated already; nothing to train.
+        ClosureError: the optimizer computes the loss in its step, as LBFGS does.
     """
 
     copy_instead = "save its state_dict(), and make another one with a manager of its own"
+    gives_closures = False
+    """Whether what steps the inner optimizer may give it a closure."""
 
     def __init__(
         self,
@@ -292,6 +295,8 @@ class Replicated(Uncopied):
         if optimizer is not None:
             if not isinstance(optimizer, InnerOptimizer):
                 check_inner(optimizer)
+                if not self.gives_closures:
+                    check_no_closure(type(optimizer))
                 self._check_given(optimizer)
             return optimizer
         if spec is None:

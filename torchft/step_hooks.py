@@ -27,12 +27,13 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from torchft.arguments import in_words
-from torchft.errors import SettingsError
+from torchft.errors import ClosureError, SettingsError
 from torchft.step_watch import StepWatch
 from torchft.untraced import untraced
 
 __all__ = [
     "StepHooks",
+    "check_no_closure",
     "check_optimizer",
     "check_trains",
     "hook_before_steps",
@@ -191,6 +192,21 @@ def check_optimizer(argument: str, optimizer: Any) -> None:
         raise SettingsError(
             f"{argument} is {in_words(optimizer)}, which is no optimizer: give an object with "
             "step() and param_groups, such as torch.optim.AdamW(model.parameters(), lr=1e-3)"
+        )
+
+
+def check_no_closure(kind: type[Any]) -> None:
+    """Optimizers of class `kind` step without a closure.
+
+    Raises:
+        ClosureError: they compute the loss in their step, as LBFGS does.
+    """
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ClosureError(
+            f"{kind.__name__} computes the loss several times in a step (its closure), and here it "
+            "is given one gradient: use another optimizer, or LocalSGD or DiLoCo, whose inner "
+            "optimizer steps with its closure between the rounds"
         )
 
 

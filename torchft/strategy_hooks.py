@@ -34,6 +34,8 @@ class StrategyHooks(Replicated):
     What heals is the recipe's state; users register the rest. So a checkpoint is of that alone.
     """
 
+    gives_closures = True
+
     def __init__(
         self,
         manager: Manager,

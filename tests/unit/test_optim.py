@@ -8,6 +8,7 @@ from helpers.manager import InProcessManager
 from helpers.peers import Node, Script, World
 from torch import nn
 
+from torchft.errors import ClosureError
 from torchft.optim import OptimizerWrapper
 
 
@@ -52,8 +53,15 @@ def test_a_discarded_step_leaves_weights_and_state() -> None:
 def test_a_closure_is_rejected() -> None:
     _, optimizer, _ = wrapped()
     optimizer.zero_grad()
-    with pytest.raises(AssertionError, match="closure"):
+    with pytest.raises(ClosureError, match=r"call backward\(\) before") as refused:
         optimizer.step(lambda: 0.0)
+    assert isinstance(refused.value, AssertionError), "what scripts for torchft catch"
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused_when_it_is_wrapped() -> None:
+    lbfgs = torch.optim.LBFGS([torch.nn.Parameter(torch.ones(1))])
+    with pytest.raises(ClosureError, match=r"LBFGS computes the loss .* or LocalSGD or DiLoCo"):
+        OptimizerWrapper(wrapped()[2], lbfgs)
 
 
 def test_hooks_run_around_the_steps_that_are_taken() -> None:

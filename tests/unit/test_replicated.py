@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from torchft.ddp import PureDistributedDataParallel
-from torchft.errors import MismatchError, PhaseError, SettingsError
+from torchft.errors import ClosureError, MismatchError, PhaseError, SettingsError
 from torchft.manager import Manager
 from torchft.optim import OptimizerWrapper
 from torchft.replicated import Replicated
@@ -352,6 +352,12 @@ class TestRefusals:
         votes = OptimizerWrapper(group.manager, group.inner)
         with pytest.raises(SettingsError, match="give the one that it wraps"):
             Replicated(group.manager, group.model, votes, Strategy([LocalSGDRecipe(3)]))
+
+    def test_an_optimizer_that_computes_the_loss_in_its_step(self) -> None:
+        group = alone()
+        group.inner = torch.optim.LBFGS(group.trained)
+        with pytest.raises(ClosureError, match="LBFGS computes the loss several times"):
+            group.replicated(Strategy([LocalSGDRecipe(3)]))
 
     def test_a_schedule_of_a_run_of_unknown_length(self) -> None:
         cosine = {"lr_scheduler_kwargs": {"cosine_anneal": True}, "lr_scheduler": "lambda_cosine"}

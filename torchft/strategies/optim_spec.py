@@ -18,6 +18,7 @@ from torch import nn
 
 from torchft.arguments import check_choice
 from torchft.errors import SettingsError
+from torchft.step_hooks import check_no_closure
 
 __all__ = ["OptimSpec", "ensure_optim_spec"]
 
@@ -49,7 +50,7 @@ class OptimSpec:
             raise SettingsError(f"OptimSpec needs an optimizer class such as AdamW, not {cls!r}")
         check_arguments(cls, kwargs)
         _check_rate(cls, kwargs.get("lr"))
-        _check_step(cls)
+        check_no_closure(cls)
         self.cls = cls
         self.kwargs = kwargs
 
@@ -137,15 +138,6 @@ def check_arguments(cls: type, kwargs: dict[str, Any]) -> None:
         inspect.signature(cls).bind(None, **kwargs)
     except TypeError as error:
         raise SettingsError(f"{cls.__name__}: {error}") from None
-
-
-def _check_step(cls: type[torch.optim.Optimizer]) -> None:
-    closure = inspect.signature(cls.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise SettingsError(
-            f"{cls.__name__} computes the loss several times in a step (its closure), and a "
-            "strategy has one gradient to give: use another optimizer"
-        )
 
 
 def plain(value: object) -> object:
