@@ -15,6 +15,7 @@
     │   │   └── ChildLostError   the child process of a subprocess group died (also an OSError)
     │   ├── NotFiniteError       an average has NaN or infinity in it: all groups discard the step
     │   └── HealError            live state could not be fetched
+    │       └── DonorRefusedError  the donor said that it gives no state (also an HTTPError)
     └── DiscardedTooOften        more discarded steps in a row than `max_retries` allows
 
 A deadline that passes is the standard `TimeoutError`. Each message names the cause (which replica,
@@ -23,13 +24,15 @@ step, phase or setting) and the next thing to do.
 
 from __future__ import annotations
 
-from urllib.error import URLError
+from email.message import Message
+from urllib.error import HTTPError, URLError
 
 __all__ = [
     "ChildLostError",
     "ClosureError",
     "CollectiveError",
     "DiscardedTooOften",
+    "DonorRefusedError",
     "HealError",
     "MismatchError",
     "PhaseError",
@@ -107,6 +110,26 @@ class NotFiniteError(StepError):
 
 class HealError(StepError):
     """The state of a live peer could not be fetched."""
+
+
+class DonorRefusedError(HealError, HTTPError):
+    """A donor answered that there is no such state to be had from it.
+
+    Attributes:
+        code: as of HTTP: 400 it offers another step, 404 it knows no such request, 500 it cannot
+            read its state, or that cannot travel, 503 it offered none in time.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        HTTPError.__init__(self, "", code, message, Message(), None)
+
+    def __str__(self) -> str:
+        return str(self.msg)
+
+    @property
+    def is_lasting(self) -> bool:
+        """Whether asking the same donor again is of no use, unless its state changes."""
+        return self.code == 500
 
 
 class DiscardedTooOften(TorchftError):

@@ -2,18 +2,21 @@
 of it.
 
 While the inner optimizer steps, nobody may read the parameters; after it the recipe may be due.
-Entering meets the other groups, so that all start from the same weights. Training outside of the
-context is an error, and so is training whose steps are not seen.
+Entering meets the other groups, so that all start from the same weights; if the state cannot be
+read by then, the first forward pass does. Training outside of the context is an error, and so is
+training whose steps are not seen.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from torchft.errors import PhaseError
 from torchft.quantization import Codec, codec_for
@@ -21,11 +24,14 @@ from torchft.replicated import Replicated
 from torchft.step_hooks import StepHooks
 from torchft.strategies.recipe import Recipe
 from torchft.strategies.strategy import Strategy
+from torchft.untraced import untraced
 
 if TYPE_CHECKING:
     from torchft.manager import Manager
 
 __all__ = ["StrategyHooks"]
+
+_log = logging.getLogger("torchft.strategy_hooks")
 
 
 class StrategyHooks(Replicated):
@@ -61,6 +67,7 @@ class StrategyHooks(Replicated):
         )
         self._guard.end()  # here the optimizer's own steps are those that count
         self._inside = False
+        self._waits_for_forward: list[RemovableHandle] = []
         self._stepping: Any = None
         # From now on, so that training outside of the context is noticed.
         self._hooks = StepHooks(
@@ -72,10 +79,36 @@ class StrategyHooks(Replicated):
         self._hooks.attach()
 
     def __enter__(self) -> Self:
-        self.join()
+        error = None if self._joined else self._manager.state.unreadable()
+        if error is None:
+            self.join()
+        else:
+            self._join_later(error)
         self._hooks.attach()
         self._inside = True
         return self
+
+    def _join_later(self, error: Exception) -> None:
+        """A `state_dict` cannot be read yet, as one that names what `with … as` is about to bind.
+        So the others are met before the first forward pass, or else before the first step."""
+        said = "%s: %s in a state_dict: the other groups are met when training begins"
+        _log.info(said, type(error).__name__, error)
+
+        @untraced
+        def join(*_: Any) -> None:
+            self._join_now()
+
+        self._waits_for_forward = [
+            module.register_forward_pre_hook(join) for module in self._modules
+        ]
+
+    def _join_now(self) -> None:
+        self._wait_no_longer()
+        self.join()
+
+    def _wait_no_longer(self) -> None:
+        while self._waits_for_forward:
+            self._waits_for_forward.pop().remove()
 
     def __exit__(
         self,
@@ -84,6 +117,7 @@ class StrategyHooks(Replicated):
         trace: TracebackType | None,
     ) -> None:
         self._inside = False
+        self._wait_no_longer()
         self._hooks.detach()
         self._inner_step_ended()
         if kind is None:
@@ -127,6 +161,8 @@ class StrategyHooks(Replicated):
         if not self._inside:
             self._refuse_outside()
             return
+        if not self._joined:
+            self._join_now()
         self._trained.check(self._frozen_steps)
         self._inner_step_ended()  # a step that raised has not come to its post-hook
         self._stepping = self._applying()

@@ -80,6 +80,9 @@ class InProcessManager:
     def offer_copies(self) -> None:
         pass
 
+    def unreadable(self) -> Exception | None:
+        return None
+
     def describe_model(self, key: str, tensors: list[tuple[str, Tensor]]) -> None:
         self.described[key] = [name for name, _ in tensors]
 

@@ -333,7 +333,7 @@ def test_a_forked_child_keeps_no_socket_of_the_donor(make: Make) -> None:
 def test_a_donor_without_a_state_says_why_at_once(make: Make) -> None:
     donor, healing = make(), make()
     donor.refuse_checkpoint([1], 3, "KeyError: 'ema'", LONG)
-    with pytest.raises(HealError, match=r"^the donor refused \(503\): KeyError: 'ema', healing to"):
+    with pytest.raises(HealError, match=r"^the donor refused \(500\): KeyError: 'ema', healing to"):
         healing.recv_checkpoint(0, donor.metadata(), 3, LONG)
     donor.disallow_checkpoint()
     donor.send_checkpoint([1], 4, {"w": 1}, LONG)

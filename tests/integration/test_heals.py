@@ -175,7 +175,7 @@ def test_a_donor_that_cannot_read_its_state_sends_the_joiner_to_another(tmp_path
 
     *_, errors = World(tmp_path, min_replicas=2).run(trains_in_two, trains_in_two, joins)
     assert len(errors) == 1
-    assert errors[0].startswith("the donor refused (503): KeyError: 'ema'")
+    assert errors[0].startswith("the donor refused (500): KeyError: 'ema'")
     assert "the next quorum asks another one" in errors[0]
 
 
@@ -208,7 +208,7 @@ def test_a_joiner_that_no_donor_can_serve_leaves_after_three_tries(tmp_path: Pat
 
     discarded, error = World(tmp_path).run(only_donor, joins)
     assert discarded <= 4  # the third ends the joiner, which the next one may still meet
-    assert error.startswith("the donor refused (503): KeyError: 'ema'")
+    assert error.startswith("the donor refused (500): KeyError: 'ema'")
     assert "it is asked again" in error and "3 heals of group_1" in error
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from world import Group, World
 
-from torchft.errors import MismatchError
+from torchft.errors import DiscardedTooOften, MismatchError, StateDictError
 from torchft.local_sgd import DiLoCo, LocalSGD
 from torchft.manager import Manager
 from torchft.process_group import FakeProcessGroupWrapper
@@ -64,6 +64,58 @@ def test_local_sgd_starts_all_groups_from_equal_weights(tmp_path: Path, backup: 
 
     one, two = World(tmp_path, min_replicas=2).run(story, story)
     assert one == two
+
+
+def test_a_state_dict_may_name_what_the_context_binds(tmp_path: Path) -> None:
+    """Then the groups meet before the first forward pass, and begin with equal weights."""
+
+    def story(group: Group) -> Any:
+        model = linear(seed=group.number)
+        diloco: DiLoCo
+
+        def state_dict() -> Any:
+            return {"model": model.state_dict(), "shared": diloco.shared_state_dict()}
+
+        def load_state_dict(state: Any) -> None:
+            model.load_state_dict(state["model"])
+
+        manager = group.manager(
+            state_dict=state_dict, load_state_dict=load_state_dict, min_replica_size=2
+        )
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        outer = torch.optim.SGD(model.parameters(), lr=0.7)
+        began: list[list[float]] = []
+        with DiLoCo(manager, [model], inner, outer, 2) as diloco:
+            model.register_forward_pre_hook(lambda *_: began.append(model.weight.tolist()))
+            train(model, inner, 4)
+        return began[0], manager.current_step(), model.weight.tolist()
+
+    one, two = World(tmp_path, min_replicas=2).run(story, story)
+    assert one == two
+    assert one[1] == 2
+
+
+def test_a_state_that_can_never_be_read_ends_all_groups_before_training(tmp_path: Path) -> None:
+    def story(group: Group) -> str:
+        model = linear(seed=group.number)
+
+        def state_dict() -> Any:
+            raise KeyError("ema")
+
+        manager = group.manager(
+            state_dict=state_dict, load_state_dict=lambda _: None, min_replica_size=2
+        )
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        outer = torch.optim.SGD(model.parameters(), lr=0.7)
+        with (
+            pytest.raises((StateDictError, DiscardedTooOften)) as raised,
+            DiLoCo(manager, [model], inner, outer, 2),
+        ):
+            train(model, inner, 4)
+        return str(raised.value)
+
+    for error in World(tmp_path, min_replicas=2).run(story, story):
+        assert "KeyError: 'ema'" in error and "mend its state_dict" in error
 
 
 def test_who_missed_the_last_outer_step_gets_the_weights_too_when_all_settle(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -188,15 +189,24 @@ def test_options_out_of_range_are_refused() -> None:
         options(least=0)
 
 
+def leaves(plan: Plan, failed: Sequence[int], *, refused: bool = False) -> list[bool]:
+    return [has_tried_all_donors(plan, so_often, refused=refused) for so_often in failed]
+
+
 def test_a_counted_group_leaves_when_three_heals_and_every_donor_have_failed() -> None:
     heals = make(Quorum(recovering_replica_ranks=[0], fresh_replica_ranks=[0]))
     assert heals.donors == 2
-    assert [has_tried_all_donors(heals, failed) for failed in (2, 3)] == [False, True]
+    assert leaves(heals, (2, 3)) == [False, True]
     quorum = Quorum(replica_world_size=6, recovering_replica_ranks=[0], fresh_replica_ranks=[0])
     many = make(quorum)
-    assert [has_tried_all_donors(many, failed) for failed in (4, 5)] == [False, True]
+    assert leaves(many, (4, 5)) == [False, True]
 
 
 def test_a_group_that_costs_the_others_nothing_may_go_on_trying_to_heal() -> None:
     heals = make(Quorum(recovering_replica_ranks=[0], fresh_replica_ranks=[0]), Place.AFTER)
-    assert not has_tried_all_donors(heals, 100)
+    assert leaves(heals, [100]) == [False]
+
+
+def test_a_group_leaves_whose_donors_can_never_read_their_state() -> None:
+    heals = make(Quorum(recovering_replica_ranks=[0], fresh_replica_ranks=[0]), Place.AFTER)
+    assert leaves(heals, (2, 3), refused=True) == [False, True]

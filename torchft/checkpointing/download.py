@@ -27,7 +27,7 @@ from torchft.checkpointing.memory import Checksum, fresh_memory, tensors_in
 from torchft.checkpointing.snapshot import SLICE_BYTES
 from torchft.checkpointing.stream import Deadline, Stream, connect
 from torchft.checkpointing.tree import decode
-from torchft.errors import HealError
+from torchft.errors import DonorRefusedError, HealError
 
 __all__ = ["Address", "Download"]
 
@@ -62,7 +62,8 @@ class Download:
         """The state.
 
         Raises:
-            HealError: the donor refused, or sent something that is not this state.
+            DonorRefusedError: the donor refused.
+            HealError: it sent something that is not this state.
             TimeoutError: the deadline passed, which moves on with what arrives.
             OSError: the donor cannot be reached, or the connection broke.
         """
@@ -160,7 +161,7 @@ def _read_raw_head(stream: Stream) -> bytes:
 
 
 def _accepted_length(stream: Stream) -> int:
-    """Content-Length of a 200. Raises HealError with the donor's words for another status."""
+    """Content-Length of a 200. Raises DonorRefusedError with the donor's words for another."""
     try:
         first, *rest = stream.read_head().split("\r\n")
         headers = {name.lower(): value for name, _, value in (x.partition(":") for x in rest)}
@@ -170,4 +171,4 @@ def _accepted_length(stream: Stream) -> int:
     if status == 200:
         return length
     text = stream.read(max(0, min(length, _MAX_ERROR_BYTES))).decode(errors="replace")
-    raise HealError(f"the donor refused ({status}): {text}")
+    raise DonorRefusedError(f"the donor refused ({status}): {text}", status)

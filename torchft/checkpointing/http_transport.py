@@ -24,7 +24,7 @@ from torchft.checkpointing.snapshot import Snapshot
 from torchft.checkpointing.stream import ProgressDeadline
 from torchft.checkpointing.transport import LIMIT, CheckpointTransport
 from torchft.checkpointing.window import Window
-from torchft.errors import HealError, PhaseError, TransferTimeoutError
+from torchft.errors import DonorRefusedError, HealError, PhaseError, TransferTimeoutError
 
 __all__ = ["HTTPTransport"]
 
@@ -142,6 +142,8 @@ def _named(what: str) -> Iterator[None]:
         yield
     except TimeoutError as error:
         raise TransferTimeoutError(f"{error}, {what}") from error
+    except DonorRefusedError as error:
+        raise DonorRefusedError(f"{error}, {what}", error.code) from error
     except HealError as error:
         raise HealError(f"{error}, {what}") from error
     except OSError as error:

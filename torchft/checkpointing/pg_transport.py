@@ -45,7 +45,7 @@ from torchft.checkpointing.snapshot import SLICE_BYTES, Snapshot
 from torchft.checkpointing.stream import ProgressDeadline
 from torchft.checkpointing.transport import LIMIT, CheckpointTransport
 from torchft.checkpointing.tree import decode, encode, same_places
-from torchft.errors import HealError, MismatchError, TransferTimeoutError
+from torchft.errors import DonorRefusedError, HealError, MismatchError, TransferTimeoutError
 from torchft.process_group import ProcessGroup
 
 __all__ = ["PGTransport"]
@@ -176,7 +176,7 @@ class PGTransport(CheckpointTransport[T]):
         (nbytes,) = _LENGTH_FORMAT.unpack(self._recv(_LENGTH_FORMAT.size, rank, _LENGTH, deadline))
         if -_MAX_REASON_BYTES <= nbytes < 0:
             reason = self._recv(-nbytes, rank, _HEAD, deadline).decode(errors="replace")
-            raise HealError(f"the donor refused: {reason}")
+            raise DonorRefusedError(f"the donor refused: {reason}", 500)
         if not PREFIX.size <= nbytes <= PREFIX.size + MAX_HEADER_BYTES:
             raise LayoutError(f"a header of {nbytes} bytes is out of range")
         raw = self._recv(nbytes, rank, _HEAD, deadline)
@@ -184,7 +184,7 @@ class PGTransport(CheckpointTransport[T]):
             raise LayoutError("the header says another length than the message before it")
         head = decode_head(raw[: PREFIX.size], raw[PREFIX.size :])
         if head.step != step:
-            raise HealError(f"the donor is serving {head.step} but got step={step}")
+            raise DonorRefusedError(f"the donor is serving {head.step} but got step={step}", 400)
         return head
 
     def _recv(self, nbytes: int, rank: int, tag: int, deadline: ProgressDeadline) -> bytes:
@@ -321,6 +321,8 @@ def _named(what: str, deadline: ProgressDeadline) -> Iterator[None]:
         yield
     except (TypeError, MismatchError):
         raise
+    except DonorRefusedError as error:
+        raise DonorRefusedError(f"{error}, {what}", error.code) from error
     except HealError as error:
         raise HealError(f"{error}, {what}") from error
     except (RuntimeError, TimeoutError) as error:

@@ -2,7 +2,8 @@
 
     GET /checkpoint/{step}/{part}-of-{parts}    one part of the state, `layout.py`
 
-200 with the part, 400 when another step is offered, 503 when none is in time, 404 for all else.
+200 with the part, 400 when another step is offered, 500 when the state cannot be read, 503 when
+none is offered in time, 404 for all else.
 Each connection carries one request and has a thread of its own, which ends with the connection.
 """
 
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from torchft.checkpointing.snapshot import Snapshot
 from torchft.checkpointing.stream import Deadline, ProgressDeadline, Stream
 from torchft.checkpointing.transport import LIMIT
-from torchft.checkpointing.window import Refused, Window, WrongStep
+from torchft.checkpointing.window import Refused, Unreadable, Window, WrongStep
 from torchft.process_group.bulk import as_bulk
 
 __all__ = ["MAX_PARTS", "SnapshotServer"]
@@ -30,7 +31,13 @@ logger = logging.getLogger(__name__)
 MAX_PARTS = 256
 _MAX_CONNECTIONS = 512
 _REQUEST_TIMEOUT_S = 10.0
-_REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 503: "Service Unavailable"}
+_REASONS = {
+    200: "OK",
+    400: "Bad Request",
+    404: "Not Found",
+    500: "Internal Server Error",
+    503: "Service Unavailable",
+}
 _PATH = re.compile(r"GET /checkpoint/(-?\d{1,19})/(\d{1,3})-of-(\d{1,3}) HTTP/1\.[01]")
 
 
@@ -142,6 +149,8 @@ class SnapshotServer:
             self._say(stream, 404, str(error))
         except WrongStep as refusal:
             self._say(stream, 400, f"invalid checkpoint requested: {refusal}")
+        except Unreadable as refusal:
+            self._say(stream, 500, str(refusal))
         except Refused as refusal:
             self._say(stream, 503, str(refusal))
 

@@ -85,7 +85,8 @@ class CheckpointTransport(ABC, Generic[T]):
         """The state of `step` from replica rank `src_rank`, on the CPU.
 
         Raises:
-            HealError: the donor is gone, offers another step, or sent something unreadable.
+            DonorRefusedError: the donor offers another step, or cannot read its state.
+            HealError: the donor is gone, or sent something unreadable.
             TransferTimeoutError: nothing arrived within `timeout`, or hardly anything for `LIMIT`
                 times that (`longest_s`).
         """

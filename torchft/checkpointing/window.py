@@ -18,7 +18,7 @@ from typing import Generic, TypeVar
 
 from torchft.errors import StepError
 
-__all__ = ["Refused", "Window", "WrongStep"]
+__all__ = ["Refused", "Unreadable", "Window", "WrongStep"]
 
 T = TypeVar("T")
 
@@ -27,6 +27,10 @@ _CUT_GRACE_S = 1.0  # A cut reader needs microseconds to notice.
 
 class Refused(StepError):
     """The window does not offer what a reader wants; the message says why."""
+
+
+class Unreadable(Refused):
+    """There is no state to be offered; the message says why."""
 
 
 class WrongStep(Refused):
@@ -77,6 +81,7 @@ class Window(Generic[T]):
 
         Raises:
             WrongStep: a later step is offered, or still an older one after `timeout_s`.
+            Unreadable: `refuse` was called for this step.
             Refused: nothing was offered within `timeout_s`.
         """
         lease = _Lease(cut)
@@ -117,7 +122,7 @@ class Window(Generic[T]):
         if self._shut:
             raise Refused("the donor is shutting down")
         if self._step == step and self._refusal is not None:
-            raise Refused(self._refusal)
+            raise Unreadable(self._refusal)
         if self._step is None or self._offer is None:
             raise Refused(f"the donor offered no state within {timeout_s:g} s")
         if self._step != step:

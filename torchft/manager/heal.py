@@ -16,11 +16,11 @@ from torch.distributed import Store
 
 from torchft.checkpointing import CheckpointTransport
 from torchft.coordination import ManagerClient
-from torchft.errors import CollectiveError, HealError, MismatchError
+from torchft.errors import CollectiveError, HealError, MismatchError, StateDictError
 from torchft.manager.begin import prefix_of
 from torchft.manager.heal_progress import Patience, report_progress, wait_for_heals
 from torchft.manager.live_state import LiveState
-from torchft.manager.plan import Donor, Plan
+from torchft.manager.plan import LEAST_TRIES, Donor, Plan
 from torchft.process_group.stores import StoreClients
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ class Healer:
         self._patience = Patience(
             self._options.timeout.total_seconds(), self._options.heal_limit.total_seconds()
         )
+        self._unreadable: list[str] = []
+        """Why the state could not be offered, the last times in a row."""
         self._offering: Step | None = None
         """The step for which the state is offered now."""
 
@@ -78,6 +80,17 @@ class Healer:
             self._offering = None
             self._transport.disallow_checkpoint()
 
+    def hopeless(self, plan: Plan) -> StateDictError | None:
+        """Why this group must leave the job: the others wait for its state before the first step,
+        and it cannot be read. Who has trained goes on without those that cannot heal from it."""
+        begins = plan.bootstrap or not self._context.progress.has_committed
+        if not begins or len(self._unreadable) < LEAST_TRIES:
+            return None
+        return StateDictError(
+            f"{self._unreadable[-1]}. The others begin with the state of {plan.name}, which could "
+            f"not be read {len(self._unreadable)} times in a row: mend its state_dict"
+        )
+
     def _offer(self, plan: Plan) -> None:
         """Let the members in `plan.serves` fetch the state, or tell them why there is none.
 
@@ -87,10 +100,12 @@ class Healer:
         try:
             state = self._state.collect(self._context.progress.state_dict)
             self._transport.check_state(state)
+            self._unreadable.clear()
         except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            self._unreadable.append(reason)
             _say_failed(plan, error)
             with suppress(HealError, TimeoutError):  # they are gone: nobody is left to be told
-                reason = f"{type(error).__name__}: {error}"
                 self._transport.refuse_checkpoint(list(plan.serves), plan.step, reason, timeout)
             return
         try:

@@ -111,6 +111,15 @@ class LiveState:
             except (TypeError, ValueError) as error:
                 raise StateDictError(f"{error} (registered as {key!r})") from error
 
+    def unreadable(self) -> Exception | None:
+        """Read all of the state. What a `state_dict` raises; None if none does."""
+        try:
+            for functions in self._functions.values():
+                functions.save()
+        except Exception as error:
+            return error
+        return None
+
     def load(self, states: dict[str, Any], source: str) -> None:
         """Load every registered key, in order. `source` names the step and the donor, for errors.
 

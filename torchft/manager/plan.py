@@ -29,6 +29,7 @@ from torchft.peers import Place
 
 __all__ = [
     "FOLLOWS",
+    "LEAST_TRIES",
     "Donor",
     "Options",
     "Phase",
@@ -292,12 +293,13 @@ LEAST_TRIES = 3
 """So many heals must fail in a row before a group leaves: a donor may just have died."""
 
 
-def has_tried_all_donors(plan: Plan, heals_failed: int) -> bool:
-    """Whether a group must leave, after so many heals in a row that cost the others a step each.
+def has_tried_all_donors(plan: Plan, heals_failed: int, *, refused: bool) -> bool:
+    """Whether a group must leave, after so many heals that failed in a row.
 
-    One that does not participate in its step costs them nothing and may go on trying.
+    One that does not participate in its step costs the others nothing and may go on trying, unless
+    the last donor has `refused` since it cannot read its state, which another try does not mend.
     """
-    return plan.participates and heals_failed >= max(LEAST_TRIES, plan.donors)
+    return (plan.participates or refused) and heals_failed >= max(LEAST_TRIES, plan.donors)
 
 
 class Why(enum.Enum):

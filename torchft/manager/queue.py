@@ -328,11 +328,10 @@ class Steps:
             outcome = self._decide(step, plan, timeout, counts and not plan.final_sync)
             self._count(plan, outcome)
             self._voter.record(step, plan, outcome, self._transport.bytes_sent)
-            if counts and plan.final_sync:
-                step.synced = outcome.went_well
-            elif counts and (hopeless := self._voter.hopeless(step, plan)) is not None:
-                self._leave(step, hopeless)
-                raise hopeless
+            if plan.final_sync:
+                step.synced = counts and outcome.went_well
+            else:
+                self._leave_if_hopeless(step, plan)
             committed = outcome.verdict is Verdict.COMMITTED
             step.committed = committed if counts else outcome.went_well
             return step.committed
@@ -366,6 +365,12 @@ class Steps:
                 self._progress.discard(heal_failed=outcome.heal_failed)
 
     # ------------------------------------------------------------------ end
+
+    def _leave_if_hopeless(self, step: Step, plan: Plan) -> None:
+        hopeless = self._voter.hopeless(step, plan) or self._healer.hopeless(plan)
+        if hopeless is not None:
+            self._leave(step, hopeless)
+            raise hopeless
 
     def _leave(self, step: Step, error: Exception) -> None:
         """Leave the job: free the peers of this step, and tell this group's other ranks why."""

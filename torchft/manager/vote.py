@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from torchft.errors import DiscardedTooOften, HealError
+from torchft.errors import DiscardedTooOften, DonorRefusedError, HealError
 from torchft.ledger import Bucket
 from torchft.manager.plan import Plan, Why, has_tried_all_donors, objection
 from torchft.timeouts import inside_group
@@ -127,15 +127,18 @@ class Voter:
             self._warn(outcome.step, reason, error_said=step.error is not None)
 
     def hopeless(self, step: Step, plan: Plan) -> DiscardedTooOften | None:
-        """Why this group must leave the job: one that cannot heal, with any donor, keeps the
-        others from committing. None while it may go on."""
+        """Why this group must leave the job: one that cannot heal, with any donor, tries for ever
+        and may keep the others from committing. None while it may go on."""
         failed = self._context.progress.heals_failed
-        if not has_tried_all_donors(plan, failed):
+        cause = step.error.original_exception if step.error else None
+        refusal = cause.__cause__ if cause else None
+        refused = isinstance(refusal, DonorRefusedError) and refusal.is_lasting
+        if not has_tried_all_donors(plan, failed, refused=refused):
             return None
-        cause = step.error.original_exception if step.error else "unknown"
+        then = "mend its state_dict, and start this group again" if refused else "start it again"
         return DiscardedTooOften(
-            f"{cause}. {failed} heals of {self._group.replica_id} failed in a row and cost the "
-            "other groups a step each, so it leaves the job: start it again"
+            f"{cause}. {failed} heals of {self._group.replica_id} failed in a row, so it leaves "
+            f"the job: {then}"
         )
 
     def _objection(self, step: Step, plan: Plan, counts: bool) -> Why | None:
