@@ -1,7 +1,7 @@
 """Fault-tolerant, communication-efficient replica-group training for PyTorch.
 
-Names load when they are first used, so `import torchft` is light: the lighthouse command never
-imports torch, and what needs the compiled extension asks for it only then.
+Names and submodules load when they are first used, so `import torchft` is light: the lighthouse
+command never imports torch, and what needs the compiled extension asks for it only then.
 
 `__version__` is the version of this package; `UPSTREAM_API` is the version of PyTorch's torchft
 whose Python interface and wire protocol it provides.
@@ -10,6 +10,7 @@ whose Python interface and wire protocol it provides.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from torchft.version import UPSTREAM_API, __version__
@@ -55,12 +56,14 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'torchft' has no attribute {name!r}")
-    module, attribute = _HOMES[name]
-    value = getattr(importlib.import_module(module), attribute)
-    globals()[name] = value
-    return value
+    if name in _HOMES:
+        module, attribute = _HOMES[name]
+        value = getattr(importlib.import_module(module), attribute)
+        globals()[name] = value
+        return value
+    if not name.startswith("_") and importlib.util.find_spec(f"torchft.{name}") is not None:
+        return importlib.import_module(f"torchft.{name}")
+    raise AttributeError(f"module 'torchft' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -8,6 +8,7 @@ synchronisation, and nothing but zeros of a group that skipped its batch.
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -64,6 +65,8 @@ class GradientAverager(ABC):
         self.sent = 0
         self.description: Description = {}
         self.module, self.manager = module, manager
+        self._takes_name = "name" in inspect.signature(manager.allreduce).parameters
+        """False for a script's own all-reduce that has the signature of PyTorch's torchft."""
         self._hooks: list[RemovableHandle] = []
         self._arrived: list[int] = []
         """Identities of the parameters whose gradients came in this backward pass."""
@@ -112,7 +115,10 @@ class GradientAverager(ABC):
     def reduce(self, tensor: Tensor, name: Name) -> Work:
         """Begin the average of `tensor`, which errors call by `name`."""
         self.sent += 1
-        return self.manager.allreduce(tensor, should_quantize=self.codec or False, name=name)
+        options: dict[str, Any] = {"name": name} if self._takes_name else {}
+        if self.codec is not None:
+            options["should_quantize"] = self.codec
+        return self.manager.allreduce(tensor, **options)
 
     @abstractmethod
     def average_all(self) -> None:

@@ -63,7 +63,7 @@ class OptimizerWrapper(Uncopied, Optimizer):
         self.optim = optim
         self._scaler = None if scaler is None else FollowedScaler(manager, scaler)
         self._warned = False
-        self._stepped: Step | None = None
+        self._stepped: Step | None = manager.steps.voted
         """The step whose vote this optimizer has followed last."""
 
     @untraced

@@ -138,8 +138,7 @@ class Manager(Registering, Uncopied):
     ) -> None:
         if (load_state_dict is None) != (state_dict is None):
             raise SettingsError("give load_state_dict and state_dict together, or neither")
-        self.ledger = Ledger()
-        """Where the time of this rank goes."""
+        self._ledger = Ledger()
         self.options = Options(
             min_replica_size=min_replica_size,
             sync=not use_async_quorum,
@@ -181,14 +180,12 @@ class Manager(Registering, Uncopied):
         Registering.__init__(self, self.options.timeout)
         self.fingerprint = Fingerprint(self.options)
         """What is compared with the other groups before anything is averaged."""
-        self.listeners = StepListeners()
-        """Who is called when a step begins and before its vote."""
+        self._listeners = StepListeners()
         self._progress = Progress(fresh=init_sync)
         context = Context(QuorumGroup(pg), self.options, self._progress, self.ledger, self._log)
-        self.steps = Steps(
+        self._steps = Steps(
             context, group, self._transport, self.state, self.fingerprint, self.listeners
         )
-        """The steps that are open, and how they begin, heal and close."""
         if load_state_dict is not None and state_dict is not None:
             self.register_state_dict_fn("default", load_state_dict, state_dict)
         # Names that scripts written for existing versions read.
@@ -201,6 +198,24 @@ class Manager(Registering, Uncopied):
         self._replica_id = group.name
         if settings.under_torchrun():
             watch_parent()
+
+    # ------------------------------------------------------------------ what it is made of
+    # Properties, so that `unittest.mock.create_autospec(Manager)` has them.
+
+    @property
+    def ledger(self) -> Ledger:
+        """Where the time of this rank goes."""
+        return self._ledger
+
+    @property
+    def listeners(self) -> StepListeners:
+        """Who is called when a step begins and before its vote."""
+        return self._listeners
+
+    @property
+    def steps(self) -> Steps:
+        """The steps that are open, and how they begin, heal and close."""
+        return self._steps
 
     # ------------------------------------------------------------------ its own state
 
