@@ -25,7 +25,7 @@ from torchft.manager.average import Name
 from torchft.manager.fingerprint import Description
 from torchft.quantization import Codec, codec_for
 from torchft.quantization.proof import prove
-from torchft.trained import TrainedParameters, describe_values, refuse_sparse, sparse_error
+from torchft.trained import Named, TrainedParameters, describe_values, refuse_sparse, sparse_error
 from torchft.untraced import untraced
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class GradientAverager(ABC):
         self.module, self.manager = module, manager
         self._takes_name = "name" in inspect.signature(manager.allreduce).parameters
         """False for a script's own all-reduce that has the signature of PyTorch's torchft."""
+        manager.starting_state.add(self)
         self._hooks: list[RemovableHandle] = []
         self._arrived: list[int] = []
         """Identities of the parameters whose gradients came in this backward pass."""
@@ -86,8 +87,17 @@ class GradientAverager(ABC):
         return describe_values(change.created)
 
     def holds(self, parameter: nn.Parameter) -> bool:
-        """What must be equal in all groups; see `StepListener`."""
+        """Whether the module has this parameter; see `StepListener`."""
         return self.trained.holds(parameter)
+
+    def averaged(self) -> list[Named]:
+        """The parameters that are equal in all groups; see `StepListener`."""
+        return self.trained.averaged()
+
+    def equal_state(self) -> dict[str, Any]:
+        """What is compared with groups that start at the same step: the parameters. Each group may
+        have buffers of its own."""
+        return dict(self.averaged())
 
     def before_vote(self, *, idle: bool) -> None:
         """As `StepListener`: see that every gradient was averaged that the optimizer may apply."""

@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from torchft.errors import ClosureError
 from torchft.grad_scaler import FollowedScaler, Found, unscale, warn_of_stranger
 from torchft.ledger import Bucket
+from torchft.manager.optimizer_state import optimizer_state
 from torchft.step_hooks import check_no_closure, check_optimizer
 from torchft.uncopied import Uncopied
 from torchft.untraced import untraced
@@ -50,6 +51,7 @@ class OptimizerWrapper(Uncopied, Optimizer):
     copy_instead = (
         "save its state_dict(), or copy the optimizer that it wraps (.optim) and wrap the copy"
     )
+    kind = "optimizer"
     _step_supports_amp_scaling = True
     """GradScaler calls `step` also when it has found an infinity, so that this group votes."""
 
@@ -65,6 +67,7 @@ class OptimizerWrapper(Uncopied, Optimizer):
         self._warned = False
         self._stepped: Step | None = manager.steps.voted
         """The step whose vote this optimizer has followed last."""
+        manager.starting_state.add(self)
 
     @untraced
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -142,6 +145,11 @@ class OptimizerWrapper(Uncopied, Optimizer):
         if self._scaler is not None and found.by_scaler:
             self._scaler.voted(committed)
         return committed and not found.infinity
+
+    def equal_state(self) -> dict[str, Any]:
+        """What is compared with groups that start at the same step: state and options of the
+        parameters whose gradients are averaged."""
+        return dict(optimizer_state(self.optim, self.manager.listeners.names()))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group to the wrapped optimizer."""

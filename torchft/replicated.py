@@ -26,8 +26,10 @@ from torchft.arguments import check_integer, in_words
 from torchft.ddp import DistributedDataParallel, PureDistributedDataParallel
 from torchft.errors import PhaseError, SettingsError
 from torchft.ledger import Bucket
+from torchft.manager.optimizer_state import optimizer_state
 from torchft.manager.peers import ManagerPeers
 from torchft.optim import OptimizerWrapper
+from torchft.peers import Place
 from torchft.quantization.proof import prove
 from torchft.step_guard import StepGuard
 from torchft.step_hooks import check_no_closure, check_optimizer, check_trains, parameters_of
@@ -80,6 +82,7 @@ class Replicated(Uncopied):
         ClosureError: the optimizer computes the loss in its step, as LBFGS does.
     """
 
+    kind = "strategy"
     copy_instead = "save its state_dict(), and make another one with a manager of its own"
     gives_closures = False
     """Whether what steps the inner optimizer may give it a closure."""
@@ -112,6 +115,7 @@ class Replicated(Uncopied):
         stepped = self.optimizer
         if isinstance(stepped, InnerOptimizer):
             stepped = stepped.optimizer
+        self._stepped = stepped
         self._options = {"optimizer": type(stepped).__name__, **options_of(strategy)}
         check_trains(self._local.names, self._local.parameters, stepped)
         _warn_of_strangers(self._local, stepped)
@@ -126,6 +130,7 @@ class Replicated(Uncopied):
         strategy.bind(self._local, peers, applying=self._applying)
         self._describe(deterministic)
         self._register()
+        manager.starting_state.add(self)
         instead = "call zero_grad() and step() of Replicated in place of the optimizer's"
         self._guard = StepGuard(stepped, f"{instead}, and no GradScaler.step")
 
@@ -237,6 +242,21 @@ class Replicated(Uncopied):
         """What is equal in all groups after each round: last synchronised weights, outer
         optimizers, the clock. Shares storage."""
         return self._strategy.shared_state_dict()
+
+    def equal_state(self) -> State:
+        """What is compared with groups that start at the same step. Local weights are equal only
+        where gradients are averaged in every step."""
+        recipes = self._strategy.recipes
+        state: State = {f"recipe {at}": one.equal_state() for at, one in enumerate(recipes)}
+        if any(one.place is Place.BEFORE and one.sync_every == 1 for one in recipes):
+            named = {
+                f"model {at}.{name}": parameter
+                for at, module in enumerate(self._modules)
+                for name, parameter in module.named_parameters()
+            }
+            names = {id(parameter): name for name, parameter in named.items()}
+            state |= named | dict(optimizer_state(self._stepped, names))
+        return state
 
     def _refuse_late_load(self, until: str = "the first step") -> None:
         if self._joined:

@@ -84,6 +84,11 @@ class TrainedParameters:
             return True
         return any(parameter is one for one in parameters_of(self._module))
 
+    def averaged(self) -> list[Named]:
+        """All parameters but those that are never averaged, frozen ones too."""
+        named = self._module.named_parameters()
+        return [(name, p) for name, p in named if name not in self._ignored]
+
     def unseen(self) -> str | None:
         """The name of a parameter that is trained now and was not at the last look."""
         held = {id(p) for _, p in self.named}
@@ -102,8 +107,7 @@ class TrainedParameters:
         }
 
     def _trained(self) -> list[Named]:
-        named = self._module.named_parameters()
-        return [(name, p) for name, p in named if p.requires_grad and name not in self._ignored]
+        return [(name, p) for name, p in self.averaged() if p.requires_grad]
 
 
 def _difference(before: Sequence[Named], now: Sequence[Named], known: Set[int]) -> Change:

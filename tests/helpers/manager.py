@@ -54,6 +54,7 @@ class InProcessManager:
         self._begun_early = False
         self._step = 0
         begins_equal = node.joins or node.script.opening
+        self.starting_state = SimpleNamespace(add=lambda source: None)
         self.options = SimpleNamespace(sync=not use_async_quorum, init_sync=begins_equal)
         node.register(self.load_state_dict, self.state_dict)
 

@@ -13,6 +13,8 @@ from torchft.manager.listeners import StepListeners
 from torchft.manager.live_state import LiveState
 from torchft.manager.plan import Options, WorldSizeMode
 from torchft.manager.progress import Progress
+from torchft.manager.registered import Registered
+from torchft.manager.starting_state import StartingState
 from torchft.manager.step import Context, Step
 
 __all__ = ["SilentLog", "a_context", "lone_step", "parts"]
@@ -58,4 +60,5 @@ def parts(context: Context, client: Any, *, rank: int = 0, world_size: int = 1) 
     )
     transport = SimpleNamespace(bytes_sent=0, bytes_received=0, shutdown=lambda wait: None)
     state = LiveState(timedelta(seconds=1))
-    return context, group, transport, state, Fingerprint(context.options), StepListeners()
+    fingerprint, starting = Fingerprint(context.options), StartingState(state, Registered())
+    return context, group, transport, state, fingerprint, StepListeners(), starting

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch._dynamo  # here, not in each of the groups, which are forked: it takes seconds
 from torch import Tensor, nn
 from torch.testing import assert_close
 from world import Group, World

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # whoever makes an optimizer needs it: seconds, in each group but for this
 from helpers.waiting import until
 from torch.distributed import TCPStore
 

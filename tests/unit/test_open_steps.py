@@ -35,6 +35,7 @@ def plan(*members: str, heals: bool = False) -> Plan:
         serves=(),
         healing=(1,) if heals else (),
         anyone_heals=heals,
+        fresh=frozenset(),
         bootstrap=False,
         final_sync=False,
         reference=0,

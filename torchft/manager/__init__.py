@@ -44,6 +44,7 @@ from torchft.manager.plan import Options, Phase, WorldSizeMode, follow
 from torchft.manager.progress import Progress
 from torchft.manager.queue import Steps
 from torchft.manager.registering import Registering
+from torchft.manager.starting_state import StartingState
 from torchft.manager.step import Context, ExceptionWithTraceback, Step
 from torchft.manager.telemetry import StepLog
 from torchft.peers import Place
@@ -181,10 +182,17 @@ class Manager(Registering, Uncopied):
         self.fingerprint = Fingerprint(self.options)
         """What is compared with the other groups before anything is averaged."""
         self._listeners = StepListeners()
+        self._starting_state = StartingState(self.state, self.registered)
         self._progress = Progress(fresh=init_sync)
         context = Context(QuorumGroup(pg), self.options, self._progress, self.ledger, self._log)
         self._steps = Steps(
-            context, group, self._transport, self.state, self.fingerprint, self.listeners
+            context,
+            group,
+            self._transport,
+            self.state,
+            self.fingerprint,
+            self.listeners,
+            self.starting_state,
         )
         if load_state_dict is not None and state_dict is not None:
             self.register_state_dict_fn("default", load_state_dict, state_dict)
@@ -216,6 +224,11 @@ class Manager(Registering, Uncopied):
     def steps(self) -> Steps:
         """The steps that are open, and how they begin, heal and close."""
         return self._steps
+
+    @property
+    def starting_state(self) -> StartingState:
+        """What is compared with groups that start at the same step as this one."""
+        return self._starting_state
 
     # ------------------------------------------------------------------ its own state
 

@@ -18,8 +18,15 @@ from torchft.checkpointing import CheckpointTransport
 from torchft.coordination import QuorumResult
 from torchft.errors import CollectiveError, TorchftError, UnreachableError
 from torchft.ledger import Bucket
-from torchft.manager.fingerprint import Fingerprint, exchange, same_world_sizes, withdraw
+from torchft.manager.fingerprint import (
+    Description,
+    Fingerprint,
+    exchange,
+    same_world_sizes,
+    withdraw,
+)
 from torchft.manager.plan import Plan, plan_step
+from torchft.manager.starting_state import PUBLISHED, StartingState, announce, check
 from torchft.peers import Place
 from torchft.process_group import ProcessGroup
 from torchft.process_group.attempt import Attempt, Deadline
@@ -115,11 +122,13 @@ class Beginner:
         group: ReplicaGroup,
         transport: CheckpointTransport[Any],
         fingerprint: Fingerprint,
+        starting_state: StartingState,
     ) -> None:
         self._context, self._options = context, context.options
         self._group = group
         self._transport = transport
         self._fingerprint = fingerprint
+        self._starting = starting_state
         self.stores = StoreClients()
         self._patient = True
 
@@ -151,7 +160,7 @@ class Beginner:
         """Make the process group of this quorum, unless it stands already.
 
         Raises:
-            MismatchError: this group's model or settings differ from the others'.
+            MismatchError: this group's model, settings or starting state differ from the others'.
             CollectiveError: it could not be made, or another group differs.
         """
         group = self._context.group
@@ -194,13 +203,18 @@ class Beginner:
 
     def _configure(self, plan: Plan) -> None:
         prefix = prefix_of(plan, self._group.rank)
+        state = self._starting.described(plan)  # here, where it may be read
         try:
             # A store whose process is stopped answers nothing and keeps no timeout of its own.
             deadline = Deadline.after(self._options.timeout)
-            store = Attempt(lambda attempt: self._compare(attempt, plan, prefix)).wait(deadline)
+            store = Attempt(lambda attempt: self._compare(attempt, plan, prefix, state)).wait(
+                deadline
+            )
             name = self._group.name or "0"
             self._context.group.pg.configure(prefix, name, plan.replica_rank, len(plan.members))
-            Attempt(lambda _: withdraw(store, plan.replica_rank))  # nobody waits for it
+            self._starting.compared(plan)
+            also = () if state is None else PUBLISHED
+            Attempt(lambda _: withdraw(store, plan.replica_rank, also))  # nobody waits for it
         except TorchftError:
             raise
         except (RuntimeError, OSError) as error:
@@ -210,9 +224,13 @@ class Beginner:
                 f"(members by rank: {ranks})"
             ) from error
 
-    def _compare(self, attempt: Attempt[Store], plan: Plan, prefix: str) -> Store:
+    def _compare(
+        self, attempt: Attempt[Store], plan: Plan, prefix: str, state: Description | None
+    ) -> Store:
         attempt.stage = f"all of {', '.join(plan.members)} to describe their models at {prefix}"
         store = self.stores.client(prefix, self._options.connect_timeout)
+        if state is not None:
+            announce(store, state, rank=plan.replica_rank, starts=self._starting.starts)
         exchange(
             store,
             self._fingerprint.whole(),
@@ -221,5 +239,7 @@ class Beginner:
             reference=plan.reference,
             timeout=self._options.timeout,
         )
+        if state is not None:
+            check(store, state, plan)
         self._fingerprint.was_compared()
         return store

@@ -26,6 +26,7 @@ __all__ = [
     "compare",
     "describe",
     "exchange",
+    "publish",
     "same_world_sizes",
     "withdraw",
 ]
@@ -156,9 +157,7 @@ def exchange(
         CollectiveError: another one differs. This step is lost, the next one may be without it.
         TimeoutError: a member did not describe itself within `timeout`.
     """
-    text = json.dumps(mine, sort_keys=True)
-    store.set(f"description/{rank}", text)
-    store.set(f"fingerprint/{rank}", hashlib.sha256(text.encode()).hexdigest())
+    store.set(f"fingerprint/{rank}", publish(store, "description", rank, mine))
     keys = [f"fingerprint/{other}" for other in range(len(members))]
     try:
         store.wait(keys, timeout)
@@ -188,7 +187,15 @@ def exchange(
         )
 
 
-def withdraw(store: Store, rank: int) -> None:
-    """Delete what `exchange` wrote, once all members have read it."""
-    store.delete_key(f"description/{rank}")
-    store.delete_key(f"fingerprint/{rank}")
+def publish(store: Store, kind: str, rank: int, mine: Description) -> str:
+    """Write what a member says of itself under `kind/rank`; its SHA-256 in hexadecimal digits."""
+    text = json.dumps(mine, sort_keys=True)
+    store.set(f"{kind}/{rank}", text)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def withdraw(store: Store, rank: int, also: Iterable[str] = ()) -> None:
+    """Delete what `exchange` wrote, and what was published `also`, by kind, once all members have
+    read it."""
+    for kind in ("description", "fingerprint", *also):
+        store.delete_key(f"{kind}/{rank}")

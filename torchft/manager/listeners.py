@@ -1,12 +1,7 @@
-"""Whoever has to act when a step begins and before it is voted on, e.g. what averages gradients.
-
-They are held weakly: a model that is wrapped anew is followed by the new wrapper alone.
-"""
+"""Whoever has to act when a step begins and before it is voted on, e.g. what averages gradients."""
 
 from __future__ import annotations
 
-import weakref
-from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,6 +9,7 @@ from torch import nn
 
 from torchft.errors import SettingsError, StepError
 from torchft.manager.fingerprint import Description
+from torchft.manager.weak_registry import WeakRegistry
 
 if TYPE_CHECKING:
     from torchft.manager.step import Step
@@ -36,6 +32,10 @@ class StepListener(Protocol):
         """Whether the model that it is about has this parameter."""
         ...
 
+    def averaged(self) -> Sequence[tuple[str, nn.Parameter]]:
+        """The parameters that are equal in all groups, by name, also those that are frozen."""
+        ...
+
     def before_step(self) -> Description:
         """A step is about to begin. Returns what must be equal in all groups this once, e.g. the
         values that each of them has made for a new parameter."""
@@ -50,11 +50,17 @@ class StepListeners:
     """The listeners of one manager, in the order in which they were added."""
 
     def __init__(self) -> None:
-        self._listeners: list[weakref.ref[StepListener]] = []
+        self._listeners = WeakRegistry[StepListener]()
 
     def add(self, listener: StepListener) -> None:
         """Call `listener` when a step begins and before its vote, while somebody else holds it."""
-        self._listeners.append(weakref.ref(listener))
+        self._listeners.add(listener)
+
+    def names(self) -> dict[int, str] | None:
+        """The names of the parameters that are equal in all groups, by identity; None where there
+        is no listener."""
+        named = self._listeners.named()
+        return {id(p): f"{key}.{name}" for key, one in named for name, p in one.averaged()} or None
 
     def before_step(self) -> tuple[Description, Description]:
         """Tell all that a step is about to begin.
@@ -63,15 +69,15 @@ class StepListeners:
             What must be equal in all groups always, and what must be this once.
         """
         once: Description = {}
-        for key, listener in self._named():
+        for key, listener in self._listeners.named():
             once.update({f"new in {key}: {k}": v for k, v in listener.before_step().items()})
-        return {key: listener.description for key, listener in self._named()}, once
+        return {key: listener.description for key, listener in self._listeners.named()}, once
 
     def before_vote(self, step: Step) -> None:
         """The step is about to be voted on. One in which this group sent nothing, although the
         others may wait for it, is completed by a lone listener; several cannot know whose turn it
         was, so that the step is discarded."""
-        listeners = self._named()
+        listeners = self._listeners.named()
         idle = not step.averages
         if idle and len(listeners) > 1 and not step.failed:
             kinds = ", ".join(key for key, _ in listeners)
@@ -91,7 +97,7 @@ class StepListeners:
         Raises:
             SettingsError: it does; names the parameter.
         """
-        listeners = [listener for _, listener in self._named()]
+        listeners = [listener for _, listener in self._listeners.named()]
         sent = sum(listener.sent for listener in listeners)
         if not listeners or step.failed or len(step.averages) > sent:
             return
@@ -106,16 +112,3 @@ class StepListeners:
                     "train its own: put it into the module that is wrapped, average its gradient "
                     "with manager.allreduce, or give it to an optimizer that is not wrapped"
                 )
-
-    def _named(self) -> list[tuple[str, StepListener]]:
-        """Those that are alive, with names that are equal in a group that was restarted."""
-        self._listeners = [reference for reference in self._listeners if reference() is not None]
-        numbers: Counter[str] = Counter()
-        named = []
-        for reference in self._listeners:
-            if (listener := reference()) is not None:
-                numbers[listener.kind] += 1
-                number = numbers[listener.kind]
-                key = listener.kind if number == 1 else f"{listener.kind} {number}"
-                named.append((key, listener))
-        return named

@@ -7,7 +7,8 @@ they collect what to offer: no group is ever given half an optimizer step.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -71,9 +72,18 @@ class LiveState:
             self._lock.w_acquire()
             self._readable = False
 
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Read the parameters in here, while nobody changes them.
+
+        Raises TimeoutError when a writer holds on.
+        """
+        with self._lock.r_lock():
+            yield
+
     def collect(self, manager_state: Callable[[], Any]) -> dict[str, Any]:
         """The payload for a healing group: `{"user": {key: state}, "torchft": manager_state()}`."""
-        with self._lock.r_lock():
+        with self.reading():
             assert self._functions, "no state is registered: a joining group could not heal"
             user = {key: functions.save() for key, functions in self._functions.items()}
             if self._copies:

@@ -173,6 +173,8 @@ class Plan:
     """Replica ranks that are behind."""
     anyone_heals: bool
     """Some member heals: donors must not close the step before it has what it needs."""
+    fresh: frozenset[int]
+    """Replica ranks that are new, and have not been in a quorum since they started."""
     bootstrap: bool
     """All members are new: nobody has anything to contribute yet."""
     final_sync: bool
@@ -191,9 +193,14 @@ class Plan:
         return self.replica_rank in self.participating
 
     @property
+    def level(self) -> list[int]:
+        """Replica ranks that hold the state of this step, and so do not heal."""
+        return [rank for rank in range(len(self.members)) if rank not in self.healing]
+
+    @property
     def donors(self) -> int:
         """How many groups hold the state that the others heal to."""
-        return len(self.members) - len(self.healing)
+        return len(self.level)
 
     @property
     def may_heal(self) -> bool:
@@ -248,6 +255,7 @@ def plan_step(
         serves=tuple(quorum.recover_dst_replica_ranks) if allow_heal else (),
         healing=tuple(sorted(recovering)),
         anyone_heals=bool(recovering) and allow_heal,
+        fresh=fresh,
         bootstrap=len(fresh) == len(ranks),
         final_sync=bool(quorum.settling_replica_ranks),
         reference=_reference(ranks, recovering, fresh),
@@ -284,6 +292,7 @@ def plan_of_others(
         serves=(),
         healing=(),
         anyone_heals=False,
+        fresh=frozenset(),
         bootstrap=False,
         final_sync=False,
     )

@@ -43,6 +43,7 @@ from torchft.manager.heal import Healer
 from torchft.manager.listeners import StepListeners
 from torchft.manager.live_state import LiveState
 from torchft.manager.plan import Phase, Plan, follow, plan_of_others
+from torchft.manager.starting_state import StartingState
 from torchft.manager.step import Context, Step
 from torchft.manager.vote import Outcome, Verdict, Voter
 from torchft.peers import Place
@@ -67,12 +68,13 @@ class Steps:
         state: LiveState,
         fingerprint: Fingerprint,
         listeners: StepListeners,
+        starting_state: StartingState,
     ) -> None:
         self.last: Step | None = None
         self._context, self._progress = context, context.progress
         self._group, self._transport, self._state = group, transport, state
         self._fingerprint, self._listeners = fingerprint, listeners
-        self._beginner = Beginner(context, group, transport, fingerprint)
+        self._beginner = Beginner(context, group, transport, fingerprint, starting_state)
         self._healer = Healer(context, group, transport, state, self._beginner.stores)
         self._voter = Voter(context, group)
         self._executor = Background("torchft_quorum")

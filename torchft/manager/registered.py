@@ -18,10 +18,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from torchft.arguments import in_words
 from torchft.digest import digest
 from torchft.errors import SettingsError
+from torchft.manager.optimizer_state import optimizer_state
 from torchft.step_hooks import check_optimizer, check_trains
 
 __all__ = ["Registered"]
@@ -45,6 +47,8 @@ class _Entry:
 
 class Registered:
     """What one rank registered by name, shared and its own."""
+
+    kind = "registered"
 
     def __init__(self) -> None:
         self._shared: dict[str, _Entry] = {}
@@ -77,6 +81,25 @@ class Registered:
         """A digest of what is equal in all groups after equal steps. Of sharded tensors, this
         rank's part counts."""
         return _digest(self._shared)
+
+    def equal_state(self) -> dict[str, Any]:
+        """Of what is shared, what no group may start with other values of: parameters, and state
+        and options of optimizers. Buffers, random numbers and positions may differ."""
+        shared = {name: entry.stateful for name, entry in self._shared.items()}
+        parameters = {
+            f"{key}.{name}": parameter
+            for key, one in shared.items()
+            if isinstance(one, nn.Module)
+            for name, parameter in one.named_parameters()
+        }
+        names = {id(parameter): name for name, parameter in parameters.items()} or None
+        optimizers = {
+            f"{key}: {name}": value
+            for key, one in shared.items()
+            if isinstance(one, Optimizer)
+            for name, value in optimizer_state(one, names)
+        }
+        return parameters | optimizers
 
     def digest_own(self) -> str:
         """A digest of what is this group's alone."""

@@ -139,6 +139,10 @@ class LocalSGDRecipe(Recipe):
             return {"inner_steps": self.clock.steps}  # rows differ, and their runtime heals them
         return {"inner_steps": self.clock.steps, "original_parameters": self._base().views()}
 
+    def equal_state(self) -> dict[str, Any]:
+        """The last average; without a backup each node has weights of its own."""
+        return {} if self.backup is None else self.state_dict()
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a donor's last average, or without a backup its weights."""
         if "original_parameters" in state:

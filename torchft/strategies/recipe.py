@@ -196,6 +196,10 @@ class Recipe:
         """The state that all nodes share, as plain data."""
         return {}
 
+    def equal_state(self) -> dict[str, Any]:
+        """As much of `state_dict` as is equal at all nodes also between two rounds."""
+        return self.state_dict()
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse. A strategy that heals then settles the recipe in; what loads a recipe by
         itself relies on the recipe to set `has_healed`."""
