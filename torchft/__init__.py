@@ -25,6 +25,8 @@ if TYPE_CHECKING:
         ProcessGroupBabyNCCL,
         ProcessGroupBabyXCCL,
         ProcessGroupGloo,
+        ProcessGroupNCCL,
+        ProcessGroupXCCL,
     )
     from torchft.replicated import Replicated
 
@@ -38,6 +40,8 @@ __all__ = [
     "ProcessGroupBabyNCCL",
     "ProcessGroupBabyXCCL",
     "ProcessGroupGloo",
+    "ProcessGroupNCCL",
+    "ProcessGroupXCCL",
     "Replicated",
     "__version__",
 ]
@@ -51,6 +55,8 @@ _HOMES = {
     "ProcessGroupBabyNCCL": ("torchft.process_group", "ProcessGroupBabyNCCL"),
     "ProcessGroupBabyXCCL": ("torchft.process_group", "ProcessGroupBabyXCCL"),
     "ProcessGroupGloo": ("torchft.process_group", "ProcessGroupGloo"),
+    "ProcessGroupNCCL": ("torchft.process_group", "ProcessGroupNCCL"),
+    "ProcessGroupXCCL": ("torchft.process_group", "ProcessGroupXCCL"),
     "Replicated": ("torchft.replicated", "Replicated"),
 }
 

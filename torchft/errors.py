@@ -2,11 +2,15 @@
 
     TorchftError
     ├── SettingsError            an argument, flag or variable that cannot be used
-    │   └── ClosureError         a closure, where averaged gradients are stepped with
+    │   ├── ClosureError         a closure, where averaged gradients are stepped with
+    │   └── MissingDeviceError   no such device on this machine, or a torch without its backend
     ├── PhaseError               a call that the step's phase does not allow
+    │   └── NotConfiguredError   a collective before `configure` (also an AssertionError)
+    ├── UnsupportedError         a backend lacks an operation (also a NotImplementedError)
     ├── QuorumError              no quorum could be formed; says who was missing and why
     │   └── StateLostError       the only holders of a committed step are gone
     ├── MismatchError            this group differs from the others: shapes, world size, wire
+    │   └── SharedDeviceError    another member of the process group is on the same device
     ├── StateDictError           registered state cannot travel, or a donor's cannot be loaded
     ├── UnreachableError         no connection within the connect timeout (also a TimeoutError)
     ├── TransferTimeoutError     live state stopped moving (also a TimeoutError, and a URLError)
@@ -35,15 +39,20 @@ __all__ = [
     "DonorRefusedError",
     "HealError",
     "MismatchError",
+    "MissingDeviceError",
+    "NotConfiguredError",
+    "NotFiniteError",
     "PhaseError",
     "QuorumError",
     "SettingsError",
+    "SharedDeviceError",
     "StateDictError",
     "StateLostError",
     "StepError",
     "TorchftError",
     "TransferTimeoutError",
     "UnreachableError",
+    "UnsupportedError",
 ]
 
 
@@ -59,8 +68,20 @@ class ClosureError(SettingsError, AssertionError):
     """An optimizer computes the loss again in its step, after the gradients were averaged."""
 
 
+class MissingDeviceError(SettingsError):
+    """This machine has no device of the kind that is asked for, or torch no backend for it."""
+
+
 class PhaseError(TorchftError):
     """A call that does not fit the phase that the step is in."""
+
+
+class NotConfiguredError(PhaseError, AssertionError):
+    """A process group was used before `configure`, or after `shutdown`."""
+
+
+class UnsupportedError(TorchftError, NotImplementedError):
+    """A process group has no such operation; the message says what to use in its place."""
 
 
 class QuorumError(TorchftError):
@@ -73,6 +94,10 @@ class StateLostError(QuorumError):
 
 class MismatchError(TorchftError):
     """This group cannot average with the others: another model, world size or wire version."""
+
+
+class SharedDeviceError(MismatchError):
+    """Two members of a process group are on one device, which its backend cannot serve."""
 
 
 class StateDictError(TorchftError):

@@ -10,7 +10,8 @@ whole seconds.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -53,6 +54,7 @@ __all__ = [
     "number_or_none",
     "path_or_none",
     "required",
+    "set_during",
     "text",
     "timeout",
     "under_torchrun",
@@ -222,3 +224,17 @@ def get_timeout(timeout_sec_env: str | None, default_timeout_sec: timedelta) -> 
     if timeout_sec_env is None:
         return default_timeout_sec
     return timedelta(seconds=int(timeout_sec_env))
+
+
+@contextmanager
+def set_during(name: str, value: str) -> Iterator[None]:
+    """Set a variable for what runs in here, such as a constructor of torch's that reads it. One
+    that is set already stays as it is."""
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]

@@ -1,14 +1,16 @@
-"""A collective that has already ended: for operations that have nothing to wait for."""
+"""Works that are no single operation of a backend: one that has ended, and several as one."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
 from torch.distributed import Work
-from torch.futures import Future
+from torch.futures import Future, collect_all
 
-__all__ = ["_DummyWork"]
+__all__ = ["AllOf", "_DummyWork"]
 
 
 class _DummyWork(Work):
@@ -45,3 +47,33 @@ class _DummyWork(Work):
 
     def block_current_stream(self) -> None:
         """Nothing to wait for."""
+
+
+class AllOf(Work):
+    """Several operations as one, which has ended when all of them have."""
+
+    def __init__(self, works: Sequence[Work]) -> None:
+        super().__init__()
+        self._works = tuple(works)
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        """Wait for all of them, at most `timeout` altogether."""
+        until = None if timeout is None else time.monotonic() + timeout.total_seconds()
+        for work in self._works:
+            if until is None:
+                work.wait()
+            else:
+                work.wait(timedelta(seconds=max(0.001, until - time.monotonic())))
+        return True
+
+    def get_future(self) -> Future[Any]:
+        """Completes with the futures of all, or with an error of one."""
+        return collect_all([work.get_future() for work in self._works])
+
+    def is_completed(self) -> bool:
+        """Whether all of them have ended."""
+        return all(work.is_completed() for work in self._works)
+
+    def synchronize(self) -> None:
+        """Wait without a deadline, as `wait` does."""
+        self.wait()

@@ -23,6 +23,7 @@ from torch.distributed.distributed_c10d import (
     AllreduceOptions,
     AllToAllOptions,
     BroadcastOptions,
+    ReduceScatterOptions,
 )
 
 from torchft.errors import CollectiveError, MismatchError, PhaseError, SettingsError
@@ -175,11 +176,34 @@ def test_an_operation_keeps_the_deadline_that_set_timeout_gave() -> None:
         assert 0.1 < world.hear(0) < 2.0
 
 
-def test_gloo_has_no_reduce_scatter(alone) -> None:
-    with pytest.raises(RuntimeError, match="gloo has no reduce_scatter"):
-        alone.reduce_scatter([torch.ones(1)], [[torch.ones(1)]])
-    with pytest.raises(RuntimeError, match="gloo has no reduce_scatter"):
-        alone.reduce_scatter_tensor_coalesced([torch.ones(1)], [torch.ones(1)])
+def _reduce_and_scatter(rank: Rank) -> None:
+    group = rank.configure()
+    me, count = rank.rank, rank.world_size
+    rows = [torch.full((2, 2), float(10 * row + me)) for row in range(count)]
+    mine = torch.empty(2, 2)
+    group.reduce_scatter([mine], [rows]).wait()
+    assert mine.tolist() == [[30.0 * me + 3.0] * 2] * 2
+    long, short = torch.arange(6.0) + me, torch.full((3, 2), me)
+    parts = [torch.empty(2), torch.empty(1, 2, dtype=torch.int64)]
+    work = group.reduce_scatter_tensor_coalesced(parts, [long, short])
+    assert work.wait(LONG)
+    assert parts[0].tolist() == [6.0 * me + 3.0, 6.0 * me + 6.0]
+    assert parts[1].tolist() == [[3, 3]]
+    opts = ReduceScatterOptions()
+    opts.reduceOp = ReduceOp.MAX
+    group.reduce_scatter([mine], [rows], opts).wait()
+    assert mine.tolist() == [[10.0 * me + 2] * 2] * 2
+    opts.reduceOp = ReduceOp.AVG
+    with pytest.raises(SettingsError, match=r"AVG of torch\.int64"):
+        group.reduce_scatter_tensor_coalesced([parts[1]], [short], opts)
+    with pytest.raises(SettingsError, match=r"AVG of torch\.int64"):
+        group.allreduce([short], ReduceOp.AVG)
+    rank.tell("done")
+
+
+def test_gloo_reduces_and_scatters() -> None:
+    with ranks(3, _reduce_and_scatter) as world:
+        assert world.hear_all() == ["done"] * 3
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,17 @@ RUST = PACKAGE.parent / "lighthouse"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 BASE = {
-    *("arguments", "atomic", "best_effort", "digest", "errors", "finite", "futures", "lazy_names"),
+    *(
+        "arguments",
+        "atomic",
+        "best_effort",
+        "devices",
+        "digest",
+        "errors",
+        "finite",
+        "futures",
+        "lazy_names",
+    ),
     *("ledger", "ordered", "parameter_marks", "peers", "records", "renamed", "retry", "seeds"),
     *("settings", "sharded", "step_guard", "step_hooks", "step_watch"),
     *("timeouts", "uncopied", "untraced", "version", "work"),

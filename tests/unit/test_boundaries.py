@@ -35,7 +35,11 @@ PRIVATE_OF = {
         *("_forward_pre_hooks", "_metadata", "_modules", "_non_persistent_buffers_set"),
         *("_parameters", "_values", "_version"),
     },
-    "torch's process groups": {"_Options", "_devices", "_get_process_group_name", "_timeout"},
+    "torch's process groups": {
+        *("_Options", "_devices", "_get_backend", "_get_process_group_name"),
+        *("_reduce_scatter_base", "_register_backend", "_set_default_backend"),
+        *("_set_sequence_number_for_group", "_timeout"),
+    },
     "torch's compiler": {"_disable_dynamo"},
     "the extension's, named as torchft's scripts call them": {
         *("_checkpoint_metadata", "_end_group", "_quorum"),
@@ -48,7 +52,7 @@ PERHAPS_OF = {
     },
     "torch's, in some versions or kinds of objects": {
         *("_ddp_params_and_buffers_to_ignore", "_metadata", "_orig_mod", "hooked", "set_timeout"),
-        "to_local",
+        *("AcceleratorError", "ProcessGroupNCCL2", "Stream", "get_error", "to_local"),
     },
     "an optimizer, or an object that is used like one": {
         *("defaults", "optimizer", "param_groups", "state", "step"),

@@ -31,6 +31,7 @@ from torchft.errors import PhaseError
 from torchft.ordered import chunk_of, ordered_mean
 from torchft.process_group import ProcessGroup
 from torchft.process_group.generation import Generation
+from torchft.process_group.watchdog import wait_in_stream
 
 __all__ = ["OrderedMean", "as_bytes"]
 
@@ -160,7 +161,5 @@ class OrderedMean(Work):
     @staticmethod
     def _wait_for(work: Work | None, until: float | None) -> None:
         assert work is not None
-        if until is None:
-            work.wait()
-        else:
-            work.wait(timedelta(seconds=max(0.001, until - time.monotonic())))
+        left = None if until is None else max(0.001, until - time.monotonic())
+        wait_in_stream(work, None if left is None else timedelta(seconds=left))

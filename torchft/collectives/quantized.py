@@ -121,7 +121,7 @@ def allreduce_quantized(
     tensors: Sequence[Tensor],
     opts: AllreduceOptions | ReduceOp | ReduceOp.RedOpType,
     pg: ProcessGroup,
-    sync_stream: torch.cuda.Stream | None = None,
+    sync_stream: torch.Stream | None = None,
     *,
     codec: str | Codec | None = None,
 ) -> Work:

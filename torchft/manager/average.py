@@ -8,6 +8,9 @@ that has NaN or infinity in it is such an error too, judged while it is divided 
 When a connection ends, gloo fails what is pending, but overlooks an operation that sends in that
 very moment, which then waits for its whole timeout. So what takes long is looked at now and then,
 and given up when its members are gone.
+
+What a device runs by itself holds up the current stream instead of the host: its deadline is the
+watchdog's of the process group, and its failure is found at the vote.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
@@ -28,6 +32,7 @@ from torchft.finite import divide, not_finite
 from torchft.futures import call_after, future_on
 from torchft.ledger import Bucket
 from torchft.process_group.account import paid_by
+from torchft.process_group.watchdog import wait_in_stream
 
 if TYPE_CHECKING:
     from torchft.manager.step import Step
@@ -103,7 +108,9 @@ class Average(Work):
         """Wait, at most `timeout` or else the manager's, and divide. Returns True; a failure
         discards the step."""
         if not self._finished:
-            self._finish(self._failure_of(self._work.wait, timeout or self._timeout))
+            self._finish(
+                self._failure_of(partial(wait_in_stream, self._work), timeout or self._timeout)
+            )
         return True
 
     def is_finite(self) -> bool:

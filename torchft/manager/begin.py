@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.distributed import Store
 
 from torchft.checkpointing import CheckpointTransport
@@ -73,6 +74,11 @@ class QuorumGroup:
     def generation(self) -> Generation | None:
         """The present generation, where the process group has generations."""
         return getattr(self.pg, "generation", None)  # torch's own groups have none
+
+    @property
+    def device(self) -> torch.device:
+        """Where the process group wants tensors whose place does not matter."""
+        return self.pg.device if isinstance(self.pg, ProcessGroup) else torch.device("cpu")
 
     @contextmanager
     def making(self, quorum_id: int) -> Iterator[None]:
@@ -168,6 +174,8 @@ class Beginner:
             with self._context.ledger.spending(Bucket.CONFIGURE), group.making(plan.quorum_id):
                 self._configure(plan)
         step.generation = group.generation
+        if step.generation is not None:
+            step.generation.limit(self._options.timeout)
         if step.failed:  # meanwhile: no peer may wait for us in the new group
             group.abandon(step.generation)
 

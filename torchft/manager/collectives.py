@@ -19,6 +19,7 @@ from torch.distributed import ReduceOp, Work
 from torch.distributed.distributed_c10d import AllgatherOptions
 
 from torchft.collectives import OrderedMean, QuantizedMean, adds, as_bytes, codec_for
+from torchft.devices import finish_current_stream
 from torchft.errors import SettingsError
 from torchft.ledger import Bucket
 from torchft.manager.average import Average, Done, Name
@@ -113,13 +114,16 @@ def finish(step: Step, timeout: timedelta) -> None:
     """Wait for all that is under way in the step; a failure is the step's error."""
     if step.plan.anyone_heals and not step.averages and not step.broken:
         # Nothing was averaged, so nothing has shown that who heals has got its state.
-        _reduce(step, torch.zeros(1, dtype=torch.float32, device="cpu"), ReduceOp.SUM)
+        _reduce(
+            step,
+            torch.zeros(1, dtype=torch.float32, device=step.context.group.device),
+            ReduceOp.SUM,
+        )
     with step.ledger.spending(Bucket.COMMUNICATE):
         for average in step.averages:
             average.wait(timeout)
             average.report()
-        if torch.cuda.is_initialized():
-            torch.cuda.current_stream().synchronize()
+        finish_current_stream()
     # What was taken over from a donor has no process group here.
     error = None if step.detached else step.context.group.error_of(step.generation)
     if error is not None and (not step.failed or step.not_finite):

@@ -1,4 +1,4 @@
-"""CUDA streams beside the training loop's, for what the background encodes and sends.
+"""Streams of the accelerator beside the training loop's, for what the background encodes and sends.
 
 What the loop computed before comes first, and what the loop computes meanwhile does not wait:
 
@@ -6,7 +6,7 @@ What the loop computed before comes first, and what the loop computes meanwhile 
     with beside: ...                 in the background: kernels and copies go to the side stream
     beside.join()                    in the loop: from here on its stream sees the result
 
-Tensors on the CPU need none of it.
+Tensors on the CPU, or on a device without streams, need none of it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cache
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
+
+from torchft.devices import has_streams, module_of
 
 __all__ = ["SideStream"]
 
@@ -26,17 +28,17 @@ class SideStream:
     """For one piece of work on `tensors`."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors = [tensor for tensor in tensors if tensor.is_cuda]
+        self._tensors = [tensor for tensor in tensors if has_streams(tensor.device)]
         self._devices = sorted({tensor.device for tensor in self._tensors}, key=str)
-        self._before = [torch.cuda.current_stream(at).record_event() for at in self._devices]
-        self._after: list[torch.cuda.Event] = []
+        self._before = [_current(at).record_event() for at in self._devices]
+        self._after: list[torch.Event] = []
         self._entered = ExitStack()
 
     def __enter__(self) -> Self:
         for device, before in zip(self._devices, self._before, strict=True):
             side = _of(device)
             side.wait_event(before)
-            self._entered.enter_context(torch.cuda.stream(side))
+            self._entered.enter_context(module_of(device).stream(side))
         return self
 
     def __exit__(self, *raised: object) -> None:
@@ -49,9 +51,13 @@ class SideStream:
     def join(self) -> None:
         """The current streams go on after all that was done within."""
         for device, after in zip(self._devices, self._after, strict=False):
-            torch.cuda.current_stream(device).wait_event(after)
+            _current(device).wait_event(after)
+
+
+def _current(device: torch.device) -> Any:
+    return module_of(device).current_stream(device)
 
 
 @cache
-def _of(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+def _of(device: torch.device) -> Any:
+    return module_of(device).Stream(device)

@@ -5,6 +5,7 @@ generation  one set of members, from its making to its end; sockets and reaper e
 rendezvous  how members find each other, at a store (`stores`), before a deadline (`attempt`)
 wrapper     passes on to another group, or to today's generation
 gloo        over TCP
+accelerator on devices: NCCL, XCCL, by what `backends` makes; `control` ends it, `watchdog` times it
 dummy       of one member
 faults      swallows faults, or makes them on purpose
 managed     the manager as a process group
@@ -12,6 +13,7 @@ baby        in a child process, whatever the kind; child_process starts and watc
             shared_memory has the tensors, child is what runs in it
 """
 
+from torchft.process_group.accelerator import ProcessGroupNCCL, ProcessGroupXCCL
 from torchft.process_group.baby import (
     ProcessGroupBaby,
     ProcessGroupBabyGloo,
@@ -42,6 +44,8 @@ __all__ = [
     "ProcessGroupBabyXCCL",
     "ProcessGroupDummy",
     "ProcessGroupGloo",
+    "ProcessGroupNCCL",
     "ProcessGroupWrapper",
+    "ProcessGroupXCCL",
     "create_store_client",
 ]

@@ -21,12 +21,12 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed import Work
 from torch.utils._pytree import tree_leaves
 
 from torchft.arguments import check_integer
-from torchft.errors import ChildLostError, CollectiveError, SettingsError
+from torchft.errors import ChildLostError, CollectiveError, NotConfiguredError, SettingsError
+from torchft.process_group.accelerator import NCCL, XCCL, Kind
 from torchft.process_group.account import Account, payer
 from torchft.process_group.base import ProcessGroup
 from torchft.process_group.child import Abort, Options, Reply
@@ -77,7 +77,7 @@ class ProcessGroupBaby(ProcessGroup):
     """The group that `factory` makes, in a child process.
 
     A subclass names the `factory`, as `module:name` of what makes one of our process groups from a
-    timeout, and the `device` on which that wants its tensors.
+    timeout, and the `child_device` on which that wants its tensors.
 
     Args:
         timeout: deadline of each configure and each operation; a number is in seconds. The first
@@ -89,7 +89,7 @@ class ProcessGroupBaby(ProcessGroup):
     """
 
     factory = ""
-    device = "cpu"
+    child_device = "cpu"
 
     def __init__(
         self, timeout: timedelta | float = timedelta(seconds=60), *, max_active_work: int = 64
@@ -164,8 +164,10 @@ class ProcessGroupBaby(ProcessGroup):
 
     def set_timeout(self, timeout: timedelta) -> None:
         """Deadline of each configure and operation from now on."""
-        self._timeout = timeout
-        for child in list(self._children):
+        with self._changing:  # a child that is being started has the old one, and is told later
+            self._timeout = timeout
+            children = list(self._children)
+        for child in children:
             child.set_timeout(timeout)
 
     def num_active_work(self) -> int:
@@ -187,10 +189,13 @@ class ProcessGroupBaby(ProcessGroup):
         """How many members there are.
 
         Raises:
-            AssertionError: it is not configured.
+            NotConfiguredError: it is not configured.
         """
         if self._size is None:
-            raise AssertionError(f"{type(self).__name__}: call configure first")
+            raise NotConfiguredError(
+                f"{type(self).__name__} has no members yet: call configure first, or give it to a "
+                "Manager, which configures it in each new quorum"
+            )
         return self._size
 
     def getBackendName(self) -> str:
@@ -213,9 +218,10 @@ class ProcessGroupBaby(ProcessGroup):
         return child
 
     def _place(self) -> str:
-        if self.device == "cpu":
+        if self.child_device == "cpu":
             return "cpu"
-        return f"{self.device}:{torch.get_device_module(self.device).current_device()}"
+        module = torch.get_device_module(self.child_device)
+        return f"{self.child_device}:{module.current_device()}"
 
     def _living(self) -> ChildProcess:
         with self._changing:
@@ -249,7 +255,7 @@ class ProcessGroupBaby(ProcessGroup):
             CollectiveError: the group was aborted, or no operation of those under way ended in
                 time to make room for this one.
             ChildLostError: the child died, or the group was shut down.
-            AssertionError: the group was not configured.
+            NotConfiguredError: the group was not configured.
         """
         if not self._room.acquire(timeout=self._timeout.total_seconds()):
             raise CollectiveError(
@@ -351,29 +357,26 @@ class ProcessGroupBabyGloo(ProcessGroupBaby):
 class _OnDevice(ProcessGroupBaby):
     """Of a backend that torch may lack, for a device that the machine may lack."""
 
+    kind: Kind
+
     def _check(self) -> None:
-        name = self.factory.rpartition("ProcessGroup")[2]
-        there = dist.is_nccl_available() if name == "NCCL" else dist.is_xccl_available()
-        if not there or not getattr(torch, self.device).is_available():
-            raise SettingsError(
-                f"{type(self).__name__} needs a {self.device} device and a torch with {name}: use "
-                "ProcessGroupBabyGloo, which takes tensors of every device"
-            )
-        super()._check()
+        self.kind.check(type(self).__name__)
 
 
 class ProcessGroupBabyNCCL(_OnDevice):
     """`ProcessGroupNCCL` in a child process, by way of the host. Never run on a GPU yet."""
 
     factory = "torchft.process_group:ProcessGroupNCCL"
-    device = "cuda"
+    child_device = "cuda"
+    kind = NCCL
 
 
 class ProcessGroupBabyXCCL(_OnDevice):
     """`ProcessGroupXCCL` in a child process, by way of the host. Never run on an XPU yet."""
 
     factory = "torchft.process_group:ProcessGroupXCCL"
-    device = "xpu"
+    child_device = "xpu"
+    kind = XCCL
 
 
 def _copy_in(segment: Segment, reads: list[Any]) -> None:

@@ -28,7 +28,7 @@ from torch.distributed.distributed_c10d import (
     ReduceScatterOptions,
 )
 
-from torchft.errors import PhaseError
+from torchft.errors import PhaseError, UnsupportedError
 
 if TYPE_CHECKING:
     from torchft.process_group.generation import Generation
@@ -79,6 +79,11 @@ class ProcessGroup(TorchProcessGroup):
     def set_timeout(self, timeout: timedelta) -> None:
         """Deadline of every configure and operation that begins from now on."""
         raise self._lacks("set_timeout")
+
+    @property
+    def device(self) -> torch.device:
+        """Where it wants tensors whose place does not matter; most kinds take others too."""
+        return torch.device("cpu")
 
     @property
     def generation(self) -> Generation | None:
@@ -174,8 +179,11 @@ class ProcessGroup(TorchProcessGroup):
         """Reduce each `[n * k, …]` and keep one's own `[k, …]`."""
         raise self._lacks("reduce_scatter_tensor_coalesced")
 
-    def _lacks(self, operation: str) -> NotImplementedError:
-        return NotImplementedError(f"{type(self).__name__} has no {operation}")
+    def _lacks(self, operation: str) -> UnsupportedError:
+        return UnsupportedError(
+            f"{type(self).__name__} does not support {operation}: override it, or use "
+            "ProcessGroupGloo, which has every operation"
+        )
 
     # ------------------------------------------------------------------ torch's registry
 
@@ -191,7 +199,8 @@ class ProcessGroup(TorchProcessGroup):
         if self._registered is not None:
             raise PhaseError(f"registered already as {self._registered!r}: unregister first")
         backend = f"{self.getBackendName()}:{name}"
-        devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+        there = torch.accelerator.current_accelerator(check_available=True)
+        devices = ["cpu", *([] if there is None else [there.type])]
         dist.Backend.register_backend(backend, self._creator(), devices=devices)
         group = dist.new_group(
             ranks=[dist.get_rank()],

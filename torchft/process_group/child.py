@@ -27,6 +27,7 @@ from torchft import errors
 from torchft.coordination import watch_parent
 from torchft.errors import CollectiveError
 from torchft.process_group.shared_memory import Slot, mapped, view
+from torchft.process_group.watchdog import DeviceWork
 
 __all__ = [
     "Abort",
@@ -213,6 +214,8 @@ class _Child:
 
     def _finish(self, request: Operation, work: Any, staged: dict[Slot, Tensor], sent: int) -> None:
         try:
+            if isinstance(work, DeviceWork):
+                work.wait_on_host()
             work.wait()
             if self.device.type != "cpu":
                 for slot in request.writes:
@@ -253,9 +256,12 @@ def main(
     torch.set_num_threads(1)
     line = Connection(descriptor)
     module, _, name = factory.partition(":")
+    at = torch.device(device)
     try:
+        if at.type != "cpu":
+            torch.get_device_module(at).set_device(at)
         group = getattr(importlib.import_module(module), name)(timedelta(seconds=timeout_s))
-        child = _Child(line, group, torch.device(device), ThreadPoolExecutor(most))
+        child = _Child(line, group, at, ThreadPoolExecutor(most))
         child.answer(0)
     except Exception as error:
         line.send(Reply(0, Failure.of(error)))

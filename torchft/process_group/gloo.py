@@ -4,7 +4,6 @@ Making one: open a network device and see where it listens, meet the others in t
 connect to all of them, note which sockets that made and mark them as bulk. Gloo tries a dead peer
 five times for its whole timeout each, so while it connects it gets a fifth of what is left.
 """
-# mypy: disable-error-code="override"
 
 from __future__ import annotations
 
@@ -12,18 +11,16 @@ import logging
 from datetime import timedelta
 from typing import Any
 
-from torch import Tensor
 from torch.distributed import ProcessGroupGloo as GlooBackend
-from torch.distributed import Store, Work
-from torch.distributed.distributed_c10d import ReduceScatterOptions
+from torch.distributed import Store
 
 from torchft import settings
 from torchft.errors import CollectiveError, SettingsError
 from torchft.process_group import bulk, rendezvous, sockets
 from torchft.process_group.attempt import Attempt, Deadline
+from torchft.process_group.control import Connections
 from torchft.process_group.generation import Generation, set_backend_timeout
 from torchft.process_group.rendezvous import Member, Seat
-from torchft.process_group.stores import StoreClients
 from torchft.process_group.wrapper import ProcessGroupWrapper
 
 __all__ = ["ProcessGroupGloo"]
@@ -45,42 +42,10 @@ class ProcessGroupGloo(ProcessGroupWrapper):
             raise SettingsError(f"timeout={timeout} is no timeout: give one above 0")
         bulk.check()
         super().__init__(timeout)
-        self._stores = StoreClients()
 
     def getBackendName(self) -> str:
         """The name of its backend, `torchft-gloo`."""
         return "torchft-gloo"
-
-    def shutdown(self) -> None:
-        """Abandon what is pending and let go of everything, also of the stores."""
-        super().shutdown()
-        self._stores.close()
-
-    def reduce_scatter(
-        self,
-        output_tensors: list[Tensor],
-        input_tensors: list[list[Tensor]],
-        opts: ReduceScatterOptions | None = None,
-    ) -> Work:
-        """Refuse the operation, which gloo does not have.
-
-        Raises:
-            RuntimeError: always.
-        """
-        raise RuntimeError("gloo has no reduce_scatter: use allreduce or alltoall_base")
-
-    def reduce_scatter_tensor_coalesced(
-        self,
-        output_tensors: list[Tensor],
-        input_tensors: list[Tensor],
-        opts: ReduceScatterOptions | None = None,
-    ) -> Work:
-        """Refuse the operation, which gloo does not have.
-
-        Raises:
-            RuntimeError: always.
-        """
-        raise RuntimeError("gloo has no reduce_scatter: use allreduce or alltoall_base")
 
     def _make(
         self, attempt: Attempt[Generation], deadline: Deadline, store_addr: str, seat: Seat
@@ -102,7 +67,13 @@ class ProcessGroupGloo(ProcessGroupWrapper):
         own = _own_sockets(members, me)
         sockets.each(own, bulk.as_bulk)
         return Generation(
-            backend, name=store_addr, rank=seat.rank, members=members, store=store, own=own
+            backend,
+            name=store_addr,
+            rank=seat.rank,
+            members=members,
+            store=store,
+            control=Connections(own),
+            timeout=self._timeout,
         )
 
 

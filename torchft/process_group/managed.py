@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed import Work
 from torch.distributed.distributed_c10d import AllreduceOptions, BroadcastOptions
 
-from torchft.errors import SettingsError
+from torchft.errors import SettingsError, UnsupportedError
 from torchft.process_group.base import AnyAllreduceOptions, ProcessGroup
 from torchft.process_group.wrapper import ProcessGroupWrapper
 from torchft.untraced import untraced
@@ -72,6 +72,8 @@ class ManagedProcessGroup(ProcessGroupWrapper):
         """Refuse: the manager configures its process group itself.
 
         Raises:
-            NotImplementedError: always.
+            UnsupportedError: always.
         """
-        raise self._lacks("configure: its manager configures it")
+        raise UnsupportedError(
+            "a managed process group does not support configure: its manager configures it"
+        )

@@ -20,7 +20,7 @@ from ipaddress import ip_address
 from torch.distributed import Store
 
 from torchft.arguments import check_integer
-from torchft.errors import CollectiveError, MismatchError, SettingsError
+from torchft.errors import CollectiveError, MismatchError, SettingsError, SharedDeviceError
 from torchft.process_group.attempt import Deadline
 from torchft.process_group.sockets import Address
 from torchft.retry import pauses
@@ -59,16 +59,18 @@ class Member:
     """Equal for processes that share one loopback interface."""
     listen: Address | None
     """Where its gloo listens; None where a process cannot find out."""
+    device: str | None = None
+    """What no two members may share, such as the UUID of a GPU; None: they may."""
 
     def __str__(self) -> str:
         at = f" at {self.listen[0]}:{self.listen[1]}" if self.listen else ""
         return f"rank {self.rank} ({self.replica_id} on {self.host}{at})"
 
     @staticmethod
-    def here(seat: Seat, listen: Address | None) -> Member:
+    def here(seat: Seat, listen: Address | None, device: str | None = None) -> Member:
         """This process as the member that takes `seat`."""
         host = socket.gethostname()
-        return Member(seat.rank, seat.world_size, seat.replica_id, host, _network(), listen)
+        return Member(seat.rank, seat.world_size, seat.replica_id, host, _network(), listen, device)
 
     @staticmethod
     def read(text: bytes | str) -> Member:
@@ -87,7 +89,8 @@ def meet(
         TimeoutError: somebody is still missing at the deadline; the message says which ranks.
         MismatchError: a member was told of another number of members.
         SettingsError: a member listens where the others cannot reach it.
-        CollectiveError: the store is gone, or `stopped` says so.
+        SharedDeviceError: a member of a lower rank is on the same device.
+        CollectiveError: the store is gone, `stopped` says so, or other members share a device.
     """
     try:
         store.set(_key(me.rank), json.dumps(asdict(me)))
@@ -99,6 +102,7 @@ def meet(
     except RuntimeError as error:  # torch.distributed.Dist…Error
         raise CollectiveError(f"the store at {store_addr} failed: {error}") from error
     _check(members, me, store_addr)
+    _check_devices(members, me)
     return members
 
 
@@ -146,6 +150,24 @@ def _check(members: Sequence[Member], me: Member, store_addr: str) -> None:
                 f"reach: on {member.host} set GLOO_SOCKET_IFNAME to the network interface to use "
                 f"(`ip -br addr` lists them), or let its host name resolve to that address"
             )
+
+
+def _check_devices(members: Sequence[Member], me: Member) -> None:
+    """Of those on one device the lowest rank may stay, so that one start too many ends no other
+    group."""
+    first: dict[str, Member] = {}
+    for member in members:
+        if member.device is None:
+            continue
+        other = first.setdefault(member.device, member)
+        if other is member:
+            continue
+        why = (
+            f"{member} is on the same device as {other} ({member.device}), which this kind of "
+            "process group cannot serve: give each replica group a device of its own "
+            "(CUDA_VISIBLE_DEVICES, torch.cuda.set_device), or use ProcessGroupGloo"
+        )
+        raise SharedDeviceError(why) if member.rank == me.rank else CollectiveError(why)
 
 
 def tidy(store: Store, world_size: int) -> None:

@@ -1,35 +1,65 @@
 """A process group that passes everything on: to another of ours, or to its generation of today.
 
-Subclasses say how a generation is made (`_make`); this class swaps generations and never waits for
-an old one. What is swapped out lives on for as long as somebody still communicates in it.
+A kind says how its backend is made (`_create_pg`); this class lets the members meet, swaps
+generations and never waits for an old one. What is swapped out lives on for as long as somebody
+still communicates in it.
+
+For kinds outside of this package there are four hooks, with torchft's names and signatures:
+
+    _create_pg(store, rank, world_size)   the backend of one quorum, on a thread of its own
+    _opts_hook(opts)                      the options of an operation, before it starts
+    _run_context()                        entered around the start of each operation
+    _wrap_work(work, opts)                what its caller gets
 """
 # mypy: disable-error-code="override"
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
-from torch.distributed import Work
+import torch
+from torch.distributed import ProcessGroup as TorchProcessGroup
+from torch.distributed import Store, Work
 
+from torchft.errors import NotConfiguredError
+from torchft.process_group import rendezvous
 from torchft.process_group.account import Account
 from torchft.process_group.attempt import Attempt, Deadline
 from torchft.process_group.base import ProcessGroup
+from torchft.process_group.control import Aborting, Control
 from torchft.process_group.generation import Generation
-from torchft.process_group.rendezvous import Seat
+from torchft.process_group.rendezvous import Member, Seat
+from torchft.process_group.stores import StoreClients
 
 __all__ = ["ProcessGroupWrapper"]
+
+T = TypeVar("T")
+
+_AS_IT_IS: AbstractContextManager[None] = nullcontext()
 
 
 def _passed_on(name: str) -> Callable[..., Work]:
     """The operation `name`, passed on to the parent with the arguments as they are given."""
+    declared = getattr(ProcessGroup, name)
+    parameters = list(inspect.signature(declared).parameters)[1:]  # without self
+    last = len(parameters) - 1 if parameters[-1] == "opts" else None
 
-    @functools.wraps(getattr(ProcessGroup, name))
-    def operation(self: ProcessGroupWrapper, *args: Any, **options: Any) -> Work:
-        work: Work = getattr(self.parent, name)(*args, **options)
-        return work
+    @functools.wraps(declared)
+    def operation(self: ProcessGroupWrapper, *args: Any, **named: Any) -> Work:
+        opts = None
+        if last is not None and len(args) > last:
+            opts = self._opts_hook(args[last])
+            args = (*args[:last], opts)
+        elif "opts" in named:
+            opts = named["opts"] = self._opts_hook(named["opts"])
+        with self._run_context():
+            work: Work = getattr(self.parent, name)(*args, **named)
+        return self._wrap_work(work, opts)
 
     return operation
 
@@ -49,6 +79,7 @@ class ProcessGroupWrapper(ProcessGroup):
         self._generation: Generation | None = None
         self._sent = Account()
         self._attempt: Attempt[Generation] | None = None  # the configure that runs now
+        self._stores = StoreClients()
 
     # ------------------------------------------------------------------ members
 
@@ -57,12 +88,20 @@ class ProcessGroupWrapper(ProcessGroup):
         """The group or generation that operations go to.
 
         Raises:
-            AssertionError: it was not configured yet.
+            NotConfiguredError: it was not configured yet, or was shut down.
         """
         parent = self._generation or self._pg
         if parent is None:
-            raise AssertionError(f"{type(self).__name__}: call configure first")
+            raise NotConfiguredError(
+                f"{type(self).__name__} has no members yet: call configure first, or give it to a "
+                "Manager, which configures it in each new quorum"
+            )
         return parent
+
+    @property
+    def device(self) -> torch.device:
+        """That of the group inside, or the CPU."""
+        return super().device if self._pg is None else self._pg.device
 
     @property
     def generation(self) -> Generation | None:
@@ -118,6 +157,7 @@ class ProcessGroupWrapper(ProcessGroup):
             self._pg.shutdown()
             return
         self.abort(errored=False)
+        self._stores.close()
 
     def errored(self) -> Exception | None:
         """Why the present generation was abandoned."""
@@ -135,18 +175,59 @@ class ProcessGroupWrapper(ProcessGroup):
             self._generation.set_timeout(timeout)
 
     def size(self) -> int:
-        """How many members there are. AssertionError before the first configure."""
+        """How many members there are; NotConfiguredError before the first configure."""
         return self.parent.size()
 
     def getBackendName(self) -> str:
         """That of the group it passes on to."""
         return self._pg.getBackendName() if self._pg is not None else super().getBackendName()
 
+    # ------------------------------------------------------------------ hooks of a kind
+
+    def _create_pg(self, store: Store, rank: int, world_size: int) -> TorchProcessGroup:
+        """The backend among members that have met at `store`, which is theirs alone."""
+        raise self._lacks("configure: it has no _create_pg")
+
+    def _opts_hook(self, opts: T) -> T:
+        """What an operation is started with in place of `opts`, which may be a bare ReduceOp."""
+        return opts
+
+    def _run_context(self) -> AbstractContextManager[None]:
+        """What is entered around the start of each operation."""
+        return _AS_IT_IS
+
+    def _wrap_work(self, work: Work, opts: object) -> Work:
+        """What the caller of an operation gets in place of `work`."""
+        return work
+
+    def _control(self) -> Control:
+        """How the backend of `_create_pg` is ended and watched."""
+        return Aborting(self.device)
+
+    def _member(self, seat: Seat) -> Member:
+        """What this member tells the others of itself."""
+        return Member.here(seat, None)
+
     def _make(
         self, attempt: Attempt[Generation], deadline: Deadline, store_addr: str, seat: Seat
     ) -> Generation:
         """A new generation, made on the attempt's thread."""
-        raise self._lacks("configure")
+        attempt.stage = f"the store at {store_addr}"
+        store = self._stores.client(store_addr, self._timeout)
+        members = rendezvous.meet(
+            store, self._member(seat), store_addr, deadline, attempt.stopped.is_set
+        )
+        attempt.stage = f"{type(self).__name__} to connect its {seat.world_size} members"
+        backend = self._create_pg(store, seat.rank, seat.world_size)
+        return Generation(
+            backend,
+            name=store_addr,
+            rank=seat.rank,
+            members=members,
+            store=store,
+            control=self._control(),
+            timeout=self._timeout,
+        )
 
     def _swap(self, generation: Generation | None) -> None:
         if generation is not None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from torchft.devices import has_streams
 from torchft.errors import HealError
 from torchft.strategies.local import Fragment, Local
 from torchft.strategies.parts.precision import shared_dtype_of
@@ -108,5 +109,5 @@ def _empty_beside(
     weights: Tensor, device: torch.device | None, dtype: torch.dtype, *, pin_memory: bool
 ) -> Tensor:
     at = weights.device if device is None else device
-    pinned = pin_memory and weights.device.type == "cuda" and at.type == "cpu"
+    pinned = pin_memory and has_streams(weights.device) and at.type == "cpu"
     return torch.empty(weights.shape, dtype=dtype, device=at, pin_memory=pinned)
