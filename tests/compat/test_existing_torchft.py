@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -149,20 +148,18 @@ def test_our_client_with_their_lighthouse(their_lighthouse: str) -> None:
     assert [m.data for m in quorums[0].participants] == [{"x": 1}, None]
 
 
-def test_a_group_of_each_kind_meets_in_one_quorum() -> None:
+def test_a_group_of_each_kind_is_kept_out_of_the_others_quorum() -> None:
     with (
-        lighthouse(2) as server,
+        lighthouse(1) as server,
         group(server.address(), "ours:1") as ours,
         theirs("manager", server.address(), "theirs:1") as manager,
-        ThreadPoolExecutor(1) as threads,
-        theirs("step", manager.line(), "9") as their_client,
     ):
         client = ManagerClient(ours.address(), connect_timeout=seconds(20))
-        waiting = threads.submit(ask, client, step=7, timeout=20)
-        their_view, our_view = told(their_client), waiting.result()
-    assert our_view.heal and our_view.recover_src_replica_rank == 1
-    assert their_view["recover_dst_replica_ranks"] == [0]
-    assert their_view["quorum_id"] == our_view.quorum_id
+        ask(client, step=7, timeout=20)
+        with theirs("step", manager.line(), "9") as their_client:
+            alone = ask(client, step=8, timeout=20)
+            assert their_client.process.poll() is None
+    assert alone.replica_ids == ["ours:1"]
 
 
 def test_their_client_is_told_why_at_its_deadline() -> None:

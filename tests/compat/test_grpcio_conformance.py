@@ -8,10 +8,15 @@ from typing import Any
 
 import grpc
 import pytest
-from helpers.coordination import group, lighthouse, seconds
+from helpers.coordination import ask, group, lighthouse, seconds
 from helpers.stubs import Stubs
 
-from torchft.coordination import LighthouseClient, LighthouseServer, ManagerServer
+from torchft.coordination import (
+    LighthouseClient,
+    LighthouseServer,
+    ManagerClient,
+    ManagerServer,
+)
 
 LIMIT = 20.0
 
@@ -170,6 +175,38 @@ def test_a_rank_is_told_the_handles_of_its_own_group_rank(stubs: Stubs) -> None:
             members = theirs.result().quorum.participants
     assert [list(t.reconfigure_handles) for t in told] == [["", "gloo:b0"], ["a1", "b1"]]
     assert [list(m.reconfigure_handles) for m in members] == [["", "a1"], ["gloo:b0", "b1", "b2"]]
+
+
+def test_a_group_of_an_older_manager_is_held_back_and_told_why(stubs: Stubs) -> None:
+    with lighthouse(1) as server, group(server.address(), "ours:1") as manager:
+        client = ManagerClient(manager.address(), connect_timeout=seconds(LIMIT))
+        first = ask(client)
+        older = requester(stubs, replica_id="older:1", address="http://older:1", step=9)
+        error = refused(lambda: at_lighthouse(stubs, server).Quorum(older, timeout=0.5))
+        again = ask(client, step=1)
+    assert error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    assert "older:1 runs PyTorch's torchft up to 0.2, and the job runs this torchft: ours:1" in (
+        error.details()
+    )
+    assert again.quorum_id == first.quorum_id
+    assert again.replica_ids == ["ours:1"]
+
+
+def test_an_older_group_begins_when_too_few_of_the_newer_are_left(stubs: Stubs) -> None:
+    with lighthouse(1, heartbeat_timeout_ms=400) as server, ThreadPoolExecutor(1) as threads:
+        service = at_lighthouse(stubs, server)
+        newer = requester(
+            stubs, replica_id="newer:1", address="http://n:1", reconfigure_handles=["h"]
+        )
+        older = requester(stubs, replica_id="older:1", address="http://older:1")
+        first = service.Quorum(newer, timeout=LIMIT).quorum  # and is not heard again
+        waiting = threads.submit(service.Quorum, older, timeout=LIMIT)
+        beat = stubs.messages.LighthouseHeartbeatRequest(replica_id="older:1")
+        while not waiting.done():
+            service.Heartbeat(beat, timeout=LIMIT)
+        second = waiting.result().quorum
+    assert [m.replica_id for m in second.participants] == ["older:1"]
+    assert second.quorum_id > first.quorum_id
 
 
 def test_other_handles_of_the_same_members_keep_the_quorum_id(

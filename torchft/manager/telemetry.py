@@ -134,7 +134,7 @@ class StepLog:
         self.say(
             logging.WARNING,
             step,
-            "the lighthouse does not answer: waiting for it with all state, for up to %.0f s more "
+            "no quorum from the lighthouse: waiting for it with all state, for up to %.0f s more "
             "(%s): %s",
             left.total_seconds(),
             settings.LIGHTHOUSE_TIMEOUT_SEC,

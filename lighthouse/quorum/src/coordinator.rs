@@ -166,7 +166,7 @@ impl Coordinator {
         let only_last = counts.is_shrinking() || matches!(why, Wait::UpToDate { .. });
         let missing = self.replicas.iter().filter(|(_, replica)| {
             let is_eligible = replica.last_role.is_some() || !only_last;
-            replica.healthy && replica.asking.is_none() && is_eligible
+            replica.is_counted() && replica.asking.is_none() && is_eligible
         });
         Waiting {
             why,
@@ -236,6 +236,10 @@ impl Coordinator {
 
     /// Decides until there is nothing left to decide.
     fn run_decisions(&mut self, effects: &mut Vec<Effect>) {
+        let before = self.replicas.job();
+        if let (Some(from), Some(to)) = (before, self.replicas.change_job()) {
+            effects.push(Effect::Notice(Notice::OtherGeneration { from, to }));
+        }
         loop {
             match decide(&self.rules, &self.counts(), self.now) {
                 Decision::Wait(_) => return,
@@ -327,8 +331,24 @@ impl Coordinator {
         }
     }
 
+    fn counted(&self) -> Vec<ReplicaId> {
+        let counted = self.replicas.iter().filter(|(_, one)| one.is_counted());
+        counted.map(|(id, _)| id.clone()).collect()
+    }
+
     fn deadline(&self, call_id: CallId) -> Option<Refusal> {
         let (replica, asking) = self.replicas.request(call_id)?;
+        if let (true, Some(own), Some(job)) =
+            (replica.held_back, replica.generation, self.replicas.job())
+        {
+            return Some(Refusal::HeldBack {
+                replica_id: asking.member.replica_id.clone(),
+                own,
+                job,
+                waits_for: self.counted(),
+                min_replicas: self.rules.min_replicas,
+            });
+        }
         let silent_for = self.now.saturating_sub(replica.heard);
         let waiting = self.waiting(self.now);
         Some(Refusal::Deadline {

@@ -42,6 +42,9 @@ pub struct Counts {
     pub all: Count,
     /// Over the members of the last quorum.
     pub last: Count,
+    /// Healthy replicas that ask and run another generation of managers than the job. Nothing else
+    /// counts them.
+    pub held_back: usize,
     /// Members of the last quorum, healthy or not; 0 if there was none.
     pub last_total: usize,
     /// Members of the last quorum that were up to date in it, heartbeat and ask.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use thiserror::Error;
 
 use crate::decide::Formed;
-use crate::member::{BadMember, CallId, Quorum, ReplicaId};
+use crate::member::{BadMember, CallId, Generation, Quorum, ReplicaId};
 use crate::waiting::{Names, Waiting};
 
 /// One thing for the server to do, in the order given.
@@ -70,6 +70,25 @@ pub enum Refusal {
     /// The state to which this replica was told to heal is gone.
     #[error(transparent)]
     StateLost(#[from] StateLost),
+    /// The caller's deadline passed while groups of another generation train.
+    #[error(
+        "replica {replica_id} runs {own}, and the job runs {job}: {}. The two cannot average with each \
+         other, so {replica_id} waits until fewer than {min_replicas} of the others are left \
+         (min_replicas); stop those first, or start {replica_id} with the same torchft as they",
+        Names(waits_for)
+    )]
+    HeldBack {
+        /// Who.
+        replica_id: ReplicaId,
+        /// What it runs.
+        own: Generation,
+        /// What quorums are formed of.
+        job: Generation,
+        /// The replicas that are counted instead.
+        waits_for: Vec<ReplicaId>,
+        /// A quorum has at least this many members.
+        min_replicas: usize,
+    },
     /// The caller's deadline passed. Who asked, and at which step, its own words say already.
     #[error(
         "waited until the deadline: {}{waiting}",
@@ -128,6 +147,13 @@ pub enum Notice {
         /// Who.
         replica_id: ReplicaId,
     },
+    /// Quorums are formed of another generation of managers from now on.
+    OtherGeneration {
+        /// The one before, of which too few groups are left.
+        from: Generation,
+        /// The new one.
+        to: Generation,
+    },
     /// Training goes on from an earlier step than the last quorum had reached.
     Restarted {
         /// The step that the last quorum had reached.
@@ -160,6 +186,11 @@ impl fmt::Display for Notice {
                      wait for it"
                 )
             }
+            Self::OtherGeneration { from, to } => write!(
+                f,
+                "fewer than min_replicas groups of {from} are left: groups of {to}, which waited for \
+                 that, form quorums from now on"
+            ),
             Self::Restarted {
                 from,
                 to,

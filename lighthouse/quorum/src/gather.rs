@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use crate::assign::{Assignment, assign};
 pub use crate::gather_error::{Failure, FailureKind, GatherRefusal};
-use crate::member::{CallId, Handle, Member, Quorum, ReplicaId};
+use crate::member::{CallId, Generation, Handle, Member, Quorum, ReplicaId};
 
 /// The first pause before a request is sent again; each is half as long again as the one before.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
@@ -335,6 +335,7 @@ impl Gather {
             init_sync: Some(asks().any(|ask| ask.init_sync)),
             final_sync: asks().any(|ask| ask.final_sync),
             handles: self.handles(),
+            generation: Some(Generation::Own),
         }
     }
 

@@ -83,6 +83,28 @@ impl fmt::Debug for Handle {
     }
 }
 
+/// Whose managers a group runs, as far as its request shows. Groups of two generations cannot read
+/// each other's state, and divide their averages by other rules.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Generation {
+    /// They meet at a store.
+    Store,
+    /// They meet by handles.
+    Handles,
+    /// They say what only ours say.
+    Own,
+}
+
+impl fmt::Display for Generation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Store => "PyTorch's torchft up to 0.2",
+            Self::Handles => "PyTorch's torchft from 0.3 on",
+            Self::Own => "this torchft",
+        })
+    }
+}
+
 /// Identifies one call that waits for an answer. The server gives each call a new one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct CallId(pub u64);
@@ -113,6 +135,8 @@ pub struct Member {
     pub final_sync: bool,
     /// Of each of its ranks in this round, by group rank; empty if none of them says.
     pub handles: Vec<Handle>,
+    /// Whose managers it runs. `None`: its request does not show, and it can be in any quorum.
+    pub generation: Option<Generation>,
 }
 
 impl Member {
@@ -130,6 +154,7 @@ impl Member {
             init_sync: None,
             final_sync: false,
             handles: Vec::new(),
+            generation: None,
         }
     }
 

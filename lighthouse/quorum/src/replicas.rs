@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::decide::Counts;
-use crate::member::{CallId, Member, Quorum, ReplicaId};
+use crate::member::{CallId, Generation, Member, Quorum, ReplicaId};
 use crate::rules::Rules;
 
 /// One replica that is remembered.
@@ -24,6 +24,10 @@ pub(crate) struct Replica {
     pub(crate) asking: Option<Asking>,
     /// What it had to do in the last quorum, if it was a member.
     pub(crate) last_role: Option<LastRole>,
+    /// Whose managers it runs, as its latest request shows.
+    pub(crate) generation: Option<Generation>,
+    /// It runs another generation than the job: it is not counted, and its request waits.
+    pub(crate) held_back: bool,
     /// When it is checked next; its entry in [`Replicas::checks`].
     check_at: Duration,
 }
@@ -58,6 +62,8 @@ pub(crate) struct Replicas {
     /// The healthy replicas that ask, the longest waiting first.
     queue: BTreeSet<(Duration, ReplicaId)>,
     counts: Counts,
+    /// The generation of which quorums are formed; `None` before the first request that shows one.
+    job: Option<Generation>,
     visits: u64,
 }
 
@@ -70,6 +76,7 @@ impl Replicas {
             checks: BTreeSet::new(),
             queue: BTreeSet::new(),
             counts: Counts::default(),
+            job: None,
             visits: 0,
         }
     }
@@ -85,6 +92,39 @@ impl Replicas {
     /// All replicas, sorted by id.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (&ReplicaId, &Replica)> {
         self.by_id.iter()
+    }
+
+    /// The generation of which quorums are formed.
+    pub(crate) fn job(&self) -> Option<Generation> {
+        self.job
+    }
+
+    /// Forms quorums of another generation from now on, if of the present one fewer than
+    /// `min_replicas` are healthy, and of the other at least as many ask. Returns it.
+    pub(crate) fn change_job(&mut self) -> Option<Generation> {
+        let least = self.rules.min_replicas;
+        if self.counts.all.healthy >= least || self.counts.held_back < least {
+            return None;
+        }
+        self.visits += self.by_id.len() as u64;
+        let mut asking = BTreeMap::new();
+        for replica in self.by_id.values().filter(|replica| replica.held_back) {
+            if let (true, Some(_), Some(of)) =
+                (replica.healthy, &replica.asking, replica.generation)
+            {
+                *asking.entry(of).or_insert(0) += 1;
+            }
+        }
+        let (next, _) = asking
+            .into_iter()
+            .filter(|(_, count)| *count >= least)
+            .max_by_key(|(of, count)| (*count, *of))?;
+        self.job = Some(next);
+        for replica in self.by_id.values_mut() {
+            replica.held_back = is_other(replica.generation, self.job);
+        }
+        self.recount(self.counts.floor, self.counts.last_total);
+        Some(next)
     }
 
     /// The request of a call.
@@ -170,7 +210,14 @@ impl Replicas {
             since: now,
             paused: false,
         };
-        self.change(&id, |replica| replica.asking = Some(asking));
+        let generation = asking.member.generation;
+        self.job = self.job.or(generation);
+        let held_back = is_other(generation, self.job);
+        self.change(&id, |replica| {
+            replica.asking = Some(asking);
+            replica.generation = generation;
+            replica.held_back = held_back;
+        });
         superseded
     }
 
@@ -251,7 +298,7 @@ impl Replicas {
         self.visits += self.by_id.len() as u64;
         self.by_id
             .values_mut()
-            .filter(|replica| replica.healthy && (replica.last_role.is_some() || !shrinking))
+            .filter(|replica| replica.is_counted() && (replica.last_role.is_some() || !shrinking))
             .filter_map(|replica| replica.asking.take())
             .inspect(|asking| {
                 self.callers.remove(&asking.call_id);
@@ -308,13 +355,24 @@ impl Replica {
             healthy: false,
             asking: None,
             last_role: None,
+            generation: None,
+            held_back: false,
             check_at,
         }
     }
 
-    fn candidate(&self) -> Option<&Asking> {
-        self.asking.as_ref().filter(|_| self.healthy)
+    /// Whether decisions depend on it.
+    pub(crate) fn is_counted(&self) -> bool {
+        self.healthy && !self.held_back
     }
+
+    fn candidate(&self) -> Option<&Asking> {
+        self.asking.as_ref().filter(|_| self.is_counted())
+    }
+}
+
+fn is_other(generation: Option<Generation>, job: Option<Generation>) -> bool {
+    generation.is_some() && job.is_some() && generation != job
 }
 
 impl LastRole {
@@ -330,7 +388,10 @@ impl LastRole {
 impl Counts {
     /// Changes by `step` all counts to which this replica belongs.
     fn adjust(&mut self, replica: &Replica, step: fn(&mut usize)) {
-        if !replica.healthy {
+        if replica.healthy && replica.held_back && replica.asking.is_some() {
+            step(&mut self.held_back);
+        }
+        if !replica.is_counted() {
             return;
         }
         let floor = self.floor;

@@ -48,9 +48,21 @@ impl EncodedQuorum {
     }
 }
 
+/// Whose manager server sends this; `None` when it is no manager server, which would have an address.
+fn generation_of(message: &QuorumMember) -> Option<member::Generation> {
+    let has_handles = message.reconfigure_handles.iter().any(|h| !h.is_empty());
+    match message {
+        _ if message.address.is_empty() => None,
+        _ if message.init_sync.is_some() => Some(member::Generation::Own),
+        _ if has_handles => Some(member::Generation::Handles),
+        _ => Some(member::Generation::Store),
+    }
+}
+
 impl From<QuorumMember> for member::Member {
     fn from(message: QuorumMember) -> Self {
         Self {
+            generation: generation_of(&message),
             replica_id: message.replica_id.into(),
             address: message.address,
             store_address: message.store_address,

@@ -149,6 +149,7 @@ impl Audit {
                 Effect::Notice(Notice::SameName { replica_ids }) => {
                     assert!(replica_ids.len() > 1);
                 }
+                Effect::Notice(Notice::OtherGeneration { from, to }) => assert_ne!(from, to),
                 Effect::Notice(Notice::Died { replica_id }) => {
                     assert!(!self.is_healthy(replica_id, now));
                 }
@@ -264,7 +265,7 @@ impl Audit {
                 return;
             }
             Refusal::StateLost(lost) => self.check_lost(lost, now),
-            Refusal::Superseded { .. } | Refusal::Deadline { .. } => {}
+            Refusal::Superseded { .. } | Refusal::Deadline { .. } | Refusal::HeldBack { .. } => {}
         }
         self.answer(call_id);
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use torchft_quorum::assign::assign;
 use torchft_quorum::coordinator::Coordinator;
 use torchft_quorum::effect::{Effect, Refusal};
-use torchft_quorum::member::{CallId, Member};
+use torchft_quorum::member::{CallId, Generation, Member};
 use torchft_quorum::rules::{BadRules, Rules};
 
 use super::Command;
@@ -84,6 +84,12 @@ impl LighthouseWorld {
             init_sync: match (command.says("fresh"), command.says("settled")) {
                 (true, _) => Some(true),
                 (_, true) => Some(false),
+                _ => None,
+            },
+            generation: match command.text("torchft") {
+                Some("0.2") => Some(Generation::Store),
+                Some("0.3") => Some(Generation::Handles),
+                Some("ours") => Some(Generation::Own),
                 _ => None,
             },
             ..Member::new(id, command.number("step").unwrap_or(0))

@@ -24,6 +24,7 @@ pub fn refused(refusal: &Refusal) {
         Refusal::Deadline {
             replica_id, step, ..
         } => tracing::debug!(replica = %replica_id, step, "{refusal}"),
+        Refusal::HeldBack { .. } => tracing::warn!("{refusal}"),
         Refusal::Superseded { .. } => tracing::debug!("{refusal}"),
         Refusal::BadMember(_) => tracing::warn!("{refusal}"),
     }
@@ -40,6 +41,7 @@ pub fn notice(notice: &Notice) {
         Notice::Died { replica_id } => {
             tracing::info!(replica = %replica_id, "{notice}");
         }
+        Notice::OtherGeneration { .. } => tracing::warn!("{notice}"),
         Notice::Restarted {
             from,
             to,

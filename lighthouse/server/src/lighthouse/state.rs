@@ -206,7 +206,9 @@ fn refused(refusal: &Refusal) -> CallError {
         Refusal::Superseded { .. } => CallError::failed(Code::Aborted, message),
         Refusal::StateLost(_) => CallError::StateLost(message),
         // To its caller the same as no answer: it may ask again.
-        Refusal::Deadline { absent: true, .. } => CallError::Silent(message),
+        Refusal::Deadline { absent: true, .. } | Refusal::HeldBack { .. } => {
+            CallError::Silent(message)
+        }
         Refusal::Deadline { .. } => CallError::Deadline(message),
     }
 }
