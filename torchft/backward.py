@@ -22,7 +22,8 @@ _NONE = -1
 
 
 class BackwardPass:
-    """Calls `at_end` once when a backward pass ends, before `backward` returns.
+    """Calls `at_end` once when a backward pass ends, before `backward` returns. With `last` that is
+    after whatever else was to be called then: FSDP2 reduces its last gradients there.
 
     Example:
         backward = BackwardPass(average)
@@ -30,9 +31,10 @@ class BackwardPass:
         backward.enter()             # in a hook of a parameter
     """
 
-    def __init__(self, at_end: Callable[[], None]) -> None:
+    def __init__(self, at_end: Callable[[], None], *, last: bool = False) -> None:
         self._at_end = at_end
         self._task = _NONE
+        self._last, self._yielded = last, False
 
     @untraced
     def expect(self, output: object) -> None:
@@ -59,10 +61,14 @@ class BackwardPass:
             self._queue(task)
 
     def _queue(self, task: int) -> None:
-        self._task = task
+        self._task, self._yielded = task, False
         Variable._execution_engine.queue_callback(self._end)
 
     def _end(self) -> None:
+        if self._last and not self._yielded:
+            self._yielded = True
+            Variable._execution_engine.queue_callback(self._end)
+            return
         self._at_end()
         self._task = _NONE
 

@@ -4,7 +4,8 @@
 pass, with the manager's all-reduce in place of a fixed process group's. The average of a bucket
 completes by itself, so communication overlaps the rest of the backward pass.
 `PureDistributedDataParallel` does the same without torch's: one all-reduce per parameter at the end
-of each backward pass.
+of each backward pass. Over a module that FSDP2 or tensor parallelism has sharded, the first of them
+is `torchft.sharded_ddp`.
 
 A parameter that got no gradient here sends zeros, and gets the average like any other: another
 group may have used it. So all groups hold equal gradients after a backward pass, and a parameter
@@ -39,6 +40,8 @@ from torchft.process_group import ProcessGroupDummy
 from torchft.process_group.base import AnyAllreduceOptions
 from torchft.pure_ddp import PureDistributedDataParallel
 from torchft.quantization import Codec
+from torchft.sharded import is_sharded
+from torchft.sharded_ddp import ShardedDataParallel
 from torchft.uncopied import Uncopied
 from torchft.untraced import untraced
 
@@ -69,6 +72,9 @@ class DistributedDataParallel(Uncopied, parallel.DistributedDataParallel):
     What is trained may change between two steps, in all groups alike: parameters that are
     unfrozen, frozen, added, replaced or resized are followed from the next step on.
 
+    Of a module whose parameters are DTensors it makes a `ShardedDataParallel`, which is no instance
+    of this class: torch's reducer knows plain tensors alone.
+
     `should_quantize` is that of `Manager.allreduce`: False, True, or a codec or its name. Groups
     compare its name when they meet.
 
@@ -78,6 +84,13 @@ class DistributedDataParallel(Uncopied, parallel.DistributedDataParallel):
     """
 
     copy_instead = "copy its .module, and wrap the copy if it is to be trained"
+
+    def __new__(cls, manager: "Manager", module: nn.Module, **kwargs: Any) -> Any:
+        if not any(map(is_sharded, module.parameters())):
+            return super().__new__(cls)
+        if cls is not DistributedDataParallel:
+            raise SettingsError(f"{cls.__name__} cannot wrap DTensors: use ShardedDataParallel")
+        return ShardedDataParallel(manager, module, **kwargs)
 
     def __init__(
         self,

@@ -25,6 +25,7 @@ from torchft.manager.average import Name
 from torchft.manager.fingerprint import Description
 from torchft.quantization import Codec, codec_for
 from torchft.quantization.proof import prove
+from torchft.sharded import local_part
 from torchft.trained import Named, TrainedParameters, describe_values, refuse_sparse, sparse_error
 from torchft.untraced import untraced
 
@@ -60,7 +61,7 @@ class GradientAverager(ABC):
         if self.codec is not None:
             manager.fingerprint.describe_setting("codec", self.codec.name)
         itself = weakref.WeakMethod(self._backward_ends)
-        self.backward = BackwardPass(lambda: _call(itself))
+        self.backward = BackwardPass(lambda: _call(itself), last=self.trained.sharded)
         self.has_local = self.has_averaged = False
         self.sent = 0
         self.description: Description = {}
@@ -139,6 +140,11 @@ class GradientAverager(ABC):
         """The outermost backward pass ends, in which these parameters, by identity, got a
         gradient."""
 
+    def gradient_arrives(self, parameter: Tensor) -> None:
+        """A gradient was accumulated, in a backward pass that goes on."""
+        self.has_local = True
+        self._arrived.append(id(parameter))
+
     def follow(self) -> None:
         """The trained parameters are others now."""
         self.unhook()
@@ -162,12 +168,11 @@ class GradientAverager(ABC):
     @untraced
     def _accumulated(self, name: str, parameter: Tensor) -> None:
         self.backward.enter()
-        self.has_local = True
-        self._arrived.append(id(parameter))
         if parameter.grad is not None and parameter.grad.layout is not torch.strided:
             error = sparse_error(name)
             self.manager.report_error(error)
             raise error
+        self.gradient_arrives(parameter)
 
     @untraced
     def _backward_ends(self) -> None:
@@ -191,7 +196,7 @@ class GradientAverager(ABC):
         unless another group trained it."""
         for name, parameter in self.trained.named:
             if not parameter.requires_grad and parameter.grad is not None:
-                if parameter.grad.count_nonzero():
+                if local_part(parameter.grad).count_nonzero():
                     self.manager.report_error(
                         StepError(f"{name} is frozen here, and another group trains it")
                     )

@@ -9,6 +9,7 @@ from torch import nn
 
 from torchft.gradients import GradientAverager
 from torchft.quantization import Codec
+from torchft.sharded import gradient_part
 from torchft.uncopied import Uncopied
 
 if TYPE_CHECKING:
@@ -40,11 +41,13 @@ class PureDistributedDataParallel(Uncopied, nn.Module):
         should_quantize: bool | str | Codec = False,
     ) -> None:
         super().__init__()
-        self.module = module
-        self._averager = _EachParameter(type(self).__name__, manager, module, should_quantize)
-        self._averager.follow()
-        manager.listeners.add(self._averager)
-        self._averager.leave_with(self)
+        self._serve(_EachParameter(type(self).__name__, manager, module, should_quantize))
+
+    def _serve(self, averager: GradientAverager) -> None:
+        self.module, self._averager = averager.module, averager
+        averager.follow()
+        averager.manager.listeners.add(averager)
+        averager.leave_with(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward pass of the wrapped module."""
@@ -79,8 +82,6 @@ class _EachParameter(GradientAverager):
         self.has_local, self.has_averaged = False, True
         works = []
         for name, parameter in self.trained.named:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            works.append(self.reduce(parameter.grad, name))
+            works.append(self.reduce(gradient_part(parameter), name))
         for work in works:
             work.wait()

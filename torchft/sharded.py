@@ -13,9 +13,18 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Size, Tensor
+import torch
+from torch import Size, Tensor, nn
 
-__all__ = ["Sharding", "is_dtensor", "is_sharded", "local_part", "mesh_of"]
+__all__ = [
+    "Sharding",
+    "gradient_part",
+    "is_dtensor",
+    "is_sharded",
+    "local_part",
+    "mesh_of",
+    "reshard",
+]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -33,6 +42,32 @@ def local_part(tensor: Any) -> Tensor:
     """What this rank holds of a sharded tensor, and others as they are; detached, and sharing
     storage."""
     return (tensor.to_local() if is_sharded(tensor) else tensor).detach()
+
+
+def gradient_part(parameter: nn.Parameter) -> Tensor:
+    """What this rank holds of a parameter's gradient, sharing storage; a missing one becomes zeros.
+
+    A gradient that is a partial sum over the ranks, as tensor parallelism makes them, is reduced
+    first: all ranks of the mesh call this.
+    """
+    grad: Any = parameter.grad
+    if grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    elif is_sharded(parameter):
+        placements = parameter.placements  # type: ignore[attr-defined]
+        if grad.placements != placements:
+            parameter.grad = grad.redistribute(placements=placements)
+    return local_part(parameter.grad)
+
+
+def reshard(module: nn.Module) -> None:
+    """Show the shards of all that FSDP2 has gathered: after a forward pass without a backward pass
+    the gathered parameters of some modules stay in their place."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None:
+        for child in module.modules():
+            if isinstance(child, fsdp.FSDPModule):
+                child.reshard()
 
 
 @dataclass(frozen=True)

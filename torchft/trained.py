@@ -16,6 +16,7 @@ from torch import nn
 from torchft.errors import SettingsError
 from torchft.manager.fingerprint import Description, describe
 from torchft.parameter_marks import marks_of, parameters_of
+from torchft.sharded import is_sharded, local_part, reshard
 
 __all__ = [
     "Change",
@@ -50,7 +51,10 @@ class TrainedParameters:
     def __init__(self, module: nn.Module, ignored: Set[str] = frozenset()) -> None:
         self._module = module
         self._ignored = ignored
+        reshard(module)
         self._looked_at = self._known = parameters_of(module)
+        self.sharded = any(map(is_sharded, self._known))
+        """Whether some are DTensors, of which this rank holds a part."""
         # The parameters are held, so that no other one gets the identity of one that is gone.
         self._held = {id(p) for p in self._looked_at}
         self._marks = marks_of(self._looked_at)
@@ -64,7 +68,7 @@ class TrainedParameters:
         None while nothing has, and also while all are frozen: a discriminator is, while the
         generator learns, and it is the same afterwards.
         """
-        found = parameters_of(self._module)
+        found = self._parameters()
         marks = marks_of(found)
         if marks == self._marks:
             return None
@@ -92,7 +96,7 @@ class TrainedParameters:
     def unseen(self) -> str | None:
         """The name of a parameter that is trained now and was not at the last look."""
         held = {id(p) for _, p in self.named}
-        if all(id(p) in held for p in parameters_of(self._module) if p.requires_grad):
+        if all(id(p) in held for p in self._parameters() if p.requires_grad):
             return None
         return next((name for name, p in self._trained() if id(p) not in held), None)
 
@@ -105,6 +109,13 @@ class TrainedParameters:
             name: f"{said}, frozen" if name in frozen else said
             for name, said in describe(named).items()
         }
+
+    def _parameters(self) -> list[nn.Parameter]:
+        found = parameters_of(self._module)
+        if self.sharded and not all(id(p) in self._held for p in found):
+            reshard(self._module)
+            found = parameters_of(self._module)
+        return found
 
     def _trained(self) -> list[Named]:
         return [(name, p) for name, p in self.averaged() if p.requires_grad]
@@ -125,7 +136,7 @@ def describe_values(named: Iterable[Named]) -> Description:
 
 
 def _digest(parameter: nn.Parameter) -> str:
-    row = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    row = local_part(parameter).cpu().contiguous().reshape(-1).view(torch.uint8)
     return f"made with values {hashlib.sha256(row.numpy().tobytes()).hexdigest()[:8]}"
 
 

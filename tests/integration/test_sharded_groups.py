@@ -7,75 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import torch.distributed as dist
+from sharded import RANKS, Sharded, mesh_of_group, net, shard
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 from world import KILLED, Group, World
 
-from torchft.checkpointing import CheckpointTransport, HTTPTransport
-from torchft.checkpointing.pg_transport import PGTransport
-from torchft.digest import digest
 from torchft.errors import MismatchError
-from torchft.optim import OptimizerWrapper
-from torchft.sharded import local_part
-
-RANKS = 2
-
-
-class Sharded:
-    """A model whose rows do not divide evenly, sharded by FSDP2 over this group's ranks."""
-
-    def __init__(self, group: Group, transport: str = "http", names: str = "fsdp") -> None:
-        dist.init_process_group(
-            "gloo", store=dist.PrefixStore("fsdp", group._store), rank=group.rank, world_size=RANKS
-        )
-        torch.manual_seed(group.number)  # each begins with weights of its own
-        self.model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3))
-        mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=(names,))
-        fully_shard(self.model, mesh=mesh)
-        self.inner = torch.optim.AdamW(self.model.parameters(), lr=0.05)
-        self.number = group.number
-        self.manager = group.manager(
-            state_dict=self.state_dict,
-            load_state_dict=self.load_state_dict,
-            use_async_quorum=False,
-            checkpoint_transport=self._transport(group, transport),
-        )
-        self.optimizer = OptimizerWrapper(self.manager, self.inner)
-
-    def _transport(self, group: Group, kind: str) -> CheckpointTransport[Any]:
-        if kind == "http":
-            return HTTPTransport(timeout=group.pg._timeout, num_chunks=0)
-        where: dict[str, Callable[[], Any]] = (
-            {"state_dict": lambda: {"user": {"default": self.state_dict()}, "torchft": {}}}
-            if kind == "in place"
-            else {}
-        )
-        return PGTransport(group.pg, timeout=group.pg._timeout, device=torch.device("cpu"), **where)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"model": self.model.state_dict(), "optimizer": self.inner.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.inner.load_state_dict(state["optimizer"])
-
-    def step(self) -> None:
-        self.optimizer.zero_grad()
-        at = self.manager.current_step()
-        torch.manual_seed(1000 * self.number + at)
-        self.model(torch.randn(4, 3)).square().sum().backward()
-        for parameter in self.model.parameters():
-            assert parameter.grad is not None
-            self.manager.allreduce(local_part(parameter.grad)).wait()
-        self.optimizer.step()
-
-    def until(self, step: int) -> str:
-        while self.manager.current_step() < step:
-            self.step()
-        return digest(self.state_dict())
 
 
 @pytest.mark.parametrize("transport", ["http", "process group", "in place"])
@@ -83,7 +22,7 @@ def test_each_rank_heals_its_own_shards(tmp_path: Path, transport: str) -> None:
     """A group trains alone, one that comes later heals weights and moments, and both go on."""
 
     def first(group: Group) -> str:
-        one = Sharded(group, transport)
+        one = Sharded(group, transport=transport)
         one.until(3)
         group.world.happen(f"trained {group.rank}")
         while one.manager.num_participants() < 2:
@@ -93,7 +32,7 @@ def test_each_rank_heals_its_own_shards(tmp_path: Path, transport: str) -> None:
     def later(group: Group) -> str:
         for rank in range(RANKS):
             group.world.wait(f"trained {rank}")
-        return Sharded(group, transport).until(30)
+        return Sharded(group, transport=transport).until(30)
 
     ends = World(tmp_path).run(first, later, ranks=RANKS)
     assert ends[:RANKS] == ends[RANKS:]
@@ -115,23 +54,83 @@ def test_a_killed_group_leaves_equal_shards(tmp_path: Path) -> None:
     assert ends[4:] == [KILLED, KILLED]
 
 
-def test_a_group_that_is_sharded_in_another_way_ends_with_the_reason(tmp_path: Path) -> None:
-    def first(group: Group) -> str:
-        one = Sharded(group)
+def over_dp(group: Group) -> nn.Module:
+    return fully_shard(net(), mesh=mesh_of_group(group, ("dp",)))
+
+
+def in_columns(group: Group) -> nn.Module:
+    def cut(_: str, layer: nn.Module, mesh: DeviceMesh) -> None:
+        for name, p in list(layer.named_parameters(recurse=False)):
+            columns = distribute_tensor(p.detach(), mesh, [Shard(p.ndim - 1)])
+            layer.register_parameter(name, nn.Parameter(columns))
+
+    return distribute_module(net(), mesh_of_group(group), cut)
+
+
+def in_two_dimensions(group: Group) -> nn.Module:
+    mesh = mesh_of_group(group, ("replicate", "shard"), (1, RANKS))
+    return fully_shard(net(), mesh=mesh)
+
+
+def not_sharded(group: Group) -> nn.Module:
+    return net()
+
+
+def in_half_precision(group: Group) -> nn.Module:
+    return shard(group, net().bfloat16())
+
+
+WAYS: list[Any] = [
+    pytest.param(over_dp, r"0.bias is .* over dp=2 .* over fsdp=2", id="names of the mesh"),
+    pytest.param(in_columns, r"0.weight is .*shard\(1\) over .*shard\(0\) over", id="dimension"),
+    pytest.param(in_two_dimensions, r"0.bias is .*=1, shard=2 .* over fsdp=2", id="mesh"),
+    pytest.param(not_sharded, r"0.bias is \[5\] float32 here .*shard\(0\)", id="not sharded"),
+    pytest.param(in_half_precision, r"0.bias is .*bfloat16 here .*float32 there", id="dtype"),
+]
+
+
+@pytest.mark.parametrize(("make", "reason"), WAYS)
+def test_a_group_that_is_sharded_in_another_way_ends_with_the_reason(
+    tmp_path: Path, make: Callable[[Group], nn.Module], reason: str
+) -> None:
+    _refused(tmp_path, reason, lambda group: Sharded(group, make))
+
+
+def test_it_ends_with_the_reason_at_the_latest_when_it_would_load_the_state(
+    tmp_path: Path,
+) -> None:
+    def unwrapped(manager: Any, model: nn.Module) -> nn.Module:
+        return model
+
+    _refused(
+        tmp_path,
+        r"over fsdp=2 at the donor and .* over dp=2 here",
+        lambda group: Sharded(group, over_dp, wrap=unwrapped),
+        first=lambda group: Sharded(group, wrap=unwrapped),
+    )
+
+
+def _refused(
+    folder: Path,
+    reason: str,
+    other: Callable[[Group], Sharded],
+    first: Callable[[Group], Sharded] = Sharded,
+) -> None:
+    def trains(group: Group) -> str:
+        one = first(group)
         one.until(2)
         group.world.happen(f"trained {group.rank}")
         while not group.world.happened("refused 0") or not group.world.happened("refused 1"):
             one.step()
-        return ""
+        return one.digest()
 
-    def other(group: Group) -> str:
+    def joins(group: Group) -> str:
         for rank in range(RANKS):
             group.world.wait(f"trained {rank}")
-        one = Sharded(group, names="dp")
-        with pytest.raises(MismatchError, match=r"over fsdp=2 at the donor and .* over dp=2 here"):
-            one.until(30)
+        with pytest.raises(MismatchError, match=reason):
+            other(group).until(30)
         group.world.happen(f"refused {group.rank}")
         return "refused"
 
-    ends = World(tmp_path).run(first, other, ranks=RANKS)
+    ends = World(folder).run(trains, joins, ranks=RANKS)
     assert ends[RANKS:] == ["refused", "refused"]
