@@ -12,6 +12,7 @@
     ├── MismatchError            this group differs from the others: shapes, world size, wire
     │   └── SharedDeviceError    another member of the process group is on the same device
     ├── StateDictError           registered state cannot travel, or a donor's cannot be loaded
+    ├── CheckpointError          a checkpoint on disk could not be written or read
     ├── UnreachableError         no connection within the connect timeout (also a TimeoutError)
     ├── TransferTimeoutError     live state stopped moving (also a TimeoutError, and a URLError)
     ├── StepError                something went wrong inside one step: the step is discarded
@@ -32,6 +33,7 @@ from email.message import Message
 from urllib.error import HTTPError, URLError
 
 __all__ = [
+    "CheckpointError",
     "ChildLostError",
     "ClosureError",
     "CollectiveError",
@@ -102,6 +104,10 @@ class SharedDeviceError(MismatchError):
 
 class StateDictError(TorchftError):
     """Registered state cannot be sent to another group, or a donor's cannot be loaded here."""
+
+
+class CheckpointError(TorchftError):
+    """A checkpoint on disk could not be written or read; says which one and why."""
 
 
 class UnreachableError(TorchftError, TimeoutError):

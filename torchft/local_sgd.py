@@ -112,6 +112,7 @@ class LocalSGD(StrategyHooks):
 
     def _heal(self, state: dict[str, Any]) -> None:
         """The weights come along at once: a group may also heal after its last round."""
+        self._loaded = True
         self._recipe.load_state_dict(state)
         if self._recipe.backup is not None:
             self._recipe.backup.restore()
@@ -266,6 +267,7 @@ class DiLoCo(StrategyHooks):
 
     def _heal_fragment(self, fragment: Fragment, state: dict[str, Any]) -> None:
         """The weights come along at once: a group may also heal after its last round."""
+        self._loaded = True
         self._recipe.load_fragment_state(fragment, state)
         self._recipe.backups[fragment.index].restore()
 

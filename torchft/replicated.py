@@ -290,13 +290,21 @@ class Replicated(Uncopied):
     def _register(self) -> None:
         self._manager.state.offer_copies()  # buffers change while a round is open
         self._manager.register_state_dict_fn("Replicated", self._heal, self._healing_state)
+        self._manager.state.register_on_disk("Replicated", self._load_from_disk, self._shared)
 
     def _healing_state(self) -> State:
-        return {
-            **self._weights_and_optimizer(),
-            "strategy": self._strategy.shared_state_dict(),
-            "open_rounds": self._strategy.open_rounds(),
-        }
+        return {**self._shared(), "open_rounds": self._strategy.open_rounds()}
+
+    def _shared(self) -> State:
+        strategy = {"strategy": self._strategy.shared_state_dict(), "options": self._options}
+        return {**self._weights_and_optimizer(), **strategy}
+
+    def _load_from_disk(self, state: State) -> None:
+        """Rounds that were in flight have come to nothing, as discarded ones do."""
+        self._check_options({**state, "manager": None})
+        self._heal({**state, "open_rounds": []})
+        self._strategy.settle_in()
+        self._loaded = True
 
     def _heal(self, state: State) -> None:
         self._load_weights_and_optimizer(state)

@@ -116,9 +116,16 @@ class Sharding:
             raise ValueError(f"{len(self.placements)} placements over a mesh of {mesh.ndim}")
         # DTensor.from_local would move `local` to the mesh's device: twice the model in its memory.
         meta = TensorMeta(Size(self.shape), self.stride, local.dtype)
-        placements = tuple(_placement(described) for described in self.placements)
-        spec: Any = DTensorSpec(mesh, placements, tensor_meta=meta)
+        spec: Any = DTensorSpec(mesh, self.placed(), tensor_meta=meta)
         return DTensor(local, spec, requires_grad=False)
+
+    def placed(self) -> tuple[Any, ...]:
+        """torch's placement for each dimension of the mesh.
+
+        Raises:
+            ValueError: one is described in an unknown way.
+        """
+        return tuple(_placement(described) for described in self.placements)
 
     def __str__(self) -> str:
         cut = ", ".join(f"{kind}({', '.join(map(str, at))})" for kind, *at in self.placements)

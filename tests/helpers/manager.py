@@ -84,6 +84,9 @@ class InProcessManager:
     def unreadable(self) -> Exception | None:
         return None
 
+    def register_on_disk(self, key: str, load: Any, save: Any) -> None:
+        pass
+
     def describe_model(self, key: str, tensors: list[tuple[str, Tensor]]) -> None:
         self.described[key] = [name for name, _ in tensors]
 

@@ -16,7 +16,7 @@ the donor's and cannot communicate; `own_mesh.py` puts it on the receiver's.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,17 @@ from torchft.checkpointing.memory import SourceLeaf
 from torchft.errors import MismatchError
 from torchft.sharded import Sharding, is_dtensor, local_part, mesh_of
 
-__all__ = ["Path", "check_cut", "decode", "encode", "in_words", "same_places"]
+__all__ = [
+    "Path",
+    "check_cut",
+    "decode",
+    "encode",
+    "in_words",
+    "read_sharding",
+    "same_places",
+    "tensors_of",
+    "write_sharding",
+]
 
 MAX_DEPTH = 100
 _MAX_INT_BITS = 4096
@@ -120,17 +130,36 @@ def _compare(tree: Json, template: Json, path: Path, found: dict[int, int]) -> N
 
 
 def _cut_of(kind: str, fields: Sequence[Json]) -> Sharding | None:
-    return _read_sharding(fields[0]) if kind == "dtensor" else None
+    return read_sharding(fields[0]) if kind == "dtensor" else None
 
 
-def _written(cut: Sharding) -> Json:
+def tensors_of(tree: Json, path: Path = ()) -> Iterator[tuple[Path, list[Json]]]:
+    """Where in a tree its tensors are, and the list that stands for each, which may be changed.
+    Keys in the paths are strings."""
+    match tree:
+        case [str(kind), *_] if kind in _TENSORS:
+            yield path, tree
+        case ["dict" | "ordered" | "counter" as kind, *pairs]:
+            for key, value in pairs[1 if kind == "ordered" else 0 :]:
+                yield from tensors_of(value, (*path, str(key)))
+        case ["list" | "tuple" | "set", *items]:
+            for i, item in enumerate(items):
+                yield from tensors_of(item, (*path, str(i)))
+
+
+def write_sharding(cut: Sharding) -> Json:
+    """How a DTensor is cut, as JSON."""
     names = None if cut.names is None else list(cut.names)
     placements = [list(placement) for placement in cut.placements]
     return [list(cut.shape), list(cut.stride), list(cut.mesh), names, placements]
 
 
-def _read_sharding(fields: Json) -> Sharding:
-    """Raises LayoutError when `fields` are none that an encoder writes."""
+def read_sharding(fields: Json) -> Sharding:
+    """The inverse.
+
+    Raises:
+        LayoutError: `fields` are none that `write_sharding` makes.
+    """
     match fields:
         case [list(shape), list(stride), list(mesh), list() | None as names, list(placements)] if (
             all(type(n) is int and n >= 0 for n in (*shape, *stride, *mesh))
@@ -245,7 +274,7 @@ class _Encoder:
         return [
             "dtensor",
             self._tensor(local, path),
-            _written(cut),
+            write_sharding(cut),
             [self._meshes[mesh], mesh.device_type],
             value.requires_grad if isinstance(value, nn.Parameter) else None,
         ]
@@ -305,7 +334,7 @@ class _Decoder:
         return self._leaves[index]
 
     def _dtensor(self, index: int, cut: Json, mesh: Json, grad: bool | None) -> Any:
-        sharding = _read_sharding(cut)
+        sharding = read_sharding(cut)
         made = sharding.join(self._tensor(index), self._mesh(sharding, *mesh))
         return made if grad is None else nn.Parameter(made, requires_grad=bool(grad))
 

@@ -179,6 +179,8 @@ class Manager(Registering, Uncopied):
             )
             undo.pop_all()  # from here on `shutdown` frees them
         Registering.__init__(self, self.options.timeout)
+        self.group = group
+        """This process in its replica group."""
         self.fingerprint = Fingerprint(self.options)
         """What is compared with the other groups before anything is averaged."""
         self._listeners = StepListeners()

@@ -7,7 +7,7 @@ they collect what to offer: no group is ever given half an optimizer step.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -37,6 +37,8 @@ class LiveState:
     def __init__(self, timeout: timedelta) -> None:
         self._copies = False
         self._functions: dict[str, _Functions] = {}
+        self._on_disk: dict[str, _Functions] = {}
+        """Of the keys that a checkpoint on disk has in another form than who heals."""
         self._lock = RWLock(timeout=timeout.total_seconds())
         self._readable = True
         self._verified: set[tuple[str, bool]] = set()
@@ -46,6 +48,13 @@ class LiveState:
         """AssertionError when `key` is registered already."""
         assert key not in self._functions, f"state {key!r} is registered already"
         self._functions[key] = _Functions(load, save)
+
+    def register_on_disk(
+        self, key: str, load: Callable[[Any], None], save: Callable[[], Any]
+    ) -> None:
+        """Have a checkpoint on disk hold another form of what was registered as `key`: it is
+        written without waiting for rounds that are open, and loaded before the first one."""
+        self._on_disk[key] = _Functions(load, save)
 
     @property
     def registered(self) -> list[str]:
@@ -90,6 +99,11 @@ class LiveState:
                 user = tree_map_only(torch.Tensor, _copy, user)
             return {"user": user, "torchft": manager_state()}
 
+    def collect_for_disk(self) -> dict[str, Any]:
+        """What a checkpoint on disk holds, by key; shares storage."""
+        with self._lock.r_lock():
+            return {key: functions.save() for key, functions in self._for_disk().items()}
+
     def verify(self, check: Callable[[Any], None], *, has_committed: bool) -> None:
         """See that the state can travel, before a group that joins needs it.
 
@@ -130,6 +144,18 @@ class LiveState:
             return error
         return None
 
+    def load_from_disk(self, states: dict[str, Any], source: str) -> None:
+        """As `load`, of what `collect_for_disk` returned once.
+
+        Raises:
+            StateDictError: also when it has a key that is not registered here.
+            MismatchError: a tensor is sharded in another way here. Nothing has been loaded.
+        """
+        unknown = sorted(states.keys() - self._functions.keys())
+        if unknown:
+            raise StateDictError(f"{source} has state {unknown}, which is not registered here")
+        self._load(self._for_disk(), states, source)
+
     def load(self, states: dict[str, Any], source: str) -> None:
         """Load every registered key, in order. `source` names the step and the donor, for errors.
 
@@ -137,13 +163,21 @@ class LiveState:
             StateDictError: the donor lacks a key, or a load function fails.
             MismatchError: a tensor is sharded in another way here. Nothing has been loaded.
         """
-        missing = sorted(self._functions.keys() - states.keys())
+        self._load(self._functions, states, source)
+
+    def _for_disk(self) -> dict[str, _Functions]:
+        return {**self._functions, **self._on_disk}
+
+    def _load(
+        self, registered: Mapping[str, _Functions], states: dict[str, Any], source: str
+    ) -> None:
+        missing = sorted(registered.keys() - states.keys())
         if missing:
             raise StateDictError(
                 f"{source} has no state {missing}: register equal keys in every group"
             )
-        placed = {key: self._on_own_mesh(key, states[key]) for key in self._functions}
-        for key, functions in self._functions.items():
+        placed = {key: self._on_own_mesh(key, states[key]) for key in registered}
+        for key, functions in registered.items():
             try:
                 functions.load(placed[key])
             except Exception as error:

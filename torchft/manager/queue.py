@@ -58,6 +58,7 @@ class Steps:
 
     Attributes:
         last: the step that was begun last, also when it has been closed; None before the first.
+        committed: the plan of the step that was committed last; None before the first.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Steps:
         starting_state: StartingState,
     ) -> None:
         self.last: Step | None = None
+        self.committed: Plan | None = None
         self._context, self._progress = context, context.progress
         self._group, self._transport, self._state = group, transport, state
         self._fingerprint, self._listeners = fingerprint, listeners
@@ -358,6 +360,7 @@ class Steps:
         match outcome.verdict:
             case Verdict.COMMITTED:
                 self._progress.commit(len(plan.participating))
+                self.committed = plan
             case Verdict.SYNCED:
                 self._progress.meet()
             case Verdict.SKIPPED:

@@ -292,6 +292,11 @@ class Strategy:
         self.clock.steps = state["steps"]
         self._opening = state["opening"]
 
+    def settle_in(self) -> None:
+        """Start from what all nodes share, if a state was loaded and no round has opened since."""
+        for recipe in self.recipes:
+            recipe.opened()
+
     def open_rounds(self) -> list[dict[str, Any]]:
         """What a node that heals gets of the rounds in flight: their results, as received, and when
         they close. Waits for them; one that still forms is the one in which it heals."""
@@ -337,8 +342,7 @@ class Strategy:
 
     def _formed(self) -> None:
         self.clock.forming_since = None
-        for recipe in self.recipes:
-            recipe.opened()
+        self.settle_in()
 
     def _meet(self, *, wait: bool = False) -> bool:
         """See to a round that forms in the background, as soon as another one closes or opens: till
