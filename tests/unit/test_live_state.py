@@ -13,6 +13,7 @@ import torch
 from torchft.checkpointing.snapshot import Snapshot
 from torchft.errors import StateDictError
 from torchft.manager.live_state import LiveState
+from torchft.sharded import Sharding, mesh_of
 
 
 @pytest.fixture
@@ -112,3 +113,14 @@ def test_state_is_not_looked_at_while_parameters_change(state: LiveState) -> Non
     state.disallow_read()
     state.verify(looks.append, has_committed=False)
     assert looks == []
+
+
+def test_moments_are_put_over_the_mesh_that_only_the_weights_tell(state: LiveState) -> None:
+    """An optimizer that has not stepped has no moments yet."""
+    here, theirs = (mesh_of(torch.arange(1), "cpu", ("fsdp",)) for _ in range(2))
+    cut = Sharding((2,), (1,), (1,), ("fsdp",), (("shard", 0),))
+    loaded: list[Any] = []
+    state.register("model", loaded.append, lambda: {"w": cut.join(torch.zeros(2), here)})
+    state.register("optimizer", loaded.append, dict)
+    state.load({k: {"w": cut.join(torch.ones(2), theirs)} for k in ("model", "optimizer")}, "a")
+    assert [one["w"].device_mesh is here for one in loaded] == [True, True]

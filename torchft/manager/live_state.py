@@ -176,7 +176,9 @@ class LiveState:
             raise StateDictError(
                 f"{source} has no state {missing}: register equal keys in every group"
             )
-        placed = {key: self._on_own_mesh(key, states[key]) for key in registered}
+        placed = {key: states[key] for key in registered}
+        if holds_dtensor(placed):  # a mesh may be known from another key only, as of moments
+            placed = on_own_mesh(placed, {key: _own(key, f) for key, f in registered.items()})
         for key, functions in registered.items():
             try:
                 functions.load(placed[key])
@@ -186,17 +188,15 @@ class LiveState:
                     "run the same script?"
                 ) from error
 
-    def _on_own_mesh(self, key: str, state: Any) -> Any:
-        """`state` with its DTensors over the meshes of what is registered here."""
-        if not holds_dtensor(state):
-            return state
-        try:
-            own = self._functions[key].save()
-        except Exception as error:
-            raise StateDictError(
-                f"{_cause(error)} in state_dict of {key!r}, which says how tensors are sharded here"
-            ) from error
-        return on_own_mesh(state, own, (key,))
+
+def _own(key: str, functions: _Functions) -> Any:
+    """The state here, which says how tensors are sharded."""
+    try:
+        return functions.save()
+    except Exception as error:
+        raise StateDictError(
+            f"{_cause(error)} in state_dict of {key!r}, which says how tensors are sharded here"
+        ) from error
 
 
 def _cause(error: Exception) -> str:
