@@ -19,6 +19,7 @@ from torch import Size, Tensor, nn
 __all__ = [
     "Sharding",
     "gradient_part",
+    "is_any_fully_sharded",
     "is_dtensor",
     "is_sharded",
     "local_part",
@@ -36,6 +37,13 @@ def is_dtensor(value: object) -> bool:
     """Whether a value is torch's DTensor itself, a parameter or not, and no subclass of it."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and type(value) is module.DTensor
+
+
+def is_any_fully_sharded() -> bool:
+    """Whether `fully_shard` was applied to a module in this process."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    # It gives each kind of module a class of its own.
+    return module is not None and bool(module.FSDPModule.__subclasses__())
 
 
 def local_part(tensor: Any) -> Tensor:

@@ -58,6 +58,7 @@ class Sharded:
         *,
         wrap: Callable[..., Any] = DistributedDataParallel,
         transport: str = "http",
+        asynchronous: bool = False,
         **options: Any,
     ) -> None:
         self.group = group
@@ -68,7 +69,7 @@ class Sharded:
         self.manager = group.manager(
             state_dict=self.state_dict,
             load_state_dict=self.load_state_dict,
-            use_async_quorum=False,
+            use_async_quorum=asynchronous,
             checkpoint_transport=transport_of(self, group, transport),
         )
         self.wrapped = wrap(self.manager, self.model, **options)

@@ -186,7 +186,14 @@ class Manager(Registering, Uncopied):
         self._listeners = StepListeners()
         self._starting_state = StartingState(self.state, self.registered)
         self._progress = Progress(fresh=init_sync)
-        context = Context(QuorumGroup(pg), self.options, self._progress, self.ledger, self._log)
+        context = Context(
+            QuorumGroup(pg),
+            self.options,
+            self._progress,
+            self.ledger,
+            self._log,
+            self.state.training,
+        )
         self._steps = Steps(
             context,
             group,

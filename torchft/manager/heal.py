@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch.distributed import Store
@@ -21,13 +22,18 @@ from torchft.manager.begin import prefix_of
 from torchft.manager.heal_progress import Patience, report_progress, wait_for_heals
 from torchft.manager.live_state import LiveState
 from torchft.manager.plan import LEAST_TRIES, Donor, Plan
+from torchft.manager.training_thread import NotReached
 from torchft.process_group.stores import StoreClients
+from torchft.sharded import is_any_fully_sharded
 
 if TYPE_CHECKING:
     from torchft.manager.group import ReplicaGroup
     from torchft.manager.step import Context, Step
 
 __all__ = ["Healer"]
+
+_READ_SHARE = 0.75
+"""The training thread may take so much of the timeout to come: who heals waits all of it."""
 
 _log = logging.getLogger("torchft.manager.heal")
 
@@ -65,7 +71,7 @@ class Healer:
         """
         if plan.serves:
             self._offering = step
-            self._offer(plan)
+            self._offer(step, plan)
         if not plan.healing:
             return
         store = self._store(plan)
@@ -91,14 +97,14 @@ class Healer:
             f"not be read {len(self._unreadable)} times in a row: mend its state_dict"
         )
 
-    def _offer(self, plan: Plan) -> None:
+    def _offer(self, step: Step, plan: Plan) -> None:
         """Let the members in `plan.serves` fetch the state, or tell them why there is none.
 
         A failure is theirs to notice and ours to log: it does not touch this group's step.
         """
         timeout = self._options.timeout
         try:
-            state = self._state.collect(self._context.progress.state_dict)
+            state = self._read(step)
             self._transport.check_state(state)
             self._unreadable.clear()
         except Exception as error:
@@ -114,6 +120,23 @@ class Healer:
             )
         except Exception as error:
             _say_failed(plan, error)
+
+    def _read(self, step: Step) -> Any:
+        """The state, read on the training thread, which waits for the heal or gets a copy made."""
+        at = self._context.progress.state_dict
+        if not step.forms_beside:
+            return self._state.collect(at)
+        patience_s = _READ_SHARE * self._options.timeout.total_seconds()
+        try:
+            return self._context.training.call(partial(self._state.collect, at), patience_s)
+        except NotReached as error:
+            if is_any_fully_sharded():
+                raise StateDictError(
+                    f"{error}, and a sharded model is read nowhere else: give the manager a "
+                    "timeout that is longer than a forward and a backward pass"
+                ) from None
+            _log.info("%s: the state is read beside it", error)
+            return self._state.collect(at)
 
     def _heal(self, step: Step, plan: Plan, store: Store) -> None:
         """Fetch the state, while the others are told how far it is."""
@@ -154,7 +177,7 @@ class Healer:
 
         def is_over() -> str | None:
             generation = step.generation
-            if step.broken:
+            if step.broken and not step.gave_way:
                 return "the step failed"
             if generation is not None and (generation.retired or generation.lost):
                 return "a member left while another one healed"

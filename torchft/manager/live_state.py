@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 from torchft.checkpointing._rwlock import RWLock
 from torchft.checkpointing.own_mesh import holds_dtensor, on_own_mesh
 from torchft.errors import StateDictError
+from torchft.manager.training_thread import TrainingThread
 
 __all__ = ["LiveState"]
 
@@ -35,6 +36,8 @@ class LiveState:
     """What users registered, in order. `timeout` bounds the wait for the lock."""
 
     def __init__(self, timeout: timedelta) -> None:
+        self.training = TrainingThread()
+        """Who may read it."""
         self._copies = False
         self._functions: dict[str, _Functions] = {}
         self._on_disk: dict[str, _Functions] = {}
@@ -78,6 +81,7 @@ class LiveState:
         Raises TimeoutError when a reader holds on.
         """
         if self._readable:
+            self.training.serve()
             self._lock.w_acquire()
             self._readable = False
 
@@ -97,6 +101,8 @@ class LiveState:
             user = {key: functions.save() for key, functions in self._functions.items()}
             if self._copies:
                 user = tree_map_only(torch.Tensor, _copy, user)
+            if torch.cuda.is_initialized():  # who sends it has a stream of its own
+                torch.cuda.current_stream().synchronize()
             return {"user": user, "torchft": manager_state()}
 
     def collect_for_disk(self) -> dict[str, Any]:

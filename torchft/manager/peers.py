@@ -23,7 +23,7 @@ from torch.distributed import Work
 from torchft.collectives import as_bytes
 from torchft.errors import SettingsError
 from torchft.finite import are_finite
-from torchft.ledger import Bucket, Ledger
+from torchft.ledger import Bucket
 from torchft.manager.average import Average, is_finite
 from torchft.manager.side_stream import SideStream
 from torchft.peers import FormedAtOnce, Handle, Place
@@ -321,7 +321,7 @@ class BackgroundRound:
                 handle.advance()
             return handle
 
-        return _Later(self._steps.in_background(begin), tensors, beside, self._step.ledger)
+        return _Later(self._steps.in_background(begin), tensors, beside, self._step)
 
 
 class _Later(Handle):
@@ -332,16 +332,20 @@ class _Later(Handle):
         begun: Future[Handle | None],
         tensors: Sequence[Tensor],
         beside: SideStream,
-        ledger: Ledger,
+        step: Step,
     ) -> None:
-        self._begun, self._tensors, self._beside, self._ledger = begun, tensors, beside, ledger
+        self._begun, self._tensors, self._beside, self._step = begun, tensors, beside, step
 
     def wait(self) -> list[Tensor]:
-        with self._ledger.spending(Bucket.COMMUNICATE):
-            handle = self._begun.result()
+        with self._step.ledger.spending(Bucket.COMMUNICATE):
+            handle = self._handle()
         self._beside.join()
         return list(self._tensors) if handle is None else handle.wait()
 
     def is_finite(self) -> bool:
-        handle = self._begun.result()
+        handle = self._handle()
         return handle is None or handle.is_finite()
+
+    def _handle(self) -> Handle | None:
+        self._step.context.training.wait(self._step.ready)
+        return self._begun.result()

@@ -137,6 +137,7 @@ class Steps:
             MismatchError: what this group was given is sharded in another way.
         """
         if self._forming is not None:
+            self._context.training.wait(self.begun("begin").ready)
             self._forming.result()
         if self.is_open:
             self._give_back(self.begun("start_quorum"))
@@ -154,6 +155,7 @@ class Steps:
             else:
                 self._load(step, step.plan)
         else:
+            step.forms_beside = True
             self._forming = self._executor.submit(self.form, step, request)
 
     def begin_early(self) -> None:
@@ -389,6 +391,7 @@ class Steps:
             return
         self._shut_down = True
         self._beginner.stop_waiting()
+        self._context.training.close()
         # The server first: a quorum that is still waited for then ends at once.
         self._group.leave()
         error = PhaseError("the manager was shut down while the step was open")

@@ -23,7 +23,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -35,6 +35,7 @@ from torchft.futures import future_timeout
 from torchft.ledger import Bucket, Ledger
 from torchft.manager import collectives
 from torchft.manager.plan import Options, Phase, Plan
+from torchft.manager.training_thread import TrainingThread
 from torchft.process_group.account import Account
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class Context:
     progress: Progress
     ledger: Ledger
     log: StepLog
+    training: TrainingThread = field(default_factory=TrainingThread)
 
 
 class Step:
@@ -91,6 +93,8 @@ class Step:
         self.error: ExceptionWithTraceback | None = None
         self.broken = False
         """An error that the collectives of this step do not survive."""
+        self.gave_way = False
+        """It failed so that somebody can heal: its peers are freed when that has ended."""
         self.failure: BaseException | None = None
         """No quorum came about: raised to the caller, since there is no step to discard."""
         self.staged: Any = None
@@ -114,6 +118,8 @@ class Step:
         """How it was voted on; None before."""
         self.synced = False
         """Another group's final sync, in which all went well."""
+        self.forms_beside = False
+        """Its quorum forms on another thread than the one that trains."""
         self.begun_early = False
         """By a forward pass; whoever begins a step after it means this one."""
         self.taken = False
@@ -144,6 +150,9 @@ class Step:
         """Free whoever waits: the quorum stands, or `failure` says why not."""
         for reached in (self.decided, self.configured, self.ready):
             reached.set()
+        self.context.training.wake()
+        if self.gave_way:
+            self.context.group.abandon(self.generation)
 
     @property
     def formed(self) -> bool:
@@ -155,18 +164,26 @@ class Step:
         """What it will do. Waits until this group can communicate, and accounts the wait to what
         it was spent on; raises whatever kept the quorum from forming."""
         if not self.ready.is_set():
-            for bucket, reached in (
-                (Bucket.QUORUM, self.decided),
-                (Bucket.CONFIGURE, self.configured),
-                (Bucket.HEAL, self.ready),
-            ):
-                if not reached.is_set():
-                    with self.ledger.spending(bucket):
-                        reached.wait()
+            self._wait_until_formed()
         if self.failure is not None:
             raise self.failure
         assert self.known_plan is not None
         return self.known_plan
+
+    def _wait_until_formed(self) -> None:
+        for bucket, reached in (Bucket.QUORUM, self.decided), (Bucket.CONFIGURE, self.configured):
+            if not reached.is_set():
+                with self.ledger.spending(bucket):
+                    reached.wait()
+        training, plan = self.context.training, self.known_plan
+        if self.ready.is_set():
+            return
+        # All ranks of the groups see the same plan, so that none waits here for one that does not.
+        if plan is not None and plan.anyone_heals and training.may_not_wait():
+            self.give_way()
+            return
+        with self.ledger.spending(Bucket.HEAL):
+            training.wait(self.ready)
 
     # ------------------------------------------------------------------ errors
 
@@ -185,6 +202,17 @@ class Step:
             self.context.log.error(self.context.progress.step, error)
         if self.broken:
             self.context.group.abandon(self.generation)
+
+    def give_way(self) -> None:
+        """Nothing is averaged in this step: it is in a backward pass in which the state that
+        somebody waits for cannot be read, and after which it can."""
+        if not self.gave_way:
+            self.gave_way = True
+            said = "another group heals, for which a sharded model is read after the backward pass"
+            self.report(CollectiveError(said), local=True)
+            self.broken = True
+            if self.ready.is_set():
+                self.context.group.abandon(self.generation)
 
     def report_error(self, error: Exception) -> None:
         """Discard it, because of `error`, and free the groups that wait for this one."""
