@@ -71,6 +71,12 @@ class Round(Protocol):
         ...
 
     @property
+    def final_sync(self) -> bool:
+        """True when others end their run in it: whoever is behind has been given their state,
+        nothing is averaged, and no close commits. False while it forms."""
+        ...
+
+    @property
     def formed(self) -> bool:
         """False while it forms in the background, its members unknown: what is sent then waits."""
         ...

@@ -197,10 +197,12 @@ class InProcessManager:
 class InProcessStep:
     """The members of `torchft.manager.step.Step` that peers use; `as_step` counts its averages."""
 
+    formed = True
+
     def __init__(self, manager: InProcessManager, of: InProcessRound, as_step: Step) -> None:
         self.committed: bool | None = None
         self.context, self.averages = as_step.context, as_step.averages
-        self.plan = SimpleNamespace(bootstrap=of.bootstrap)
+        self.plan = SimpleNamespace(bootstrap=of.bootstrap, final_sync=False)
         self.round = of
         self._manager, self._as_step = manager, as_step
 

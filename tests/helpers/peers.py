@@ -226,6 +226,8 @@ class Node:
 class InProcessRound(FormedAtOnce):
     """One round of one node."""
 
+    final_sync = False
+
     def __init__(self, node: Node, number: int, members: list[int], counted: list[int]) -> None:
         self.bootstrap = number == 0
         self.number = number

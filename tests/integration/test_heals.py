@@ -1,4 +1,4 @@
-"""How a group gets the current state: when it joins, when it fell behind, when the others end."""
+"""How a group gets the current state: when it joins, when it fell behind."""
 
 from __future__ import annotations
 
@@ -237,34 +237,6 @@ def test_a_joiner_takes_part_in_the_others_round_with_zeros(tmp_path: Path) -> N
     one, two = world.run(lambda group: rounds(group, 4.0), late)
     assert one == two
     assert one[:3] == (4.0, True, 7.0)
-
-
-def test_a_group_that_missed_the_last_step_heals_when_the_others_settle(tmp_path: Path) -> None:
-    def finishes(group: Group) -> Any:
-        manager = group.manager()
-        all_are_in(manager, 2)
-        group.w.fill_(7.0)
-        # The other one was left behind: as if the last collective had failed for it alone.
-        manager.load_state_dict({"step": 100_000, "batches_committed": 100_000})
-        return manager.final_sync(), manager.current_step(), group.w[0].item()
-
-    def is_behind(group: Group) -> Any:
-        manager = group.manager(use_async_quorum=True)
-        all_are_in(manager, 2)
-        committed, mean = step(manager, 5.0)
-        assert (committed, mean) == (False, 5.0)  # nothing is averaged any more
-        return manager.final_sync(), manager.current_step(), group.w[0].item()
-
-    one, two = World(tmp_path).run(finishes, is_behind)
-    assert one == two == (True, 100_000, 7.0)
-
-
-def test_settling_alone_says_that_nobody_came(tmp_path: Path) -> None:
-    def story(group: Group) -> bool:
-        manager = group.manager()
-        return manager.final_sync(timeout=timedelta(seconds=1))
-
-    assert World(tmp_path, min_replicas=2).run(story) == [False]
 
 
 LARGE = 4 * SLICE_BYTES // 4

@@ -217,6 +217,10 @@ class _WatchedRound:
         self._healed = {} if healed_from is None else {"healed_from": healed_from}
 
     @property
+    def final_sync(self) -> bool:
+        return self._real.final_sync
+
+    @property
     def formed(self) -> bool:
         return self._real.formed
 

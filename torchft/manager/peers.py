@@ -117,6 +117,11 @@ class ManagerRound(FormedAtOnce):
         return self._bootstrap
 
     @property
+    def final_sync(self) -> bool:
+        """Others end their run in it: nothing is averaged, and whoever is behind has healed."""
+        return self._step.formed and self._step.plan.final_sync
+
+    @property
     def failed(self) -> bool:
         """An error of this step is known already."""
         return self._step.failed
@@ -249,6 +254,11 @@ class BackgroundRound:
     def __init__(self, now: ManagerRound, steps: Steps, step: Step, *, met: bool = False) -> None:
         self._now, self._steps, self._step = now, steps, step
         self._met = met
+
+    @property
+    def final_sync(self) -> bool:
+        """As in any round, when it has formed."""
+        return self._now.final_sync
 
     @property
     def formed(self) -> bool:

@@ -125,7 +125,7 @@ class StackedPeers:
 class StackedRound(FormedAtOnce):
     """A round among nodes that are rows of one process."""
 
-    bootstrap = False
+    bootstrap = final_sync = False
 
     def __init__(
         self,

@@ -81,6 +81,8 @@ class Strategy:
         self._peers: Peers | None = None
         self._applying: Applying = nullcontext
         self._begun: list[tuple[Recipe, Round]] | None = None
+        self._ended = False
+        """A heal brought this node to where the others end their run, in the step that began."""
         self._flight: list[InFlight] = []
         self._opening = 0
         """Position of the recipe whose round opened last; a newcomer goes on from there."""
@@ -174,6 +176,10 @@ class Strategy:
         if peers_round.bootstrap:
             return True
         healed = not peers_round.failed
+        if peers_round.final_sync:  # there is nothing to take part in
+            peers_round.close()
+            self._ended = healed
+            return healed
         if self._at(Place.BEFORE):
             self._give_up(peers_round, SettingsError(_NO_JOIN))
             raise SettingsError(_NO_JOIN)
@@ -222,6 +228,7 @@ class Strategy:
         went = True
         for recipe, _ in begun:
             went = self._close_due(recipe) and went
+        self._ended |= any(peers_round.final_sync for _, peers_round in begun)
         return went
 
     def after(self) -> None:
@@ -238,13 +245,18 @@ class Strategy:
                 self._synchronise(recipe)
 
     def step(self) -> bool:
-        """What stands where `optimizer.step()` stood. Returns whether the inner step was taken."""
+        """What stands where `optimizer.step()` stood. Returns whether the inner step was taken.
+
+        One that began by healing to where the others end their run is not taken, and not counted.
+        """
         went = self.before()
-        if went:
-            with self._applying():
-                self.local.inner_step()
-        self.after()
-        return went
+        if not self._ended:
+            if went:
+                with self._applying():
+                    self.local.inner_step()
+            self.after()
+        ended, self._ended = self._ended, False
+        return went and not ended
 
     def synchronise(self) -> None:
         """Open, and without a delay also close, a round of each weight recipe now."""
