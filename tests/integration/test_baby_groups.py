@@ -268,7 +268,7 @@ def test_two_groups_train_and_the_step_after_a_childs_death_commits() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 @pytest.mark.parametrize("kind", [ProcessGroupBabyNCCL, ProcessGroupBabyXCCL])
 def test_a_kind_for_a_device_that_is_not_there_says_what_to_use(kind: Any) -> None:
-    with pytest.raises(SettingsError, match="use ProcessGroupBabyGloo"):
+    with pytest.raises(SettingsError, match="use ProcessGroupGloo"):
         kind(timedelta(seconds=10))
 
 
