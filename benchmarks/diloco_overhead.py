@@ -132,6 +132,8 @@ def _case(
         ) as manager,
         ExitStack() as entered,
     ):
+        for p in model.parameters():
+            p.data.fill_(1.0)  # without a first heal, groups start from equal weights
         before = forget_peak()
         synchronise = _diloco(manager, model, fragments, in_flight - 1, entered)
         for _ in range(WARM_UP):

@@ -29,7 +29,12 @@ def test_a_vote_waits_longer_than_a_collective() -> None:
 
     steps = Steps(*parts(a_context(timeout=T), Client(), world_size=2))
     plan: Any = SimpleNamespace(
-        participating=(0, 1), step=0, donor=None, anyone_heals=False, final_sync=False
+        participating=(0, 1),
+        step=0,
+        donor=None,
+        anyone_heals=False,
+        final_sync=False,
+        bootstrap=False,
     )
     plan.participates = False
     average: Any = SimpleNamespace(wait=waited.append, report=lambda: None)
