@@ -3,7 +3,8 @@
     TorchftError
     ├── SettingsError            an argument, flag or variable that cannot be used
     │   ├── ClosureError         a closure, where averaged gradients are stepped with
-    │   └── MissingDeviceError   no such device on this machine, or a torch without its backend
+    │   ├── MissingDeviceError   no such device on this machine, or a torch without its backend
+    │   └── MissingVariableError a variable that is needed is not set (also a KeyError)
     ├── PhaseError               a call that the step's phase does not allow
     │   └── NotConfiguredError   a collective before `configure` (also an AssertionError)
     ├── UnsupportedError         a backend lacks an operation (also a NotImplementedError)
@@ -17,7 +18,8 @@
     ├── TransferTimeoutError     live state stopped moving (also a TimeoutError, and a URLError)
     ├── StepError                something went wrong inside one step: the step is discarded
     │   ├── CollectiveError      a collective failed, or a member was lost while it ran
-    │   │   └── ChildLostError   the child process of a subprocess group died (also an OSError)
+    │   │   ├── ChildLostError   the child process of a subprocess group died (also an OSError)
+    │   │   └── MeetingTimeoutError  members did not come to `configure` (also a TimeoutError)
     │   ├── NotFiniteError       an average has NaN or infinity in it: all groups discard the step
     │   └── HealError            live state could not be fetched
     │       └── DonorRefusedError  the donor said that it gives no state (also an HTTPError)
@@ -40,8 +42,10 @@ __all__ = [
     "DiscardedTooOften",
     "DonorRefusedError",
     "HealError",
+    "MeetingTimeoutError",
     "MismatchError",
     "MissingDeviceError",
+    "MissingVariableError",
     "NotConfiguredError",
     "NotFiniteError",
     "PhaseError",
@@ -72,6 +76,12 @@ class ClosureError(SettingsError, AssertionError):
 
 class MissingDeviceError(SettingsError):
     """This machine has no device of the kind that is asked for, or torch no backend for it."""
+
+
+class MissingVariableError(SettingsError, KeyError):
+    """An environment variable is neither set nor given as an argument; says which one of both."""
+
+    __str__ = RuntimeError.__str__  # a KeyError quotes its message
 
 
 class PhaseError(TorchftError):
@@ -133,6 +143,10 @@ class CollectiveError(StepError):
 
 class ChildLostError(CollectiveError, OSError):
     """The child process of a subprocess group died, hung and was killed, or was shut down."""
+
+
+class MeetingTimeoutError(CollectiveError, TimeoutError):
+    """Members of a process group, or the store where they meet, did not come within its timeout."""
 
 
 class NotFiniteError(StepError):

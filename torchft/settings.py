@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from torchft.arguments import boolean_of, check_integer, check_number, integer_from, number_from
-from torchft.errors import SettingsError
+from torchft.errors import MissingVariableError
 
 __all__ = [
     "CONGESTION",
@@ -135,11 +135,11 @@ def required(name: str, why: str) -> str:
     """The variable, which must be set; `why` says what it is for.
 
     Raises:
-        SettingsError: it is unset or empty.
+        MissingVariableError: it is unset or empty.
     """
     value = text(name)
     if value is None:
-        raise SettingsError(f"the environment variable {name} is not set: {why}")
+        raise MissingVariableError(f"the environment variable {name} is not set: {why}")
     return value
 
 

@@ -17,7 +17,7 @@ import torch
 from torch.distributed import ReduceOp, TCPStore
 
 from tests.helpers.ranks import Rank, ranks
-from torchft.errors import CollectiveError
+from torchft.errors import CollectiveError, MeetingTimeoutError
 from torchft.process_group import ProcessGroupGloo
 from torchft.retry import wait_until
 
@@ -252,7 +252,7 @@ def test_after_a_peer_died_the_survivors_stand_at_once() -> None:
 
 def _wait_for_one_who_never_comes(rank: Rank) -> None:
     began = time.perf_counter()
-    with pytest.raises(TimeoutError) as caught:
+    with pytest.raises(MeetingTimeoutError) as caught:
         rank.configure(world_size=4)
     rank.tell((time.perf_counter() - began, str(caught.value), rank.store))
     assert rank.group.errored() is None
@@ -367,7 +367,7 @@ def _meet_at_a_silent_store(rank: Rank) -> None:
     rank.tell("ready")
     rank.listen()
     began = time.perf_counter()
-    with pytest.raises(TimeoutError) as caught:
+    with pytest.raises(MeetingTimeoutError) as caught:
         rank.configure(rank=0, world_size=1)
     rank.tell((time.perf_counter() - began, str(caught.value), rank.store))
 

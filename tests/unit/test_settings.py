@@ -13,7 +13,7 @@ from torch.optim import SGD
 from unit.test_local_sgd import alone
 
 from torchft import settings
-from torchft.errors import SettingsError
+from torchft.errors import MissingVariableError, SettingsError
 from torchft.local_sgd import DiLoCo
 from torchft.manager import Manager, group
 from torchft.parameter_server.worker.options import WorkerOptions
@@ -131,5 +131,8 @@ def test_an_unusable_timeout_is_named(monkeypatch: pytest.MonkeyPatch, value: st
 
 def test_a_missing_variable_says_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(SettingsError, match="RANK is not set: start with torchrun"):
+    with pytest.raises(
+        MissingVariableError, match="RANK is not set: start with torchrun"
+    ) as raised:
         settings.required("RANK", "start with torchrun")
+    assert isinstance(raised.value, KeyError)

@@ -17,7 +17,7 @@ from torch.distributed import Store
 
 from torchft.checkpointing import CheckpointTransport
 from torchft.coordination import QuorumResult
-from torchft.errors import CollectiveError, TorchftError, UnreachableError
+from torchft.errors import CollectiveError, MeetingTimeoutError, TorchftError, UnreachableError
 from torchft.ledger import Bucket
 from torchft.manager.fingerprint import (
     Description,
@@ -223,9 +223,9 @@ class Beginner:
             self._starting.compared(plan)
             also = () if state is None else PUBLISHED
             Attempt(lambda _: withdraw(store, plan.replica_rank, also))  # nobody waits for it
-        except TorchftError:
-            raise
         except (RuntimeError, OSError) as error:
+            if isinstance(error, TorchftError) and not isinstance(error, MeetingTimeoutError):
+                raise
             ranks = ", ".join(f"{rank} {name}" for rank, name in enumerate(plan.members[:_NAMED]))
             raise CollectiveError(
                 f"the process group of quorum {plan.quorum_id} could not be made: {error} "

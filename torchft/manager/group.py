@@ -68,7 +68,7 @@ class ReplicaGroup:
         """Meet the other ranks of this group. What is not given comes from torchrun's variables.
 
         Raises:
-            SettingsError: a variable is neither given nor set.
+            MissingVariableError: a variable is neither given nor set.
             TimeoutError: the store or the lighthouse cannot be reached; UnreachableError is one.
         """
         rank = _given_or_variable(rank, "RANK")
@@ -135,7 +135,7 @@ def _store(addr: str, port: int, timeout: timedelta, *, serves: bool = False) ->
     where = f"the group's store at {addr}:{port} (MASTER_ADDR, MASTER_PORT)"
 
     def connect(attempt: Attempt[Store]) -> Store:
-        attempt.stage = f"{where}: is torchrun running there, and can this host reach it?"
+        attempt.stage = "an answer"
         if serves:
             with suppress(RuntimeError):  # it is served already, also for others of this process
                 return TCPStore(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Generic, TypeVar
 
-from torchft.errors import CollectiveError
+from torchft.errors import CollectiveError, MeetingTimeoutError
 
 __all__ = ["Attempt", "Deadline"]
 
@@ -83,7 +83,13 @@ class Attempt(Generic[T]):
         self._woken.set()
 
     def wait(self, deadline: Deadline) -> T:
-        """What `do` returns or raises; TimeoutError when late, CollectiveError when stopped."""
+        """What `do` returns.
+
+        Raises:
+            MeetingTimeoutError: if it has not ended at `deadline`.
+            CollectiveError: if it was stopped, and does not say why.
+            Exception: what `do` raises.
+        """
         try:
             woken = self._woken.wait(deadline.left().total_seconds() + _GRACE_S)
             if woken and self._outcome is None:  # stopped, not ended
@@ -97,7 +103,7 @@ class Attempt(Generic[T]):
             if outcome is None and self.stopped.is_set():
                 raise CollectiveError(f"abandoned while waiting for {self.stage}")
             if outcome is None:
-                raise TimeoutError(f"waited {deadline} for {self.stage}")
+                raise MeetingTimeoutError(f"waited {deadline} for {self.stage}")
             return outcome[0]
         finally:
             # An error's stack holds this frame, which would hold the error: then only the garbage

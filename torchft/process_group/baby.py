@@ -25,7 +25,13 @@ from torch.distributed import Work
 from torch.utils._pytree import tree_leaves
 
 from torchft.arguments import check_integer
-from torchft.errors import ChildLostError, CollectiveError, NotConfiguredError, SettingsError
+from torchft.errors import (
+    ChildLostError,
+    CollectiveError,
+    MeetingTimeoutError,
+    NotConfiguredError,
+    SettingsError,
+)
 from torchft.process_group.accelerator import NCCL, XCCL, Kind
 from torchft.process_group.account import Account, payer
 from torchft.process_group.base import ProcessGroup
@@ -120,7 +126,7 @@ class ProcessGroupBaby(ProcessGroup):
         """Join `world_size` members as `rank`, in the child that there is, or a new one.
 
         Raises:
-            TimeoutError: a member did not come, or the child did not start, in time.
+            MeetingTimeoutError: a member did not come, or the child did not start, in time.
             CollectiveError: the store or a member is gone. The next configure may succeed.
             ChildLostError: the child died meanwhile. The next configure uses a new one.
         """
@@ -135,7 +141,7 @@ class ProcessGroupBaby(ProcessGroup):
         except CollectiveError as error:
             if work.is_completed():
                 raise
-            raise TimeoutError(
+            raise MeetingTimeoutError(
                 f"timed out after {self._timeout.total_seconds():g} seconds: the child process is "
                 "still starting, which takes some seconds: give a longer timeout"
             ) from error

@@ -59,7 +59,7 @@ class ProcessGroup(TorchProcessGroup):
         for all members and has not been used before. `replica_id` names this member in errors.
 
         Raises:
-            TimeoutError: a member did not come in time; names its rank.
+            MeetingTimeoutError: a member did not come in time; names its rank.
             CollectiveError: the store or a member is gone. The next configure may succeed.
         """
         raise self._lacks("configure")

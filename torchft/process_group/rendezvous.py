@@ -20,7 +20,13 @@ from ipaddress import ip_address
 from torch.distributed import Store
 
 from torchft.arguments import check_integer
-from torchft.errors import CollectiveError, MismatchError, SettingsError, SharedDeviceError
+from torchft.errors import (
+    CollectiveError,
+    MeetingTimeoutError,
+    MismatchError,
+    SettingsError,
+    SharedDeviceError,
+)
 from torchft.process_group.attempt import Deadline
 from torchft.process_group.sockets import Address
 from torchft.retry import pauses
@@ -86,7 +92,7 @@ def meet(
     """Announce `me` and wait for everybody; all members in the order of their ranks.
 
     Raises:
-        TimeoutError: somebody is still missing at the deadline; the message says which ranks.
+        MeetingTimeoutError: somebody is missing at the deadline; the message says which ranks.
         MismatchError: a member was told of another number of members.
         SettingsError: a member listens where the others cannot reach it.
         SharedDeviceError: a member of a lower rank is on the same device.
@@ -121,7 +127,7 @@ def _wait_for_all(
         if stopped():
             raise CollectiveError(f"{store_addr}: abandoned while waiting for ranks {missing}")
         if deadline.passed():
-            raise TimeoutError(
+            raise MeetingTimeoutError(
                 f"rank {me.rank} ({me.replica_id}) waited {deadline} at the store {store_addr} for "
                 f"{_ranks(missing)} of {me.world_size}, which did not come: its process is gone "
                 "or stuck, or was told of another store"

@@ -16,7 +16,7 @@ from datetime import timedelta
 
 from torch.distributed import PrefixStore, Store, TCPStore
 
-from torchft.errors import CollectiveError, SettingsError, TorchftError
+from torchft.errors import CollectiveError, MeetingTimeoutError, SettingsError, TorchftError
 from torchft.process_group.attempt import Attempt, Deadline
 
 __all__ = ["StoreClients", "create_store_client"]
@@ -33,7 +33,7 @@ def create_store_client(store_addr: str, timeout: timedelta) -> Store:
     Raises:
         SettingsError: the address has another form.
         CollectiveError: its host has no address or refuses the connection.
-        TimeoutError: no answer within `timeout`.
+        MeetingTimeoutError: no answer within `timeout`.
     """
     return StoreClients().client(store_addr, timeout)
 
@@ -51,7 +51,7 @@ class StoreClients:
         Raises:
             SettingsError: the address has another form.
             CollectiveError: the host has no address, or the store does not answer.
-            TimeoutError: no answer within `timeout`.
+            MeetingTimeoutError: no answer within `timeout`.
         """
         host, port, prefix = _parse(store_addr)
         deadline = Deadline.after(timeout)
@@ -60,7 +60,7 @@ class StoreClients:
         attempt.stage = f"the store at {store_addr}: its process is stuck or cannot be reached"
         try:
             return PrefixStore(prefix, attempt.wait(deadline))
-        except TimeoutError:
+        except MeetingTimeoutError:
             self.forget(store_addr)
             raise
         except TorchftError:
@@ -129,7 +129,9 @@ def _knock(store_addr: str, host: str, port: int, deadline: Deadline) -> str:
             f"resolve the name {host!r}"
         ) from error
     except TimeoutError as error:
-        raise TimeoutError(f"the store at {store_addr} did not answer within {deadline}") from error
+        raise MeetingTimeoutError(
+            f"the store at {store_addr} did not answer within {deadline}"
+        ) from error
     except OSError as error:
         raise CollectiveError(
             f"the store at {store_addr} cannot be reached ({error}): the process that serves it "
