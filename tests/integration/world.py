@@ -53,6 +53,17 @@ class Group:
     def number(self) -> int:
         return int(self.name.removeprefix("group_"))
 
+    def environment(self) -> dict[str, str]:
+        """What a script finds that torchrun starts as this rank."""
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self._world_size),
+            "MASTER_ADDR": self._address,
+            "MASTER_PORT": str(self._store.port),
+            "REPLICA_GROUP_ID": str(self.number),
+            "TORCHFT_LIGHTHOUSE": self.world.wait("lighthouse"),
+        }
+
     def manager(self, **options: Any) -> Manager:
         """A manager of this rank; options override the defaults of the tests."""
         defaults: dict[str, Any] = {
@@ -102,7 +113,7 @@ class World:
     ) -> None:
         self.hosts = hosts
         self._deadline_s = deadline_s
-        self._folder = folder
+        self.folder = folder
         self._options: dict[str, Any] = {
             "bind": f"{HERE}:0",
             "min_replicas": 1,
@@ -113,18 +124,18 @@ class World:
 
     def happen(self, event: str, value: str = "") -> None:
         """Tell all groups that something happened."""
-        written = self._folder / f".{event}"
+        written = self.folder / f".{event}"
         written.write_text(value)
-        written.rename(self._folder / event)
+        written.rename(self.folder / event)
 
     def happened(self, event: str) -> bool:
         """Whether it has."""
-        return (self._folder / event).exists()
+        return (self.folder / event).exists()
 
     def wait(self, event: str) -> str:
         """Wait until it has; what was told with it."""
         until(lambda: self.happened(event), event, within_s=DEADLINE_S)
-        return (self._folder / event).read_text()
+        return (self.folder / event).read_text()
 
     def run(self, *stories: Callable[[Group], Any], ranks: int = 1) -> list[Any]:
         """Run one story for each group, on each of its ranks; what they return, in that order.
