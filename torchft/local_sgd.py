@@ -259,11 +259,9 @@ class DiLoCo(StrategyHooks):
             )
         if self._recipe.delay:
             self._manager.state.offer_copies()
-            self._manager.register_state_dict_fn(
-                "StreamingDiLoCo_open_rounds",
-                self._strategy.take_over,
-                self._strategy.open_rounds,
-            )
+            key, take_over = "StreamingDiLoCo_open_rounds", self._strategy.take_over
+            self._manager.register_state_dict_fn(key, take_over, self._strategy.open_rounds)
+            self._manager.state.register_on_disk(key, take_over, list)
 
     def _heal_fragment(self, fragment: Fragment, state: dict[str, Any]) -> None:
         """The weights come along at once: a group may also heal after its last round."""

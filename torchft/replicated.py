@@ -158,7 +158,9 @@ class Replicated(Uncopied):
         if self._joined:
             return
         self._joined = True
-        if not self._loaded:
+        if self._loaded:
+            self._strategy.settle_in()  # whatever else was loaded after it
+        else:
             self._take_backup()
         # 0 participants: this process has not met the others in a quorum yet.
         if self._manager.options.init_sync and self._manager.num_participants() == 0:
@@ -303,7 +305,6 @@ class Replicated(Uncopied):
         """Rounds that were in flight have come to nothing, as discarded ones do."""
         self._check_options({**state, "manager": None})
         self._heal({**state, "open_rounds": []})
-        self._strategy.settle_in()
         self._loaded = True
 
     def _heal(self, state: State) -> None:
