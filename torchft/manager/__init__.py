@@ -40,7 +40,7 @@ from torchft.manager.begin import QuorumGroup
 from torchft.manager.fingerprint import Fingerprint
 from torchft.manager.group import MANAGER_ADDR_KEY, REPLICA_ID_KEY, ReplicaGroup
 from torchft.manager.listeners import StepListeners
-from torchft.manager.plan import Options, Phase, WorldSizeMode, follow
+from torchft.manager.plan import Options, Phase, WorldSizeMode, extract_trailing_digits, follow
 from torchft.manager.progress import Progress
 from torchft.manager.queue import Steps
 from torchft.manager.registering import Registering
@@ -62,6 +62,7 @@ __all__ = [
     "ExceptionWithTraceback",
     "Manager",
     "WorldSizeMode",
+    "extract_trailing_digits",
     "get_timeout",
 ]
 

@@ -26,10 +26,11 @@ from torchft.manager.fingerprint import (
     same_world_sizes,
     withdraw,
 )
-from torchft.manager.plan import Plan, plan_step
+from torchft.manager.plan import Plan, global_ranks, plan_step
 from torchft.manager.starting_state import PUBLISHED, StartingState, announce, check
 from torchft.peers import Place
-from torchft.process_group import ProcessGroup
+from torchft.process_group import ProcessGroup, adapters
+from torchft.process_group.adapters import Members
 from torchft.process_group.attempt import Attempt, Deadline
 from torchft.process_group.generation import Generation
 from torchft.process_group.stores import StoreClients
@@ -218,8 +219,7 @@ class Beginner:
             store = Attempt(lambda attempt: self._compare(attempt, plan, prefix, state)).wait(
                 deadline
             )
-            name = self._group.name or "0"
-            self._context.group.pg.configure(prefix, name, plan.replica_rank, len(plan.members))
+            adapters.configure(self._context.group.pg, self._members(plan, prefix))
             self._starting.compared(plan)
             also = () if state is None else PUBLISHED
             Attempt(lambda _: withdraw(store, plan.replica_rank, also))  # nobody waits for it
@@ -231,6 +231,20 @@ class Beginner:
                 f"the process group of quorum {plan.quorum_id} could not be made: {error} "
                 f"(members by rank: {ranks})"
             ) from error
+
+    def _members(self, plan: Plan, prefix: str) -> Members:
+        """The members of the quorum that have this group rank, for its process group."""
+        rank, ranks = self._group.rank, self._group.world_size
+        return Members(
+            prefix,
+            self._group.name or "0",
+            plan.replica_rank,
+            len(plan.members),
+            plan.quorum_id,
+            rank,
+            ranks,
+            global_ranks(plan.members, rank, ranks),
+        )
 
     def _compare(
         self, attempt: Attempt[Store], plan: Plan, prefix: str, state: Description | None

@@ -37,7 +37,9 @@ __all__ = [
     "QuorumLike",
     "Why",
     "WorldSizeMode",
+    "extract_trailing_digits",
     "follow",
+    "global_ranks",
     "has_tried_all_donors",
     "objection",
     "plan_of_others",
@@ -296,6 +298,24 @@ def plan_of_others(
         bootstrap=False,
         final_sync=False,
     )
+
+
+def extract_trailing_digits(s: str) -> int:
+    """The number that `s` ends in, 0 if it ends in none: 12 of `replica_12`."""
+    return int(s[len(s.rstrip("0123456789")) :] or 0)
+
+
+def global_ranks(members: Sequence[str], group_rank: int, group_world_size: int) -> list[int]:
+    """Ranks of the members that have `group_rank`, counted over all groups, where the name of each
+    group ends in its number: 9 is rank 1 of four of `group_2`.
+
+    Args:
+        members: replica ids, each a name, a colon and a suffix.
+        group_rank: in its group.
+        group_world_size: how many ranks each group has.
+    """
+    numbers = [extract_trailing_digits(member.rpartition(":")[0]) for member in members]
+    return [number * group_world_size + group_rank for number in numbers]
 
 
 LEAST_TRIES = 3

@@ -34,6 +34,7 @@ from torchft.errors import (
 )
 from torchft.process_group.accelerator import NCCL, XCCL, Kind
 from torchft.process_group.account import Account, payer
+from torchft.process_group.adapters import Members
 from torchft.process_group.base import ProcessGroup
 from torchft.process_group.child import Abort, Options, Reply
 from torchft.process_group.child_process import ChildProcess, ChildSettings, ChildWork
@@ -122,7 +123,17 @@ class ProcessGroupBaby(ProcessGroup):
 
     # ------------------------------------------------------------------ members
 
-    def configure(self, store_addr: str, replica_id: str, rank: int, world_size: int) -> None:
+    def configure(
+        self,
+        store_addr: str,
+        replica_id: str,
+        rank: int,
+        world_size: int,
+        quorum_id: int | None = None,
+        group_rank: int | None = None,
+        group_world_size: int | None = None,
+        global_ranks: list[int] | None = None,
+    ) -> None:
         """Join `world_size` members as `rank`, in the child that there is, or a new one.
 
         Raises:
@@ -131,10 +142,12 @@ class ProcessGroupBaby(ProcessGroup):
             ChildLostError: the child died meanwhile. The next configure uses a new one.
         """
         Seat(rank, world_size, replica_id)
+        more = (quorum_id, group_rank, group_world_size, global_ranks)
+        members = Members(store_addr, replica_id, rank, world_size, *more)
         self._abandon("configured anew", tell=False)
         self._size, self._error = None, None
         child, work = self._living(), ChildWork()
-        child.configure(work, (store_addr, replica_id, rank, world_size))
+        child.configure(work, members)
         patience_s = self._timeout.total_seconds() + (_GRACE_S if child.stands.is_set() else 0.0)
         try:
             work.wait(timedelta(seconds=patience_s))

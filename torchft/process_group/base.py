@@ -52,11 +52,31 @@ class ProcessGroup(TorchProcessGroup):
 
     # ------------------------------------------------------------------ members
 
-    def configure(self, store_addr: str, replica_id: str, rank: int, world_size: int) -> None:
+    def configure(
+        self,
+        store_addr: str,
+        replica_id: str,
+        rank: int,
+        world_size: int,
+        quorum_id: int | None = None,
+        group_rank: int | None = None,
+        group_world_size: int | None = None,
+        global_ranks: list[int] | None = None,
+    ) -> None:
         """Join `world_size` members as `rank`, in place of those of before, who are not waited for.
 
-        `store_addr` is `host:port/prefix` of a store that serves already; the prefix is the same
-        for all members and has not been used before. `replica_id` names this member in errors.
+        A manager passes the last four to a `configure` that takes them. Ours do not need them.
+
+        Args:
+            store_addr: `host:port/prefix` of a store that serves already; the prefix is the same
+                for all members and has not been used before.
+            replica_id: names this member in errors.
+            rank: this member's.
+            world_size: how many members there are.
+            quorum_id: of the quorum; never repeated.
+            group_rank: of this process in its replica group.
+            group_world_size: how many ranks each replica group has.
+            global_ranks: of all members, counted over the ranks of all groups.
 
         Raises:
             MeetingTimeoutError: a member did not come in time; names its rank.

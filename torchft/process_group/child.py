@@ -26,6 +26,8 @@ from torch.distributed import distributed_c10d
 from torchft import errors
 from torchft.coordination import watch_parent
 from torchft.errors import CollectiveError
+from torchft.process_group import adapters
+from torchft.process_group.adapters import Members
 from torchft.process_group.shared_memory import Slot, mapped, view
 from torchft.process_group.watchdog import DeviceWork
 
@@ -72,10 +74,7 @@ class Configure:
 
     number: int
     """Of the request; its reply has the same."""
-    store_addr: str
-    replica_id: str
-    rank: int
-    world_size: int
+    members: Members
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,9 +184,7 @@ class _Child:
 
     def _configure(self, request: Configure) -> None:
         try:
-            self.group.configure(
-                request.store_addr, request.replica_id, request.rank, request.world_size
-            )
+            adapters.configure(self.group, request.members)
         except BaseException as error:
             self.answer(request.number, error)
         else:

@@ -26,6 +26,7 @@ from torch.distributed import Work
 from torch.futures import Future
 
 from torchft.errors import ChildLostError, CollectiveError, SettingsError
+from torchft.process_group.adapters import Members
 from torchft.process_group.child import Configure, NewSegment, Operation, Reply, SetTimeout
 from torchft.process_group.shared_memory import Segments
 
@@ -192,9 +193,9 @@ class ChildProcess:
         """Whether it can answer no more."""
         return self._error is not None
 
-    def configure(self, work: ChildWork, members: tuple[str, str, int, int]) -> None:
+    def configure(self, work: ChildWork, members: Members) -> None:
         """Ask for another configuration; ends `work`."""
-        self._request(work, lambda number: Configure(number, *members))
+        self._request(work, lambda number: Configure(number, members))
 
     def start(self, work: ChildWork, name: str, segment: int, *parts: list[Any]) -> None:
         """Ask for an operation; ends `work`. `parts`: arguments, reads, writes."""

@@ -55,7 +55,7 @@ class ProcessGroupDummy(ProcessGroup):
         self.wait_count = 0
         self.get_future_count = 0
 
-    def configure(self, store_addr: str, replica_id: str, rank: int, world_size: int) -> None:
+    def configure(self, *members: Any, **more: Any) -> None:
         """Counted; the members stay this one."""
         self.configure_count += 1
 

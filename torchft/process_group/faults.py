@@ -76,10 +76,10 @@ class ErrorSwallowingProcessGroupWrapper(ProcessGroupWrapper):
         super().__init__(pg=pg)
         self._error: Exception | None = None
 
-    def configure(self, store_addr: str, replica_id: str, rank: int, world_size: int) -> None:
+    def configure(self, *members: Any, **more: Any) -> None:
         """As the inner group; forgets the error."""
         self._error = None
-        super().configure(store_addr, replica_id, rank, world_size)
+        super().configure(*members, **more)
 
     def report_error(self, e: Exception) -> None:
         """Count `e` as the error of this configuration, unless it has one."""
@@ -130,10 +130,10 @@ class FakeProcessGroupWrapper(ProcessGroupWrapper):
         self._next: Exception | None = None
         self._taking = threading.Lock()
 
-    def configure(self, store_addr: str, replica_id: str, rank: int, world_size: int) -> None:
+    def configure(self, *members: Any, **more: Any) -> None:
         """As the inner group; forgets an error that was not used."""
         self._take()
-        super().configure(store_addr, replica_id, rank, world_size)
+        super().configure(*members, **more)
 
     def report_future_error(self, e: Exception) -> None:
         """The next all-reduce is carried out and then fails with `e`."""

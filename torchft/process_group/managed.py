@@ -68,7 +68,7 @@ class ManagedProcessGroup(ProcessGroupWrapper):
         """The error of the manager's step."""
         return self._manager.errored()
 
-    def configure(self, store_addr: str, replica_id: str, rank: int, world_size: int) -> None:
+    def configure(self, *members: Any, **more: Any) -> None:
         """Refuse: the manager configures its process group itself.
 
         Raises:

@@ -27,8 +27,9 @@ from torch.distributed import ProcessGroup as TorchProcessGroup
 from torch.distributed import Store, Work
 
 from torchft.errors import NotConfiguredError
-from torchft.process_group import rendezvous
+from torchft.process_group import adapters, rendezvous
 from torchft.process_group.account import Account
+from torchft.process_group.adapters import Members
 from torchft.process_group.attempt import Attempt, Deadline
 from torchft.process_group.base import ProcessGroup
 from torchft.process_group.control import Aborting, Control
@@ -117,10 +118,22 @@ class ProcessGroupWrapper(ProcessGroup):
             return self._pg.bytes_sent
         return self._sent.bytes_sent
 
-    def configure(self, store_addr: str, replica_id: str, rank: int, world_size: int) -> None:
+    def configure(
+        self,
+        store_addr: str,
+        replica_id: str,
+        rank: int,
+        world_size: int,
+        quorum_id: int | None = None,
+        group_rank: int | None = None,
+        group_world_size: int | None = None,
+        global_ranks: list[int] | None = None,
+    ) -> None:
         """Make a new generation; the old one is let go before and never waited for."""
         if self._pg is not None:
-            self._pg.configure(store_addr, replica_id, rank, world_size)
+            more = (quorum_id, group_rank, group_world_size, global_ranks)
+            members = Members(store_addr, replica_id, rank, world_size, *more)
+            adapters.configure(self._pg, members)
             return
         self._swap(None)
         deadline = Deadline.after(self._timeout)
