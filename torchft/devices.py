@@ -40,13 +40,15 @@ def is_lost(error: BaseException | None) -> bool:
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        if not isinstance(error, torch.OutOfMemoryError) and _says_lost(error):
+        if _says_lost(error):
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
 def _says_lost(error: BaseException) -> bool:
+    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+        return False
     named = getattr(torch, "AcceleratorError", None)  # torch 2.8
     if named is not None and isinstance(error, named):
         return True

@@ -3,6 +3,7 @@
     TorchftError
     ├── SettingsError            an argument, flag or variable that cannot be used
     │   ├── ClosureError         a closure, where averaged gradients are stepped with
+    │   ├── IntegerAverageError  AVG of a tensor of integers or booleans
     │   ├── MissingDeviceError   no such device on this machine, or a torch without its backend
     │   └── MissingVariableError a variable that is needed is not set (also a KeyError)
     ├── PhaseError               a call that the step's phase does not allow
@@ -14,6 +15,7 @@
     │   └── SharedDeviceError    another member of the process group is on the same device
     ├── StateDictError           registered state cannot travel, or a donor's cannot be loaded
     ├── CheckpointError          a checkpoint on disk could not be written or read
+    ├── DeviceLostError          an accelerator failed: this process must leave the job
     ├── UnreachableError         no connection within the connect timeout (also a TimeoutError)
     ├── TransferTimeoutError     live state stopped moving (also a TimeoutError, and a URLError)
     ├── StepError                something went wrong inside one step: the step is discarded
@@ -39,9 +41,11 @@ __all__ = [
     "ChildLostError",
     "ClosureError",
     "CollectiveError",
+    "DeviceLostError",
     "DiscardedTooOften",
     "DonorRefusedError",
     "HealError",
+    "IntegerAverageError",
     "MeetingTimeoutError",
     "MismatchError",
     "MissingDeviceError",
@@ -72,6 +76,10 @@ class SettingsError(TorchftError, ValueError):
 
 class ClosureError(SettingsError, AssertionError):
     """An optimizer computes the loss again in its step, after the gradients were averaged."""
+
+
+class IntegerAverageError(SettingsError):
+    """AVG of integers or booleans, which no backend divides alike: use SUM and divide."""
 
 
 class MissingDeviceError(SettingsError):
@@ -118,6 +126,10 @@ class StateDictError(TorchftError):
 
 class CheckpointError(TorchftError):
     """A checkpoint on disk could not be written or read; says which one and why."""
+
+
+class DeviceLostError(TorchftError):
+    """An accelerator failed in such a way that this process cannot use it any more."""
 
 
 class UnreachableError(TorchftError, TimeoutError):

@@ -13,7 +13,8 @@ import torch
 from steps import all_are_in, step
 from world import Group, World
 
-from torchft.errors import MismatchError
+from torchft.errors import DeviceLostError, MismatchError
+from torchft.process_group import FakeProcessGroupWrapper
 
 PROMPT_S = 5.0
 """Far below the 20 seconds of the deadlines in these tests."""
@@ -148,3 +149,27 @@ def test_a_donor_that_cannot_save_its_state_goes_on(tmp_path: Path) -> None:
         return committed
 
     assert World(tmp_path).run(donor, joins) == [True, False]
+
+
+def test_a_group_whose_device_fails_leaves_and_the_others_go_on(tmp_path: Path) -> None:
+    def loses_its_device(group: Group) -> str:
+        pg = FakeProcessGroupWrapper(group.pg)
+        manager = group.manager(pg=pg)
+        all_are_in(manager, 2)
+        pg.report_future_error(RuntimeError("CUDA error: an illegal memory access was encountered"))
+        with pytest.raises(DeviceLostError) as raised:
+            step(manager, 1.0)
+        group.world.happen("left")
+        return str(raised.value)
+
+    def goes_on(group: Group) -> int:
+        manager = group.manager()
+        all_are_in(manager, 2)
+        while not (group.world.happened("left") and step(manager, 1.0)[0]):
+            step(manager, 1.0)
+        return manager.num_participants()
+
+    said, left = World(tmp_path).run(loses_its_device, goes_on)
+    assert left == 1
+    assert "a device of group_0" in said and "CUDA error: an illegal memory access" in said
+    assert "the group leaves the job, and the others go on: start it again" in said

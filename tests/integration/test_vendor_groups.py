@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from helpers.ranks import Rank, ranks
 from helpers.threads import Group, groups
+from steps import step
 from torch.distributed import ReduceOp, Store
 from torch.distributed.distributed_c10d import AllgatherOptions
+from world import Group as Process
+from world import World
 
+from torchft.errors import SharedDeviceError
 from torchft.process_group import ProcessGroupWrapper
+from torchft.process_group.rendezvous import Member, Seat
 
 LONG = timedelta(seconds=30)
 
@@ -71,3 +78,32 @@ def test_collectives_of_a_torch_group_are_called_as_they_are() -> None:
     with ranks(2, _use_what_a_torch_group_has_and_a_backend_has_not) as world:
         for heard in world.hear_all():
             assert heard == ([1.0] * 4 + [2.0] * 4, [3.0] * 2, [3.0] * 4)
+
+
+class _OnOneDevice(_VendorGroup):
+    """Each member says that it has the same device."""
+
+    def _member(self, seat: Seat) -> Member:
+        return Member.here(seat, None, "GPU-a")
+
+
+def test_of_two_groups_on_one_device_the_later_leaves_and_the_other_goes_on(
+    tmp_path: Path,
+) -> None:
+    def stays(group: Process) -> int:
+        manager = group.manager(pg=_OnOneDevice(LONG))
+        while not (group.world.happened("left") and step(manager, 1.0)[0]):
+            step(manager, 1.0)
+        return manager.num_participants()
+
+    def leaves(group: Process) -> str:
+        manager = group.manager(pg=_OnOneDevice(LONG))
+        with pytest.raises(SharedDeviceError) as raised:
+            step(manager, 1.0)
+        manager.shutdown()
+        group.world.happen("left")
+        return str(raised.value)
+
+    left, said = World(tmp_path).run(stays, leaves)
+    assert left == 1
+    assert "group_1" in said and "is on the same device as rank 0" in said

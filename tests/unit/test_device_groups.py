@@ -4,28 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from helpers.steps import lone_step
+from torch._C._distributed_c10d import Backend
 from torch.distributed import ReduceOp
-from torch.distributed.distributed_c10d import AllreduceCoalescedOptions, ReduceScatterOptions
+from torch.distributed.distributed_c10d import (
+    AllreduceCoalescedOptions,
+    ReduceScatterOptions,
+)
 
 import torchft
 from torchft.devices import is_lost
 from torchft.errors import (
     CollectiveError,
+    IntegerAverageError,
     MissingDeviceError,
     NotConfiguredError,
-    SettingsError,
     SharedDeviceError,
     UnsupportedError,
 )
+from torchft.manager import collectives
 from torchft.process_group import (
+    ErrorSwallowingProcessGroupWrapper,
+    FakeProcessGroupWrapper,
+    ManagedProcessGroup,
     ProcessGroup,
     ProcessGroupBabyNCCL,
     ProcessGroupBabyXCCL,
     ProcessGroupDummy,
+    ProcessGroupGloo,
     ProcessGroupNCCL,
     ProcessGroupWrapper,
     ProcessGroupXCCL,
@@ -77,22 +90,80 @@ def test_an_average_of_integers_is_refused(options: Any) -> None:
     if options is not None:
         opts = options()
         opts.reduceOp = ReduceOp.AVG
-    with pytest.raises(SettingsError, match=r"AVG of torch\.int32: .* use SUM and divide"):
+    with pytest.raises(IntegerAverageError, match=r"AVG of torch\.int32: .* use SUM and divide"):
         _check_average([torch.ones(2, dtype=torch.int32)], opts)
     _check_average([torch.ones(2)], opts)
     _check_average([torch.ones(2, dtype=torch.int32)], ReduceOp.SUM)
+    assert issubclass(IntegerAverageError, ValueError)  # what torchft's users catch
 
 
-def test_a_collective_before_configure_is_an_error_of_its_own() -> None:
-    group = ProcessGroupWrapper()
-    with pytest.raises(NotConfiguredError, match="call configure first"):
-        group.allreduce([torch.ones(1)], ReduceOp.SUM)
+ONE = torch.ones(1)
+CALLS: dict[str, Any] = {
+    "allreduce": lambda group: group.allreduce([ONE], ReduceOp.SUM),
+    "allreduce_coalesced": lambda group: group.allreduce_coalesced([ONE]),
+    "allgather": lambda group: group.allgather([[ONE]], [ONE]),
+    "allgather_into_tensor_coalesced": lambda group: group.allgather_into_tensor_coalesced(
+        [ONE], [ONE]
+    ),
+    "alltoall_base": lambda group: group.alltoall_base(ONE, ONE, [], []),
+    "barrier": lambda group: group.barrier(),
+    "broadcast": lambda group: group.broadcast([ONE]),
+    "send": lambda group: group.send([ONE], 0, 0),
+    "recv": lambda group: group.recv([ONE], 0, 0),
+    "reduce_scatter": lambda group: group.reduce_scatter([ONE], [[ONE]]),
+    "reduce_scatter_tensor_coalesced": lambda group: group.reduce_scatter_tensor_coalesced(
+        [ONE], [ONE]
+    ),
+}
+"""Each collective by name, as a call of it."""
+
+
+def _kinds() -> dict[str, ProcessGroup]:
+    inner = ProcessGroupGloo()
+    manager: Any = SimpleNamespace(process_group=inner)
+    return {
+        "gloo": inner,
+        "fake": FakeProcessGroupWrapper(inner),
+        "swallowing": ErrorSwallowingProcessGroupWrapper(inner),
+        "managed": ManagedProcessGroup(manager),
+        "vendor": ProcessGroupWrapper(),
+    }
+
+
+@pytest.mark.parametrize("kind", _kinds())
+@pytest.mark.parametrize("name", CALLS)
+def test_a_collective_before_configure_is_an_error_of_its_own(kind: str, name: str) -> None:
+    group = _kinds()[kind]
+    if name == "allreduce" and kind == "swallowing":
+        assert CALLS[name](group).wait()
+        assert isinstance(group.errored(), NotConfiguredError)
+    elif name != "allreduce" or kind != "managed":  # the manager's own, which waits for a quorum
+        with pytest.raises(NotConfiguredError, match="call configure first"):
+            CALLS[name](group)
     assert issubclass(NotConfiguredError, AssertionError)  # what torchft's users catch
 
 
 def test_an_operation_that_a_kind_lacks_says_which_and_what_to_use() -> None:
     with pytest.raises(UnsupportedError, match=r"does not support barrier: .*ProcessGroupGloo"):
         ProcessGroup().barrier()
+
+
+class _Toy(Backend):
+    """Torch's own base, which has no operation."""
+
+    def getBackendName(self) -> str:
+        return "toy"
+
+
+def test_an_operation_that_a_vendors_backend_lacks_says_which_and_what_to_use() -> None:
+    inner: Any = dist.ProcessGroup(dist.HashStore(), 0, 1)
+    custom = dist.ProcessGroup.BackendType.CUSTOM
+    inner._set_default_backend(custom)
+    inner._register_backend(torch.device("cpu"), custom, _Toy(0, 1))
+    group = ProcessGroupWrapper(pg=inner)
+    for name, start in CALLS.items():
+        with pytest.raises(UnsupportedError, match=rf"does not support {name}: .*ProcessGroupGloo"):
+            start(group)
 
 
 class _Vendor(ProcessGroupWrapper):
@@ -141,5 +212,20 @@ def test_a_device_that_failed_is_told_from_memory_that_ran_out() -> None:
     outer.__cause__ = RuntimeError("CUDA error: unspecified launch failure")
     assert is_lost(outer)
     assert not is_lost(torch.OutOfMemoryError("CUDA error: out of memory"))
+    assert not is_lost(RuntimeError("CUDA error: out of memory"))  # of pinned memory
     assert not is_lost(RuntimeError("Connection closed by peer"))
     assert not is_lost(None)
+
+
+def test_a_device_that_fails_while_the_vote_waits_for_it_is_the_steps_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails() -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    step: Any = lone_step()
+    step.known_plan = SimpleNamespace(anyone_heals=False)
+    step.finish_forming()
+    monkeypatch.setattr(collectives, "finish_current_stream", fails)
+    collectives.finish(step, timedelta(seconds=1))
+    assert is_lost(step.error.original_exception)

@@ -368,6 +368,7 @@ class Manager(Registering, Uncopied):
             PhaseError: no step is open.
             TimeoutError: a rank of this group does not vote in `timeout` (`torchft.timeouts`).
             DiscardedTooOften: more discarded steps in a row than `max_retries`.
+            DeviceLostError: a device of this rank failed; its group has left the job.
         """
         follow(self.steps.phase, Phase.VOTING)
         step = self.steps.begun("should_commit")

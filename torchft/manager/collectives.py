@@ -19,8 +19,8 @@ from torch.distributed import ReduceOp, Work
 from torch.distributed.distributed_c10d import AllgatherOptions
 
 from torchft.collectives import OrderedMean, QuantizedMean, adds, as_bytes, codec_for
-from torchft.devices import finish_current_stream
-from torchft.errors import SettingsError
+from torchft.devices import finish_current_stream, is_lost
+from torchft.errors import IntegerAverageError, SettingsError
 from torchft.ledger import Bucket
 from torchft.manager.average import Average, Done, Name
 from torchft.process_group.account import paid_by
@@ -49,7 +49,7 @@ def allreduce(
     Raises:
         SettingsError: a sparse tensor, an error-feedback buffer without a codec, or a codec that
             cannot hold the dtype.
-        ValueError: AVG of a tensor that is neither floating-point nor complex.
+        IntegerAverageError: AVG of a tensor that is neither floating-point nor complex.
     """
     _refuse_sparse("allreduce", tensor)
     codec = codec_for(should_quantize, tensor.device)
@@ -69,7 +69,7 @@ def allreduce(
         raise SettingsError("all of a tensor arrives as it is: error_feedback goes with a codec")
     average = reduce_op == ReduceOp.AVG
     if average and not (tensor.is_floating_point() or tensor.is_complex()):
-        raise ValueError(f"AVG needs a floating-point tensor, not {tensor.dtype}: use SUM")
+        raise IntegerAverageError(f"AVG needs a floating-point tensor, not {tensor.dtype}: use SUM")
     plan = step.plan
     if step.broken or plan.final_sync:
         return Done(tensor)
@@ -111,7 +111,17 @@ def gather(step: Step, tensor: torch.Tensor) -> tuple[Work, list[torch.Tensor]]:
 
 
 def finish(step: Step, timeout: timedelta) -> None:
-    """Wait for all that is under way in the step; a failure is the step's error."""
+    """Wait for all that is under way in the step; a failure is the step's error, also that of a
+    device, on which whatever is asked next fails."""
+    try:
+        _finish(step, timeout)
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        step.report(error)
+
+
+def _finish(step: Step, timeout: timedelta) -> None:
     if step.plan.anyone_heals and not step.averages and not step.broken:
         # Nothing was averaged, so nothing has shown that who heals has got its state.
         _reduce(

@@ -327,6 +327,7 @@ class Steps:
             TimeoutError: a rank of this group does not vote in time.
             DiscardedTooOften: more discarded steps in a row than `max_retries`, or too many heals
                 that failed and cost the others a step each.
+            DeviceLostError: a device of this rank failed. The group has left the job by then.
         """
         plan = step.plan
         step.phase = follow(step.phase, Phase.VOTING)

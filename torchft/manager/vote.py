@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from torchft.errors import DiscardedTooOften, DonorRefusedError, HealError
+from torchft.devices import is_lost
+from torchft.errors import (
+    DeviceLostError,
+    DiscardedTooOften,
+    DonorRefusedError,
+    HealError,
+    TorchftError,
+)
 from torchft.ledger import Bucket
 from torchft.manager.plan import Plan, Why, has_tried_all_donors, objection
 from torchft.timeouts import inside_group
@@ -126,11 +133,16 @@ class Voter:
         if reason is not None:
             self._warn(outcome.step, reason, error_said=step.error is not None)
 
-    def hopeless(self, step: Step, plan: Plan) -> DiscardedTooOften | None:
-        """Why this group must leave the job: one that cannot heal, with any donor, tries for ever
-        and may keep the others from committing. None while it may go on."""
+    def hopeless(self, step: Step, plan: Plan) -> TorchftError | None:
+        """Why this group must leave the job: one whose device failed, or that cannot heal with any
+        donor, tries for ever and may keep the others from committing. None while it may go on."""
         failed = self._context.progress.heals_failed
         cause = step.error.original_exception if step.error else None
+        if is_lost(cause):
+            return DeviceLostError(
+                f"a device of {self._group.replica_id} failed: {cause}. This process cannot use it "
+                "any more, so the group leaves the job, and the others go on: start it again"
+            )
         refusal = cause.__cause__ if cause else None
         refused = isinstance(refusal, DonorRefusedError) and refusal.is_lasting
         if not has_tried_all_donors(plan, failed, refused=refused):

@@ -38,7 +38,7 @@ from torch.distributed.distributed_c10d import (
     ReduceScatterOptions,
 )
 
-from torchft.errors import CollectiveError, SettingsError
+from torchft.errors import CollectiveError, IntegerAverageError, UnsupportedError
 from torchft.process_group import reaper
 from torchft.process_group.account import Account, payer
 from torchft.process_group.control import Control
@@ -248,7 +248,7 @@ class Generation:
             work = self._backend.reduce_scatter(output_tensors, input_tensors, opts)
         else:
             # Gloo's backend has it for one tensor only in some releases of torch.
-            rows = [torch.stack(row) for row in input_tensors]
+            rows = [_stacked(row) for row in input_tensors]
             outputs = [one.unsqueeze(0) for one in output_tensors]
             work = self._reduce_scatter_each(outputs, rows, opts)
         self._count(_bytes(output_tensors) * (self._size - 1))
@@ -323,14 +323,23 @@ def _check_average(tensors: Sequence[Tensor], opts: Any) -> None:
     """Refuse an average of integers, which no backend computes alike.
 
     Raises:
-        SettingsError: that is what is asked for.
+        IntegerAverageError: that is what is asked for.
     """
     op = opts.reduceOp if isinstance(opts, _WITH_OP) else opts  # torch takes a bare one too
     if op == ReduceOp.AVG and not (tensors[0].is_floating_point() or tensors[0].is_complex()):
-        raise SettingsError(
+        raise IntegerAverageError(
             f"AVG of {tensors[0].dtype}: an average needs floating-point or complex tensors: use "
             "SUM and divide, or convert the tensor before"
         )
+
+
+def _stacked(row: list[Tensor]) -> Tensor:
+    if len({one.shape for one in row}) > 1:
+        raise UnsupportedError(
+            "gloo does not support reduce_scatter of tensors of different shapes: pad them to one "
+            "shape, or use allreduce and keep your part"
+        )
+    return torch.stack(row)
 
 
 def _release(backend: list[object], control: Control, pid: int) -> None:

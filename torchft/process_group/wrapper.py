@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -41,6 +42,9 @@ __all__ = ["ProcessGroupWrapper"]
 
 T = TypeVar("T")
 
+_TORCH_LACKS = re.compile(r"Backend \S+ does not support ")
+"""How torch says that a backend lacks an operation."""
+
 _AS_IT_IS: AbstractContextManager[None] = nullcontext()
 
 
@@ -58,8 +62,13 @@ def _passed_on(name: str) -> Callable[..., Work]:
             args = (*args[:last], opts)
         elif "opts" in named:
             opts = named["opts"] = self._opts_hook(named["opts"])
-        with self._run_context():
-            work: Work = getattr(self.parent, name)(*args, **named)
+        try:
+            with self._run_context():
+                work: Work = getattr(self.parent, name)(*args, **named)
+        except RuntimeError as error:
+            if _TORCH_LACKS.match(str(error)):
+                raise self._lacks(name) from error
+            raise
         return self._wrap_work(work, opts)
 
     return operation
