@@ -25,6 +25,7 @@ pytestmark = pytest.mark.timeout(300)
 ROOT = Path(__file__).parents[2]
 DILOCO = ROOT / "examples" / "diloco" / "train_diloco.py"
 DDP = ROOT / "examples" / "ddp" / "train_ddp.py"
+HSDP = ROOT / "examples" / "hsdp" / "train_hsdp.py"
 
 TORCHRUN_SETS = {
     "RANK": "0",
@@ -122,7 +123,7 @@ def wait_for_end(group: Group, *, within_s: float = 120) -> str:
     return group.log.read_text()
 
 
-@pytest.mark.parametrize("script", [DILOCO, DDP])
+@pytest.mark.parametrize("script", [DILOCO, DDP, HSDP])
 def test_without_torchrun_it_says_how_to_start_it(run_alone: RunAlone, script: Path) -> None:
     done = run_alone(script)
     assert done.returncode == 1

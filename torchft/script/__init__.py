@@ -1,7 +1,7 @@
 """What a training script that is started by torchrun needs besides a manager.
 
 It reads which group and rank it is, parses flags, says plainly what is wrong, and ends together
-with the other groups. The examples in `examples/ddp` and `examples/diloco` are built of it:
+with the other groups. The examples in `examples/ddp`, `diloco` and `hsdp` are built of it:
 
     def main() -> None:
         arguments = shared_flags(__doc__, finish_together_s=60).parse_args()
