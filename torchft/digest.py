@@ -11,7 +11,9 @@ DTensor the part of this rank counts, and how it is cut: equal ranks of two grou
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -24,19 +26,25 @@ __all__ = ["digest"]
 
 Update = Callable[[bytes | memoryview], None]
 
+_PLAIN = (bool, int, float, complex, str, timedelta, torch.dtype, torch.device)
+
 
 def digest(tree: object) -> str:
     """SHA-256 of a nested state, as 64 hexadecimal digits.
 
     `tree` is made of tensors, numpy arrays and scalars, None, bool, int, float, complex, str,
-    bytes, dtypes, and of dicts, lists and tuples of them.
+    bytes, timedelta, dtypes, devices, and of dicts, lists, tuples, deques and sets of them.
 
     Raises:
         TypeError: it holds something else; the message names its place.
     """
+    return _hash(tree, ()).hex()
+
+
+def _hash(value: object, path: tuple[object, ...]) -> bytes:
     hasher = hashlib.sha256()
-    _feed(tree, (), hasher.update)
-    return hasher.hexdigest()
+    _feed(value, path, hasher.update)
+    return hasher.digest()
 
 
 def _feed(value: object, path: tuple[object, ...], update: Update) -> None:
@@ -51,7 +59,11 @@ def _feed(value: object, path: tuple[object, ...], update: Update) -> None:
         for key in sorted(value, key=lambda key: (type(key).__name__, repr(key))):
             _feed(key, (*path, key), update)
             _feed(value[key], (*path, key), update)
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, set | frozenset):
+        _open(update, "set", len(value))
+        for part in sorted(_hash(item, path) for item in value):
+            update(part)
+    elif isinstance(value, list | tuple | deque):
         _open(update, "sequence", len(value))
         for index, item in enumerate(value):
             _feed(item, (*path, index), update)
@@ -87,7 +99,7 @@ def _feed_array(array: np.ndarray[Any, Any], path: tuple[object, ...], update: U
 def _feed_plain(value: object, path: tuple[object, ...], update: Update) -> None:
     if isinstance(value, bytes):
         text = value
-    elif value is None or isinstance(value, bool | int | float | complex | str | torch.dtype):
+    elif value is None or isinstance(value, _PLAIN):
         text = repr(value).encode()
     else:
         raise _refusal(path, f"a {type(value).__name__} has no digest")

@@ -9,12 +9,15 @@ so they are known by what they can do, and the module is imported only where the
 
 from __future__ import annotations
 
+import inspect
 import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
+
+from torchft.errors import MismatchError
 
 __all__ = [
     "Sharding",
@@ -145,12 +148,21 @@ class Sharding:
 
 def mesh_of(ranks: Tensor, device: str, names: tuple[str, ...] | None) -> Any:
     """A mesh that equals the one with these ranks and names, without process groups of its own:
-    for tensors whose values are read, but that do not communicate."""
+    for tensors whose values are read, but that do not communicate.
+
+    Raises:
+        MismatchError: this process has no rank, which torch before 2.9 asks for.
+    """
     from torch.distributed import is_initialized
     from torch.distributed.device_mesh import DeviceMesh
 
     # Without torch.distributed there is no rank to ask for: any of the mesh will do.
     rank: dict[str, Any] = {} if is_initialized() else {"_rank": int(ranks.flatten()[0])}
+    if rank and "_rank" not in inspect.signature(DeviceMesh.__init__).parameters:
+        raise MismatchError(
+            "the state holds DTensors, and this process has not initialized torch.distributed: "
+            "shard the model in every group or in none"
+        )
     return DeviceMesh(device, ranks, mesh_dim_names=names, _init_backend=False, **rank)
 
 

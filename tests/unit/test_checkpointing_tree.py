@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict, deque
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed import device_mesh
 from torch.distributed.tensor import DTensor, Partial
 
 from torchft.checkpointing.layout import DTYPES, LayoutError, Leaf, blocks_of_part
@@ -111,6 +113,12 @@ PLAIN: list[Any] = [
     torch.bfloat16,
     torch.device("cpu", 0),
     Counter({30: 1}),
+    frozenset({1, ("a", 2)}),
+    defaultdict(int, a=2),
+    defaultdict(None, {3: [1.5]}),
+    deque([1, [2]], maxlen=4),
+    deque(),
+    timedelta(days=-3, seconds=5, microseconds=7),
     OrderedDict(b=1, a=2),
     np.float32(1.5),
     np.bool_(True),
@@ -125,6 +133,13 @@ def test_a_plain_value_comes_back_with_its_type(value: Any) -> None:
     assert type(got) is type(value)
     assert got == value
     assert repr(got) == repr(value)
+
+
+def test_what_a_container_does_besides_holding_values_travels_too() -> None:
+    got = travel({"counts": defaultdict(list), "last": deque([1, 2], maxlen=2)})
+    assert got["counts"]["new"] == []
+    got["last"].append(3)
+    assert list(got["last"]) == [2, 3]
 
 
 def test_nan_comes_back_as_nan() -> None:
@@ -203,7 +218,8 @@ CANNOT: list[tuple[Any, str]] = [
     (object(), "a object cannot travel.*nothing is pickled"),
     (lambda: None, "function"),
     (Point(1), "Point"),
-    (defaultdict(int), "defaultdict"),
+    (defaultdict(lambda: 0), "a defaultdict of <function.*save dict"),
+    (defaultdict(Point), "a defaultdict of <class.*Point.*save dict"),
     (np.array(["text"]), "numpy data of dtype <U4"),
     (np.array([None]), "numpy data of dtype object"),
     (torch.zeros(2).as_subclass(Wrapped), "Wrapped is a tensor subclass"),
@@ -231,6 +247,7 @@ def test_a_state_that_contains_itself_is_an_error() -> None:
 TAGS = (
     *("dict", "ordered", "counter", "list", "tuple", "set", "size", "complex", "bytes"),
     *("dtype", "device", "tensor", "parameter", "array", "scalar"),
+    *("frozenset", "defaultdict", "deque", "timedelta"),
 )
 nonsense = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=3) | st.floats(),
@@ -323,6 +340,19 @@ class TestDTensors:
     def test_a_mesh_that_is_not_here_is_named(self) -> None:
         with pytest.raises(MismatchError, match="there is no such mesh here"):
             on_own_mesh(travel({"m": cut_over(2, self.part)}), {"w": cut_over(4, self.part)})
+
+    def test_an_older_torch_that_has_no_rank_here_says_what_to_do(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tree, sources = encode(cut_over(2, self.part))
+        leaves = [torch.as_tensor(source.source) for source in sources]
+
+        class Mesh:
+            def __init__(self, device: str, mesh: Tensor) -> None: ...
+
+        monkeypatch.setattr(device_mesh, "DeviceMesh", Mesh)
+        with pytest.raises(MismatchError, match="in every group or in none"):
+            decode(tree, leaves)
 
     def test_a_partial_sum_cannot_travel(self) -> None:
         mesh = mesh_of(torch.arange(2), "cpu", None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -94,10 +96,16 @@ def test_any_order_of_keys_gives_one_digest(state: dict[Any, int]) -> None:
     assert digest(state) == digest(dict(reversed(state.items())))
 
 
-@pytest.mark.parametrize("value", [object(), {1}, torch.zeros(2).to_sparse()])
+@pytest.mark.parametrize("value", [object(), {object()}, torch.zeros(2).to_sparse()])
 def test_what_has_no_digest_is_named_with_its_place(value: Any) -> None:
     with pytest.raises(TypeError, match=r"state\['user'\]\[1\]"):
         digest({"user": [0, value]})
+
+
+def test_the_order_of_a_set_does_not_count_and_its_values_do() -> None:
+    assert digest({1, "a", (2, 3)}) == digest({(2, 3), "a", 1})
+    assert digest({1, 2}) != digest({1, 3})
+    assert digest(deque([timedelta(1)])) != digest(deque([timedelta(2)]))
 
 
 def test_a_tensor_subclass_is_refused() -> None:

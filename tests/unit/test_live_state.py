@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from argparse import Namespace
+from collections import deque
 from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from torchft.checkpointing.snapshot import Snapshot
 from torchft.errors import StateDictError
@@ -39,6 +41,17 @@ def test_the_payload_holds_the_users_states_and_the_managers(state: LiveState) -
     state.register("model", print, lambda: {"w": 1})
     payload = state.collect(lambda: {"step": 3})
     assert payload == {"user": {"model": {"w": 1}}, "torchft": {"step": 3}}
+
+
+def test_a_copy_has_tensors_of_its_own_and_the_versions_of_the_modules(state: LiveState) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    state.register("model", print, lambda: {"net": model.state_dict(), "seen": deque([1], 2)})
+    state.offer_copies()
+    user = state.collect(dict)["user"]["model"]
+    model[0].weight.data.fill_(7)
+    assert user["net"]["0.weight"].tolist() == [1, 1]
+    assert user["net"]._metadata["0"] == {"version": 2}
+    assert user["seen"] == deque([1], 2)
 
 
 def test_a_reader_waits_while_parameters_change(state: LiveState) -> None:

@@ -15,8 +15,9 @@ the donor's and cannot communicate; `own_mesh.py` puts it on the receiver's.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -43,9 +44,20 @@ __all__ = [
 MAX_DEPTH = 100
 _MAX_INT_BITS = 4096
 _TENSORS = ("tensor", "parameter", "dtensor")
+_MAPPINGS = {"dict": 0, "counter": 0, "ordered": 1, "defaultdict": 1}
+_SEQUENCES = {"list": 0, "tuple": 0, "set": 0, "frozenset": 0, "deque": 1}
+"""Tags of what holds other values, and how many fields stand before these."""
 _TORCH_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-_MALFORMED = (TypeError, ValueError, LookupError, RuntimeError, AttributeError, AssertionError)
+_FACTORIES: dict[str, type] = {
+    kind.__name__: kind for kind in (bool, dict, float, int, list, set, str, tuple)
+}
+"""What a defaultdict that travels may make its values with: by name, since nothing is pickled."""
+
+_MALFORMED = (
+    *(TypeError, ValueError, ArithmeticError, LookupError),
+    *(RuntimeError, AttributeError, AssertionError),
+)
 """What our readers and torch raise where a tree names what its leaves are not."""
 
 Json = Any
@@ -68,10 +80,11 @@ def decode(tree: Json, leaves: Sequence[Tensor]) -> Any:
 
     Raises:
         LayoutError: the tree is not one that `encode` makes.
+        MismatchError: it has DTensors, and this process cannot have any.
     """
     try:
         return _Decoder(leaves).value(tree)
-    except LayoutError:
+    except (LayoutError, MismatchError):
         raise
     except _MALFORMED as error:
         raise LayoutError(f"the header's tree is malformed: {str(error)[:200]}") from None
@@ -117,15 +130,17 @@ def _compare(tree: Json, template: Json, path: Path, found: dict[int, int]) -> N
         ):
             check_cut(path, _cut_of(kind, cut), _cut_of(other_kind, own_cut))
             found.setdefault(index, other)
-        case ["dict" | "ordered" as kind, *pairs], ["dict" | "ordered" as other_kind, *others]:
-            first = 1 if kind == "ordered" else 0
-            known = {
-                str(key): value for key, value in others[1 if other_kind == "ordered" else 0 :]
-            }
-            for key, value in pairs[first:]:
+        case [str(kind), *pairs], [str(other_kind), *others] if (
+            kind in _MAPPINGS and other_kind in _MAPPINGS
+        ):
+            known = {str(key): value for key, value in others[_MAPPINGS[other_kind] :]}
+            for key, value in pairs[_MAPPINGS[kind] :]:
                 _compare(value, known.get(str(key)), (*path, key), found)
-        case ["list" | "tuple", *items], ["list" | "tuple", *others]:
-            for i, (item, other) in enumerate(zip(items, others, strict=False)):
+        case [str(kind), *items], [str(other_kind), *others] if (
+            kind in _SEQUENCES and other_kind in _SEQUENCES
+        ):
+            here = others[_SEQUENCES[other_kind] :]
+            for i, (item, other) in enumerate(zip(items[_SEQUENCES[kind] :], here, strict=False)):
                 _compare(item, other, (*path, i), found)
 
 
@@ -139,11 +154,11 @@ def tensors_of(tree: Json, path: Path = ()) -> Iterator[tuple[Path, list[Json]]]
     match tree:
         case [str(kind), *_] if kind in _TENSORS:
             yield path, tree
-        case ["dict" | "ordered" | "counter" as kind, *pairs]:
-            for key, value in pairs[1 if kind == "ordered" else 0 :]:
+        case [str(kind), *pairs] if kind in _MAPPINGS:
+            for key, value in pairs[_MAPPINGS[kind] :]:
                 yield from tensors_of(value, (*path, str(key)))
-        case ["list" | "tuple" | "set", *items]:
-            for i, item in enumerate(items):
+        case [str(kind), *items] if kind in _SEQUENCES:
+            for i, item in enumerate(items[_SEQUENCES[kind] :]):
                 yield from tensors_of(item, (*path, str(i)))
 
 
@@ -185,6 +200,12 @@ class _Encoder:
             list: lambda value, path: self._items("list", value, path),
             tuple: lambda value, path: self._items("tuple", value, path),
             set: lambda value, path: self._items("set", value, path),
+            frozenset: lambda value, path: self._items("frozenset", value, path),
+            defaultdict: self._default_dict,
+            deque: self._deque,
+            timedelta: lambda value, _: [
+                *("timedelta", value.days, value.seconds, value.microseconds),
+            ],
             torch.Size: lambda value, path: self._items("size", value, path),
             int: self._int,
             complex: lambda value, path: ["complex", value.real, value.imag],
@@ -231,6 +252,22 @@ class _Encoder:
         metadata = self.value(getattr(value, "_metadata", None), (*path, "_metadata"))
         tag, *pairs = self._pairs("ordered", value, path)
         return [tag, metadata, *pairs]
+
+    def _default_dict(self, value: defaultdict[Any, Any], path: Path) -> Json:
+        factory = value.default_factory
+        name = None if factory is None else getattr(factory, "__name__", None)
+        if factory is not None and _FACTORIES.get(str(name)) is not factory:
+            raise _refusal(
+                path,
+                f"a defaultdict of {factory!r} cannot travel, only one of "
+                f"{', '.join(_FACTORIES)}: save dict(…) of it",
+            )
+        tag, *pairs = self._pairs("defaultdict", value, path)
+        return [tag, name, *pairs]
+
+    def _deque(self, value: deque[Any], path: Path) -> Json:
+        tag, *items = self._items("deque", value, path)
+        return [tag, value.maxlen, *items]
 
     def _items(self, tag: str, value: Iterable[object], path: Path) -> Json:
         return [tag, *(self.value(item, (*path, i)) for i, item in enumerate(value))]
@@ -299,6 +336,12 @@ class _Decoder:
             "list": lambda *items: [self.value(item) for item in items],
             "tuple": lambda *items: tuple(self.value(item) for item in items),
             "set": lambda *items: {self.value(item) for item in items},
+            "frozenset": lambda *items: frozenset(self.value(item) for item in items),
+            "defaultdict": lambda name, *pairs: defaultdict(
+                None if name is None else _FACTORIES[name], self._pairs(*pairs)
+            ),
+            "deque": lambda most, *items: deque((self.value(item) for item in items), most),
+            "timedelta": timedelta,
             "size": lambda *items: torch.Size(items),
             "complex": complex,
             "bytes": self._bytes,

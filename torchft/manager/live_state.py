@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map
 
 from torchft.checkpointing._rwlock import RWLock
 from torchft.checkpointing.own_mesh import holds_dtensor, on_own_mesh
@@ -100,7 +101,7 @@ class LiveState:
             assert self._functions, "no state is registered: a joining group could not heal"
             user = {key: functions.save() for key, functions in self._functions.items()}
             if self._copies:
-                user = tree_map_only(torch.Tensor, _copy, user)
+                user = _copied(user)
             if torch.cuda.is_initialized():  # who sends it has a stream of its own
                 torch.cuda.current_stream().synchronize()
             return {"user": user, "torchft": manager_state()}
@@ -209,5 +210,17 @@ def _cause(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().clone()
+def _copied(state: Any) -> Any:
+    """`state` with tensors of its own. A module's state dict keeps what it has as an attribute: the
+    versions of its modules' state, by which they load that of older ones."""
+    return tree_map(_copy, state, is_leaf=lambda value: hasattr(value, "_metadata"))
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if hasattr(value, "_metadata"):
+        copied = copy(value)
+        copied.update((key, _copied(one)) for key, one in value.items())
+        return copied
+    return value
