@@ -24,7 +24,7 @@ from torchft import settings
 from torchft.arguments import check_integer
 from torchft.errors import SettingsError
 from torchft.quantization import Codec
-from torchft.replicated import check_inner
+from torchft.replicated_arguments import check_inner
 from torchft.sharded import local_part
 from torchft.step_hooks import check_optimizer
 from torchft.strategies import diloco, local_sgd

@@ -14,33 +14,36 @@ or comes back travels by itself: weights, buffers, inner and outer optimizer, sc
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from torchft.arguments import check_integer, in_words
-from torchft.ddp import DistributedDataParallel, PureDistributedDataParallel
+from torchft.arguments import check_integer
 from torchft.errors import PhaseError, SettingsError
 from torchft.ledger import Bucket
 from torchft.manager.optimizer_state import optimizer_state
 from torchft.manager.peers import ManagerPeers
-from torchft.optim import OptimizerWrapper
 from torchft.peers import Place
 from torchft.quantization.proof import prove
+from torchft.replicated_arguments import (
+    check_inner,
+    check_manager,
+    modules_of,
+    strategy_of,
+    warn_of_strangers,
+)
 from torchft.step_guard import StepGuard
-from torchft.step_hooks import check_no_closure, check_optimizer, check_trains, parameters_of
+from torchft.step_hooks import check_no_closure, check_trains
 from torchft.strategies.buffers import LEFT
-from torchft.strategies.checks import check_among_groups
 from torchft.strategies.describe import differences_in_words, options_of
 from torchft.strategies.inner import InnerOptimizer
 from torchft.strategies.model_local import ModelLocal
 from torchft.strategies.optim_spec import OptimSpec
 from torchft.strategies.parts.precision import shared_dtype_of
-from torchft.strategies.recipe import Recipe, kind_of
+from torchft.strategies.recipe import kind_of
 from torchft.strategies.strategy import Strategy
 from torchft.strategies.trained import TrainedModel
 from torchft.uncopied import Uncopied
@@ -49,7 +52,7 @@ if TYPE_CHECKING:
     from torchft.manager import Manager
     from torchft.peers import Peers
 
-__all__ = ["Replicated", "check_inner"]
+__all__ = ["Replicated"]
 
 State = dict[str, Any]
 
@@ -100,12 +103,12 @@ class Replicated(Uncopied):
         max_steps: int | None = None,
         peers: Peers | None = None,
     ) -> None:
-        strategy = _strategy_of(strategy, optimizer)
-        _check_manager(manager)
+        strategy = strategy_of(strategy, optimizer)
+        check_manager(manager)
         for name, value in {"samples": samples, "max_steps": max_steps}.items():
             if value is not None:
                 check_integer(name, value, least=1)
-        self._modules = _modules_of(model)
+        self._modules = modules_of(model)
         self._manager, self._strategy = manager, strategy
         self.optimizer: Any = self._inner(optimizer, max_steps)
         self._local = ModelLocal(self._modules, self.optimizer)
@@ -118,7 +121,7 @@ class Replicated(Uncopied):
         self._stepped = stepped
         self._options = {"optimizer": type(stepped).__name__, **options_of(strategy)}
         check_trains(self._local.names, self._local.parameters, stepped)
-        _warn_of_strangers(self._local, stepped)
+        warn_of_strangers(self._local, stepped)
         self._trained = TrainedModel(self._modules, stepped, front=type(self).__name__)
         moved = [recipe.sync_every for recipe in strategy.recipes if recipe.moves_frozen]
         self._frozen_steps = min(moved, default=None)
@@ -132,7 +135,11 @@ class Replicated(Uncopied):
         self._register()
         manager.starting_state.add(self)
         instead = "call zero_grad() and step() of Replicated in place of the optimizer's"
-        self._guard = StepGuard(stepped, f"{instead}, and no GradScaler.step")
+        self._guard = StepGuard(
+            stepped,
+            f"{instead}, and with a GradScaler, where each step averages gradients, "
+            "scaler.unscale_(optimizer) before that and scaler.update() after it",
+        )
 
     # ------------------------------------------------------------------ a run
 
@@ -388,89 +395,3 @@ class Replicated(Uncopied):
                 yield
             finally:
                 self._manager.allow_state_dict_read()
-
-
-def _strategy_of(strategy: Any, optimizer: object) -> Strategy:
-    if isinstance(optimizer, Strategy | Recipe):
-        raise SettingsError(
-            f"{in_words(optimizer)} stands in the optimizer's place: write Replicated(manager, "
-            "model, optimizer, strategy), or None for the optimizer that the strategy names"
-        )
-    if isinstance(strategy, Recipe):
-        name = type(strategy).__name__
-        raise SettingsError(f"{name} is a recipe, not a strategy: write Strategy([{name}(…)])")
-    if isinstance(strategy, type):
-        name = strategy.__name__
-        raise SettingsError(f"the strategy is the class {name}: give an object, {name}(…)")
-    if not isinstance(strategy, Strategy):
-        raise SettingsError(
-            f"the strategy is {in_words(strategy)}: give one of torchft.strategies, such as "
-            "Strategy([AllReduceRecipe()])"
-        )
-    strategy.check_unused()
-    check_among_groups(strategy.recipes)
-    return strategy
-
-
-def _check_manager(manager: Any) -> None:
-    try:
-        registered = manager.state.registered
-    except AttributeError:
-        raise SettingsError(
-            f"the manager is {in_words(manager)}: give a torchft.Manager(…), as in "
-            "Replicated(manager, model, optimizer, strategy)"
-        ) from None
-    if "Replicated" in registered:
-        raise SettingsError(
-            "this manager serves a Replicated already: give that one all models, as a list, or "
-            "make a manager for each"
-        )
-
-
-def _modules_of(model: Any) -> list[nn.Module]:
-    several = isinstance(model, Iterable) and not isinstance(model, nn.Module | str)
-    modules = list(model) if several else [model]
-    for module in modules:
-        if not isinstance(module, nn.Module):
-            raise SettingsError(
-                f"the model is {in_words(module)}: give a torch.nn.Module, or several in a list"
-            )
-        if isinstance(module, DistributedDataParallel | PureDistributedDataParallel):
-            raise SettingsError(
-                f"the model is wrapped in torchft's {type(module).__name__}, which averages among "
-                "the groups by itself: give the model that it wraps"
-            )
-    if not any(p.requires_grad for module in modules for p in module.parameters()):
-        raise SettingsError(
-            "the model has no parameter that requires a gradient: unfreeze what is to be trained, "
-            "with requires_grad_(True), before this is made"
-        )
-    return modules
-
-
-def check_inner(optimizer: object) -> None:
-    """`optimizer` can take the inner steps of a strategy.
-
-    Raises:
-        SettingsError: it is no optimizer, or one that votes on each of its steps.
-    """
-    check_optimizer("the inner optimizer", optimizer)
-    if isinstance(optimizer, OptimizerWrapper):
-        raise SettingsError(
-            "the inner optimizer is a torchft Optimizer, which votes on every step: give the one "
-            "that it wraps, since here only rounds are voted on"
-        )
-
-
-def _warn_of_strangers(local: ModelLocal, optimizer: Any) -> None:
-    """Parameters that train here and are in no fragment drift apart between the groups."""
-    known = {id(p) for p in local.parameters}
-    strangers: list[Tensor] = [
-        p for p in parameters_of(optimizer) if p.requires_grad and id(p) not in known
-    ]
-    if strangers:
-        warnings.warn(
-            f"{len(strangers)} parameters of the inner optimizer are in no fragment, the first of "
-            f"shape {tuple(strangers[0].shape)}: they are never synchronised",
-            stacklevel=4,
-        )

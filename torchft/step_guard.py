@@ -7,6 +7,9 @@
 
 The last guard of an optimizer replaces the one before it: a run may begin anew in its process.
 
+A GradScaler leaves a step out after an infinity, and would be noticed late: an optimizer that is
+guarded says that it looks at infinities itself, so that the scaler calls each of its steps.
+
 Before the first `begin` one step is let through: torch's checkpoints take one, with gradients of
 zero, to have the optimizer make its state. An optimizer without torch's step hooks is not seen.
 """
@@ -16,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from torchft.errors import PhaseError
 from torchft.step_hooks import hook_before_steps
@@ -34,7 +37,8 @@ class StepGuard:
 
     def __init__(self, optimizer: Any, instead: str) -> None:
         self._says = f"a step of {type(optimizer).__name__} synchronises nothing: {instead}"
-        self._begun = self._allowed = self._stepped = False
+        self._optimizer = ref(optimizer)
+        self._begun = self._allowed = self._stepped = self._marked = False
         self._handles = hook_before_steps(optimizer, untraced(lambda *_: self._look()))
         if self._handles:
             if (before := _guards.get(optimizer)) is not None:
@@ -44,6 +48,9 @@ class StepGuard:
     def begin(self) -> None:
         """From now on every step but those in `allowed` is refused."""
         self._begun = True
+        optimizer = self._optimizer() if self._handles else None
+        if optimizer is not None and not getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer._step_supports_amp_scaling = self._marked = True
 
     @contextmanager
     def allowed(self) -> Iterator[None]:
@@ -59,6 +66,9 @@ class StepGuard:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        optimizer, marked, self._marked = self._optimizer(), self._marked, False
+        if marked and optimizer is not None:
+            del optimizer._step_supports_amp_scaling
 
     def _look(self) -> None:
         if self._allowed:

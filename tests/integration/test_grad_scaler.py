@@ -14,6 +14,8 @@ from torch.amp import GradScaler
 
 from torchft.ddp import DistributedDataParallel
 from torchft.optim import OptimizerWrapper
+from torchft.replicated import Replicated
+from torchft.strategies import AllReduceRecipe, Strategy
 
 STEPS, BAD = 6, 2
 Scales = list[float]
@@ -207,3 +209,28 @@ def test_two_optimizers_of_one_step_share_a_scaler() -> None:
         assert committed == [(step != BAD,) * 2 for step in range(STEPS)]
         assert scales == alone(BAD)[1]
         assert all(torch.equal(a, b) for a, b in zip(weights, results[0][2], strict=True))
+
+
+def test_by_replicated_an_infinity_of_one_group_skips_the_step_of_all() -> None:
+    """Gradients are unscaled before they are averaged: each group has a scale of its own."""
+
+    def story(group: Group) -> tuple[list[Tensor], Scales, list[bool]]:
+        model, scaler, scales, taken = net(), scaler_of(), [], []
+        manager = group.manager(load_state_dict=None, state_dict=None, max_retries=0)
+        inner = sgd(model)
+        replicated = Replicated(manager, model, inner, Strategy([AllReduceRecipe()]))
+        for step in range(STEPS):
+            replicated.zero_grad()
+            mine = step == BAD and group.number == 0
+            scaler.scale(loss(model, step, bad=mine)).backward()
+            scaler.unscale_(inner)
+            taken.append(replicated.step())
+            scaler.update()
+            scales.append(scaler.get_scale())
+        return [p.detach() for p in model.parameters()], scales, taken
+
+    weights, scales = alone(BAD)
+    for number, (mine, theirs, taken) in enumerate(groups(2, story)):
+        assert taken == [step != BAD for step in range(STEPS)]
+        assert all(torch.equal(a, b) for a, b in zip(mine, weights, strict=True))
+        assert (theirs == scales) == (number == 0)

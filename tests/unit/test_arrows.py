@@ -35,7 +35,8 @@ BASE = {
 }
 FRONTS = {
     *("backward", "data", "ddp", "grad_scaler", "gradients", "local_sgd"),
-    *("optim", "pure_ddp", "replicated", "sharded_ddp", "strategy_hooks", "trained"),
+    *("optim", "pure_ddp", "replicated", "replicated_arguments", "sharded_ddp"),
+    *("strategy_hooks", "trained"),
 }
 ROOMS = {
     *("checkpointing", "collectives", "compat", "demo", "experiments", "launch", "manager"),

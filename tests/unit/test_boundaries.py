@@ -35,6 +35,9 @@ PRIVATE_OF = {
         *("_forward_pre_hooks", "_metadata", "_modules", "_non_persistent_buffers_set"),
         *("_parameters", "_values", "_version"),
     },
+    "torch's optimizers, by which GradScaler knows who looks at infinities": {
+        "_step_supports_amp_scaling"
+    },
     "torch's process groups": {
         *("_Options", "_devices", "_get_backend", "_get_process_group_name"),
         *("_reduce_scatter_base", "_register_backend", "_set_default_backend"),
@@ -55,7 +58,7 @@ PERHAPS_OF = {
         *("AcceleratorError", "ProcessGroupNCCL2", "Stream", "get_error", "to_local"),
     },
     "an optimizer, or an object that is used like one": {
-        *("defaults", "optimizer", "param_groups", "state", "step"),
+        *("_step_supports_amp_scaling", "defaults", "optimizer", "param_groups", "state", "step"),
     },
     "a process group of a script's own": {"generation"},
     "a function that has arguments by old names": {"renamed_arguments"},

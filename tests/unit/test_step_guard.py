@@ -28,6 +28,22 @@ def test_a_lone_step_is_refused_and_changes_nothing() -> None:
     assert weight(optimizer) == 1.0
 
 
+@pytest.mark.parametrize("gradient", [1.0, torch.inf])
+def test_a_scaler_is_refused_at_its_first_step_also_after_an_infinity(gradient: float) -> None:
+    optimizer, scaler = sgd(), torch.amp.GradScaler("cpu")
+    guard = StepGuard(optimizer, "call replicated.step()")
+    guard.begin()
+    scaler.scale(torch.ones(()))
+    optimizer.param_groups[0]["params"][0].grad.fill_(gradient)
+    with pytest.raises(PhaseError, match=r"call replicated.step\(\)"):
+        scaler.step(optimizer)
+    guard.end()
+    scaler.update()
+    optimizer.param_groups[0]["params"][0].grad.fill_(torch.inf)
+    scaler.step(optimizer)
+    assert weight(optimizer) == 1.0
+
+
 def test_the_strategys_own_step_is_taken() -> None:
     optimizer = sgd()
     guard = StepGuard(optimizer, "")
