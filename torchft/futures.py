@@ -18,10 +18,20 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from torch.futures import Future
 
-__all__ = ["call_after", "context_timeout", "future_on", "future_timeout", "future_wait"]
+from torchft.errors import MissingDeviceError
+
+__all__ = [
+    "call_after",
+    "context_timeout",
+    "future_on",
+    "future_timeout",
+    "future_wait",
+    "stream_timeout",
+]
 
 T = TypeVar("T")
 
@@ -170,6 +180,19 @@ def context_timeout(callback: Callable[[], Any], timeout: timedelta) -> Generato
         yield
     finally:
         entry.cancel()
+
+
+def stream_timeout(callback: Callable[[], Any], timeout: timedelta) -> None:
+    """Call `callback` once, on the timer's thread, unless the accelerator has done in time all that
+    is queued in its current stream now.
+
+    Raises:
+        MissingDeviceError: this process has no accelerator.
+    """
+    if not torch.accelerator.is_available():
+        raise MissingDeviceError("no accelerator: on the CPU use context_timeout")
+    done = torch.accelerator.current_stream().record_event()
+    _timer.after(timeout, lambda: None if done.query() else callback())
 
 
 def _late(timeout: timedelta) -> TimeoutError:

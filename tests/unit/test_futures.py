@@ -7,9 +7,18 @@ import weakref
 from datetime import timedelta
 
 import pytest
+import torch
 from torch.futures import Future
 
-from torchft.futures import _Timer, context_timeout, future_timeout, future_wait
+from torchft.errors import MissingDeviceError
+from torchft.futures import (
+    _Timer,
+    call_after,
+    context_timeout,
+    future_timeout,
+    future_wait,
+    stream_timeout,
+)
 from torchft.work import _DummyWork
 
 SOON = timedelta(seconds=0.02)
@@ -126,3 +135,33 @@ def test_a_process_that_ends_frees_what_deadlines_hold_before_python_shuts_down(
     assert timer._thread is not None and not timer._thread.is_alive()
     timer.after(SOON, Held().late)
     assert not timer._thread.is_alive(), "nothing begins any more"
+
+
+class _Stream:
+    """An accelerator's stream whose work is done, or never."""
+
+    def __init__(self, done: bool) -> None:
+        self._done = done
+
+    def record_event(self) -> _Stream:
+        return self
+
+    def query(self) -> bool:
+        return self._done
+
+
+@pytest.mark.parametrize("done", [True, False])
+def test_a_stream_that_is_late_is_told(monkeypatch: pytest.MonkeyPatch, done: bool) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda: _Stream(done))
+    told, after = threading.Event(), threading.Event()
+    stream_timeout(told.set, timedelta(seconds=0.01))
+    call_after(0.01, after.set)  # entries fire in the order of their time
+    assert after.wait(10)
+    assert told.is_set() is not done
+
+
+def test_a_stream_without_an_accelerator_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(MissingDeviceError, match="context_timeout"):
+        stream_timeout(lambda: None, timedelta(seconds=1))

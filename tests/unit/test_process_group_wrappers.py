@@ -113,6 +113,11 @@ class _Manager:
         return 5
 
 
+def test_a_wrapper_says_what_it_wraps() -> None:
+    wrapper = ProcessGroupWrapper(pg=ProcessGroupDummy(0, 1))
+    assert repr(wrapper) == "ProcessGroupWrapper(pg=ProcessGroupDummy())"
+
+
 def test_a_managed_group_all_reduces_through_its_manager() -> None:
     manager = _Manager()
     group = ManagedProcessGroup(manager)

@@ -92,12 +92,12 @@ class ProgressDeadline(Deadline):
         """
         if self._clock() >= self._began + self._longest_s:
             raise TransferTimeoutError(
-                f"{self.nbytes} bytes in {self._longest_s:g} s, and not done"
+                f"timed out: {self.nbytes} bytes in {self._longest_s:g} s, and not done"
             )
         try:
             return super().remaining()
         except TimeoutError:
-            waited = f"no byte within {self.seconds:g} s, after {self.nbytes}"
+            waited = f"timed out: no byte within {self.seconds:g} s, after {self.nbytes}"
             raise TransferTimeoutError(waited) from None
 
 

@@ -250,6 +250,9 @@ class Manager(Registering, Uncopied):
         """Go on from the `state_dict` that was saved with a checkpoint of the model."""
         self._progress.load_state_dict(state_dict)
 
+    def _manager_state_dict(self) -> dict[str, Any]:  # as scripts for existing versions call it
+        return self.state.collect(self.state_dict)
+
     # ------------------------------------------------------------------ begin
 
     def start_quorum(

@@ -50,6 +50,9 @@ class ProcessGroup(TorchProcessGroup):
         self._registered: str | None = None
         self._group_name = ""
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
     # ------------------------------------------------------------------ members
 
     def configure(

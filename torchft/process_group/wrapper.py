@@ -91,6 +91,10 @@ class ProcessGroupWrapper(ProcessGroup):
         self._attempt: Attempt[Generation] | None = None  # the configure that runs now
         self._stores = StoreClients()
 
+    def __repr__(self) -> str:
+        inside = "" if self._pg is None else f"pg={self._pg!r}"
+        return f"{type(self).__name__}({inside})"
+
     # ------------------------------------------------------------------ members
 
     @property
