@@ -18,13 +18,24 @@ from typing import Any
 import pytest
 import torch
 
-__all__ = ["OURS", "WHEELS", "TrainingGroup", "python_of", "their_lighthouse"]
+__all__ = [
+    "OURS",
+    "REPOSITORY",
+    "WHEELS",
+    "CannotFetch",
+    "TrainingGroup",
+    "fetched",
+    "python_of",
+    "site_of",
+    "their_lighthouse",
+]
 
 REPOSITORY = Path(__file__).parents[2]
 OURS = "ours"
 WHEELS = ("torchft==0.2.0", "torchft-nightly==2026.10.26")
 TELEMETRY = ("opentelemetry-api", "opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http")
 """What they import beside torch, which they share with us."""
+FETCH_LIMIT_S = 600.0
 LIMIT_S = 300.0
 """How long a test waits for one event; each process imports torch, on a machine that is busy."""
 LIGHTHOUSE = """
@@ -36,34 +47,60 @@ time.sleep(3600)
 """
 
 
+class CannotFetch(Exception):
+    """A package is not here and cannot be fetched; says why."""
+
+
 def python_of(what: str) -> list[str]:
     """The interpreter that imports the wheel `what`, or ours. Skips the test where it cannot be
     fetched."""
     if what == OURS:
         return [sys.executable]
-    folder = REPOSITORY / f".venv-{what}"
-    if not folder.exists():
-        _make(what, folder)
-    return [str(folder / "bin" / "python")]
-
-
-def _make(wheel: str, folder: Path) -> None:
-    uv = os.environ.get("UV") or shutil.which("uv") or REPOSITORY / ".uv" / "bin" / "uv"
-    new = folder.with_name(f"{folder.name}.new")
-    install = [uv, "pip", "install", "--quiet", "--python", new]
     try:
-        for command in (
-            [uv, "venv", "--quiet", "--clear", "--python", sys.executable, new],
-            [*install, "--no-deps", "--prerelease", "allow", wheel],
-            [*install, *TELEMETRY],
-        ):
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
+        return [str(_environment(what) / "bin" / "python")]
+    except CannotFetch as error:
+        pytest.skip(str(error))
+
+
+def site_of(wheel: str) -> Path:
+    """The folder that the wheel is unpacked in. Raises CannotFetch."""
+    (site,) = _environment(wheel).glob("lib/python*/site-packages")
+    return site
+
+
+def fetched(packages: tuple[str, ...], folder: Path) -> Path:
+    """`folder`, with the packages in it and without what they depend on. Raises CannotFetch."""
+    if not folder.exists():
+        new = folder.with_name(f"{folder.name}.new")
+        install = ["pip", "install", "--quiet", "--no-deps", "--python", sys.executable]
+        _uv([*install, "--target", new, *packages])
+        new.rename(folder)
+    return folder
+
+
+def _environment(wheel: str) -> Path:
+    folder = REPOSITORY / f".venv-{wheel}"
+    if not folder.exists():
+        new = folder.with_name(f"{folder.name}.new")
+        install = ["pip", "install", "--quiet", "--python", new]
+        _uv(["venv", "--quiet", "--clear", "--python", sys.executable, new])
+        _uv([*install, "--no-deps", "--prerelease", "allow", wheel])
+        _uv([*install, *TELEMETRY])
+        (site,) = new.glob("lib/python*/site-packages")
+        (site / "torch_of_the_tests.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
+        new.rename(folder)
+    return folder
+
+
+def _uv(arguments: list[Any]) -> None:
+    uv = os.environ.get("UV") or shutil.which("uv") or REPOSITORY / ".uv" / "bin" / "uv"
+    try:
+        subprocess.run(
+            [uv, *arguments], check=True, capture_output=True, text=True, timeout=FETCH_LIMIT_S
+        )
     except (OSError, subprocess.SubprocessError) as error:
         said = str(getattr(error, "stderr", "") or error).strip().splitlines()[-1]
-        pytest.skip(f"{wheel} cannot be fetched: {said}")
-    (site,) = new.glob("lib/python*/site-packages")
-    (site / "torch_of_the_tests.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
-    new.rename(folder)
+        raise CannotFetch(f"{arguments[-1]} cannot be fetched: {said}") from error
 
 
 class TrainingGroup:
