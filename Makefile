@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 # torch looks up the name of each peer that connects: a silent name server must not stall that.
 export RES_OPTIONS ?= timeout:1 attempts:1
 
-.PHONY: help demo demo-server test test-slow test-oldest check setup wheel docs format lint types bench bench-simulator bench-learning bench-links bench-server bench-server-learning digests clean
+.PHONY: help demo demo-server test test-slow test-upstream test-oldest check setup wheel docs format lint types bench bench-simulator bench-learning bench-links bench-server bench-server-learning digests clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -26,6 +26,9 @@ test: setup ## the Python and Rust tests
 
 test-slow: setup ## the long campaigns, seeds printed
 	$(RUN) pytest -m slow -s --timeout 3600 $(ARGS)
+
+test-upstream: setup ## tests of PyTorch's torchft, out of its wheels, run here: an hour; writes docs/compatibility.md
+	PYTHONPATH=tests $(RUN) python -m upstream.run $(ARGS)
 
 test-oldest: setup ## the tests nearest to torch on the oldest supported one
 	$(UV) venv --quiet --allow-existing .venv-oldest
@@ -99,4 +102,4 @@ bench-server-learning: setup ## what it costs in held-out loss not to wait for t
 
 clean: ## remove what was built
 	cargo clean
-	rm -rf .venv .venv-oldest .uv dist torchft/*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-* .uv dist torchft/*.so .pytest_cache .mypy_cache .ruff_cache
