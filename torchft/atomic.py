@@ -38,7 +38,7 @@ def replacing(path: Path, draft: Path | None = None, *, sync: bool = False) -> I
 
 
 def put_in_place(draft: Path, path: Path, *, sync: bool = False) -> None:
-    """Give what is complete its name. A folder that has the name already is removed first.
+    """Give what is complete its name. A folder that has the name already is removed afterwards.
 
     Raises:
         OSError: it cannot be renamed, or not forced to disk.
@@ -46,11 +46,29 @@ def put_in_place(draft: Path, path: Path, *, sync: bool = False) -> None:
     if sync:
         for written in [*draft.rglob("*"), draft]:
             _sync(written)
-    if path.is_dir():
-        shutil.rmtree(path)
-    os.replace(draft, path)
-    if sync:
-        _sync(path.parent)
+    with _aside(path):
+        os.replace(draft, path)
+        if sync:
+            _sync(path.parent)
+
+
+@contextmanager
+def _aside(path: Path) -> Iterator[None]:
+    """A folder has another name in the block, and is removed after it, or put back after an
+    error."""
+    gone = path.with_name(f".{path.name}.gone")
+    remove(gone)
+    if not path.is_dir():
+        yield
+        return
+    os.rename(path, gone)
+    try:
+        yield
+    except BaseException:
+        if not path.exists():
+            os.rename(gone, path)
+        raise
+    remove(gone)
 
 
 def remove(path: Path) -> None:

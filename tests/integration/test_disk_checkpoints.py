@@ -176,6 +176,17 @@ def test_a_checkpoint_is_loaded_before_the_first_step(tmp_path: Path) -> None:
     run(tmp_path, "job", story)
 
 
+def test_a_checkpoint_is_not_saved_in_the_middle_of_a_step(tmp_path: Path) -> None:
+    def story(group: Group) -> None:
+        trainer = Trainer(group, tmp_path / "checkpoints")
+        trainer.optimizer.zero_grad()
+        trainer.wrapped(trainer.data.batch()).sum().backward()
+        with pytest.raises(PhaseError, match="a step is open"):
+            trainer.checkpoints.save_if_due()
+
+    run(tmp_path, "job", story)
+
+
 def test_what_is_registered_must_be_what_was_saved(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     run(tmp_path, "first", lambda group: Trainer(group, folder).until(5))

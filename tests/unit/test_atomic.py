@@ -43,3 +43,20 @@ def test_a_folder_replaces_one_that_is_not_empty(tmp_path: Path) -> None:
         (draft / "new").touch()
     assert [file.name for file in path.iterdir()] == ["new"]
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_replaced_is_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "old").touch()
+
+    def broken(*_: Path) -> None:
+        raise OSError("the disk is broken")
+
+    monkeypatch.setattr("torchft.atomic.os.replace", broken)
+    with pytest.raises(OSError, match="broken"), replacing(path) as draft:
+        draft.mkdir()
+    assert [file.name for file in path.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [path]

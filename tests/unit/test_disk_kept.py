@@ -21,8 +21,8 @@ def damaged(step: int) -> Found:
     return Found(kept.name_of(step), step, False)
 
 
-def draft(step: int) -> Found:
-    return Found(kept.draft_of(step), step, False)
+def draft(step: int, *, whole: bool = False) -> Found:
+    return Found(kept.draft_of(step), step, whole)
 
 
 def written(folder: CheckpointFolder, step: int, keep: int = 2) -> Path:
@@ -63,14 +63,24 @@ def test_nothing_is_deleted_while_there_are_too_few() -> None:
     assert kept.deletable([draft(10), *whole(100)], keep=2) == []
 
 
-def test_drafts_are_never_loaded_and_damaged_ones_are_offered_to_be_named() -> None:
+def test_half_drafts_are_never_loaded_and_damaged_ones_are_offered_to_be_named() -> None:
     found = [draft(400), *whole(100), damaged(300)]
     assert kept.newest_first(found) == [damaged(300), *whole(100)]
 
 
+def test_a_whole_draft_is_loaded_before_the_damaged_one_that_it_was_to_replace() -> None:
+    found = [damaged(300), draft(300, whole=True), *whole(100)]
+    assert kept.newest_first(found) == [draft(300, whole=True), damaged(300), *whole(100)]
+
+
+def test_what_was_being_deleted_is_never_loaded() -> None:
+    gone = kept.of(kept.gone_of(kept.name_of(5)), is_whole=lambda _: True)
+    assert gone is not None and kept.newest_first([gone]) == []
+
+
 @pytest.mark.parametrize("name", ["step-7", "notes", "step-0000000100.bak", ".step-0000000100"])
 def test_what_others_put_into_the_folder_is_left_alone(name: str) -> None:
-    assert kept.of(name, whole=True) is None
+    assert kept.of(name, is_whole=lambda _: True) is None
 
 
 def test_names_sort_by_step() -> None:

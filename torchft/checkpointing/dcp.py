@@ -26,11 +26,12 @@ from torchft.checkpointing.layout import DTYPES
 from torchft.checkpointing.ranks import Ranks
 from torchft.checkpointing.resharded import Places
 from torchft.checkpointing.staging import Staged
+from torchft.checkpointing.tensor_index import TensorReader
 from torchft.checkpointing.tree import decode, tensors_of
 from torchft.digest import digest
 from torchft.errors import CheckpointError
 
-__all__ = ["read", "write", "write_synced"]
+__all__ = ["files_of", "read", "write", "write_synced"]
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # It says that no process group is used, which is what we ask it for.
@@ -96,7 +97,7 @@ def read(folder: Path, own: object, ranks: Ranks, *, written_by: int) -> Any:
         if index not in sharded
     }
     wanted |= {described[target.node[1]]["key"]: target.tensor for target in targets}
-    reader = torch_dcp.FileSystemReader(folder)
+    reader = TensorReader(folder)
     with _causes():
         torch_dcp.load(
             wanted, storage_reader=reader, process_group=ranks.pg, no_dist=ranks.pg is None
@@ -105,6 +106,12 @@ def read(folder: Path, own: object, ranks: Ranks, *, written_by: int) -> Any:
     for target in targets:
         target.settle(leaves)
     return decode(tree, leaves)
+
+
+def files_of(ranks: int) -> set[str]:
+    """The files that `read` needs of a checkpoint that so many ranks have written, whatever it
+    holds."""
+    return {".metadata", *(_file_of(Path(), rank).name for rank in range(ranks))}
 
 
 def _file_of(folder: Path, rank: int) -> Path:

@@ -19,17 +19,15 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torchft.arguments import check_integer, in_words
-from torchft.atomic import remove
-from torchft.checkpointing import dcp, kept
+from torchft.checkpointing import checkpoint, kept
 from torchft.checkpointing.folder import CheckpointFolder
-from torchft.checkpointing.manifest import DamagedError, File, Manifest, hash_of, read_manifest
 from torchft.checkpointing.own_mesh import holds_dtensor, on_own_mesh
 from torchft.checkpointing.ranks import Ranks
 from torchft.checkpointing.staging import Staged, Staging
@@ -60,8 +58,8 @@ class DiskCheckpoints(Uncopied):
     Every rank of every group makes one, when the manager, and the wrappers that use it, are made.
     A group of several ranks needs torch.distributed over its ranks, and a folder that all of them
     see. Other groups may see another folder, or none: they heal. The copy of the state stays in the
-    memory of the group that writes. Whoever can write to the folder can run code in the job, since
-    torch unpickles its index of tensors.
+    memory of the group that writes. Hashes find what was damaged, not what somebody forged: whoever
+    can write to the folder decides what training goes on from, but cannot run code in it.
 
     Args:
         manager: whose registered state is saved, and whose committed steps are counted.
@@ -142,15 +140,11 @@ class DiskCheckpoints(Uncopied):
             return one.step
         return None
 
-    def _read(self, folder: Path, step: int) -> Any:
-        manifest = self._control.each(partial(read_manifest, folder, step))
-        names = self._control.share(sorted(manifest.files))
-        self._control.each(partial(manifest.check_hashes, folder, names))
+    def _read(self, path: Path, step: int) -> Any:
         # Only sharded tensors depend on what there is already, which may not be asked for so early.
-        own = self._state() if "torch.distributed.tensor" in sys.modules else None
-        state = dcp.read(folder, own, self._control, written_by=manifest.ranks)
-        self._control.each(partial(_check_step, state, step))
-        return state
+        sharded = "torch.distributed.tensor" in sys.modules
+        own = self._state if sharded else lambda: None
+        return checkpoint.read(path, step, own, self._control)
 
     def _load(self, state: Any, source: str) -> None:
         if state["beside"].keys() != self._beside.keys():
@@ -176,9 +170,15 @@ class DiskCheckpoints(Uncopied):
             Whether it began one.
 
         Raises:
-            PhaseError: the folder has checkpoints of later steps, and none was loaded. First call.
+            PhaseError: a step is open; or at the first call, the folder has checkpoints of later
+                steps, and none was loaded.
             StateDictError: a value cannot be saved; names its place. First call.
         """
+        if self._manager.steps.is_open:
+            raise PhaseError(
+                "a step is open, so that what would be saved is not all of one step: call "
+                "save_if_due() after optimizer.step()"
+            )
         self._report()
         step = self._manager.current_step()
         if not self._begun:
@@ -206,8 +206,10 @@ class DiskCheckpoints(Uncopied):
             except TypeError as error:
                 raise StateDictError(f"{error} (given as state={name!r})") from error
         self._before = self._before or max(step - 1, 0)
+        if self._looked:
+            return
         newest = max((one.step for one in self.folder.found()), default=0)
-        if not self._looked and newest > step:
+        if newest > step:
             raise PhaseError(
                 f"{self.folder.path} has a checkpoint of step {newest}, and this run is at {step}: "
                 "call load_newest() before the first step, or give an empty folder"
@@ -224,9 +226,14 @@ class DiskCheckpoints(Uncopied):
             said = "checkpoint of step %d is left out: the one before is still being written"
             self._say(logging.WARNING, said, step)
             return False
-        self._save = _Save(step, partial(self._write, self._staging.staged, step))
+        self._save = _Save(step, self._write_of(self._staging.staged, step))
         self._save.start()
         return True
+
+    def _write_of(self, staged: Staged, step: int) -> Callable[[], None]:
+        given = self.folder, staged, step, self._ranks
+        by = self._manager.group.replica_id
+        return partial(checkpoint.write, *given, written_by=by, keep=self.keep)
 
     def _copy_unless_busy(self) -> bool:
         if self._save is not None and self._save.is_alive():
@@ -265,35 +272,11 @@ class DiskCheckpoints(Uncopied):
         level = level if self._ranks.rank == 0 else logging.DEBUG
         _log.log(level, f"[%s] {said}", self._manager.group.replica_id, *values)
 
-    # ------------------------------------------------------------------ in the background
-
-    def _write(self, staged: Staged, step: int) -> None:
-        draft = self._ranks.first(lambda: self.folder.begin(step))
-        try:
-            dcp.write(draft, staged, self._ranks)
-            files = self._hashes(draft, step)
-            group = self._manager.group
-            manifest = Manifest(step, group.world_size, group.replica_id, files)
-            self._ranks.first(lambda: self.folder.finish(draft, manifest, self.keep))
-        finally:
-            if self._ranks.rank == 0:
-                remove(draft)
-
-    def _hashes(self, draft: Path, step: int) -> dict[str, File]:
-        """Of all files, to which each rank gives a share; all are at the same step."""
-        names = sorted(path.name for path in draft.iterdir())
-        mine = self._ranks.share(names)
-        found = self._ranks.together(lambda: (step, {n: hash_of(draft / n) for n in mine}))
-        steps = sorted({at for at, _ in found})
-        if len(steps) > 1:
-            raise CheckpointError(f"the ranks of this group are at steps {steps}")
-        return {name: file for _, share in found for name, file in share.items()}
-
 
 class _Save(threading.Thread):
     """One checkpoint that is being written. A disk that hangs keeps no process from ending."""
 
-    def __init__(self, step: int, write: Any) -> None:
+    def __init__(self, step: int, write: Callable[[], None]) -> None:
         super().__init__(name=f"torchft_checkpoint_{step}", daemon=True)
         self.step = step
         self.error: BaseException | None = None
@@ -318,9 +301,3 @@ def _checked(state: Mapping[str, Any]) -> dict[str, Any]:
                 "load_state_dict(): give an object that has both"
             )
     return dict(state)
-
-
-def _check_step(state: Any, step: int) -> None:
-    at = state["torchft"]["step"]
-    if at != step:
-        raise DamagedError(f"its state is of step {at}")

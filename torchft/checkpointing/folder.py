@@ -1,12 +1,14 @@
 """A folder of checkpoints: what is in it, and each change of it so that a crash leaves it whole.
 
-A checkpoint is written under another name and renamed when all of it is on the disk. Before one is
-deleted it is renamed too, so that no half of it is ever seen. `kept.py` decides which.
+A checkpoint is written under another name and renamed when all of it is on the disk; its manifest
+comes last. Before one is deleted it is renamed too, so that no half of it is ever seen. `kept.py`
+decides which.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from torchft.atomic import put_in_place, remove
@@ -25,9 +27,7 @@ class CheckpointFolder:
     def found(self) -> Iterator[kept.Found]:
         """All checkpoints and drafts in it, in no order."""
         for path in self.path.iterdir() if self.path.is_dir() else ():
-            one = kept.of(path.name, whole=True)
-            if one is not None and one.whole:
-                one = kept.of(path.name, whole=_is_whole(path, one.step))
+            one = kept.of(path.name, is_whole=partial(_is_whole, path))
             if one is not None:
                 yield one
 
@@ -48,10 +48,8 @@ class CheckpointFolder:
         Raises:
             OSError: the disk is full or broken.
         """
-        name = kept.name_of(manifest.step)
         (draft / MANIFEST).write_text(manifest.to_text())
-        self._delete(name)
-        put_in_place(draft, self.path / name, sync=True)
+        put_in_place(draft, self.path / kept.name_of(manifest.step), sync=True)
         for one in kept.deletable(self.found(), keep):
             self._delete(one.name)
 

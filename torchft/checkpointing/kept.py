@@ -5,13 +5,14 @@
     .step-0000000050.gone/    one that is being deleted
 
 A checkpoint gets its name by one rename, when all of it is on the disk, and loses it by another one
-before it is deleted. So whatever has the name and is not whole was damaged later.
+before it is deleted. So whatever has the name and is not whole was damaged later; and a draft that
+is whole was only not renamed any more, as when it was to take the place of another one.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 __all__ = ["Found", "deletable", "draft_of", "gone_of", "is_due", "name_of", "newest_first", "of"]
@@ -26,7 +27,7 @@ class Found:
     name: str
     step: int
     whole: bool
-    """It has the name of a checkpoint, and a manifest that its files agree with."""
+    """It has a manifest that its files agree with, and is not being deleted."""
 
 
 def name_of(step: int) -> str:
@@ -44,18 +45,19 @@ def gone_of(name: str) -> str:
     return f".{name}.gone"
 
 
-def of(name: str, *, whole: bool) -> Found | None:
-    """The entry `name` as one of ours, or None; `whole`: as far as its content goes."""
+def of(name: str, *, is_whole: Callable[[int], bool]) -> Found | None:
+    """The entry `name` as one of ours, or None; `is_whole` looks at the content, given a step."""
     match = _NAME.fullmatch(name)
     if match is None or bool(match[1]) != bool(match[3]):
         return None
-    return Found(name, int(match[2]), whole and not match[1])
+    step = int(match[2])
+    return Found(name, step, match[3] != ".gone" and is_whole(step))
 
 
 def newest_first(found: Iterable[Found]) -> list[Found]:
-    """The checkpoints that may be loaded: those that have their name, whole or damaged."""
-    named = (one for one in found if not one.name.startswith("."))
-    return sorted(named, key=lambda one: one.step, reverse=True)
+    """What may be loaded: whole ones, and those that have their name, which may be damaged."""
+    offered = (one for one in found if one.whole or not one.name.startswith("."))
+    return sorted(offered, key=lambda one: (one.step, one.whole), reverse=True)
 
 
 def deletable(found: Iterable[Found], keep: int) -> list[Found]:
