@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["put_in_place", "remove", "replacing"]
+__all__ = ["aside", "gone_of", "put_in_place", "remove", "replacing"]
 
 
 @contextmanager
@@ -46,17 +46,21 @@ def put_in_place(draft: Path, path: Path, *, sync: bool = False) -> None:
     if sync:
         for written in [*draft.rglob("*"), draft]:
             _sync(written)
-    with _aside(path):
+    with aside(path):
         os.replace(draft, path)
         if sync:
             _sync(path.parent)
 
 
 @contextmanager
-def _aside(path: Path) -> Iterator[None]:
+def aside(path: Path) -> Iterator[None]:
     """A folder has another name in the block, and is removed after it, or put back after an
-    error."""
-    gone = path.with_name(f".{path.name}.gone")
+    error. No half of it is ever seen under its name.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    gone = path.with_name(gone_of(path.name))
     remove(gone)
     if not path.is_dir():
         yield
@@ -69,6 +73,11 @@ def _aside(path: Path) -> Iterator[None]:
             os.rename(gone, path)
         raise
     remove(gone)
+
+
+def gone_of(name: str) -> str:
+    """The name that a folder of that name has before it is removed."""
+    return f".{name}.gone"
 
 
 def remove(path: Path) -> None:

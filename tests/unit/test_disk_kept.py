@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from torchft.atomic import gone_of
 from torchft.checkpointing import kept
 from torchft.checkpointing.folder import CheckpointFolder
 from torchft.checkpointing.kept import Found
@@ -74,7 +75,7 @@ def test_a_whole_draft_is_loaded_before_the_damaged_one_that_it_was_to_replace()
 
 
 def test_what_was_being_deleted_is_never_loaded() -> None:
-    gone = kept.of(kept.gone_of(kept.name_of(5)), is_whole=lambda _: True)
+    gone = kept.of(gone_of(kept.name_of(5)), is_whole=lambda _: True)
     assert gone is not None and kept.newest_first([gone]) == []
 
 

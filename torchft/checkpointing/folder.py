@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from torchft.atomic import put_in_place, remove
+from torchft.atomic import aside, put_in_place, remove
 from torchft.checkpointing import kept
 from torchft.checkpointing.manifest import MANIFEST, DamagedError, Manifest, read_manifest
 
@@ -55,10 +55,9 @@ class CheckpointFolder:
 
     def _delete(self, name: str) -> None:
         path = self.path / name
-        if path.exists() and not name.startswith("."):
-            gone = self.path / kept.gone_of(name)
-            remove(gone)
-            path = path.rename(gone)
+        if not name.startswith("."):
+            with aside(path):
+                pass
         remove(path)
 
 

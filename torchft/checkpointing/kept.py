@@ -2,7 +2,7 @@
 
     step-0000000100/          a checkpoint; it is whole when its manifest says so
     .step-0000000200.draft/   one that is being written, or was when its process died
-    .step-0000000050.gone/    one that is being deleted
+    .step-0000000050.gone/    one that is being deleted (`atomic.aside`)
 
 A checkpoint gets its name by one rename, when all of it is on the disk, and loses it by another one
 before it is deleted. So whatever has the name and is not whole was damaged later; and a draft that
@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-__all__ = ["Found", "deletable", "draft_of", "gone_of", "is_due", "name_of", "newest_first", "of"]
+__all__ = ["Found", "deletable", "draft_of", "is_due", "name_of", "newest_first", "of"]
 
 _NAME = re.compile(r"(\.?)step-(\d{10,})(\.draft|\.gone)?")
 
@@ -38,11 +38,6 @@ def name_of(step: int) -> str:
 def draft_of(step: int) -> str:
     """Where that checkpoint is written before it has its name."""
     return f".{name_of(step)}.draft"
-
-
-def gone_of(name: str) -> str:
-    """Where the checkpoint of that name is moved before it is deleted."""
-    return f".{name}.gone"
 
 
 def of(name: str, *, is_whole: Callable[[int], bool]) -> Found | None:
